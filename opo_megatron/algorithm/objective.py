@@ -1,0 +1,80 @@
+"""Objectives as functions of one token: log π(y) and that token's columns → loss and ∂loss/∂log π.
+
+All training goes through one head (`kernels/head.py`), which knows the logits of a few tokens at a
+time, asks the objective for the coefficient c = ∂L/∂log π, and writes the gradient with respect to
+the logits, c·(onehot − π)/T.  In exact on-policy OPO that coefficient, −A/N, is known before the
+forward pass; that no ratio and no clip appear here is the point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from opo_megatron.config.schema import AlgorithmConfig, LossNormalizer, RolloutConfig
+
+
+class Objective(Protocol):
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the batch that it reads."""
+        ...
+
+    @property
+    def temperature(self) -> float:
+        """T of the π_T that it differentiates."""
+        ...
+
+    @property
+    def learns_from_demonstrations(self) -> bool:
+        """Whether its batches are demonstrations rather than an engine's rollouts."""
+        ...
+
+    def __call__(self, log_prob: Tensor, columns: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(loss, ∂loss/∂log_prob) of each token, float32, for log_prob [tokens]."""
+        ...
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """−(1/N) Σᵢ Aᵢ Σₜ log π_T(yᵢₜ | …): OPO's objective, whatever the baseline behind A."""
+
+    normalizer: float
+    """N."""
+    temperature: float
+    columns: tuple[str, ...] = ("advantages",)
+    learns_from_demonstrations: bool = False
+
+    def __call__(self, log_prob: Tensor, columns: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        coefficient = -columns["advantages"] / self.normalizer
+        return coefficient * log_prob, coefficient
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """−(1/N) Σᵢ Σₜ log π(yᵢₜ | …) of demonstrations."""
+
+    normalizer: float
+    temperature: float = 1.0
+    columns: tuple[str, ...] = ()
+    learns_from_demonstrations: bool = True
+
+    def __call__(self, log_prob: Tensor, columns: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        coefficient = log_prob.new_full(log_prob.shape, -1.0 / self.normalizer)
+        return coefficient * log_prob, coefficient
+
+
+def loss_normalizer(algorithm: AlgorithmConfig, rollout: RolloutConfig, lengths: Tensor) -> float:
+    """N of the whole batch, from the response lengths [n] of all of its samples.
+
+    `tokens` divides by a random number and is biased by O(1/batch); `constant` is not.
+    """
+    if algorithm.loss_normalizer is LossNormalizer.tokens:
+        return max(1.0, float(lengths.sum()))
+    if algorithm.loss_normalizer is LossNormalizer.sequences:
+        return float(lengths.numel())
+    if algorithm.loss_constant is None:
+        return float(rollout.prompts_per_step * rollout.samples_per_prompt * rollout.max_response_tokens)
+    return algorithm.loss_constant
