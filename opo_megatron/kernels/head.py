@@ -1,0 +1,149 @@
+"""The head: hidden states → log-probabilities, loss and both gradients, without storing logits.
+
+For a chunk of tokens with hidden states h [c, H] and this rank's rows W [V, H] of the output matrix:
+
+    z  = h Wᵀ / T                          1st matrix product
+    ℓ  = z_y − logsumexp(z)                log π_T of the sampled token
+    dz = c ⊙ (onehot(y) − π) / T           c = ∂L/∂ℓ, from the objective
+    dh = dz W,   dW += dzᵀ h               2nd and 3rd
+
+The gradient is written in the forward pass, so nothing of size tokens × vocabulary outlives its
+chunk and nothing is computed twice.  Under vocabulary parallelism the maximum and four sums are
+reduced over the tensor-parallel group; dh is left for the caller to reduce, once.  Entropy and Σπ²
+come from the same sums.  Rows of a padded vocabulary are not part of W.
+
+Only response tokens are passed in: prompts and padding have no loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Coefficient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""(log π [c], place in the batch) → (loss [c], ∂loss/∂log π [c])."""
+
+
+@dataclass
+class HeadOutput:
+    """Per token of the sweep, float32."""
+
+    log_prob: Tensor
+    """[n]: log π_T(y)."""
+    entropy: Tensor
+    """[n]: −Σ π log π."""
+    sum_squares: Tensor
+    """[n]: Σ π²."""
+    loss: Tensor | None = None
+    """[n]; None without an objective."""
+    d_hidden: Tensor | None = None
+    """[n, H]: this vocabulary shard's part of the gradient."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """This rank's part of the output rows."""
+
+    start: int
+    """First token id of the shard."""
+    group: Any = None
+    """Tensor-parallel process group; None where the vocabulary is whole."""
+
+
+def sweep(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocabulary: Vocabulary,
+    temperature: float,
+    chunk_tokens: int,
+    coefficient: Coefficient | None = None,
+    d_weight: Tensor | None = None,
+) -> HeadOutput:
+    """Run the head over `hidden` in chunks.
+
+    Args:
+        hidden: [n, H] hidden states that predict `targets`.
+        weight: [V, H] this rank's valid rows of the output matrix.
+        targets: [n] token ids of the whole vocabulary.
+        coefficient: the objective; without it nothing is differentiated.
+        d_weight: [V, H] to which the weight's gradient is added.
+    """
+    n = hidden.shape[0]
+    output = HeadOutput(*(hidden.new_empty(n, dtype=torch.float32) for _ in range(3)))
+    if coefficient is not None:
+        output.loss = hidden.new_empty(n, dtype=torch.float32)
+        output.d_hidden = torch.empty_like(hidden)
+    for begin in range(0, n, chunk_tokens):
+        part = slice(begin, min(begin + chunk_tokens, n))
+        probabilities, local_target, owned = _softmax(
+            output, part, hidden, weight, targets, vocabulary, temperature
+        )
+        if coefficient is None or output.loss is None or output.d_hidden is None:
+            continue
+        output.loss[part], d_log_prob = coefficient(output.log_prob[part], part)
+        scaled = (d_log_prob / temperature).unsqueeze(1)
+        d_logits = probabilities.mul_(-scaled)
+        d_logits.scatter_add_(1, local_target.unsqueeze(1), torch.where(owned, scaled[:, 0], 0.0).unsqueeze(1))
+        d_logits = d_logits.to(weight.dtype)
+        torch.mm(d_logits, weight, out=output.d_hidden[part])
+        if d_weight is not None:
+            _add_product(d_weight, d_logits, hidden[part])
+    return output
+
+
+def _softmax(
+    output: HeadOutput,
+    part: slice,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocabulary: Vocabulary,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill `output[part]`; returns π of this shard [c, V], the target's local row and whether it is here."""
+    logits = torch.mm(hidden[part], weight.t()).float()
+    if temperature != 1.0:
+        logits.div_(temperature)
+    rows = weight.shape[0]
+    local_target = targets[part] - vocabulary.start
+    owned = (local_target >= 0) & (local_target < rows)
+    local_target = local_target.clamp(0, rows - 1)
+    highest = logits.amax(1)
+    _reduce(highest, vocabulary, dist.ReduceOp.MAX)
+    logits.sub_(highest.unsqueeze(1))
+    target_logit = torch.where(owned, logits.gather(1, local_target.unsqueeze(1))[:, 0], 0.0)
+    exponentials = logits.exp()
+    sums = torch.stack(
+        (
+            exponentials.sum(1),
+            target_logit,
+            (exponentials * logits).sum(1),
+            exponentials.square().sum(1),
+        )
+    )
+    _reduce(sums, vocabulary, dist.ReduceOp.SUM)
+    total, target_logit, weighted, squares = sums
+    log_total = total.log()
+    output.log_prob[part] = target_logit - log_total
+    output.entropy[part] = log_total - weighted / total
+    output.sum_squares[part] = squares / total.square()
+    return exponentials.div_(total.unsqueeze(1)), local_target, owned
+
+
+def _reduce(values: Tensor, vocabulary: Vocabulary, operation: Any) -> None:
+    if vocabulary.group is not None:
+        dist.all_reduce(values, op=operation, group=vocabulary.group)
+
+
+def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
+    """total += d_logitsᵀ · hidden, in total's own precision."""
+    if total.dtype == d_logits.dtype:
+        total.addmm_(d_logits.t(), hidden)
+    else:
+        total.add_(torch.mm(d_logits.t(), hidden))
