@@ -1,0 +1,159 @@
+"""Ragged rollouts → micro-batches under a token budget, balanced over data-parallel ranks.
+
+The plan is made from all lengths of the batch, identically on every rank, so it also says which
+samples each data-parallel rank needs.  All ranks get the same number of micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opo_megatron.rollout.rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples form which micro-batch, for every data-parallel rank."""
+
+    rows: list[list[list[int]]]
+    """[data-parallel rank][micro-batch][row] → sample; an empty micro-batch has no rows."""
+    shape: tuple[int, int] | None = None
+    """(rows, tokens) of every micro-batch where the schedule needs one shape, else None."""
+
+    def samples_of(self, dp_rank: int) -> list[int]:
+        """The samples of one data-parallel rank, in the order of its micro-batches."""
+        return [sample for rows in self.rows[dp_rank] for sample in rows]
+
+    @property
+    def count(self) -> int:
+        """Micro-batches per data-parallel rank."""
+        return len(self.rows[0])
+
+
+def plan_micro_batches(
+    lengths: Sequence[int], dp_size: int, max_tokens: int, fixed_shape: bool = False, multiple: int = 1
+) -> Plan:
+    """Split samples of `lengths` tokens into micro-batches of at most `max_tokens` padded tokens.
+
+    Samples are dealt by falling length, forwards and backwards in turn, so that every rank gets
+    nearly the same tokens; neighbours in length share a micro-batch, so that little is padding.
+
+    Args:
+        fixed_shape: one shape for all (interleaved pipeline schedules cannot announce shapes).
+        multiple: the number of micro-batches per rank is a multiple of this.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    hands: list[list[int]] = [[] for _ in range(dp_size)]
+    for i, sample in enumerate(order):
+        lap, place = divmod(i, dp_size)
+        hands[place if lap % 2 == 0 else dp_size - 1 - place].append(sample)
+    if fixed_shape:
+        longest = max(lengths, default=1)
+        rows = max(1, max_tokens // longest)
+        pieces = [[hand[i : i + rows] for i in range(0, len(hand), rows)] for hand in hands]
+    else:
+        pieces = [_fill(hand, lengths, max_tokens) for hand in hands]
+    count = max(1, *(len(p) for p in pieces))
+    count += -count % multiple
+    if not fixed_shape:
+        for piece in pieces:
+            _split_until(piece, count)
+    padded = [piece + [[] for _ in range(count - len(piece))] for piece in pieces]
+    return Plan(padded, (rows, longest) if fixed_shape else None)
+
+
+def _fill(hand: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cut samples of falling length into runs; the first of a run sets its padded length."""
+    pieces: list[list[int]] = []
+    for sample in hand:
+        if pieces and lengths[pieces[-1][0]] * (len(pieces[-1]) + 1) <= max_tokens:
+            pieces[-1].append(sample)
+        else:
+            pieces.append([sample])
+    return pieces
+
+
+def _split_until(pieces: list[list[int]], count: int) -> None:
+    """Halve the piece with most rows until there are `count` pieces or none can be halved."""
+    while len(pieces) < count:
+        largest = max(range(len(pieces)), key=lambda i: len(pieces[i]), default=None)
+        if largest is None or len(pieces[largest]) < 2:
+            return
+        rows = pieces[largest]
+        pieces[largest : largest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+
+
+@dataclass
+class MicroBatch:
+    """Rows padded on the right, and the places that have a loss."""
+
+    tokens: Tensor
+    """[b, s] input ids."""
+    position_ids: Tensor
+    """[b, s]."""
+    places: Tensor
+    """[n] flat places in [b, s] whose next token is a response token, row by row."""
+    targets: Tensor
+    """[n] those response tokens."""
+    columns: dict[str, Tensor]
+    """Per-token columns of the batch at those tokens, [n] each."""
+
+
+def build_micro_batches(
+    batch: Rollouts,
+    plan: Plan,
+    dp_rank: int,
+    columns: dict[str, Tensor],
+    multiple: int,
+    device: torch.device,
+) -> list[MicroBatch]:
+    """The micro-batches of one rank.
+
+    Args:
+        batch: exactly `plan.samples_of(dp_rank)`, in that order.
+        columns: per-token columns [Σl] in the order of `batch`.
+        multiple: padded lengths are multiples of this.
+    """
+    sequences = batch.sequences()
+    lengths = batch.response_lengths.tolist()
+    responses = batch.response_tokens.split(lengths)
+    ragged = {name: values.split(lengths) for name, values in columns.items()}
+    prompts = batch.prompt_lengths.tolist()
+    micro_batches, begin = [], 0
+    for rows in plan.rows[dp_rank]:
+        part = range(begin, begin + len(rows))
+        begin += len(rows)
+        # The last token of a sequence is only ever a target.
+        needed = max((sequences[i].numel() - 1 for i in part), default=1)
+        height, width = len(rows), needed
+        if plan.shape is not None:
+            height, width = plan.shape[0], plan.shape[1] - 1
+        height, width = max(1, height), max(1, width)
+        width += -width % multiple
+        tokens = torch.zeros(height, width, dtype=torch.int64)
+        places = []
+        for row, i in enumerate(part):
+            tokens[row, : sequences[i].numel() - 1] = sequences[i][:-1]
+            first = row * width + prompts[i] - 1
+            places.append(torch.arange(first, first + lengths[i]))
+        micro_batches.append(
+            MicroBatch(
+                tokens=tokens.to(device),
+                position_ids=torch.arange(width, device=device).expand(height, width).contiguous(),
+                places=_joined(places, torch.int64).to(device),
+                targets=_joined([responses[i] for i in part], torch.int64).to(device),
+                columns={
+                    name: _joined([values[i] for i in part], torch.float32).to(device)
+                    for name, values in ragged.items()
+                },
+            )
+        )
+    return micro_batches
+
+
+def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat(parts).to(dtype) if parts else torch.empty(0, dtype=dtype)

@@ -1,0 +1,148 @@
+"""A decoder-only Megatron-Core `GPTModel` of the recipe: RMSNorm, SwiGLU, RoPE, GQA, optionally MoE.
+
+Two places differ from Megatron's local layer spec.  The norm is the project's, because Megatron's
+torch norm refuses sequence parallelism.  The output layer keeps its weight, name and checkpoint
+entry but passes hidden states through: logits exist only inside `kernels/head.py`, chunk by chunk.
+Dropout is 0 everywhere, for the engine samples without it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from opo_megatron.config.schema import Dtype, PolicyConfig
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose weight is marked for sequence parallelism, so that its gradient is summed over TP."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Vocabulary rows once every tensor-parallel rank holds the same number of them."""
+    return -(-vocab_size // tp_size) * tp_size
+
+
+def transformer_config(policy: PolicyConfig, device: torch.device) -> TransformerConfig:
+    """The recipe's model and layout in Megatron's terms."""
+    model = policy.model
+    dtype = torch.bfloat16 if policy.dtype is Dtype.bf16 else torch.float32
+    virtual = policy.virtual_pipeline_model_parallel_size
+    fields: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "kv_channels": model.kv_channels,
+        "qk_layernorm": model.qk_layernorm,
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": policy.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": policy.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": virtual,
+        "sequence_parallel": policy.sequence_parallel,
+        "expert_model_parallel_size": policy.expert_model_parallel_size,
+        "expert_tensor_parallel_size": policy.expert_tensor_parallel_size,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": policy.dtype is Dtype.bf16,
+        "use_cpu_initialization": device.type != "cuda",
+        "perform_initialization": False,  # weights come from `weights/`, the same under every layout
+        "calculate_per_token_loss": True,  # no rescaling after the head has written its gradient
+        "variable_seq_lengths": virtual is None,  # shapes are announced in batched p2p: wrong when interleaved
+        "moe_token_dispatcher_type": "alltoall",
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "apply_rope_fusion": False,
+    }
+    if virtual is not None:
+        # Interleaved and batched p2p over two stages is silently wrong: both neighbours are one peer.
+        fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    if model.num_moe_experts is not None:
+        fields |= {
+            "num_moe_experts": model.num_moe_experts,
+            "moe_router_topk": model.moe_router_topk,
+            "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+            "moe_router_load_balancing_type": "none",  # the objective has no auxiliary loss
+            "moe_aux_loss_coeff": 0.0,
+        }
+    return TransformerConfig(**(fields | policy.megatron))
+
+
+def build_chunks(policy: PolicyConfig, vocab_size: int, pp_rank: int, device: torch.device) -> list[GPTModel]:
+    """This rank's model chunks (one, or one per virtual stage), weights not yet set."""
+    config = transformer_config(policy, device)
+    stages = policy.virtual_pipeline_model_parallel_size or 1
+    last = policy.pipeline_model_parallel_size - 1
+    layers = config.num_layers // (policy.pipeline_model_parallel_size * stages)
+    chunks = []
+    for stage in range(stages):
+        chunk = GPTModel(
+            config,
+            TransformerBlockSubmodules(layer_specs=[_layer_spec(config)] * layers, layer_norm=RMSNorm),
+            vocab_size=padded_vocab_size(vocab_size, policy.tensor_model_parallel_size),
+            max_sequence_length=policy.model.max_sequence_length,
+            pre_process=pp_rank == 0 and stage == 0,
+            post_process=pp_rank == last and stage == stages - 1,
+            position_embedding_type="rope",
+            rotary_base=policy.model.rotary_base,
+            share_embeddings_and_output_weights=policy.model.tie_embeddings,
+            vp_stage=stage if stages > 1 else None,
+        )
+        if chunk.post_process:
+            chunk.output_layer.forward = _pass_through
+        chunks.append(chunk)
+    return chunks
+
+
+def head_weight(chunk: GPTModel) -> Tensor:
+    """The output matrix [local vocabulary, hidden] of a last-stage chunk, tied or not."""
+    return chunk.shared_embedding_or_output_weight() if _is_tied(chunk) else chunk.output_layer.weight
+
+
+def head_shares_embedding(chunk: GPTModel) -> bool:
+    """Whether one parameter of this very chunk is both embedding and output."""
+    return _is_tied(chunk) and chunk.pre_process
+
+
+def _is_tied(chunk: GPTModel) -> bool:
+    return bool(chunk.share_embeddings_and_output_weights)
+
+
+def _pass_through(
+    hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+) -> tuple[Tensor, None]:
+    return hidden, None
+
+
+def _layer_spec(config: TransformerConfig) -> Any:
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    attention = spec.submodules.self_attention.submodules
+    if attention.q_layernorm is not IdentityOp:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec

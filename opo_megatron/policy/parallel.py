@@ -1,0 +1,171 @@
+"""Where this rank stands: process groups, coordinates, and the exchange of samples between ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opo_megatron.config.schema import Config, Device
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Coordinates of this rank, and the groups that its collectives use."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    vpp_size: int
+    """Model chunks per pipeline stage; 1 without virtual stages."""
+    dp_rank: int
+    dp_size: int
+    ep_rank: int
+    ep_size: int
+    etp_rank: int
+    etp_size: int
+    tp_group: Any
+    pp_group: Any
+    ep_group: Any
+    etp_group: Any
+    cpu_group: Any
+    """All ranks, gloo: host data travels here."""
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank speaks for its data-parallel replica: one that has the logits."""
+        return self.is_last_stage and self.tp_rank == 0
+
+
+def choose_device(device: Device) -> torch.device:
+    """The device of this rank's policy."""
+    if device is Device.cpu or (device is Device.auto and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def initialize(config: Config) -> Parallel:
+    """Join the ranks that torchrun, srun or `--nproc` started (or stand alone) into Megatron's groups."""
+    device = choose_device(config.policy.device)
+    if device.type == "cpu":
+        from opo_megatron.policy.cpu_backend import install
+
+        torch.set_num_threads(config.run.threads_per_rank)
+        install("cpu")
+    else:
+        torch.cuda.set_device(device)
+    from opo_megatron.policy.adam import use_group_step_adam
+
+    use_group_step_adam()
+    # Megatron reports every object that it builds at INFO; a run's own lines say what matters.
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    if not dist.is_initialized():
+        _join(device, timedelta(minutes=config.run.distributed_timeout_minutes))
+    return _megatron_groups(config, device)
+
+
+def _join(device: torch.device, timeout: timedelta) -> None:
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _megatron_groups(config: Config, device: torch.device) -> Parallel:
+    from megatron.core import parallel_state as state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    policy = config.policy
+    state.initialize_model_parallel(
+        policy.tensor_model_parallel_size,
+        policy.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=policy.virtual_pipeline_model_parallel_size,
+        context_parallel_size=policy.context_parallel_size,
+        expert_model_parallel_size=policy.expert_model_parallel_size,
+        expert_tensor_parallel_size=policy.expert_tensor_parallel_size,
+        distributed_timeout_minutes=max(1, round(config.run.distributed_timeout_minutes)),
+    )
+    model_parallel_cuda_manual_seed(config.run.seed)
+    timeout = timedelta(minutes=config.run.distributed_timeout_minutes)
+    return Parallel(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=state.get_tensor_model_parallel_rank(),
+        tp_size=state.get_tensor_model_parallel_world_size(),
+        pp_rank=state.get_pipeline_model_parallel_rank(),
+        pp_size=state.get_pipeline_model_parallel_world_size(),
+        vpp_size=policy.virtual_pipeline_model_parallel_size or 1,
+        dp_rank=state.get_data_parallel_rank(),
+        dp_size=state.get_data_parallel_world_size(),
+        ep_rank=state.get_expert_model_parallel_rank(),
+        ep_size=state.get_expert_model_parallel_world_size(),
+        etp_rank=state.get_expert_tensor_parallel_rank(),
+        etp_size=state.get_expert_tensor_parallel_world_size(),
+        tp_group=state.get_tensor_model_parallel_group(),
+        pp_group=state.get_pipeline_model_parallel_group(),
+        ep_group=state.get_expert_model_parallel_group(),
+        etp_group=state.get_expert_tensor_parallel_group(),
+        cpu_group=dist.new_group(backend="gloo", timeout=timeout),
+    )
+
+
+def leave() -> None:
+    """Undo `initialize`, so that a process can join other groups afterwards."""
+    from megatron.core import parallel_state as state
+
+    state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def share_of(count: int, rank: int, world_size: int) -> range:
+    """The contiguous block of `count` items that falls to `rank`; blocks differ by one at most."""
+    return range(count * rank // world_size, count * (rank + 1) // world_size)
+
+
+def all_gather_objects(parallel: Parallel, value: Any) -> list[Any]:
+    """`value` of every rank, by rank."""
+    if parallel.world_size == 1:
+        return [value]
+    gathered: list[Any] = [None] * parallel.world_size
+    dist.all_gather_object(gathered, value, group=parallel.cpu_group)
+    return gathered
+
+
+def all_to_all_objects(parallel: Parallel, values: list[Any]) -> list[Any]:
+    """Send values[r] to every rank r; returns what each rank sent here.  The ranks trust each other."""
+    if parallel.world_size == 1:
+        return values
+    blobs = [torch.frombuffer(bytearray(pickle.dumps(v)), dtype=torch.uint8) for v in values]
+    sent = torch.tensor([b.numel() for b in blobs])
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=parallel.cpu_group)
+    buffer = torch.empty(int(received.sum()), dtype=torch.uint8)
+    dist.all_to_all_single(
+        buffer, torch.cat(blobs), received.tolist(), sent.tolist(), group=parallel.cpu_group
+    )
+    return [pickle.loads(part.numpy().tobytes()) for part in buffer.split(received.tolist())]
+
+
+def all_reduce(parallel: Parallel, values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+    """`values` (on the CPU) reduced over all ranks, in place."""
+    if parallel.world_size > 1:
+        dist.all_reduce(values, op=operation, group=parallel.cpu_group)
+    return values

@@ -1,0 +1,287 @@
+"""The policy that is trained: model, gradients, optimizer, weights.  One `train_step`, for every objective.
+
+What a step does: micro-batches run through Megatron's schedule; the head turns hidden states into
+the loss and both gradients; the sums over tokens are reduced; the caller's check may refuse the
+step; then there is exactly one optimizer step.  The normaliser is inside the coefficients, so
+gradients are summed over data-parallel ranks and never rescaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from opo_megatron.algorithm.objective import Objective
+from opo_megatron.algorithm.on_policy import Mismatch, k3
+from opo_megatron.config.schema import Config, Dtype, OptimizerConfig
+from opo_megatron.errors import UserError
+from opo_megatron.kernels.head import HeadOutput
+from opo_megatron.policy.head_gradient import Head, HeadLoss, log_probs
+from opo_megatron.policy.microbatch import MicroBatch, Plan, build_micro_batches, plan_micro_batches
+from opo_megatron.policy.model import build_chunks, head_shares_embedding, head_weight
+from opo_megatron.policy.parallel import Parallel, all_reduce
+from opo_megatron.rollout.rollouts import Rollouts
+from opo_megatron.weights.random import random_weights
+from opo_megatron.weights.stream import load_weights, stream_weights
+from opo_megatron.weights.table import Stages, parameters
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """A step's sums over all response tokens of all ranks."""
+
+    loss: float
+    tokens: int
+    entropy: float
+    """Mean over tokens."""
+    mismatch: Mismatch | None
+    """None for demonstrations, which no engine drew."""
+    grad_norm: float = float("nan")
+    """Before clipping."""
+
+
+class Policy:
+    """A Megatron-Core GPT with its optimizer; every rank of the run holds its part of one."""
+
+    def __init__(
+        self, config: Config, vocab_size: int, parallel: Parallel, optimizer: OptimizerConfig
+    ) -> None:
+        self.config, self.vocab_size, self.parallel = config.policy, vocab_size, parallel
+        self._check_vocabulary()
+        self.version = 0
+        """Number of optimizer steps that made these weights."""
+        self.chunks = build_chunks(self.config, vocab_size, parallel.pp_rank, parallel.device)
+        stages = Stages(self.config.model.num_layers, parallel.pp_size, parallel.vpp_size)
+        self.table = parameters(self.config.model, vocab_size, stages, parallel.ep_size)
+        load_weights(
+            self.chunks, self.table, parallel, random_weights(self.config.model, vocab_size, config.run.seed)
+        )
+        self.megatron_config = self.chunks[0].config
+        self.head = Head(
+            parallel, vocab_size, self.config.head_chunk_tokens, self.megatron_config.sequence_parallel
+        )
+        self._ddp = [self._wrap(chunk) for chunk in self.chunks]
+        self.megatron_config.finalize_model_grads_func = _reduce_gradients
+        self.optimizer: MegatronOptimizer
+        self.start_optimizer(optimizer)
+
+    def _check_vocabulary(self) -> None:
+        size = self.parallel.tp_size
+        if (size - 1) * -(-self.vocab_size // size) >= self.vocab_size:
+            raise UserError(
+                f"a vocabulary of {self.vocab_size} tokens leaves the last of policy.tensor_model_parallel_size="
+                f"{size} ranks without any; use fewer tensor-parallel ranks"
+            )
+
+    def _wrap(self, chunk: GPTModel) -> DistributedDataParallel:
+        module = Float16Module(chunk.config, chunk) if self.config.dtype is Dtype.bf16 else chunk
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=self.config.distributed_optimizer
+        )
+        return DistributedDataParallel(chunk.config, settings, module)
+
+    def start_optimizer(self, config: OptimizerConfig) -> None:
+        """Begin anew: moments at zero, steps at zero, master weights from the current weights."""
+        self.optimizer_config = config
+        self.optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.betas[0],
+                adam_beta2=config.betas[1],
+                adam_eps=config.eps,
+                clip_grad=config.clip,
+                bf16=self.config.dtype is Dtype.bf16,
+                params_dtype=self.megatron_config.params_dtype,
+                use_distributed_optimizer=self.config.distributed_optimizer,
+            ),
+            self._ddp,
+        )
+
+    def allocate_optimizer_state(self) -> None:
+        """Give the optimizer its moments, for a checkpoint to be loaded into; weights stay as they are."""
+        self.zero_gradients()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["weight_decay"] = 0.0
+        self.optimizer.step()
+
+    # ------------------------------------------------------------------ training
+
+    def plan(self, lengths: Tensor) -> Plan:
+        """Micro-batches for sequences of `lengths` [n], the whole batch's, the same on every rank."""
+        interleaved = self.parallel.vpp_size > 1
+        return plan_micro_batches(
+            lengths.tolist(),
+            self.parallel.dp_size,
+            self.config.max_tokens_per_micro_batch,
+            fixed_shape=interleaved,
+            multiple=self.parallel.pp_size if interleaved else 1,
+        )
+
+    def train_step(
+        self,
+        batch: Rollouts,
+        plan: Plan,
+        objective: Objective,
+        lr: float,
+        accept: Callable[[StepMetrics], None] | None = None,
+    ) -> StepMetrics:
+        """Exactly one optimizer step.
+
+        Args:
+            batch: this data-parallel rank's samples, as `plan` orders them.
+            accept: sees the metrics before the optimizer step and raises to refuse it; gradients are
+                then zeroed and the weights stay as they are.
+        """
+        metrics = self.accumulate_gradients(batch, plan, objective)
+        try:
+            if accept is not None:
+                accept(metrics)
+        except Exception:
+            self.zero_gradients()
+            raise
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = self.optimizer_config.weight_decay * group["wd_mult"]
+        _, grad_norm, _ = self.optimizer.step()
+        self.version += 1
+        return StepMetrics(**{**vars(metrics), "grad_norm": float(grad_norm)})
+
+    def accumulate_gradients(self, batch: Rollouts, plan: Plan, objective: Objective) -> StepMetrics:
+        """Forward and backward over all micro-batches; gradients end up reduced in `main_grad`."""
+        if batch.is_demonstration != objective.learns_from_demonstrations:
+            raise ValueError(f"{type(objective).__name__} cannot learn from these rollouts")
+        self.zero_gradients()
+        columns = {name: _per_token(batch, name) for name in objective.columns}
+        measured = batch.engine_log_prob is not None
+        if measured:
+            columns["engine_log_prob"] = _per_token(batch, "engine_log_prob")
+        sums, highest = torch.zeros(4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+
+        def keep(micro: MicroBatch, output: HeadOutput) -> None:
+            assert output.loss is not None
+            values = [output.loss.double().sum(), output.entropy.double().sum()]
+            if measured and micro.targets.numel():
+                delta = (output.log_prob - micro.columns["engine_log_prob"]).double()
+                values += [delta.abs().sum(), k3(delta).sum()]
+                highest[0] = max(highest[0], delta.abs().max().cpu())
+            sums[: len(values)] += torch.stack(values).cpu()
+
+        def loss(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            value = HeadLoss.apply(
+                hidden, head_weight(chunk), self.head, micro, objective, partial(keep, micro),
+                head_shares_embedding(chunk),
+            )  # fmt: skip
+            # The schedule changes the loss that it is given in place.
+            return value, torch.tensor(micro.targets.numel(), dtype=torch.int), value.detach().clone()
+
+        self._run(batch, plan, columns, loss, forward_only=False)
+        return self._step_metrics(batch, sums, highest, measured)
+
+    def zero_gradients(self) -> None:
+        """Forget all gradients."""
+        for chunk in self._ddp:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _step_metrics(self, batch: Rollouts, sums: Tensor, highest: Tensor, measured: bool) -> StepMetrics:
+        tokens = torch.tensor([float(batch.response_lengths.sum())], dtype=torch.float64)
+        totals = torch.cat((sums, tokens)) * (1.0 if self.parallel.reports else 0.0)
+        loss, entropy, difference, divergence, count = all_reduce(self.parallel, totals).tolist()
+        all_reduce(self.parallel, highest, dist.ReduceOp.MAX)
+        count = max(1.0, count)
+        return StepMetrics(
+            loss=loss,
+            tokens=int(count),
+            entropy=entropy / count,
+            mismatch=Mismatch(float(highest), difference / count, divergence / count) if measured else None,
+        )
+
+    def log_probs(self, batch: Rollouts, plan: Plan, temperature: float) -> Tensor:
+        """log π_T of every response token of `batch` [Σl] float32, by a full forward pass, on every rank
+        of the data-parallel replica."""
+        parts: list[Tensor] = []
+
+        def collect(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            output = log_probs(self.head, hidden, head_weight(chunk), micro, temperature)
+            parts.append(output.log_prob.cpu())
+            return hidden.new_zeros(()), torch.tensor(0, dtype=torch.int), hidden.new_zeros(())
+
+        self._run(batch, plan, {}, collect, forward_only=True)
+        result = torch.cat(parts) if parts else torch.empty(int(batch.response_lengths.sum()))
+        if self.parallel.pp_size > 1:
+            last = dist.get_global_rank(self.parallel.pp_group, self.parallel.pp_size - 1)
+            result = result.to(self.parallel.device)
+            dist.broadcast(result, last, group=self.parallel.pp_group)
+        return result.cpu()
+
+    def _run(
+        self, batch: Rollouts, plan: Plan, columns: dict[str, Tensor], loss: _Loss, forward_only: bool
+    ) -> None:
+        micro_batches = build_micro_batches(
+            batch,
+            plan,
+            self.parallel.dp_rank,
+            columns,
+            multiple=self.parallel.tp_size if self.head.sequence_parallel else 1,
+            device=self.parallel.device,
+        )
+
+        def forward(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            micro = next(iterator)
+            output = chunk(micro.tokens, micro.position_ids, None)
+            return output, partial(loss, self.chunks[-1], micro)
+
+        iterators = [iter(micro_batches) for _ in self._ddp]
+        rows, width = micro_batches[0].tokens.shape
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self._ddp if len(self._ddp) > 1 else self._ddp[0],
+            num_microbatches=plan.count,
+            seq_length=width,
+            micro_batch_size=rows,
+            forward_only=forward_only,
+        )
+
+    # ------------------------------------------------------------------ weights
+
+    def stream_weights(self) -> Iterator[list[tuple[str, Tensor]]]:
+        """Buckets of (Hugging Face name, full tensor) on every rank; a collective of all ranks."""
+        limit = int(self.config.weight_bucket_mib * 2**20)
+        return stream_weights(self.chunks, self.table, self.parallel, limit)
+
+
+_Loss = Callable[[GPTModel, MicroBatch, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def _per_token(batch: Rollouts, name: str) -> Tensor:
+    """A column of the batch at every response token [Σl] float32."""
+    values = getattr(batch, name)
+    if values is None:
+        raise ValueError(f"the objective needs the column {name!r}, which this batch does not have")
+    if name == "advantages":
+        values = torch.repeat_interleave(values, batch.response_lengths)
+    return values.float()
+
+
+def _reduce_gradients(model: list[Any], num_tokens: Tensor | None = None, **groups: Any) -> None:
+    """Megatron's reduction without its division: the coefficients hold the normaliser."""
+    finalize_model_grads(model, None, **groups)
