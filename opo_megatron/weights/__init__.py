@@ -1,0 +1,1 @@
+"""Megatron ↔ Hugging Face: the only room that knows both naming schemes."""
