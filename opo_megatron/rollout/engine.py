@@ -1,0 +1,58 @@
+"""What the loop asks of an engine, whichever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from opo_megatron.rollout.rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to draw."""
+
+    prompt_id: int
+    """Which prompt of the task."""
+    group: int
+    """Place of the prompt in the batch."""
+    sample_index: int
+    """Place of the sample among those of the same prompt."""
+    tokens: tuple[int, ...]
+    """The prompt."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn: token ~ softmax(z / temperature), cut to top_k and top_p."""
+
+    max_tokens: int
+    stop_tokens: tuple[int, ...]
+    seed: tuple[int, ...]
+    """Joined with (prompt id, sample index, position) it fixes every uniform number."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    greedy: bool = False
+
+
+NamedTensors = Iterable[list[tuple[str, Tensor]]]
+"""Buckets of (Hugging Face name, full tensor)."""
+
+
+class RolloutEngine(Protocol):
+    """Draws responses and holds a copy of the policy's weights, of a known version."""
+
+    version: int | None
+    """Version of the weights held; None before the first complete update."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Rollouts:
+        """Draw one response per request, in the order of `requests`."""
+        ...
+
+    def update_weights(self, buckets: NamedTensors, version: int) -> None:
+        """Take over the streamed weights; until the stream ends the engine holds no version."""
+        ...

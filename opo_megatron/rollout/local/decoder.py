@@ -1,0 +1,208 @@
+"""A Llama/Qwen3 decoder with a key-value cache, in Hugging Face names, written from the architecture.
+
+Attention scale and SwiGLU layout follow Megatron's local spec (the scale inside `baddbmm`, gate and
+up as halves of one product), so that both round alike.  Rows of the cache are independent responses,
+each at a position of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opo_megatron.config.schema import ModelConfig
+
+_Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, query, key, value), each [b, s, heads, width] → attended [b, s, heads, width]."""
+
+MASKED = -10000.0
+"""Megatron's score of a masked key: its softmax weight underflows to 0."""
+
+
+class KeyValueCache:
+    """Keys and values of `rows` responses, up to `length` tokens each: [rows, heads, length, width]."""
+
+    def __init__(
+        self, model: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (model.num_layers, rows, model.num_query_groups, length, model.kv_channels)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
+        """Copy rows `sources` over rows `targets`, the first `length` tokens of them."""
+        self.keys[:, targets, :, :length] = self.keys[:, sources, :, :length]
+        self.values[:, targets, :, :length] = self.values[:, sources, :, :length]
+
+
+class Decoder:
+    """Weights and the two forward passes: `prefill` of whole prompts, `decode` of one token a row."""
+
+    def __init__(self, model: ModelConfig, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        assert model.num_query_groups is not None and model.kv_channels is not None
+        self.model, self.vocab_size, self.dtype, self.device = model, vocab_size, dtype, device
+        self.groups, self.width = model.num_query_groups, model.kv_channels
+        self.queries_per_group = model.num_attention_heads // self.groups
+        self._tensors: dict[str, Tensor] = {}
+        self._slices: dict[str, Tensor] = {}
+        self._allocate()
+        exponents = torch.arange(0, self.width, 2, dtype=torch.float32) / self.width
+        angles = torch.outer(
+            torch.arange(model.max_sequence_length, dtype=torch.float32), 1 / model.rotary_base**exponents
+        )
+        angles = torch.cat((angles, angles), -1).to(device)
+        self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    # ------------------------------------------------------------------ weights
+
+    def names(self) -> frozenset[str]:
+        """Hugging Face names of all tensors."""
+        return frozenset(self._slices)
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        """Take over one tensor by its Hugging Face name."""
+        self._slices[name].copy_(tensor)
+
+    def _allocate(self) -> None:
+        model, hidden = self.model, self.model.hidden_size
+        self._stack("embedding", {"model.embed_tokens.weight": self.vocab_size}, hidden)
+        if not model.tie_embeddings:
+            self._stack("head", {"lm_head.weight": self.vocab_size}, hidden)
+        self._stack("norm", {"model.norm.weight": hidden})
+        queries = model.num_attention_heads * self.width
+        keys = self.groups * self.width
+        for i in range(model.num_layers):
+            p = f"model.layers.{i}."
+            self._stack(f"{i}.norm", {p + "input_layernorm.weight": hidden})
+            rows = {"q": queries, "k": keys, "v": keys}
+            self._stack(f"{i}.qkv", {f"{p}self_attn.{n}_proj.weight": r for n, r in rows.items()}, hidden)
+            if model.qk_layernorm:
+                self._stack(f"{i}.q_norm", {p + "self_attn.q_norm.weight": self.width})
+                self._stack(f"{i}.k_norm", {p + "self_attn.k_norm.weight": self.width})
+            self._stack(f"{i}.out", {p + "self_attn.o_proj.weight": hidden}, queries)
+            self._stack(f"{i}.mlp_norm", {p + "post_attention_layernorm.weight": hidden})
+            if model.num_moe_experts is None:
+                self._allocate_mlp(f"{i}.", p + "mlp.", model.ffn_hidden_size)
+                continue
+            assert model.moe_ffn_hidden_size is not None
+            self._stack(f"{i}.router", {p + "mlp.gate.weight": model.num_moe_experts}, hidden)
+            for e in range(model.num_moe_experts):
+                self._allocate_mlp(f"{i}.{e}.", f"{p}mlp.experts.{e}.", model.moe_ffn_hidden_size)
+
+    def _allocate_mlp(self, ours: str, theirs: str, ffn: int) -> None:
+        gate_up = {theirs + "gate_proj.weight": ffn, theirs + "up_proj.weight": ffn}
+        self._stack(ours + "gate_up", gate_up, self.model.hidden_size)
+        self._stack(ours + "down", {theirs + "down_proj.weight": self.model.hidden_size}, ffn)
+
+    def _stack(self, ours: str, rows: dict[str, int], columns: int | None = None) -> None:
+        """One tensor that holds several Hugging Face tensors, one above the other."""
+        shape = (sum(rows.values()),) if columns is None else (sum(rows.values()), columns)
+        tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self._tensors[ours] = tensor
+        self._slices |= dict(zip(rows, tensor.split(list(rows.values())), strict=True))
+
+    # ------------------------------------------------------------------ forward
+
+    def prefill(self, tokens: Tensor, cache: KeyValueCache, rows: Tensor, sources: Tensor) -> Tensor:
+        """Run prompts [p, s] (padded on the right) and store prompt sources[i] in cache row rows[i].
+
+        Returns:
+            [p, s, hidden]: final hidden states.
+        """
+        prompts, length = tokens.shape
+        positions = torch.arange(length, device=self.device).expand(prompts, length)
+        mask = torch.ones(length, length, dtype=torch.bool, device=self.device).triu(1)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            cache.keys[layer, rows, :, :length] = key.transpose(1, 2)[sources]
+            cache.values[layer, rows, :, :length] = value.transpose(1, 2)[sources]
+            return self._attention(query, key.transpose(1, 2), value.transpose(1, 2), mask)
+
+        return self._layers(tokens, positions, attend)
+
+    def decode(self, tokens: Tensor, positions: Tensor, cache: KeyValueCache) -> Tensor:
+        """One token per row [n], at positions [n], for the first n rows of the cache → hidden [n, hidden]."""
+        n = tokens.shape[0]
+        rows = torch.arange(n, device=self.device)
+        length = int(positions.max()) + 1
+        later = torch.arange(length, device=self.device) > positions.unsqueeze(1)
+        mask = later.view(n, 1, 1, length)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            cache.keys[layer, rows, :, positions] = key[:, 0]
+            cache.values[layer, rows, :, positions] = value[:, 0]
+            keys, values = cache.keys[layer, :n, :, :length], cache.values[layer, :n, :, :length]
+            return self._attention(query, keys, values, mask)
+
+        return self._layers(tokens.unsqueeze(1), positions.unsqueeze(1), attend)[:, 0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, hidden] → [n, V]."""
+        return hidden @ self._tensors["embedding" if self.model.tie_embeddings else "head"].t()
+
+    def _layers(self, tokens: Tensor, positions: Tensor, attend: _Attend) -> Tensor:
+        x = F.embedding(tokens, self._tensors["embedding"])
+        cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+        batch, length = tokens.shape
+        heads = (self.groups * self.queries_per_group, self.groups, self.groups)
+        for i in range(self.model.num_layers):
+            qkv = self._norm(x, f"{i}.norm") @ self._tensors[f"{i}.qkv"].t()
+            query, key, value = (
+                part.view(batch, length, count, self.width)
+                for part, count in zip(
+                    qkv.split([count * self.width for count in heads], -1), heads, strict=True
+                )
+            )
+            if self.model.qk_layernorm:
+                query, key = self._norm(query, f"{i}.q_norm"), self._norm(key, f"{i}.k_norm")
+            attended = attend(i, _rotate(query, cos, sin), _rotate(key, cos, sin), value)
+            x = x + attended.reshape(batch, length, -1) @ self._tensors[f"{i}.out"].t()
+            y = self._norm(x, f"{i}.mlp_norm")
+            x = x + (self._mlp(y, f"{i}.") if self.model.num_moe_experts is None else self._experts(y, i))
+        return self._norm(x, "norm")
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self._tensors[name], self.model.layernorm_epsilon)
+
+    def _attention(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """query [b, s, heads, width]; keys, values [b, groups, t, width]; mask over [b, heads, s, t], True = hide."""
+        batch, length = query.shape[:2]
+        shared, width, total = self.queries_per_group, self.width, keys.shape[2]
+        # Queries of one group stand below each other: they see the same keys.
+        grouped = query.view(batch, length, self.groups, shared, width).permute(0, 2, 3, 1, 4)
+        grouped = grouped.reshape(batch * self.groups, shared * length, width)
+        flat_keys = keys.reshape(batch * self.groups, total, width)
+        scores = torch.baddbmm(
+            grouped.new_empty(1, 1, 1), grouped, flat_keys.transpose(1, 2), beta=0, alpha=1 / math.sqrt(width)
+        )
+        scores = scores.view(batch, self.groups * shared, length, total).masked_fill_(mask, MASKED)
+        weights = scores.float().softmax(-1).to(scores.dtype).view(batch * self.groups, shared * length, total)
+        mixed = torch.bmm(weights, values.reshape(batch * self.groups, total, width))
+        return mixed.view(batch, self.groups * shared, length, width).transpose(1, 2)
+
+    def _mlp(self, x: Tensor, name: str) -> Tensor:
+        gate, up = (x @ self._tensors[name + "gate_up"].t()).chunk(2, -1)
+        return (F.silu(gate) * up) @ self._tensors[name + "down"].t()
+
+    def _experts(self, x: Tensor, layer: int) -> Tensor:
+        """Each token's top-k experts, weighted by the softmax of their router logits."""
+        flat = x.reshape(-1, x.shape[-1])
+        scores, chosen = (flat @ self._tensors[f"{layer}.router"].t()).topk(self.model.moe_router_topk, -1)
+        weights = scores.float().softmax(-1).to(flat.dtype)
+        mixed = torch.zeros_like(flat)
+        assert self.model.num_moe_experts is not None
+        for expert in range(self.model.num_moe_experts):
+            token, slot = (chosen == expert).nonzero(as_tuple=True)
+            if token.numel():
+                output = self._mlp(flat[token], f"{layer}.{expert}.")
+                mixed.index_add_(0, token, output * weights[token, slot].unsqueeze(1))
+        return mixed.view_as(x)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin

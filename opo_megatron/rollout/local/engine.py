@@ -1,0 +1,214 @@
+"""Batched decoding with continuous refilling: a finished response makes room for the next request.
+
+Running responses always fill the first rows of the cache.  When some finish, running rows from the
+end move into their places, and waiting requests are admitted behind them; nothing else is copied.
+Samples of one prompt share its prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opo_megatron.config.schema import ModelConfig
+from opo_megatron.errors import UserError
+from opo_megatron.rollout.engine import NamedTensors, Request, Sampling
+from opo_megatron.rollout.local.decoder import Decoder, KeyValueCache
+from opo_megatron.rollout.local.sampler import draw, request_key, uniforms
+from opo_megatron.rollout.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
+
+PREFILL_TOKENS = 16384
+"""Prompt tokens, padding included, that are run at once."""
+
+Progress = Callable[[int, int, int], None]
+"""(responses finished, responses in all, tokens drawn so far)."""
+
+
+class LocalEngine:
+    """A `RolloutEngine` in this process, holding one full copy of the weights."""
+
+    def __init__(
+        self, model: ModelConfig, vocab_size: int, dtype: torch.dtype, device: torch.device, slots: int
+    ) -> None:
+        self.decoder = Decoder(model, vocab_size, dtype, device)
+        self.slots = slots
+        self.version: int | None = None
+        self.progress: Progress | None = None
+
+    def update_weights(self, buckets: NamedTensors, version: int) -> None:
+        """Take over all tensors of the stream.
+
+        Raises:
+            ValueError: when the stream does not carry each tensor exactly once.
+        """
+        self.version = None
+        missing = set(self.decoder.names())
+        for bucket in buckets:
+            for name, tensor in bucket:
+                missing.remove(name)
+                self.decoder.load(name, tensor)
+        if missing:
+            raise ValueError(f"the weight stream lacks {sorted(missing)[0]} and {len(missing) - 1} more")
+        self.version = version
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Rollouts:
+        """Draw one response per request."""
+        if self.version is None:
+            raise RuntimeError("the engine holds no complete weights yet")
+        longest = max((len(request.tokens) for request in requests), default=0)
+        limit = self.decoder.model.max_sequence_length
+        if longest + sampling.max_tokens > limit:
+            raise UserError(
+                f"a prompt of {longest} tokens and rollout.max_response_tokens={sampling.max_tokens} exceed "
+                f"policy.model.max_sequence_length={limit}; shorten one or raise the other"
+            )
+        batch = _Batch(self, requests, sampling, longest + sampling.max_tokens)
+        while batch.advance():
+            if self.progress is not None:
+                self.progress(batch.finished, len(requests), batch.drawn)
+        return batch.rollouts(self.version)
+
+
+@dataclass
+class _Rows:
+    """State of the running responses, one entry per occupied cache row."""
+
+    request: Tensor
+    """Which request."""
+    key: Tensor
+    """Its random key."""
+    position: Tensor
+    """Position of `token` in the sequence."""
+    token: Tensor
+    """Last token drawn, not yet in the cache."""
+    count: Tensor
+    """Tokens drawn."""
+
+    def columns(self) -> tuple[Tensor, ...]:
+        return self.request, self.key, self.position, self.token, self.count
+
+
+class _Batch:
+    """One call of `generate`."""
+
+    def __init__(
+        self, engine: LocalEngine, requests: Sequence[Request], sampling: Sampling, length: int
+    ) -> None:
+        self.decoder, self.requests, self.sampling = engine.decoder, requests, sampling
+        self.device, n = engine.decoder.device, len(requests)
+        self.slots = min(engine.slots, n)
+        self.cache = KeyValueCache(
+            self.decoder.model, self.slots, length, self.decoder.dtype, self.device
+        )
+        self.keys = torch.tensor(
+            [request_key((*sampling.seed, r.prompt_id, r.sample_index)) for r in requests],
+            dtype=torch.int64,
+            device=self.device,
+        )
+        self.prompt_lengths = torch.tensor([len(r.tokens) for r in requests], dtype=torch.int64)
+        self.stop = torch.tensor(sampling.stop_tokens, dtype=torch.int64, device=self.device)
+        self.tokens = torch.zeros(n, sampling.max_tokens, dtype=torch.int64, device=self.device)
+        self.log_probs = torch.zeros(n, sampling.max_tokens, device=self.device)
+        self.lengths = torch.zeros(n, dtype=torch.int64, device=self.device)
+        self.stopped = torch.zeros(n, dtype=torch.bool, device=self.device)
+        none = torch.empty(0, dtype=torch.int64, device=self.device)
+        self.rows = _Rows(none, none, none, none, none)
+        self.admitted = self.finished = self.drawn = 0
+
+    def advance(self) -> bool:
+        """Admit what fits, draw one token per running response; False once all are finished."""
+        if self.admitted < len(self.requests) and self.rows.request.numel() < self.slots:
+            self._admit()
+            self._retire()
+        if self.rows.request.numel():
+            rows = self.rows
+            hidden = self.decoder.decode(rows.token, rows.position, self.cache)
+            rows.position = rows.position + 1
+            self._draw(rows, hidden)
+            self._retire()
+        return self.finished < len(self.requests)
+
+    def _admit(self) -> None:
+        """Prefill the next requests into free rows and draw their first token."""
+        running = self.rows.request.numel()
+        batch = list(range(self.admitted, min(self.admitted + self.slots - running, len(self.requests))))
+        self.admitted += len(batch)
+        unique = list(dict.fromkeys(self.requests[i].tokens for i in batch))
+        place = {prompt: i for i, prompt in enumerate(unique)}
+        prompt_of = [place[self.requests[i].tokens] for i in batch]
+        last_hidden = torch.empty(
+            len(unique), self.decoder.model.hidden_size, dtype=self.decoder.dtype, device=self.device
+        )
+        per_pass = max(1, PREFILL_TOKENS // max(len(prompt) for prompt in unique))
+        for begin in range(0, len(unique), per_pass):
+            part = unique[begin : begin + per_pass]
+            inside = [i for i, p in enumerate(prompt_of) if begin <= p < begin + len(part)]
+            rows = torch.tensor([running + i for i in inside], device=self.device)
+            sources = torch.tensor([prompt_of[i] - begin for i in inside], device=self.device)
+            lengths = torch.tensor([len(prompt) for prompt in part], device=self.device)
+            padded = torch.zeros(len(part), int(lengths.max()), dtype=torch.int64, device=self.device)
+            for i, prompt in enumerate(part):
+                padded[i, : len(prompt)] = torch.tensor(prompt, device=self.device)
+            hidden = self.decoder.prefill(padded, self.cache, rows, sources)
+            last_hidden[begin : begin + len(part)] = hidden[torch.arange(len(part)), lengths - 1]
+        request = torch.tensor(batch, device=self.device)
+        new = _Rows(
+            request=request,
+            key=self.keys[request],
+            position=self.prompt_lengths.to(self.device)[request],
+            token=torch.zeros_like(request),
+            count=torch.zeros_like(request),
+        )
+        self._draw(new, last_hidden[torch.tensor(prompt_of, device=self.device)])
+        joined = zip(self.rows.columns(), new.columns(), strict=True)
+        self.rows = _Rows(*(torch.cat(pair) for pair in joined))
+
+    def _draw(self, rows: _Rows, hidden: Tensor) -> None:
+        """Draw the token that follows `hidden` in each row and record it."""
+        uniform = uniforms(rows.key, rows.count)
+        rows.token, log_prob = draw(self.decoder.logits(hidden), uniform, self.sampling)
+        self.tokens[rows.request, rows.count] = rows.token
+        self.log_probs[rows.request, rows.count] = log_prob
+        rows.count = rows.count + 1
+        self.drawn += rows.count.numel()
+
+    def _retire(self) -> None:
+        """Take finished responses out; running rows from the end move into their places."""
+        rows = self.rows
+        stopped = torch.isin(rows.token, self.stop)
+        done = stopped | (rows.count >= self.sampling.max_tokens)
+        if not bool(done.any()):
+            return
+        self.stopped[rows.request[stopped]] = True
+        self.lengths[rows.request[done]] = rows.count[done]
+        running = int((~done).sum())
+        self.finished += done.numel() - running
+        holes = done[:running].nonzero()[:, 0]
+        movers = (~done[running:]).nonzero()[:, 0] + running
+        if movers.numel():
+            self.cache.move(movers, holes, int(rows.position[movers].max()))
+            for column in rows.columns():
+                column[holes] = column[movers]
+        self.rows = _Rows(*(column[:running] for column in rows.columns()))
+
+    def rollouts(self, version: int) -> Rollouts:
+        """The finished responses, on the CPU, in the order of the requests."""
+        lengths = self.lengths.cpu()
+        drawn = torch.arange(self.sampling.max_tokens) < lengths.unsqueeze(1)
+        requests = self.requests
+        return Rollouts(
+            prompt_ids=torch.tensor([r.prompt_id for r in requests], dtype=torch.int64),
+            groups=torch.tensor([r.group for r in requests], dtype=torch.int64),
+            sample_indices=torch.tensor([r.sample_index for r in requests], dtype=torch.int64),
+            prompt_lengths=self.prompt_lengths,
+            prompt_tokens=torch.tensor([t for r in requests for t in r.tokens], dtype=torch.int64),
+            response_lengths=lengths,
+            response_tokens=self.tokens.cpu()[drawn],
+            finish_reasons=torch.where(self.stopped.cpu(), FINISH_STOP, FINISH_LENGTH),
+            weight_versions=torch.full((int(lengths.sum()),), version, dtype=torch.int64),
+            engine_log_prob=self.log_probs.cpu()[drawn],
+        )

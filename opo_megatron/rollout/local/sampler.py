@@ -1,0 +1,79 @@
+"""Drawing tokens: stateless uniform numbers and the inverse of the cumulative distribution.
+
+The uniform number of a token is a hash of (run seed, step, prompt id, sample index, position).  So a
+response does not depend on its neighbours in the batch, on the number of ranks, or on whether the
+run was interrupted.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opo_megatron.rollout.engine import Sampling
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def request_key(parts: tuple[int, ...]) -> int:
+    """A signed 64-bit key of a tuple of integers: splitmix64 (Steele et al. 2014), chained."""
+    state = 0
+    for part in parts:
+        state = _mix((state ^ (part & _MASK)) + _GOLDEN & _MASK)
+    return state - (1 << 64) if state >> 63 else state
+
+
+def _mix(x: int) -> int:
+    x = (x ^ (x >> 30)) * _FACTORS[0] & _MASK
+    x = (x ^ (x >> 27)) * _FACTORS[1] & _MASK
+    return x ^ (x >> 31)
+
+
+def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
+    """[n] float64 in [0, 1): the number of each (key, position), both int64."""
+    x = keys + (positions + 1) * _signed(_GOLDEN)
+    x = (x ^ _shift_right(x, 30)) * _signed(_FACTORS[0])
+    x = (x ^ _shift_right(x, 27)) * _signed(_FACTORS[1])
+    x = x ^ _shift_right(x, 31)
+    return _shift_right(x, 11).double() * 2.0**-53
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's own copies the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Next tokens [n] and their log π_T [n] from logits [n, V].
+
+    The log-probability is the policy's at temperature T, also where top_k, top_p or greedy choice
+    made the token likelier than that.
+    """
+    log_probs = torch.log_softmax(logits.float() / sampling.temperature, -1)
+    if sampling.greedy:
+        tokens = log_probs.argmax(-1)
+    else:
+        cumulative = _truncate(log_probs.exp(), sampling).double().cumsum_(-1)
+        threshold = uniform.unsqueeze(1) * cumulative[:, -1:]
+        # The first token whose cumulative probability exceeds the threshold: never one of probability 0.
+        tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=logits.shape[1] - 1)
+    return tokens, log_probs.gather(1, tokens.unsqueeze(1))[:, 0]
+
+
+def _truncate(probabilities: Tensor, sampling: Sampling) -> Tensor:
+    """Zero what top_k and top_p leave out; at least the likeliest token stays."""
+    if sampling.top_k > 0:
+        kept = probabilities.topk(min(sampling.top_k, probabilities.shape[1])).values[:, -1:]
+        probabilities = torch.where(probabilities >= kept, probabilities, 0.0)
+    if sampling.top_p < 1:
+        ordered, index = probabilities.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        beyond = before >= sampling.top_p * ordered.sum(-1, keepdim=True)
+        probabilities = torch.zeros_like(probabilities).scatter(1, index, ordered.masked_fill(beyond, 0.0))
+    return probabilities

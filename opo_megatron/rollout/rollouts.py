@@ -1,0 +1,157 @@
+"""`Rollouts`: what the engine hands to the policy, and what a step can be replayed from.
+
+Storage is ragged: the tokens of all samples lie one after the other, with a length per sample.
+A column that was not measured is None, never zeros.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FINISH_STOP = 0
+FINISH_LENGTH = 1
+
+_PER_PROMPT_TOKEN = ("prompt_tokens",)
+_PER_RESPONSE_TOKEN = ("response_tokens", "weight_versions", "engine_log_prob")
+
+
+@dataclass
+class Rollouts:
+    """n samples with Σp prompt tokens and Σl response tokens, all on the CPU.
+
+    A group is the K samples of one prompt of a step; (group, sample_index) orders a step's batch.
+    """
+
+    prompt_ids: Tensor
+    """[n] int64: which prompt of the task."""
+    groups: Tensor
+    """[n] int64: place of the prompt in the step's batch."""
+    sample_indices: Tensor
+    """[n] int64: place of the sample in its group."""
+    prompt_lengths: Tensor
+    """[n] int64."""
+    prompt_tokens: Tensor
+    """[Σp] int64."""
+    response_lengths: Tensor
+    """[n] int64; a stop token that was sampled is counted."""
+    response_tokens: Tensor
+    """[Σl] int64."""
+    finish_reasons: Tensor
+    """[n] int64: FINISH_STOP, or FINISH_LENGTH where the answer was cut."""
+    weight_versions: Tensor | None = None
+    """[Σl] int64: version of the weights that drew each token."""
+    engine_log_prob: Tensor | None = None
+    """[Σl] float32: log π_T of each token as the engine computed it."""
+    rewards: Tensor | None = None
+    """[n] float64."""
+    advantages: Tensor | None = None
+    """[n] float64."""
+    is_demonstration: bool = False
+    """Written by the task, not drawn by an engine: only the supervised objective takes them."""
+
+    def __len__(self) -> int:
+        return self.prompt_ids.numel()
+
+    @property
+    def sequence_lengths(self) -> Tensor:
+        """[n] int64: prompt and response."""
+        return self.prompt_lengths + self.response_lengths
+
+    def sequences(self) -> list[Tensor]:
+        """Prompt and response of each sample, joined."""
+        prompts = self.prompt_tokens.split(self.prompt_lengths.tolist())
+        responses = self.response_tokens.split(self.response_lengths.tolist())
+        return [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
+
+    def responses(self) -> list[list[int]]:
+        """Response tokens of each sample."""
+        return [t.tolist() for t in self.response_tokens.split(self.response_lengths.tolist())]
+
+    def select(self, indices: Sequence[int] | Tensor) -> Rollouts:
+        """The samples `indices`, in that order."""
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        changes: dict[str, Any] = {}
+        for name, value in self._columns():
+            if name in _PER_PROMPT_TOKEN:
+                changes[name] = _select_ragged(value, self.prompt_lengths, index)
+            elif name in _PER_RESPONSE_TOKEN:
+                changes[name] = _select_ragged(value, self.response_lengths, index)
+            else:
+                changes[name] = value[index]
+        return replace(self, **changes)
+
+    def sorted(self) -> Rollouts:
+        """In the batch's own order: by group, then by sample."""
+        order = sorted(
+            range(len(self)), key=lambda i: (int(self.groups[i]), int(self.sample_indices[i]))
+        )
+        return self.select(order)
+
+    def _columns(self) -> list[tuple[str, Tensor]]:
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return [(name, value) for name, value in values if isinstance(value, Tensor)]
+
+    @staticmethod
+    def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
+        """All samples of `parts`, which must carry the same columns, one after the other."""
+        names = {tuple(name for name, _ in part._columns()) for part in parts}
+        if len(names) != 1:
+            raise ValueError(f"cannot join rollouts with different columns: {sorted(names)}")
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names.pop()}
+        return replace(parts[0], **joined)
+
+    @staticmethod
+    def from_demonstrations(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Rollouts:
+        """Supervised examples in the shape of rollouts: one sample per group, no version, no reward."""
+        n = len(prompts)
+        if len(responses) != n:
+            raise ValueError(f"{n} prompts but {len(responses)} responses")
+        return Rollouts(
+            prompt_ids=torch.arange(n),
+            groups=torch.arange(n),
+            sample_indices=torch.zeros(n, dtype=torch.int64),
+            prompt_lengths=torch.tensor([len(p) for p in prompts], dtype=torch.int64),
+            prompt_tokens=torch.tensor([t for p in prompts for t in p], dtype=torch.int64),
+            response_lengths=torch.tensor([len(r) for r in responses], dtype=torch.int64),
+            response_tokens=torch.tensor([t for r in responses for t in r], dtype=torch.int64),
+            finish_reasons=torch.full((n,), FINISH_STOP, dtype=torch.int64),
+            is_demonstration=True,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write without loss, visible under its name only when complete."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        columns = {name: value.contiguous() for name, value in self._columns()}
+        save_file(columns, partial, metadata={"is_demonstration": json.dumps(self.is_demonstration)})
+        os.replace(partial, path)
+
+    @staticmethod
+    def load(path: Path) -> Rollouts:
+        """Read what `save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            marked = json.loads(file.metadata()["is_demonstration"])
+        return Rollouts(**columns, is_demonstration=marked)
+
+
+def _select_ragged(values: Tensor, lengths: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` of a ragged column whose row i holds lengths[i] values."""
+    if index.numel() == 0:
+        return values[:0]
+    starts = torch.cumsum(lengths, 0) - lengths
+    picked = lengths[index]
+    # Position of every wanted value: its row's start, plus its own place within the row.
+    row_starts = torch.repeat_interleave(starts[index], picked)
+    within = torch.arange(int(picked.sum())) - torch.repeat_interleave(torch.cumsum(picked, 0) - picked, picked)
+    return values[row_starts + within]
