@@ -1,0 +1,9 @@
+"""Where prompts and rewards come from."""
+
+from opo_megatron.tasks.base import Prompt, Task
+from opo_megatron.tasks.lift import LiftTask
+
+TASKS: dict[str, type[LiftTask]] = {"lift": LiftTask}
+"""Tasks by the name that a recipe uses."""
+
+__all__ = ["TASKS", "Prompt", "Task"]

@@ -1,0 +1,69 @@
+"""What a task offers: prompts by number, a reward per answer, optionally demonstrations.
+
+A split is an array of prompts that can be read at any index, so that the order in which they are
+used is a pure function of (seed, epoch) and nothing about it has to be saved.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+Split = Literal["train", "held_out"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    id: int
+    """Unique within the task."""
+    text: str
+    tokens: tuple[int, ...]
+    answer: str
+
+
+class Task(Protocol):
+    vocab_size: int
+    stop_tokens: tuple[int, ...]
+    demonstrates: bool
+    """Whether `demonstration` gives any."""
+
+    def size(self, split: Split) -> int:
+        """Number of prompts."""
+        ...
+
+    def prompt(self, split: Split, index: int) -> Prompt: ...
+
+    def reward(self, prompt: Prompt, response: list[int]) -> float:
+        """Reward of a response, stop token included where it has one."""
+        ...
+
+    def demonstration(self, prompt: Prompt, rng: random.Random) -> list[int]:
+        """A response to learn from before the first step, stop token included."""
+        ...
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text for people."""
+        ...
+
+
+class PromptOrder:
+    """An endless order of a split's indices: every epoch is a permutation from (seed, stream, epoch)."""
+
+    def __init__(self, size: int, seed: int, stream: int) -> None:
+        self.size, self.seed, self.stream = size, seed, stream
+        self._epoch = -1
+        self._permutation = np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> int:
+        epoch, place = divmod(position, self.size)
+        if epoch != self._epoch:
+            generator = np.random.default_rng([self.seed, self.stream, epoch])
+            self._permutation, self._epoch = generator.permutation(self.size), epoch
+        return int(self._permutation[place])
+
+    def batch(self, step: int, count: int) -> list[int]:
+        """Indices of step 0, 1, 2, … with `count` prompts each."""
+        return [self[step * count + i] for i in range(count)]
