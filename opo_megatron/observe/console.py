@@ -1,0 +1,93 @@
+"""What a person sees: a progress line while something runs, a line per step, a table at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from opo_megatron.observe.rows import Row
+
+COLUMNS = {
+    "step": ("step", "{:d}"),
+    "reward/mean": ("reward", "{:.3f}"),
+    "eval/accuracy": ("held-out", "{:.3f}"),
+    "eval/greedy_accuracy": ("greedy", "{:.3f}"),
+    "response_length/mean": ("length", "{:.1f}"),
+    "entropy": ("entropy", "{:.3f}"),
+    "grad_norm": ("grad norm", "{:.3f}"),
+    "on_policy/logprob_diff_max": ("max |Δ log π|", "{:.1e}"),
+    "time/step": ("seconds", "{:.2f}"),
+}
+"""Metrics of the live table, with their headings."""
+
+VISIBLE_ROWS = 12
+
+
+class Display:
+    """A live table in a terminal, plain lines elsewhere; silent on all ranks but one."""
+
+    def __init__(self, active: bool) -> None:
+        self.console = Console(file=sys.stdout, highlight=False)
+        self.active = active
+        self._live: Live | None = None
+        self._rows: list[Row] = []
+        self._status = ""
+        self._last_refresh = 0.0
+        if active and self.console.is_terminal:
+            self._live = Live(console=self.console, auto_refresh=False)
+            self._live.start()
+
+    def status(self, text: str) -> None:
+        """What is going on right now; shown in a terminal only."""
+        self._status = text
+        if self._live is not None and time.monotonic() - self._last_refresh > 0.1:
+            self._refresh()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self.active:
+            self.console.print(text, markup=False)
+
+    def row(self, row: Row) -> None:
+        """A finished step."""
+        self._rows.append(row)
+        if self._live is not None:
+            self._refresh()
+        elif self.active:
+            pairs = [f"{head} {shape.format(row[name])}" for name, (head, shape) in COLUMNS.items() if name in row]
+            self.console.print("  ".join(pairs), markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the terminal as a person expects it."""
+        if self._live is not None:
+            self._status = ""
+            self._refresh()
+            self._live.stop()
+            self._live = None
+
+    def _refresh(self) -> None:
+        assert self._live is not None
+        table = Table(caption=self._status, caption_justify="left")
+        for heading, _ in COLUMNS.values():
+            table.add_column(heading, justify="right")
+        for row in self._rows[-VISIBLE_ROWS:]:
+            table.add_row(*(shape.format(row[n]) if n in row else "" for n, (_, shape) in COLUMNS.items()))
+        self._live.update(table, refresh=True)
+        self._last_refresh = time.monotonic()
+
+    def summary(self, title: str, lines: Sequence[tuple[str, str, str, str]]) -> None:
+        """The closing table: (what, at the start, at the end, in plain words)."""
+        if not self.active:
+            return
+        table = Table(title=title, title_justify="left")
+        for heading in ("", "start", "end"):
+            table.add_column(heading, justify="right" if heading else "left")
+        table.add_column("what it means", overflow="fold")
+        for line in lines:
+            table.add_row(*line)
+        self.console.print(table)

@@ -1,0 +1,54 @@
+"""The closing table of a run, in words that need no paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from opo_megatron.config import Config
+from opo_megatron.observe.rows import Row
+
+Line = tuple[str, str, str, str]
+
+
+def closing_table(config: Config, rows: Sequence[Row], seconds: float) -> tuple[str, list[Line]]:
+    """(title, lines of (what, at the start, at the end, what it means)) from all rows of metrics.jsonl."""
+    first, last = rows[0], rows[-1]
+    updates = [row for row in rows if "reward/mean" in row]
+    lines: list[Line] = [
+        (
+            "held-out accuracy",
+            *_pair(first, last, "eval/accuracy", "{:.1%}"),
+            f"one sampled answer to each of {config.eval.problems} problems that were never trained on",
+        )
+    ]
+    if config.eval.greedy:
+        pair = _pair(first, last, "eval/greedy_accuracy", "{:.1%}")
+        lines.append(("   by likeliest token", *pair, "the same problems, answered without chance"))
+    pair = _pair(first, last, "eval/response_length/mean", "{:.1f}")
+    lines.append(("answer length", *pair, "tokens per held-out answer, stop token included"))
+    if updates:
+        begin, end = updates[0], updates[-1]
+        entropy = _pair(begin, end, "entropy", "{:.3f}")
+        lines.append(("entropy", *entropy, "nats per token: how many ways of answering are left"))
+        reward = _pair(begin, end, "reward/mean", "{:.3f}")
+        lines.append(("reward", *reward, "mean over the first and over the last training batch"))
+        worst = max(row["on_policy/logprob_diff_max"] for row in updates)
+        lines.append(
+            (
+                "worst |Δ log π|",
+                "",
+                f"{worst:.1e}",
+                "largest gap, over all steps, between a token's log-probability when it was drawn and when it "
+                "was trained on: exactly on-policy but for rounding",
+            )
+        )
+    title = (
+        f"{last['step']} OPO steps, one optimizer step each, in {seconds:.0f} s; "
+        f"everything is in {config.run.dir}"
+    )
+    return title, lines
+
+
+def _pair(first: Row, last: Row, name: str, shape: str) -> tuple[str, str]:
+    before, after = (shape.format(row[name]) if name in row else "" for row in (first, last))
+    return before, after

@@ -1,0 +1,49 @@
+"""A JSON-lines file of one object per step, which never holds half a step.
+
+A row is written in one piece and is on disk before `append` returns.  A resumed run first cuts what
+lies behind its checkpoint, a torn last line included.  A value that was not measured is absent.
+Values that may differ between identical runs live only under time/, memory/, throughput/, run/.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+class RowFile:
+    """Appends rows in step order."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[Row]:
+        """All complete rows; a torn last line is left out."""
+        if not self.path.exists():
+            return []
+        complete = self.path.read_text().split("\n")[:-1]
+        return [json.loads(line) for line in complete]
+
+    def cut_after(self, step: int) -> None:
+        """Drop every row behind `step`, and a torn last line."""
+        rows = [row for row in self.read() if row["step"] <= step]
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(_line(row) for row in rows))
+        os.replace(partial, self.path)
+
+    def append(self, row: Row) -> None:
+        with self.path.open("a") as file:
+            file.write(_line(row))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _line(row: Row) -> str:
+    """One JSON line; NaN and infinity are written as null, because JSON has neither."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite) + "\n"

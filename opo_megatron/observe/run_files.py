@@ -1,0 +1,85 @@
+"""The files of a run, written by rank 0: metrics, TensorBoard, rollouts, resolved config, summary."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from opo_megatron.config import Config, to_yaml
+from opo_megatron.observe.rows import Row, RowFile
+from opo_megatron.rollout.rollouts import Rollouts
+
+
+class RunFiles:
+    """`<run.dir>` of one attempt; on ranks that do not write, every method does nothing."""
+
+    def __init__(self, config: Config, writes: bool, step: int, warm_step: int) -> None:
+        """Continue behind OPO step `step` and warm-start step `warm_step` (−1 and 0 for a new run)."""
+        self.dir, self.writes = Path(config.run.dir), writes
+        self.metrics = RowFile(self.dir / "metrics.jsonl")
+        self.warm_start = RowFile(self.dir / "warm_start.jsonl")
+        self._boards: dict[str, Any] = {}
+        if not writes:
+            return
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.attempt = 1 + max((row["run/attempt"] for row in self._earlier_rows()), default=0)
+        self.metrics.cut_after(step)
+        self.warm_start.cut_after(warm_step)
+        self._cut_rollouts(step)
+        (self.dir / "config.yaml").write_text(to_yaml(config))
+        self._boards = self._open_boards(step, warm_step) if config.observe.tensorboard else {}
+
+    def _open_boards(self, step: int, warm_step: int) -> dict[str, Any]:
+        """One TensorBoard writer per step axis, purged behind the checkpoint."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = self.dir / "tensorboard"
+        return {
+            "step": SummaryWriter(board, purge_step=step + 1),
+            "warm_start": SummaryWriter(board / "warm_start", purge_step=warm_step + 1),
+        }
+
+    def _earlier_rows(self) -> list[Row]:
+        return self.metrics.read() + self.warm_start.read()
+
+    def _cut_rollouts(self, step: int) -> None:
+        for path in (self.dir / "rollouts").glob("step_*.safetensors"):
+            if int(path.stem.removeprefix("step_")) > step:
+                path.unlink()
+
+    def write_step(self, row: Row) -> None:
+        """One finished OPO step."""
+        self._write(self.metrics, "step", row)
+
+    def write_warm_start(self, row: Row) -> None:
+        """One finished warm-start step."""
+        self._write(self.warm_start, "warm_start", row)
+
+    def _write(self, file: RowFile, board: str, row: Row) -> None:
+        if not self.writes:
+            return
+        if board in self._boards:
+            for name, value in row.items():
+                if name != "step":
+                    self._boards[board].add_scalar(name, value, row["step"])
+        file.append(row | {"run/attempt": self.attempt})
+
+    def write_rollouts(self, step: int, rollouts: Rollouts | None) -> None:
+        """The step's samples with rewards and advantages (given on the writing rank)."""
+        if self.writes and rollouts is not None:
+            rollouts.save(self.dir / "rollouts" / f"step_{step:08d}.safetensors")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """summary.json, replaced as a whole."""
+        if not self.writes:
+            return
+        partial = self.dir / "summary.json.partial"
+        partial.write_text(json.dumps(summary, indent=2) + "\n")
+        os.replace(partial, self.dir / "summary.json")
+
+    def close(self) -> None:
+        for board in self._boards.values():
+            board.close()
+

@@ -1,0 +1,57 @@
+"""What a step reports, by its public names."""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+from torch import Tensor
+
+from opo_megatron.algorithm.advantages import groups_without_signal
+from opo_megatron.observe.rows import Row
+from opo_megatron.policy.policy import StepMetrics
+from opo_megatron.rollout.batch import Summary
+
+
+def step_row(step: int, batch: Summary, advantages: Tensor, metrics: StepMetrics, lr: float) -> Row:
+    """The row of an OPO step, before its times are known."""
+    lengths = batch.response_lengths.double()
+    row: Row = {
+        "step": step,
+        "reward/mean": float(batch.rewards.mean()),
+        "response_length/mean": float(lengths.mean()),
+        "response_length/max": int(lengths.max()),
+        "response_length/truncated": batch.truncated,
+        "advantage/mean": float(advantages.mean()),
+        "advantage/rms": float(advantages.square().mean().sqrt()),
+        "groups/without_signal": float(groups_without_signal(batch.rewards, batch.groups).double().mean()),
+        "tokens/response": metrics.tokens,
+        "loss": metrics.loss,
+        "entropy": metrics.entropy,
+        "grad_norm": metrics.grad_norm,
+        "lr": lr,
+    }
+    if metrics.mismatch is not None:
+        row |= {
+            "on_policy/logprob_diff_max": metrics.mismatch.max,
+            "on_policy/logprob_diff_mean": metrics.mismatch.mean,
+            "on_policy/k3": metrics.mismatch.k3,
+        }
+    return row
+
+
+def memory_metrics() -> Row:
+    """Peak memory of this process so far, and of its GPU."""
+    row: Row = {"memory/peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if torch.cuda.is_available():
+        row["memory/peak_gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return row
+
+
+def throughput_metrics(row: Row) -> Row:
+    """Response tokens per second of all ranks, by phase."""
+    return {
+        f"throughput/{phase}_tokens_per_second": row["tokens/response"] / row[f"time/{phase}"]
+        for phase in ("rollout", "train", "step")
+        if row.get("tokens/response") and row.get(f"time/{phase}")
+    }

@@ -1,0 +1,185 @@
+"""One run: its parts, where it stands, and what happens when a step is finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from opo_megatron.algorithm.on_policy import check_mismatch
+from opo_megatron.config import Config
+from opo_megatron.config.schema import Dtype
+from opo_megatron.errors import OnPolicyError, UserError
+from opo_megatron.observe.console import Display
+from opo_megatron.observe.report import closing_table
+from opo_megatron.observe.rows import Row
+from opo_megatron.observe.run_files import RunFiles
+from opo_megatron.observe.step_metrics import memory_metrics, throughput_metrics
+from opo_megatron.policy.checkpoint import Progress, checkpoints, load, read_progress, save
+from opo_megatron.policy.parallel import Parallel, initialize, leave
+from opo_megatron.policy.policy import Policy, StepMetrics
+from opo_megatron.rollout.batch import gather_on_first
+from opo_megatron.rollout.engine import Sampling
+from opo_megatron.rollout.local.engine import LocalEngine
+from opo_megatron.rollout.rollouts import Rollouts
+from opo_megatron.tasks import TASKS, Prompt, Task
+from opo_megatron.tasks.base import PromptOrder, Split
+
+STREAM_TRAIN, STREAM_WARM_START, STREAM_EVAL = range(3)
+"""Independent streams of random numbers."""
+
+
+@dataclass
+class Run:
+    """Everything that a step needs, the same on every rank but for the rank's own part."""
+
+    config: Config
+    parallel: Parallel
+    task: Task
+    policy: Policy
+    engine: LocalEngine
+    files: RunFiles
+    display: Display
+    step: int = -1
+    """Last finished OPO step; step 0 is the evaluation before the first update, −1 is before that."""
+    warm_step: int = 0
+    """Last finished warm-start step."""
+    started: float = field(default_factory=time.monotonic)
+    _orders: dict[tuple[int, int], PromptOrder] = field(default_factory=dict)
+
+    def choose_prompts(self, split: Split, stream: int, seed: int, batch: int, count: int) -> list[Prompt]:
+        """Batch 0, 1, 2, … of `count` prompts from a shuffled split; a function of its arguments alone."""
+        order = self._orders.setdefault((stream, seed), PromptOrder(self.task.size(split), seed, stream))
+        return [self.task.prompt(split, index) for index in order.batch(batch, count)]
+
+    def prompts(self, step: int) -> list[Prompt]:
+        """The prompts of an OPO step (the first is 1)."""
+        count = self.config.rollout.prompts_per_step
+        return self.choose_prompts("train", STREAM_TRAIN, self.config.run.seed, step - 1, count)
+
+    def sampling(self, step: int) -> Sampling:
+        """How the responses of an OPO step are drawn."""
+        self.watch_engine(f"step {step}  drawing")
+        settings = self.config.rollout
+        return Sampling(
+            max_tokens=settings.max_response_tokens,
+            stop_tokens=self.task.stop_tokens,
+            seed=(self.config.run.seed, STREAM_TRAIN, step),
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+        )
+
+    def watch_engine(self, what: str) -> None:
+        """Show the engine's progress under the name `what`."""
+        begun = time.monotonic()
+
+        def show(done: int, total: int, tokens: int) -> None:
+            rate = tokens / max(1e-9, time.monotonic() - begun)
+            self.display.status(f"{what}  {done}/{total} responses  {rate:,.0f} tokens/s")
+
+        self.engine.progress = show
+
+    def synchronize(self) -> None:
+        """Send the policy's weights to the engine."""
+        self.engine.update_weights(self.policy.stream_weights(), self.policy.version)
+
+    # ------------------------------------------------------------------ finishing a step
+
+    def finish_warm_step(self, row: Row) -> None:
+        """Write a warm-start step, then save where it is time to."""
+        self.files.write_warm_start(row)
+        self.warm_step = row["step"]
+        self._save_if_due(Progress("warm_start", self.warm_step), self.config.warm_start.steps)
+
+    def finish_step(self, row: Row, rollouts: Rollouts | None = None) -> None:
+        """Write an OPO step, then save where it is time to."""
+        if rollouts is not None and self.config.observe.save_rollouts:
+            self.files.write_rollouts(row["step"], gather_on_first(self.parallel, rollouts))
+        self.files.write_step(row | throughput_metrics(row) | memory_metrics())
+        self.display.row(row)
+        self.step = row["step"]
+        if self.step > 0:
+            self._save_if_due(Progress("step", self.step), self.config.train.steps)
+
+    def _save_if_due(self, progress: Progress, last: int) -> None:
+        every = self.config.checkpoint.every_steps
+        if progress.step == last or (every > 0 and progress.step % every == 0):
+            self.display.status(f"saving {progress.folder}")
+            save(self.policy, self.config, progress)
+
+    def summarize(self) -> None:
+        """Write summary.json and show the closing table."""
+        seconds = time.monotonic() - self.started
+        rows = self.files.metrics.read() if self.files.writes else []
+        if not rows:
+            return
+        first, last = rows[0], rows[-1]
+        names = [name for name in last if not name.startswith(("time/", "memory/", "throughput/", "run/"))]
+        self.files.write_summary(
+            {
+                "steps": last["step"],
+                "start": {name: first[name] for name in names if name in first},
+                "end": {name: last[name] for name in names},
+                "time/seconds_of_this_attempt": seconds,
+                "run/attempt": last["run/attempt"],
+            }
+        )
+        self.display.close()
+        self.display.summary(*closing_table(self.config, rows, seconds))
+
+
+def accept_on_policy(run: Run, metrics: StepMetrics) -> None:
+    """Refuse a step whose samples the policy did not draw, before its optimizer step."""
+    if metrics.mismatch is None:
+        raise OnPolicyError("the engine recorded no log-probabilities, so on-policyness cannot be measured")
+    warning = check_mismatch(run.config.on_policy, metrics.mismatch)
+    if warning is not None:
+        run.display.say(f"warning: {warning}")
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[Run]:
+    """Build or resume a run and leave its process groups at the end."""
+    parallel = initialize(config)
+    display = Display(active=parallel.rank == 0)
+    try:
+        yield _build(config, parallel, display)
+    finally:
+        display.close()
+        leave()
+
+
+def _build(config: Config, parallel: Parallel, display: Display) -> Run:
+    task = TASKS[config.task.name]()
+    checkpoint = _checkpoint_to_resume(config)
+    progress = read_progress(checkpoint) if checkpoint else Progress("warm_start", 0)
+    in_warm_start = progress.phase == "warm_start"
+    warms_up = in_warm_start and config.warm_start.steps > 0
+    policy = Policy(config, task.vocab_size, parallel, config.warm_start if warms_up else config.optimizer)
+    if checkpoint is not None:
+        load(policy, config, checkpoint)
+        display.say(f"resumed from {checkpoint}")
+    model = config.policy.model
+    dtype = torch.bfloat16 if config.policy.dtype is Dtype.bf16 else torch.float32
+    engine = LocalEngine(model, task.vocab_size, dtype, parallel.device, config.rollout.local.slots)
+    step = -1 if in_warm_start else progress.step
+    warm_step = progress.step if in_warm_start else config.warm_start.steps
+    files = RunFiles(config, parallel.rank == 0, step, warm_step)
+    return Run(config, parallel, task, policy, engine, files, display, step, warm_step)
+
+
+def _checkpoint_to_resume(config: Config) -> Path | None:
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        found = checkpoints(Path(config.run.dir))
+        return found[-1] if found else None
+    path = Path(config.resume)
+    if not path.is_dir():
+        raise UserError(f"resume={config.resume} is not a folder; name a checkpoint, or say resume=auto")
+    return path

@@ -1,0 +1,75 @@
+"""The loop of OPO (arXiv 2505.23585), as the paper writes it.
+
+    for each step:
+        draw K responses per prompt from the current policy
+        reward them
+        A = r − b,  b = Σ l·r / Σ l over each prompt's responses
+        one optimizer step on −(1/N) Σ A Σ log π        (and never a second one)
+        send the new weights to the engine
+        evaluate and save, where it is time to
+
+Every rank runs this same program.  What is left out is the point: no clip, no KL term, no entropy
+bonus, no critic, no reference model, no second update on old samples.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from opo_megatron.algorithm.advantages import advantages
+from opo_megatron.algorithm.objective import PolicyGradient, loss_normalizer
+from opo_megatron.algorithm.on_policy import check_versions
+from opo_megatron.config import Config
+from opo_megatron.evaluate import evaluate, evaluation_is_due
+from opo_megatron.observe.step_metrics import step_row
+from opo_megatron.observe.timing import PhaseTimer
+from opo_megatron.policy.schedule import learning_rate
+from opo_megatron.rollout.batch import exchange, gather_summary, own_block, requests_for, rewards_of
+from opo_megatron.run import Run, accept_on_policy, open_run
+from opo_megatron.warm_start import warm_start
+
+
+def train(config: Config) -> None:
+    """Train by OPO as the recipe says, resuming where it asks for that."""
+    with open_run(config) as run:
+        warm_start(run)
+        run.synchronize()
+        if run.step < 0:
+            run.finish_step({"step": 0} | evaluate(run))
+        while run.step < config.train.steps:
+            opo_step(run, run.step + 1)
+        run.summarize()
+
+
+def opo_step(run: Run, step: int) -> None:
+    """One batch of rollouts, one optimizer step."""
+    config, policy, parallel, timer = run.config, run.policy, run.parallel, PhaseTimer()
+
+    with timer.phase("rollout"):
+        prompts = run.prompts(step)
+        requests = requests_for(prompts, config.rollout.samples_per_prompt, parallel)
+        rollouts = run.engine.generate(requests, run.sampling(step))
+        check_versions(rollouts.weight_versions, policy.version)
+
+    with timer.phase("reward"):
+        rollouts.rewards = rewards_of(run.task, prompts, rollouts)
+        batch = gather_summary(parallel, rollouts)
+        advantage = advantages(config.algorithm, batch.rewards, batch.response_lengths, batch.groups)
+        rollouts.advantages = advantage[own_block(parallel, len(advantage))]
+
+    with timer.phase("train"):
+        plan = policy.plan(batch.sequence_lengths)
+        samples = exchange(parallel, rollouts, plan, len(advantage))
+        normalizer = loss_normalizer(config.algorithm, config.rollout, batch.response_lengths)
+        objective = PolicyGradient(normalizer, config.rollout.temperature)
+        rate = learning_rate(config.optimizer, step, config.train.steps)
+        metrics = policy.train_step(samples, plan, objective, rate, partial(accept_on_policy, run))
+
+    with timer.phase("sync"):
+        run.synchronize()
+
+    row = step_row(step, batch, advantage, metrics, rate)
+    if evaluation_is_due(config, step):
+        with timer.phase("eval"):
+            row |= evaluate(run)
+    run.finish_step(row | timer.metrics(), rollouts=rollouts)
