@@ -1,0 +1,59 @@
+"""The keys that a recipe may hold, with their types, and the nearest one to a misspelling."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import lru_cache
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from opo_megatron.config.schema import Config
+
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+
+
+@lru_cache(maxsize=1)
+def key_types() -> dict[str, Any]:
+    """Full key ('rollout.top_p') → type.  The type of a section is its dataclass."""
+    return dict(_walk(Config, ""))
+
+
+def _walk(section: Any, prefix: str) -> Iterable[tuple[str, Any]]:
+    hints = get_type_hints(section)
+    for field in fields(section):
+        key, hint = prefix + field.name, hints[field.name]
+        yield key, hint
+        if is_dataclass(hint):
+            yield from _walk(hint, key + ".")
+
+
+def describe_type(hint: Any) -> str:
+    """The type in a sentence: 'an integer', 'one of opo, rloo', 'a number or null'."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        inner = next(argument for argument in arguments if argument is not type(None))
+        return describe_type(inner) + " or null"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "one of " + ", ".join(choice.value for choice in hint)
+    if origin is list:
+        return f"a list, each entry {describe_type(arguments[0])}"
+    return _WORDS.get(hint, "a mapping")
+
+
+def nearest(key: str, known: Iterable[str]) -> str | None:
+    """The known key that was probably meant: the same last part elsewhere, else the most similar text."""
+    candidates = list(known)
+    leaf = key.rpartition(".")[2]
+    misplaced = [candidate for candidate in candidates if candidate.rpartition(".")[2] == leaf]
+    close = difflib.get_close_matches(key, misplaced or candidates, n=1, cutoff=0.0 if misplaced else 0.6)
+    return close[0] if close else None
+
+
+def unknown(key: str, known: Iterable[str]) -> str:
+    """The sentence about a key that does not exist."""
+    guess = nearest(key, known)
+    remedy = f"did you mean '{guess}'?" if guess else "`opo config RECIPE` prints every key"
+    return f"unknown key '{key}'; {remedy}"

@@ -1,0 +1,204 @@
+"""From a recipe file and the command line to one complete, checked `Config`.
+
+Later wins: the schema's defaults, the recipe that `base:` names (and that one's base), the recipe,
+`key=value` overrides.  Every value is stored on its own, so that a mistake is reported with its key,
+its value and the file that it stands in.  What is derived from other fields is filled in by `resolve`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from opo_megatron.config.keys import describe_type, key_types, unknown
+from opo_megatron.config.schema import Baseline, Config, LossNormalizer, Scale, Scope, Weight
+from opo_megatron.config.validate import validate
+from opo_megatron.errors import UserError
+
+FREE_SECTION = "policy.megatron"
+"""The one mapping whose keys are not in the schema; `validate` checks them against Megatron's source."""
+
+
+class Preset(NamedTuple):
+    """The four switches of the advantage formula; the names are those of `AlgorithmConfig`."""
+
+    weight: Weight
+    leave_one_out: bool
+    scale: Scale
+    scope: Scope
+
+
+PRESETS = {
+    Baseline.opo: Preset(Weight.length, False, Scale.none, Scope.group),
+    Baseline.opo_loo: Preset(Weight.length, True, Scale.none, Scope.group),
+    Baseline.group_mean: Preset(Weight.one, False, Scale.none, Scope.group),
+    Baseline.rloo: Preset(Weight.one, True, Scale.none, Scope.group),
+    Baseline.grpo: Preset(Weight.one, False, Scale.std, Scope.group),
+    Baseline.batch_length: Preset(Weight.length, False, Scale.none, Scope.batch),
+    Baseline.energy: Preset(Weight.energy, False, Scale.none, Scope.group),
+}
+
+
+class Entry(NamedTuple):
+    """One value of a recipe or override, and where it stands ('' for the command line)."""
+
+    key: str
+    value: Any
+    file: str
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> Config:
+    """Read, merge, resolve and validate a recipe.
+
+    Args:
+        recipe: a YAML file.  Its optional key `base` names another one, relative to its own folder.
+        overrides: `key=value` with full keys; the value is read as YAML.
+        world_size: number of ranks that will run; None takes the fewest that the layout needs.
+
+    Raises:
+        UserError: one sentence that names the key, its value and the remedy.
+    """
+    entries = [*_recipe_entries(Path(recipe), ()), *_override_entries(overrides)]
+    tree = OmegaConf.structured(Config)
+    for entry in entries:
+        _store(tree, entry)
+    config = _to_dataclasses(tree)
+    resolve(config)
+    validate(config, world_size)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML that loads again to the same configuration."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def resolve(config: Config) -> None:
+    """Fill, in place, what a recipe may leave open because it follows from other fields."""
+    model, algorithm, rollout = config.policy.model, config.algorithm, config.rollout
+    if model.num_query_groups is None:
+        model.num_query_groups = model.num_attention_heads
+    if model.kv_channels is None and model.num_attention_heads > 0:
+        if model.hidden_size % model.num_attention_heads:
+            raise UserError(
+                f"policy.model.hidden_size {model.hidden_size} is not divisible by num_attention_heads "
+                f"{model.num_attention_heads}; change one of them or set policy.model.kv_channels"
+            )
+        model.kv_channels = model.hidden_size // model.num_attention_heads
+    if model.num_moe_experts is not None and model.moe_ffn_hidden_size is None:
+        model.moe_ffn_hidden_size = model.ffn_hidden_size
+    for switch, value in PRESETS[algorithm.baseline]._asdict().items():
+        if getattr(algorithm, switch) is None:
+            setattr(algorithm, switch, value)
+    if algorithm.loss_normalizer is LossNormalizer.constant and algorithm.loss_constant is None:
+        rollouts = rollout.prompts_per_step * rollout.samples_per_prompt
+        algorithm.loss_constant = float(rollouts * rollout.max_response_tokens)
+
+
+def _recipe_entries(path: Path, children: tuple[Path, ...]) -> Iterator[Entry]:
+    """The entries of a recipe after those of its bases; `children` are the recipes that led here."""
+    if path.resolve() in [child.resolve() for child in children]:
+        chain = " → ".join(str(step) for step in (*children, path))
+        raise UserError(f"base: {chain} is a cycle; remove one of these `base:` lines")
+    content = _read(path, wanted_by=children[-1] if children else None)
+    base = content.pop("base", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise UserError(f"base is {base!r} in {path}; it must be the path of one recipe")
+        yield from _recipe_entries(path.parent / base, (*children, path))
+    yield from _flatten(content, "", str(path))
+
+
+def _read(path: Path, wanted_by: Path | None) -> dict[Any, Any]:
+    name = f"recipe '{path}'" + (f", the base of '{wanted_by}'," if wanted_by else "")
+    try:
+        # OmegaConf's loader reads 1e-4 as a number, where YAML 1.1 has text, and refuses a repeated key.
+        content = OmegaConf.load(path)
+    except FileNotFoundError:
+        hint = "the recipe comes before key=value" if "=" in path.name else "check the path"
+        raise UserError(f"{name} does not exist; {hint}") from None
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{name} is not valid YAML{line}: {problem}; mend that line") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{name} is not UTF-8 text; give a YAML file") from None
+    except OSError as error:
+        # OmegaConf says OSError, without errno, where the whole file is one number.
+        reason = f"cannot be read ({error.strerror})" if error.strerror else "is not a mapping"
+        raise UserError(f"{name} {reason}; give a YAML file of `section:` blocks") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{name} holds an interpolation that cannot be read: {error.msg}") from None
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{name} is a list, not a mapping; write `section:` blocks of `key: value`")
+    return cast(dict[Any, Any], OmegaConf.to_container(content, resolve=False))
+
+
+def _override_entries(overrides: Sequence[str]) -> Iterator[Entry]:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override '{override}' is not key=value; write it like train.steps=10")
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+        except (yaml.YAMLError, OmegaConfBaseException):
+            raise UserError(f"override '{override}' has a value that is not valid YAML; quote it") from None
+        yield from _flatten({key: cast(dict[str, Any], value)["value"]}, "", "")
+
+
+def _flatten(content: dict[Any, Any], prefix: str, file: str) -> Iterator[Entry]:
+    """Leaves of nested sections; every key that the schema lacks is refused here."""
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        free = key.startswith(FREE_SECTION + ".")
+        if not free and key not in key_types():
+            raise UserError(unknown(key, key_types()) + _place(file))
+        if not free and _is_section(key):
+            if isinstance(value, dict):
+                yield from _flatten(value, key + ".", file)
+            elif value is not None:  # a section without entries is null in YAML
+                raise UserError(
+                    f"{key} is {value!r}, but it is a section; set one of its keys, like "
+                    f"{_first_key(key)}{_place(file)}"
+                )
+        else:
+            yield Entry(key, value, file)
+
+
+def _is_section(key: str) -> bool:
+    return key == FREE_SECTION or any(known.startswith(key + ".") for known in key_types())
+
+
+def _first_key(section: str) -> str:
+    if section == FREE_SECTION:
+        return f"{FREE_SECTION}.FIELD"
+    return f"{section}.{fields(key_types()[section])[0].name}"
+
+
+def _place(file: str) -> str:
+    return f" (in {file})" if file else ""
+
+
+def _store(tree: DictConfig, entry: Entry) -> None:
+    try:
+        OmegaConf.update(tree, entry.key, entry.value, merge=False)
+    except OmegaConfBaseException:
+        wanted = describe_type(key_types().get(entry.key, dict))
+        raise UserError(f"{entry.key} is {entry.value!r}; it must be {wanted}{_place(entry.file)}") from None
+
+
+def _to_dataclasses(tree: DictConfig) -> Config:
+    try:
+        missing = sorted(OmegaConf.missing_keys(tree))
+        if missing:
+            raise UserError(f"{missing[0]} is not set; add {missing[0]}=VALUE to the command or the recipe")
+        return cast(Config, OmegaConf.to_object(tree))
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{key}{str(error.msg).splitlines()[0]}; check the ${{…}} in its value") from None

@@ -1,0 +1,289 @@
+"""Every key of a recipe, its type, its default and its meaning.
+
+The dataclasses are OmegaConf structured configs: an unknown key or a wrong type cannot be stored.
+What a single field may hold is checked in `validate.py`, next to the rules that join several
+fields.  A field whose default is None is derived by `resolve` in `load.py` and printed resolved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class EngineName(str, Enum):
+    local = "local"
+    sglang = "sglang"
+
+
+class Baseline(str, Enum):
+    """Presets of the switches `weight`, `leave_one_out`, `scale` and `scope`."""
+
+    opo = "opo"
+    opo_loo = "opo_loo"
+    group_mean = "group_mean"
+    rloo = "rloo"
+    grpo = "grpo"
+    batch_length = "batch_length"
+    energy = "energy"
+
+
+class Weight(str, Enum):
+    one = "one"
+    length = "length"
+    length_power = "length_power"
+    energy = "energy"
+    energy_hidden = "energy_hidden"
+
+
+class Scale(str, Enum):
+    none = "none"
+    std = "std"
+
+
+class Scope(str, Enum):
+    group = "group"
+    batch = "batch"
+
+
+class LossNormalizer(str, Enum):
+    tokens = "tokens"
+    sequences = "sequences"
+    constant = "constant"
+
+
+class Schedule(str, Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Dtype(str, Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class MismatchAction(str, Enum):
+    refuse = "refuse"
+    warn = "warn"
+    correct = "correct"
+
+
+@dataclass
+class RunConfig:
+    dir: str = MISSING
+    """Folder of everything that the run writes."""
+    seed: int = 1
+    """Seed of initial weights, prompt order and sampling."""
+    threads_per_rank: int = 1
+    """OpenMP threads of each rank on a CPU; more than there are cores makes steps many times slower."""
+    distributed_timeout_minutes: float = 10.0
+    """A collective that waits longer than this ends the run."""
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 100
+    """OPO steps: each is one batch of rollouts and one optimizer step."""
+
+
+@dataclass
+class TaskConfig:
+    name: str = "lift"
+    """Where prompts and rewards come from; `lift` is a lift with ten floors, made up on the fly."""
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 1e-6
+    """Peak learning rate of AdamW."""
+    schedule: Schedule = Schedule.constant
+    """Shape after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the last step, as a share of `lr` (linear and cosine)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; vectors (norms, biases) are never decayed."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of Adam's two moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient; 0 turns clipping off."""
+
+
+@dataclass
+class WarmStartConfig(OptimizerConfig):
+    """Supervised steps on the task's demonstrations, before the first OPO step."""
+
+    steps: int = 0
+    """Optimizer steps; 0 starts OPO from the initial weights."""
+    batch_size: int = 48
+    """Demonstrations per step."""
+    lr: float = 1e-5
+
+
+@dataclass
+class LocalEngineConfig:
+    slots: int = 384
+    """Responses decoded at once per rank; a finished one makes room for the next."""
+
+
+@dataclass
+class RolloutConfig:
+    engine: EngineName = EngineName.local
+    """`local` decodes in the trainer's own process."""
+    prompts_per_step: int = 48
+    """Prompts of a step, over all ranks."""
+    samples_per_prompt: int = 8
+    """K: responses per prompt, the group that shares a baseline."""
+    temperature: float = 1.0
+    """T of the policy softmax(z/T): what is sampled is what is differentiated."""
+    top_p: float = 1.0
+    """Anything but 1 draws from another distribution than the policy's."""
+    top_k: int = 0
+    """0 is off; anything else draws from another distribution than the policy's."""
+    max_response_tokens: int = 64
+    """A response is cut here, without a stop token."""
+    local: LocalEngineConfig = field(default_factory=LocalEngineConfig)
+
+
+@dataclass
+class AlgorithmConfig:
+    baseline: Baseline = Baseline.opo
+    """Preset of the four switches below; a switch that is set overrides it."""
+    weight: Weight | None = None
+    """w of the baseline b = Σ wᵢrᵢ / Σ wᵢ."""
+    leave_one_out: bool | None = None
+    """Leave each sample out of its own baseline (unbiased)."""
+    scale: Scale | None = None
+    """Divide advantages by the rewards' standard deviation."""
+    scope: Scope | None = None
+    """Baseline over a prompt's group, or over the whole batch."""
+    length_exponent: float = 1.6
+    """p of w = lengthᵖ with weight=length_power."""
+    loss_normalizer: LossNormalizer = LossNormalizer.tokens
+    """N of the loss −(1/N) Σ A log π: the batch's tokens, its sequences, or a constant."""
+    loss_constant: float | None = None
+    """N with loss_normalizer=constant; default prompts × samples × max_response_tokens."""
+    updates_per_batch: int = 1
+    """Optimizer steps per batch of rollouts; OPO takes exactly one."""
+    off_policy_sampling: bool = False
+    """Allow top_p and top_k in training, knowing that the rollouts are not the policy's."""
+
+
+@dataclass
+class ModelConfig:
+    """The decoder-only transformer, in Megatron-Core's names."""
+
+    num_layers: int = 2
+    hidden_size: int = 128
+    ffn_hidden_size: int = 352
+    num_attention_heads: int = 4
+    num_query_groups: int | None = None
+    """Key and value heads; default one per attention head."""
+    kv_channels: int | None = None
+    """Width of a head; default hidden_size / num_attention_heads."""
+    qk_layernorm: bool = False
+    """RMSNorm of queries and keys, as in Qwen3."""
+    tie_embeddings: bool = False
+    """One matrix for the embedding and the output."""
+    rotary_base: float = 10000.0
+    layernorm_epsilon: float = 1e-6
+    max_sequence_length: int = 2048
+    """Prompt and response together."""
+    num_moe_experts: int | None = None
+    """Experts per layer; default a dense model."""
+    moe_router_topk: int = 2
+    moe_ffn_hidden_size: int | None = None
+    """Width of one expert; default ffn_hidden_size."""
+
+
+@dataclass
+class PolicyConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dtype: Dtype = Dtype.fp32
+    """Of weights and activations; master weights and gradient sums are fp32 always."""
+    device: Device = Device.auto
+    """`auto` takes GPUs where there are any."""
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline stage (interleaved schedule)."""
+    sequence_parallel: bool = False
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    distributed_optimizer: bool = True
+    """Shard the optimizer's state over data-parallel ranks."""
+    max_tokens_per_micro_batch: int = 4096
+    """Rows × padded length of one micro-batch (one longer sequence still makes a micro-batch)."""
+    head_chunk_tokens: int = 1024
+    """Tokens whose logits exist at one time."""
+    weight_bucket_mib: float = 256.0
+    """Size of the buckets in which weights travel to the engine."""
+    megatron: dict[str, Any] = field(default_factory=dict)
+    """Further fields of Megatron-Core's TransformerConfig, by its own names."""
+
+
+@dataclass
+class OnPolicyConfig:
+    tolerance: float = 1e-3
+    """Largest |Δ log-probability| of a sampled token between engine and policy."""
+    action: MismatchAction = MismatchAction.refuse
+    """What happens beyond it."""
+
+
+@dataclass
+class EvalConfig:
+    every_steps: int = 10
+    """Also before the first and after the last step; 0 means only then."""
+    problems: int = 512
+    """Held-out problems."""
+    samples_per_problem: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    greedy: bool = True
+    """Also answer every problem once by the most likely token."""
+
+
+@dataclass
+class ObserveConfig:
+    tensorboard: bool = True
+    save_rollouts: bool = True
+    """Write every step's rollouts, with rewards and advantages, to rollouts/."""
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int = 50
+    """In warm-start and in OPO steps; the last of each is always saved.  0: only that one."""
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    resume: str = "never"
+    """never | auto | the folder of a checkpoint."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

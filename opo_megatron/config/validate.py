@@ -1,0 +1,296 @@
+"""What a resolved recipe must satisfy: ranges of single fields, then the rules that join several.
+
+Everything is checked before torch is imported and before a rank starts.  Rules about the vocabulary
+or the device are not here: a recipe alone does not tell either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from opo_megatron.config.arithmetic import expert_parallel_size, model_parallel_size, smallest_world
+from opo_megatron.config.megatron_fields import MANAGED_FIELDS, check_megatron_fields
+from opo_megatron.config.schema import (
+    Baseline,
+    Config,
+    EngineName,
+    LossNormalizer,
+    MismatchAction,
+    PolicyConfig,
+    Scope,
+    Weight,
+)
+from opo_megatron.errors import UserError
+
+__all__ = ["MANAGED_FIELDS", "TASKS", "validate"]
+
+TASKS = ("lift",)
+
+
+def validate(config: Config, world_size: int | None) -> None:
+    """Raise UserError at the first rule that a resolved configuration breaks.
+
+    Args:
+        world_size: number of ranks; None takes the fewest that the layout needs.
+    """
+    check_fields(config)
+    check_not_built(config)
+    check_run(config)
+    check_sampling(config)
+    check_algorithm(config)
+    check_model(config.policy)
+    check_layout(config.policy)
+    check_experts(config.policy)
+    check_world(config, smallest_world(config) if world_size is None else world_size)
+    check_megatron_fields(config.policy)
+
+
+Rule = tuple[str, Callable[[Any], bool], str]
+
+_FIELD_RULES: tuple[Rule, ...] = (
+    (
+        "run.threads_per_rank rollout.prompts_per_step rollout.samples_per_prompt "
+        "rollout.max_response_tokens rollout.local.slots warm_start.batch_size algorithm.updates_per_batch "
+        "eval.problems eval.samples_per_problem policy.model.num_layers policy.model.hidden_size "
+        "policy.model.ffn_hidden_size policy.model.num_attention_heads policy.model.num_query_groups "
+        "policy.model.kv_channels policy.model.max_sequence_length policy.model.num_moe_experts "
+        "policy.model.moe_router_topk policy.model.moe_ffn_hidden_size policy.tensor_model_parallel_size "
+        "policy.pipeline_model_parallel_size policy.context_parallel_size "
+        "policy.expert_model_parallel_size policy.expert_tensor_parallel_size "
+        "policy.max_tokens_per_micro_batch policy.head_chunk_tokens",
+        lambda value: value >= 1,
+        "at least 1",
+    ),
+    (
+        "run.seed train.steps warm_start.steps optimizer.warmup_steps warm_start.warmup_steps "
+        "optimizer.lr warm_start.lr optimizer.weight_decay warm_start.weight_decay optimizer.clip "
+        "warm_start.clip rollout.top_k eval.top_k eval.every_steps checkpoint.every_steps "
+        "on_policy.tolerance algorithm.length_exponent",
+        lambda value: value >= 0,
+        "0 or more",
+    ),
+    (
+        "rollout.temperature eval.temperature optimizer.eps warm_start.eps run.distributed_timeout_minutes "
+        "algorithm.loss_constant policy.weight_bucket_mib policy.model.rotary_base "
+        "policy.model.layernorm_epsilon",
+        lambda value: value > 0,
+        "above 0",
+    ),
+    ("rollout.top_p eval.top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    ("optimizer.min_lr_ratio warm_start.min_lr_ratio", lambda value: 0 <= value <= 1, "between 0 and 1"),
+    (
+        "optimizer.betas warm_start.betas",
+        lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
+        "two numbers, each at least 0 and below 1",
+    ),
+    (
+        "policy.virtual_pipeline_model_parallel_size",
+        lambda value: value >= 2,
+        "at least 2, or null for no virtual stages",
+    ),
+    ("task.name", lambda value: value in TASKS, "one of " + ", ".join(TASKS)),
+    ("run.dir", lambda value: bool(value.strip()), "the path of a folder"),
+)
+
+
+def check_fields(config: Config) -> None:
+    """Each field by itself; None stands for 'not used' and passes."""
+    for key, value in _leaves(config):
+        _require(not _is_not_finite(value), f"{key} is {value}; it must be a finite number")
+    for keys, holds, words in _FIELD_RULES:
+        for key in keys.split():
+            value = reduce(getattr, key.split("."), config)
+            _require(value is None or holds(value), f"{key} is {value!r}; it must be {words}")
+
+
+def check_not_built(config: Config) -> None:
+    """Values that the schema names and no code serves yet."""
+    asked = (
+        ("rollout.engine", config.rollout.engine, (EngineName.sglang,), "local"),
+        ("on_policy.action", config.on_policy.action, (MismatchAction.correct,), "refuse or warn"),
+        ("algorithm.baseline", config.algorithm.baseline, (Baseline.energy,), "opo"),
+        ("algorithm.weight", config.algorithm.weight, (Weight.energy, Weight.energy_hidden), "length"),
+    )
+    for key, value, missing, instead in asked:
+        name = value.value if value is not None else None
+        _require(value not in missing, f"{key}={name} is not built yet; set {key} to {instead}")
+
+
+def check_run(config: Config) -> None:
+    resume = config.resume
+    _require(
+        resume in ("never", "auto") or Path(resume).is_dir(),
+        f"resume is {resume!r}; it must be never, auto or the existing folder of a checkpoint",
+    )
+
+
+def check_sampling(config: Config) -> None:
+    """Training rollouts come from the policy itself, and fit into its context."""
+    rollout, longest = config.rollout, config.policy.model.max_sequence_length
+    for key, value, neutral in (("top_p", rollout.top_p, 1), ("top_k", rollout.top_k, 0)):
+        _require(
+            value == neutral or config.algorithm.off_policy_sampling,
+            f"rollout.{key} is {value}, which samples another distribution than the policy; set it to "
+            f"{neutral}, or accept off-policy rollouts with algorithm.off_policy_sampling=true",
+        )
+    _require(
+        rollout.max_response_tokens < longest,
+        f"rollout.max_response_tokens is {rollout.max_response_tokens}, but prompt and response share "
+        f"policy.model.max_sequence_length={longest}; lower the first or raise the second",
+    )
+
+
+def check_algorithm(config: Config) -> None:
+    algorithm, rollout = config.algorithm, config.rollout
+    _require(
+        algorithm.updates_per_batch == 1,
+        f"algorithm.updates_per_batch is {algorithm.updates_per_batch}, but OPO takes exactly one optimizer "
+        f"step per batch and an objective for more is not built yet; set it to 1",
+    )
+    samples = rollout.samples_per_prompt
+    if algorithm.scope is Scope.batch:
+        samples *= rollout.prompts_per_step
+    _require(
+        samples > 1 or not algorithm.leave_one_out,
+        "algorithm.leave_one_out needs another sample to make a baseline of, but rollout.samples_per_prompt "
+        "is 1; raise it or set algorithm.leave_one_out=false",
+    )
+    _require(
+        algorithm.loss_constant is None or algorithm.loss_normalizer is LossNormalizer.constant,
+        f"algorithm.loss_constant is {algorithm.loss_constant}, but it is used only with "
+        f"algorithm.loss_normalizer=constant; set that, or loss_constant to null",
+    )
+
+
+def check_model(policy: PolicyConfig) -> None:
+    """Shapes that attention, RoPE and the router accept."""
+    model = policy.model
+    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    _divides("policy.model.num_query_groups", groups, "policy.model.num_attention_heads", heads)
+    for key, width in (("hidden_size", model.hidden_size), ("kv_channels", model.kv_channels)):
+        _require(
+            width is None or width % 2 == 0,
+            f"policy.model.{key} is {width}; it must be even, because rotary embeddings turn pairs",
+        )
+    experts, active = model.num_moe_experts, model.moe_router_topk
+    _require(
+        experts is None or active <= experts,
+        f"policy.model.moe_router_topk is {active}, more than policy.model.num_moe_experts={experts}; "
+        f"lower the first",
+    )
+    _require(
+        experts is not None or model.moe_ffn_hidden_size is None,
+        f"policy.model.moe_ffn_hidden_size is {model.moe_ffn_hidden_size}, but the model has no experts; "
+        f"set policy.model.num_moe_experts or remove it",
+    )
+
+
+def check_layout(policy: PolicyConfig) -> None:
+    """Tensor, pipeline, sequence and context parallelism against the model's shape."""
+    model, tensor = policy.model, policy.tensor_model_parallel_size
+    stages, chunks = policy.pipeline_model_parallel_size, policy.virtual_pipeline_model_parallel_size
+    _require(
+        policy.context_parallel_size == 1,
+        f"policy.context_parallel_size is {policy.context_parallel_size}, but context parallelism needs "
+        f"Transformer Engine's attention, not built yet; set 1",
+    )
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        _divides("policy.tensor_model_parallel_size", tensor, f"policy.model.{name}", getattr(model, name))
+    _require(
+        tensor > 1 or not policy.sequence_parallel,
+        "policy.sequence_parallel=true needs policy.tensor_model_parallel_size above 1; raise that or set it "
+        "to false",
+    )
+    _require(
+        chunks is None or stages > 1,
+        f"policy.virtual_pipeline_model_parallel_size is {chunks}, but there is one pipeline stage; "
+        f"raise policy.pipeline_model_parallel_size or set it to null",
+    )
+    slices = "policy.pipeline_model_parallel_size" + (" × virtual stages" if chunks else "")
+    _divides(slices, stages * (chunks or 1), "policy.model.num_layers", model.num_layers)
+
+
+def check_experts(policy: PolicyConfig) -> None:
+    """Expert parallelism: only with experts, and evenly split."""
+    model, experts = policy.model, policy.model.num_moe_experts
+    for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+        size = getattr(policy, name)
+        _require(
+            size == 1 or experts is not None,
+            f"policy.{name} is {size}, but the model has no experts; set it to 1, or "
+            f"policy.model.num_moe_experts",
+        )
+    if experts is None:
+        return
+    _divides(
+        "policy.expert_model_parallel_size",
+        policy.expert_model_parallel_size,
+        "policy.model.num_moe_experts",
+        experts,
+    )
+    _divides(
+        "policy.expert_tensor_parallel_size",
+        policy.expert_tensor_parallel_size,
+        "policy.model.moe_ffn_hidden_size",
+        model.moe_ffn_hidden_size or model.ffn_hidden_size,
+    )
+    _require(
+        policy.tensor_model_parallel_size == 1 or policy.sequence_parallel,
+        "a model with experts at policy.tensor_model_parallel_size above 1 needs sequence parallelism; "
+        "set policy.sequence_parallel=true",
+    )
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Whether this many ranks divide into whole copies of the model, and of its experts."""
+    policy, fewest = config.policy, smallest_world(config)
+    start = f"start a multiple of {fewest} ranks (--nproc {fewest}) or change the layout"
+    _require(world_size >= 1, f"the number of ranks is {world_size}; it must be at least 1")
+    _require(
+        world_size % model_parallel_size(policy) == 0,
+        f"{world_size} ranks cannot be split into copies of the model of "
+        f"{policy.tensor_model_parallel_size} tensor × {policy.pipeline_model_parallel_size} pipeline × "
+        f"{policy.context_parallel_size} context parallel ranks; {start}",
+    )
+    _require(
+        world_size % expert_parallel_size(policy) == 0,
+        f"{world_size} ranks cannot be split by policy.expert_model_parallel_size="
+        f"{policy.expert_model_parallel_size} × {policy.expert_tensor_parallel_size} expert tensor × "
+        f"{policy.pipeline_model_parallel_size} pipeline parallel ranks; {start}",
+    )
+
+
+def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(full key, number or other leaf) of everything in a section, list and mapping entries included."""
+    children: Iterable[tuple[Any, Any]]
+    if isinstance(section, dict):
+        children = section.items()
+    elif isinstance(section, list):
+        children = enumerate(section)
+    elif hasattr(section, "__dataclass_fields__"):
+        children = vars(section).items()
+    else:
+        yield prefix, section
+        return
+    for name, value in children:
+        yield from _leaves(value, f"{prefix}.{name}" if prefix else str(name))
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _divides(name: str, divisor: int, total_name: str, total: int) -> None:
+    _require(
+        total % divisor == 0,
+        f"{total_name} is {total}, which is not divisible by {name}={divisor}; change one of them",
+    )
+
+
+def _require(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise UserError(sentence)
