@@ -1,0 +1,177 @@
+"""The command `opo`: reads the command line, prints a user's mistake as one line, chooses exit codes.
+
+Exit codes: 0 done; 2 a mistake that the user can mend (one line on stderr, no traceback); 130
+interrupted; with `--nproc`, the code of the first rank that failed.
+
+One mistake, one line: `opo train` checks the recipe before it starts ranks.  What only a rank can
+find is printed by the first rank that claims the launcher's error file, so that the same mistake on
+every rank is printed once, and one on a single rank is never lost.  Under torchrun there is no such
+file: every rank prints its own line, with its number.
+
+Nothing here imports torch until training starts, so that a mistake in a recipe is answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from opo_megatron.config import Config, load_config, to_yaml
+from opo_megatron.config.arithmetic import describe_batch, smallest_world
+from opo_megatron.errors import EXIT_USER_ERROR, UserError
+from opo_megatron.launch import CHILD, ERROR_CLAIM, run_ranks
+
+EXIT_INTERRUPTED = 130
+
+EXAMPLES = """\
+examples:
+  opo train recipes/quickstart.yaml run.dir=runs/first
+      train on this machine, one process; metrics, checkpoints and rollouts go to runs/first
+  opo train recipes/quickstart.yaml run.dir=runs/first resume=auto
+      go on from the newest checkpoint of runs/first
+  opo train recipes/quickstart.yaml run.dir=runs/tp2 --nproc 2 policy.tensor_model_parallel_size=2
+      two ranks that hold the model together
+  opo config recipes/quickstart.yaml run.dir=runs/first optimizer.lr=1e-4
+      print every setting that the run would have, and the arithmetic of its batches
+"""
+
+_PARSER_STYLE: dict[str, Any] = {
+    "epilog": EXAMPLES,
+    "formatter_class": argparse.RawDescriptionHelpFormatter,
+    "allow_abbrev": False,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are user errors like all others: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` shows examples")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `opo` with these arguments (default: those of the process) and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except UserError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        else:
+            _print_error(error)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    sys.exit(main())
+
+
+def _run(arguments: list[str]) -> int:
+    parser, commands = _parsers()
+    try:
+        if arguments and arguments[0] in commands:
+            # Only parse_intermixed_args takes options between overrides, and it knows no subcommands.
+            options = commands[arguments[0]].parse_intermixed_args(arguments[1:])
+        else:
+            options = parser.parse_args(arguments)
+    except SystemExit as help_was_printed:
+        return int(help_was_printed.code or 0)
+    run: Callable[[argparse.Namespace], int] = options.run
+    return run(options)
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    description = "On-policy RL of language models with the optimal reward baseline, on Megatron-Core."
+    parser = _Parser(prog="opo", description=description, **_PARSER_STYLE)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    commands = {}
+    for name, run, summary in (
+        ("train", _train, "train by a recipe"),
+        ("config", _config, "print the resolved recipe, and what a step does"),
+    ):
+        command = subparsers.add_parser(name, help=summary, description=summary, **_PARSER_STYLE)
+        add = command.add_argument
+        add("recipe", metavar="RECIPE", help="YAML file; its `base:` names one to inherit from")
+        add("overrides", metavar="key=value", nargs="*", help="replaces a value, e.g. train.steps=10")
+        add("--nproc", metavar="N", type=_rank_count, help="number of ranks on this machine")
+        add("--debug", action="store_true", help="show the traceback of a user error")
+        command.set_defaults(run=run)
+        commands[name] = command
+    return parser, commands
+
+
+def _rank_count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of ranks, 1 or more")
+    return int(text)
+
+
+def _config(options: argparse.Namespace) -> int:
+    world_size = _world_size(options.nproc)
+    config = load_config(options.recipe, options.overrides, world_size)
+    description = describe_batch(config, world_size or smallest_world(config))
+    # As comments, so that the output is a recipe again.
+    print(textwrap.indent(description, "# ", predicate=lambda _: True))
+    print(to_yaml(config), end="")
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = load_config(options.recipe, options.overrides, _world_size(options.nproc) or 1)
+    if CHILD not in os.environ and os.environ.get("RANK", "0") == "0":
+        check_run_dir(config)
+    if (options.nproc or 1) > 1:
+        command = [sys.executable, "-m", "opo_megatron", "train", options.recipe, *options.overrides]
+        command += ["--debug"] if options.debug else []
+        return run_ranks(command, options.nproc, config.run.threads_per_rank)
+    from opo_megatron.train import train  # torch and Megatron take seconds
+
+    train(config)
+    return 0
+
+
+def check_run_dir(config: Config) -> None:
+    """Refuse to start anew in a folder that holds something; asked once, before any rank writes."""
+    folder = Path(config.run.dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run.dir={folder} is a file; choose another run.dir")
+    if config.resume == "never" and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"run.dir={folder} is not empty; choose another run.dir, or go on with resume=auto")
+
+
+def _world_size(nproc: int | None) -> int | None:
+    """Ranks by --nproc or by the launcher that started this process; None where neither says."""
+    launched = os.environ.get("WORLD_SIZE")
+    if launched is None:
+        return nproc
+    if not launched.isdecimal():
+        raise UserError(f"WORLD_SIZE={launched} in the environment is not a number; unset it")
+    if nproc is not None:
+        raise UserError(
+            f"--nproc {nproc} was given, but WORLD_SIZE={launched} says that a launcher started this "
+            f"process; leave --nproc out or unset WORLD_SIZE"
+        )
+    return int(launched)
+
+
+def _print_error(error: UserError) -> None:
+    claim, rank = os.environ.get(ERROR_CLAIM), os.environ.get("RANK", "0")
+    who = f" (rank {rank})" if claim is None and rank != "0" else ""
+    if claim is not None:
+        # The launcher ends all ranks when the first returns; the one that claims must still print.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            Path(claim).touch(exist_ok=False)
+        except FileExistsError:
+            return
+    print(f"error{who}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
