@@ -1,0 +1,46 @@
+# Each target says what it installs.  pip takes its index from the usual settings (PIP_INDEX_URL, pip.conf).
+
+PYTHON ?= $(shell for python in python3.11 python3; do $$python -c '' 2>/dev/null && echo $$python && break; done)
+VENV ?= .venv
+PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev setup-system quickstart test test-slow lint
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
+
+setup: $(VENV)/.setup  ## .venv with what training needs
+
+setup-dev: $(VENV)/.setup-dev  ## the same, with what tests and lint need
+
+setup-system:  ## system packages (as root)
+	@echo "No system packages are needed beyond Python 3.11 or 3.12 with venv."
+
+quickstart: setup  ## train the small recipe in a new folder under runs/
+	@dir=runs/quickstart; n=2; \
+	while [ -e "$$dir" ]; do dir="runs/quickstart-$$n"; n=$$((n + 1)); done; \
+	$(VENV)/bin/opo train recipes/quickstart.yaml run.dir="$$dir"
+
+test: setup-dev  ## tests that take seconds
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+test-slow: setup-dev  ## tests that take minutes
+	$(VENV)/bin/python -m pytest -m slow
+
+lint: setup-dev  ## style, formatting and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy opo_megatron $(wildcard tools/*.py)
+
+# The stamps are written last, so that an installation that broke off is done again.
+$(VENV)/.setup: setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
+	  { echo "Python 3.11 or 3.12 is needed; name one with: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -e .
+	@touch $@
+
+$(VENV)/.setup-dev: $(VENV)/.setup
+	$(PIP) install -e '.[dev]'
+	@touch $@

@@ -1,0 +1,41 @@
+"""The package and what it needs.  Versions are exact: this set was tried together.
+
+`install_requires` holds only what training needs.  SGLang is no extra: rollout servers run in an
+environment of their own, which `rollout.sglang.python` names.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="opo-megatron",
+    version="0.1.0",
+    description="On-policy RL of language models with the optimal reward baseline, on Megatron-Core",
+    license="Apache-2.0",
+    # megatron-core 0.16.1 is the last that runs on Python 3.11; the CPU backend is fitted to its source.
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["opo_megatron", "opo_megatron.*"]),
+    install_requires=[
+        "megatron-core==0.16.1",
+        "numpy==2.4.6",
+        "omegaconf==2.4.0",
+        "psutil==7.2.2",  # imported by megatron-core, which does not say so
+        "PyYAML==6.0.3",
+        "rich==15.0.0",
+        "safetensors==0.8.0",
+        "tensorboard==2.21.0",
+        "torch==2.13.0",  # never a range: a newer one brings gigabytes of other CUDA packages
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]>=2.9,<2.12"],  # the range that megatron-core 0.16.1 accepts
+        "modelopt": ["nvidia-modelopt==0.45.0"],
+        "data": ["datasets", "pyarrow"],
+        "dev": [
+            "mypy==2.4.1",
+            "pytest==9.2.0",
+            "pytest-timeout==2.4.0",
+            "ruff==0.17.5",
+            "transformers==5.12.1",  # an independent implementation to compare with
+        ],
+    },
+    entry_points={"console_scripts": ["opo=opo_megatron.cli:entry"]},
+)
