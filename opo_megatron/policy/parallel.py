@@ -126,11 +126,16 @@ def _megatron_groups(config: Config, device: torch.device) -> Parallel:
     )
 
 
-def leave() -> None:
-    """Undo `initialize`, so that a process can join other groups afterwards."""
+def leave_layout() -> None:
+    """Forget Megatron's groups, so that the same ranks can be laid out anew by `initialize`."""
     from megatron.core import parallel_state as state
 
     state.destroy_model_parallel()
+
+
+def leave() -> None:
+    """Undo `initialize`."""
+    leave_layout()
     if dist.is_initialized():
         dist.destroy_process_group()
 

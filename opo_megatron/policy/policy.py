@@ -24,6 +24,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
@@ -72,6 +73,7 @@ class Policy:
         load_weights(
             self.chunks, self.table, parallel, random_weights(self.config.model, vocab_size, config.run.seed)
         )
+        self._mark_shards()
         self.megatron_config = self.chunks[0].config
         self.head = Head(
             parallel, vocab_size, self.config.head_chunk_tokens, self.megatron_config.sequence_parallel
@@ -88,6 +90,16 @@ class Policy:
                 f"a vocabulary of {self.vocab_size} tokens leaves the last of policy.tensor_model_parallel_size="
                 f"{size} ranks without any; use fewer tensor-parallel ranks"
             )
+
+    def _mark_shards(self) -> None:
+        """Tell Megatron which parameters are cut over TP ranks, as its own initialisation would have.
+
+        Unmarked ones count as copies, and the gradient norm would leave out all ranks but one.
+        """
+        for parameter in self.table:
+            if parameter.stage == self.parallel.pp_rank and parameter.layout.partition_dim is not None:
+                weight = self.chunks[parameter.chunk].get_parameter(parameter.local_name)
+                set_tensor_model_parallel_attributes(weight, True, parameter.layout.partition_dim, 1)
 
     def _wrap(self, chunk: GPTModel) -> DistributedDataParallel:
         module = Float16Module(chunk.config, chunk) if self.config.dtype is Dtype.bf16 else chunk

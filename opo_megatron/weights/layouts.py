@@ -17,6 +17,11 @@ from opo_megatron.config.schema import ModelConfig
 
 
 class Layout(Protocol):
+    @property
+    def partition_dim(self) -> int | None:
+        """Dimension of the Megatron parameter that is cut; None where every rank holds all of it."""
+        ...
+
     def split(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor: ...
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]: ...
@@ -25,6 +30,8 @@ class Layout(Protocol):
 @dataclass(frozen=True)
 class Replicated:
     """The same on every rank: norms, the router."""
+
+    partition_dim: int | None = None
 
     def split(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
         return tensors[0]
@@ -39,6 +46,10 @@ class Sharded:
 
     dim: int
 
+    @property
+    def partition_dim(self) -> int | None:
+        return self.dim
+
     def split(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
         return tensors[0].chunk(size, self.dim)[rank]
 
@@ -51,6 +62,7 @@ class Vocabulary:
     """Rows cut into equal parts after padding with zero rows, which no Hugging Face tensor has."""
 
     rows: int
+    partition_dim: int | None = 0
 
     def split(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
         (full,) = tensors
@@ -69,6 +81,7 @@ class QueryKeyValue:
     groups: int
     queries_per_group: int
     width: int
+    partition_dim: int | None = 0
 
     @staticmethod
     def of(model: ModelConfig) -> QueryKeyValue:
@@ -97,6 +110,8 @@ class QueryKeyValue:
 @dataclass(frozen=True)
 class GateUp:
     """[gate; up] on every rank, each cut along its rows."""
+
+    partition_dim: int | None = 0
 
     def split(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
         return torch.cat([tensor.chunk(size)[rank] for tensor in tensors])

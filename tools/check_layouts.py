@@ -1,0 +1,178 @@
+"""Does the parallel layout change a training step?  One table that says it does not.
+
+    python tools/check_layouts.py            # all layouts, on this machine's CPU, about two minutes
+    python tools/check_layouts.py tp2 dp2    # some of them
+
+The same weights and the same rollouts take 3 optimizer steps under every layout; loss and gradient
+norm are compared with one process.  Exit code 1 where a loss is off by more than 1e-5 or a gradient
+norm by more than 1e-4 of itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from opo_megatron.config import Config
+    from opo_megatron.policy.parallel import Parallel
+    from opo_megatron.rollout.rollouts import Rollouts
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+STEPS = 3
+LOSS_TOLERANCE = 1e-5
+GRAD_NORM_TOLERANCE = 1e-4
+
+SMALL = (
+    "policy.model.num_layers=4",
+    "policy.model.hidden_size=64",
+    "policy.model.ffn_hidden_size=176",
+    "policy.model.num_query_groups=2",
+    "policy.model.qk_layernorm=true",
+    "policy.max_tokens_per_micro_batch=256",
+    "policy.head_chunk_tokens=32",
+)
+MOE = ("policy.model.num_moe_experts=4", "policy.model.moe_ffn_hidden_size=96")
+TP2, PP2 = "policy.tensor_model_parallel_size=2", "policy.pipeline_model_parallel_size=2"
+SP, VPP2 = "policy.sequence_parallel=true", "policy.virtual_pipeline_model_parallel_size=2"
+PLAIN_OPTIMIZER = "policy.distributed_optimizer=false"
+
+
+@dataclass(frozen=True)
+class Layout:
+    ranks: int
+    overrides: tuple[str, ...] = ()
+    moe: bool = False
+
+
+LAYOUTS = {
+    "tp2": Layout(2, (TP2,)),
+    "tp2+sp": Layout(2, (TP2, SP)),
+    "pp2": Layout(2, (PP2,)),
+    "pp2vpp2": Layout(2, (PP2, VPP2)),
+    "dp2": Layout(2),
+    "dp2-plain-optimizer": Layout(2, (PLAIN_OPTIMIZER,)),
+    "tp2pp2": Layout(4, (TP2, PP2)),
+    "tp2pp2+sp": Layout(4, (TP2, PP2, SP)),
+    "tp2dp2": Layout(4, (TP2,)),
+    "moe-dp2": Layout(2, moe=True),
+    "moe-ep2": Layout(2, ("policy.expert_model_parallel_size=2",), moe=True),
+}
+REFERENCES = {"one process": Layout(1), "moe, one process": Layout(1, moe=True)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("layouts", nargs="*", help=f"any of: {', '.join(LAYOUTS)} (default: all)")
+    parser.add_argument("--ranks-write", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.layouts if name not in LAYOUTS | REFERENCES]
+    if unknown:
+        parser.error(f"unknown layout {unknown[0]!r}; choose from {', '.join(LAYOUTS)}")
+    if arguments.ranks_write:
+        run_cases(arguments.layouts, arguments.ranks_write)
+        return 0
+    return compare(arguments.layouts or list(LAYOUTS))
+
+
+def compare(names: list[str]) -> int:
+    """Run the cases, one group of ranks per world size, and print the table."""
+    from opo_megatron.launch import run_ranks
+
+    cases = {name: LAYOUTS[name] for name in names}
+    cases |= {name: case for name, case in REFERENCES.items() if any(case.moe == c.moe for c in cases.values())}
+    results: dict[str, list[list[float]]] = {}
+    for ranks in sorted({case.ranks for case in cases.values()}):
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "results.json"
+            group = [name for name, case in cases.items() if case.ranks == ranks]
+            print(f"{ranks} rank(s): {', '.join(group)}", flush=True)
+            code = run_ranks([sys.executable, __file__, *group, "--ranks-write", str(output)], ranks)
+            if code != 0:
+                return code
+            results |= json.loads(output.read_text())
+    return print_table(names, results)
+
+
+def print_table(names: list[str], results: dict[str, list[list[float]]]) -> int:
+    table = Table(title=f"{STEPS} optimizer steps against one process, fp32")
+    for heading in ("layout", "embeddings", "max |Δ loss|", "max |Δ grad norm| / grad norm", ""):
+        table.add_column(heading)
+    failures = 0
+    for name in names:
+        reference_name = "moe, one process" if LAYOUTS[name].moe else "one process"
+        for ties in ("untied", "tied"):
+            rows, references = results[f"{name}/{ties}"], results[f"{reference_name}/{ties}"]
+            pairs = list(zip(rows, references, strict=True))
+            loss = max(abs(a[0] - b[0]) for a, b in pairs)
+            norm = max(abs(a[1] - b[1]) / b[1] for a, b in pairs)
+            good = loss <= LOSS_TOLERANCE and norm <= GRAD_NORM_TOLERANCE
+            failures += not good
+            table.add_row(name, ties, f"{loss:.1e}", f"{norm:.1e}", "ok" if good else "DIFFERS")
+    Console().print(table)
+    return 1 if failures else 0
+
+
+def run_cases(names: list[str], output: Path) -> None:
+    """In one rank: every case in turn; rank 0 writes {case: [[loss, grad norm] per step]}."""
+    from opo_megatron.config import load_config
+    from opo_megatron.policy.parallel import initialize, leave, leave_layout
+
+    results: dict[str, list[list[float]]] = {}
+    for name in names:
+        case = (LAYOUTS | REFERENCES)[name]
+        for ties in ("untied", "tied"):
+            overrides = [*SMALL, *case.overrides, *(MOE if case.moe else ())]
+            overrides += ["run.dir=unused", f"policy.model.tie_embeddings={str(ties == 'tied').lower()}"]
+            config = load_config(RECIPE, overrides, case.ranks)
+            parallel = initialize(config)
+            results[f"{name}/{ties}"] = take_steps(config, parallel)
+            leave_layout()
+    if parallel.rank == 0:
+        output.write_text(json.dumps(results))
+    leave()
+
+
+def take_steps(config: Config, parallel: Parallel) -> list[list[float]]:
+    """[loss, grad norm] of each step, on rollouts that every layout shares."""
+    from opo_megatron.algorithm.objective import PolicyGradient
+    from opo_megatron.policy.policy import Policy
+
+    policy = Policy(config, vocab_size=17, parallel=parallel, optimizer=config.optimizer)
+    results = []
+    for step in range(STEPS):
+        rollouts = fixed_rollouts(step)
+        plan = policy.plan(rollouts.sequence_lengths)
+        batch = rollouts.select(plan.samples_of(parallel.dp_rank))
+        objective = PolicyGradient(float(rollouts.response_lengths.sum()), temperature=0.8)
+        metrics = policy.train_step(batch, plan, objective, lr=1e-3)
+        results.append([metrics.loss, metrics.grad_norm])
+    return results
+
+
+def fixed_rollouts(step: int) -> Rollouts:
+    """40 ragged samples of random tokens with random advantages."""
+    import torch
+
+    from opo_megatron.rollout.rollouts import Rollouts
+
+    rng = random.Random(step)
+    prompts = [[rng.randrange(17) for _ in range(rng.randint(1, 12))] for _ in range(40)]
+    responses = [[rng.randrange(17) for _ in range(rng.randint(1, 20))] for _ in range(40)]
+    rollouts = Rollouts.from_demonstrations(prompts, responses)
+    rollouts.is_demonstration = False
+    rollouts.advantages = torch.tensor([rng.gauss(0, 1) for _ in prompts], dtype=torch.float64)
+    return rollouts
+
+
+if __name__ == "__main__":
+    sys.exit(main())
