@@ -71,7 +71,9 @@ REFERENCES = {"one process": Layout(1), "moe, one process": Layout(1, moe=True)}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("layouts", nargs="*", help=f"any of: {', '.join(LAYOUTS)} (default: all)")
     parser.add_argument("--ranks-write", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -89,7 +91,9 @@ def compare(names: list[str]) -> int:
     from opo_megatron.launch import run_ranks
 
     cases = {name: LAYOUTS[name] for name in names}
-    cases |= {name: case for name, case in REFERENCES.items() if any(case.moe == c.moe for c in cases.values())}
+    cases |= {
+        name: case for name, case in REFERENCES.items() if any(case.moe == c.moe for c in cases.values())
+    }
     results: dict[str, list[list[float]]] = {}
     for ranks in sorted({case.ranks for case in cases.values()}):
         with tempfile.TemporaryDirectory() as folder:

@@ -89,7 +89,9 @@ def sweep(
         output.loss[part], d_log_prob = coefficient(output.log_prob[part], part)
         scaled = (d_log_prob / temperature).unsqueeze(1)
         d_logits = probabilities.mul_(-scaled)
-        d_logits.scatter_add_(1, local_target.unsqueeze(1), torch.where(owned, scaled[:, 0], 0.0).unsqueeze(1))
+        d_logits.scatter_add_(
+            1, local_target.unsqueeze(1), torch.where(owned, scaled[:, 0], 0.0).unsqueeze(1)
+        )
         d_logits = d_logits.to(weight.dtype)
         torch.mm(d_logits, weight, out=output.d_hidden[part])
         if d_weight is not None:

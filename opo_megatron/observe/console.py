@@ -59,7 +59,9 @@ class Display:
         if self._live is not None:
             self._refresh()
         elif self.active:
-            pairs = [f"{head} {shape.format(row[name])}" for name, (head, shape) in COLUMNS.items() if name in row]
+            pairs = [
+                f"{head} {shape.format(row[name])}" for name, (head, shape) in COLUMNS.items() if name in row
+            ]
             self.console.print("  ".join(pairs), markup=False, soft_wrap=True)
 
     def close(self) -> None:

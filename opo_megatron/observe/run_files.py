@@ -82,4 +82,3 @@ class RunFiles:
     def close(self) -> None:
         for board in self._boards.values():
             board.close()
-

@@ -72,8 +72,7 @@ def save(policy: Policy, config: Config, progress: Progress) -> None:
         state = {
             "progress": asdict(progress),
             "version": policy.version,
-            "model": asdict(config.policy.model),
-            "vocab_size": policy.vocab_size,
+            "model": _model_of(policy, config),
             "versions": {"opo_megatron": __version__, "torch": torch.__version__},
         }
         (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
@@ -98,12 +97,11 @@ def load(policy: Policy, config: Config, path: Path) -> None:
         UserError: when `path` is no checkpoint, or one of another model.
     """
     state = _read_state(path)
-    ours = {"model": asdict(config.policy.model), "vocab_size": policy.vocab_size}
-    for name, value in (ours["model"] | {"vocab_size": policy.vocab_size}).items():
-        saved = (state["model"] | {"vocab_size": state["vocab_size"]}).get(name)
+    for name, value in _model_of(policy, config).items():
+        saved = state["model"].get(name)
         if saved != value:
             raise UserError(
-                f"the checkpoint {path} holds a model with {name}={saved}, but policy.model.{name}={value}; "
+                f"the checkpoint {path} holds a model with {name}={saved}, but this run's has {name}={value}; "
                 "use the recipe that it was trained with"
             )
     policy.allocate_optimizer_state()
@@ -112,6 +110,10 @@ def load(policy: Policy, config: Config, path: Path) -> None:
         chunk.load_state_dict(loaded[f"model{i}"])
     policy.optimizer.load_state_dict(loaded["optimizer"])
     policy.version = state["version"]
+
+
+def _model_of(policy: Policy, config: Config) -> dict[str, Any]:
+    return asdict(config.policy.model) | {"vocab_size": policy.vocab_size}
 
 
 def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
@@ -127,5 +129,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a checkpoint of a run ({error}); name one of <run.dir>/checkpoints") from None
+        raise UserError(
+            f"{path} is not a checkpoint of a run ({error}); name a folder of <run.dir>/checkpoints"
+        ) from None
     return state

@@ -50,7 +50,9 @@ class Head:
         if self.parallel.tp_size == 1:
             return d_hidden
         dist.all_reduce(d_hidden, group=self.parallel.tp_group)
-        return d_hidden.chunk(self.parallel.tp_size, 1)[self.parallel.tp_rank] if self.sequence_parallel else d_hidden
+        if self.sequence_parallel:
+            return d_hidden.chunk(self.parallel.tp_size, 1)[self.parallel.tp_rank].contiguous()
+        return d_hidden
 
 
 def log_probs(

@@ -28,7 +28,7 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
@@ -68,7 +68,8 @@ def transformer_config(policy: PolicyConfig, device: torch.device) -> Transforme
         "use_cpu_initialization": device.type != "cuda",
         "perform_initialization": False,  # weights come from `weights/`, the same under every layout
         "calculate_per_token_loss": True,  # no rescaling after the head has written its gradient
-        "variable_seq_lengths": virtual is None,  # shapes are announced in batched p2p: wrong when interleaved
+        # Interleaved stages cannot announce shapes: Megatron does so by batched p2p, see below.
+        "variable_seq_lengths": virtual is None,
         "moe_token_dispatcher_type": "alltoall",
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,

@@ -96,7 +96,8 @@ def exchange(parallel: Parallel, rollouts: Rollouts, plan: Plan, total: int) -> 
     mine = blocks[parallel.rank]
     dp_ranks = all_gather_objects(parallel, parallel.dp_rank)
     parcels = [
-        rollouts.select([i - mine.start for i in plan.samples_of(dp_rank) if i in mine]) for dp_rank in dp_ranks
+        rollouts.select([i - mine.start for i in plan.samples_of(dp_rank) if i in mine])
+        for dp_rank in dp_ranks
     ]
     received = Rollouts.concatenate(all_to_all_objects(parallel, parcels))
     wanted = plan.samples_of(parallel.dp_rank)

@@ -90,13 +90,6 @@ class Rollouts:
                 changes[name] = value[index]
         return replace(self, **changes)
 
-    def sorted(self) -> Rollouts:
-        """In the batch's own order: by group, then by sample."""
-        order = sorted(
-            range(len(self)), key=lambda i: (int(self.groups[i]), int(self.sample_indices[i]))
-        )
-        return self.select(order)
-
     def _columns(self) -> list[tuple[str, Tensor]]:
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         return [(name, value) for name, value in values if isinstance(value, Tensor)]
@@ -107,7 +100,9 @@ class Rollouts:
         names = {tuple(name for name, _ in part._columns()) for part in parts}
         if len(names) != 1:
             raise ValueError(f"cannot join rollouts with different columns: {sorted(names)}")
-        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names.pop()}
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(part, name) for part in parts]) for name in names.pop()
+        }
         return replace(parts[0], **joined)
 
     @staticmethod
@@ -153,5 +148,5 @@ def _select_ragged(values: Tensor, lengths: Tensor, index: Tensor) -> Tensor:
     picked = lengths[index]
     # Position of every wanted value: its row's start, plus its own place within the row.
     row_starts = torch.repeat_interleave(starts[index], picked)
-    within = torch.arange(int(picked.sum())) - torch.repeat_interleave(torch.cumsum(picked, 0) - picked, picked)
-    return values[row_starts + within]
+    new_starts = torch.repeat_interleave(torch.cumsum(picked, 0) - picked, picked)
+    return values[row_starts + torch.arange(int(picked.sum())) - new_starts]

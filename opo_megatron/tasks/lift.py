@@ -34,7 +34,7 @@ class LiftTask:
     """The task of the quickstart: 327,680 problems, no files."""
 
     vocab_size = len(SYMBOLS)
-    stop_tokens = (STOP,)
+    stop_tokens: tuple[int, ...] = (STOP,)
     demonstrates = True
 
     def __init__(self) -> None:

@@ -29,7 +29,7 @@ def stream_weights(
     A tensor is valid until the next bucket is asked for.
     """
     dtype = next(chunks[0].parameters()).dtype
-    local = [dict(chunk.named_parameters()) for chunk in chunks]
+    local: list[dict[str, Tensor]] = [dict(chunk.named_parameters()) for chunk in chunks]
     for bucket in buckets(table, bucket_bytes // dtype.itemsize):
         yield _gather(bucket, local, parallel, dtype)
 
@@ -71,7 +71,7 @@ def _gather(
     if parallel.pp_size > 1:
         source = dist.get_global_rank(parallel.pp_group, bucket[0].stage)
         dist.broadcast(flat, source, group=parallel.pp_group)
-    named = []
+    named: list[tuple[str, Tensor]] = []
     for parameter, shape, columns in zip(bucket, shapes, flat.split(sizes, 1), strict=True):
         for rank, tensors in enumerate(parameter.tensors):
             shards = [columns[rank * tp_size + r].reshape(shape) for r in range(tp_size)]

@@ -58,18 +58,18 @@ class Stages:
 def parameters(model: ModelConfig, vocab_size: int, stages: Stages, ep_size: int = 1) -> list[Parameter]:
     """All parameters, in the order in which they are streamed."""
     vocabulary, hidden = Vocabulary(vocab_size), model.hidden_size
-    last = {"stage": stages.pipeline - 1, "chunk": stages.virtual - 1}
+    stage, chunk = stages.pipeline - 1, stages.virtual - 1
     embedding = ((("model.embed_tokens.weight", (vocab_size, hidden)),),)
     table = [Parameter("embedding.word_embeddings.weight", vocabulary, embedding, stage=0, chunk=0)]
     for layer in range(model.num_layers):
         table.extend(_layer(model, layer, stages, ep_size))
     norm = ((("model.norm.weight", (hidden,)),),)
-    table.append(Parameter("decoder.final_layernorm.weight", Replicated(), norm, **last))
+    table.append(Parameter("decoder.final_layernorm.weight", Replicated(), norm, stage, chunk))
     if not model.tie_embeddings:
         head = ((("lm_head.weight", (vocab_size, hidden)),),)
-        table.append(Parameter("output_layer.weight", vocabulary, head, **last))
+        table.append(Parameter("output_layer.weight", vocabulary, head, stage, chunk))
     elif stages.pipeline > 1:
-        table.append(Parameter("output_layer.weight", vocabulary, embedding, **last, is_copy=True))
+        table.append(Parameter("output_layer.weight", vocabulary, embedding, stage, chunk, is_copy=True))
     return table
 
 
@@ -101,7 +101,8 @@ def _layer(model: ModelConfig, layer: int, stages: Stages, ep_size: int) -> Iter
     if model.qk_layernorm:
         yield dense("self_attention.q_layernorm.weight", Replicated(), ("self_attn.q_norm.weight", (width,)))
         yield dense("self_attention.k_layernorm.weight", Replicated(), ("self_attn.k_norm.weight", (width,)))
-    yield dense("self_attention.linear_proj.weight", Sharded(1), ("self_attn.o_proj.weight", (hidden, queries)))
+    output = ("self_attn.o_proj.weight", (hidden, queries))
+    yield dense("self_attention.linear_proj.weight", Sharded(1), output)
     yield dense("pre_mlp_layernorm.weight", Replicated(), ("post_attention_layernorm.weight", (hidden,)))
     if model.num_moe_experts is None:
         ffn = model.ffn_hidden_size

@@ -29,6 +29,7 @@ class KeyValueCache:
     def __init__(
         self, model: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device
     ) -> None:
+        assert model.num_query_groups is not None and model.kv_channels is not None
         shape = (model.num_layers, rows, model.num_query_groups, length, model.kv_channels)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -169,7 +170,8 @@ class Decoder:
         return F.rms_norm(x, (x.shape[-1],), self._tensors[name], self.model.layernorm_epsilon)
 
     def _attention(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """query [b, s, heads, width]; keys, values [b, groups, t, width]; mask over [b, heads, s, t], True = hide."""
+        """Causal attention [b, s, heads, width] of query [b, s, heads, width] over keys and values
+        [b, groups, t, width]; where mask (over [b, heads, s, t]) is True a key is hidden."""
         batch, length = query.shape[:2]
         shared, width, total = self.queries_per_group, self.width, keys.shape[2]
         # Queries of one group stand below each other: they see the same keys.
@@ -180,7 +182,8 @@ class Decoder:
             grouped.new_empty(1, 1, 1), grouped, flat_keys.transpose(1, 2), beta=0, alpha=1 / math.sqrt(width)
         )
         scores = scores.view(batch, self.groups * shared, length, total).masked_fill_(mask, MASKED)
-        weights = scores.float().softmax(-1).to(scores.dtype).view(batch * self.groups, shared * length, total)
+        weights = scores.float().softmax(-1).to(scores.dtype)
+        weights = weights.view(batch * self.groups, shared * length, total)
         mixed = torch.bmm(weights, values.reshape(batch * self.groups, total, width))
         return mixed.view(batch, self.groups * shared, length, width).transpose(1, 2)
 

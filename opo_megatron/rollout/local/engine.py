@@ -101,9 +101,7 @@ class _Batch:
         self.decoder, self.requests, self.sampling = engine.decoder, requests, sampling
         self.device, n = engine.decoder.device, len(requests)
         self.slots = min(engine.slots, n)
-        self.cache = KeyValueCache(
-            self.decoder.model, self.slots, length, self.decoder.dtype, self.device
-        )
+        self.cache = KeyValueCache(self.decoder.model, self.slots, length, self.decoder.dtype, self.device)
         self.keys = torch.tensor(
             [request_key((*sampling.seed, r.prompt_id, r.sample_index)) for r in requests],
             dtype=torch.int64,
