@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -18,3 +21,14 @@ def require(module: str, command: str) -> ModuleType:
         if os.environ.get("OPO_REQUIRE_ALL") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+def run_ranks_of(script: Path, nproc: int, *arguments: str, timeout: float = 240) -> None:
+    """Run a worker script as `nproc` ranks in processes of their own; they end with the time-out.
+
+    The launcher runs in a child process: killing it takes the ranks along.
+    """
+    launch = "import sys; from opo_megatron.launch import run_ranks; sys.exit(run_ranks(sys.argv[2:], int(sys.argv[1])))"
+    command = [sys.executable, "-c", launch, str(nproc), sys.executable, str(script), *arguments]
+    done = subprocess.run(command, timeout=timeout, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{script.name} failed:\n{done.stdout}\n{done.stderr}"

@@ -71,10 +71,13 @@ def _baseline(rewards: Tensor, weights: Tensor, scope: Tensor, leave_one_out: bo
     weighted = _sum_over(weights * rewards, scope)
     if not leave_one_out:
         return weighted / total
-    # Not W − wᵢ: a difference of 0 must be exactly 0 for the others to be recognised as weightless.
-    others = _sum_over((weights > 0).double(), scope) - (weights > 0).double()
-    rest = torch.where(others > 0, total - weights, torch.ones_like(total))
-    return torch.where(others > 0, (weighted - weights * rewards) / rest, rewards)
+    # At most one sample carries more than half of the weight.  A difference would lose the digits of
+    # what the others carry, and would not tell nearly nothing from exactly nothing.
+    heavy = weights > total / 2
+    others = torch.where(heavy, _sum_over(weights.masked_fill(heavy, 0.0), scope), total - weights)
+    values = weights * rewards
+    others_weighted = torch.where(heavy, _sum_over(values.masked_fill(heavy, 0.0), scope), weighted - values)
+    return torch.where(others > 0, others_weighted / others, rewards)
 
 
 def groups_without_signal(rewards: Tensor, groups: Tensor) -> Tensor:

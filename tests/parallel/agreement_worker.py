@@ -1,0 +1,69 @@
+"""One rank: lays the same ranks out in several ways and measures, per layout, engine against policy.
+
+    agreement_worker.py OUTPUT [override,override …]…
+
+Rank 0 writes a list of {worst, tokens}, one per layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch.distributed as dist
+from small import VOCAB_SIZE, small_config
+
+from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize, leave, leave_layout
+from opo_megatron.policy.policy import Policy
+from opo_megatron.rollout.batch import exchange, gather_on_first, gather_summary, own_block
+from opo_megatron.rollout.engine import Request, Sampling
+from opo_megatron.rollout.local.engine import LocalEngine
+
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+PROMPTS, SAMPLES = 64, 4
+TEMPERATURE = 0.9
+
+
+def measure(overrides: list[str], parallel: Parallel) -> dict[str, object]:
+    config = small_config(*overrides, world_size=WORLD_SIZE)
+    policy = Policy(config, VOCAB_SIZE, parallel, config.optimizer)
+    engine = LocalEngine(config.policy.model, VOCAB_SIZE, torch.float32, parallel.device, slots=17)
+    engine.update_weights(policy.stream_weights(), 0)
+    total = PROMPTS * SAMPLES
+    block = own_block(parallel, total)
+    requests = [
+        Request(g, g, i % SAMPLES, tuple(1 + (g * k) % 16 for k in range(1, 2 + g % 9)))
+        for i in range(block.start, block.stop)
+        for g in [i // SAMPLES]
+    ]
+    sampling = Sampling(max_tokens=16, stop_tokens=(0,), seed=(7,), temperature=TEMPERATURE)
+    rollouts = engine.generate(requests, sampling)
+    rollouts.rewards = torch.zeros(len(rollouts), dtype=torch.float64)
+    summary = gather_summary(parallel, rollouts)
+    plan = policy.plan(summary.sequence_lengths)
+    batch = exchange(parallel, rollouts, plan, total)
+    difference = (policy.log_probs(batch, plan, TEMPERATURE) - batch.engine_log_prob).abs().max()
+    everything = gather_on_first(parallel, rollouts)
+    worst = max(all_gather_objects(parallel, float(difference)))
+    return {"worst": worst, "tokens": everything.responses() if everything else None}
+
+
+def main() -> None:
+    output, layouts = Path(sys.argv[1]), [a.split(",") if a else [] for a in sys.argv[2:]]
+    results = []
+    for overrides in layouts:
+        parallel = initialize(small_config(*overrides, world_size=WORLD_SIZE))
+        results.append(measure(overrides, parallel))
+        leave_layout()
+    if dist.get_rank() == 0:
+        output.write_text(json.dumps(results))
+    leave()
+
+
+if __name__ == "__main__":
+    main()
