@@ -1,0 +1,181 @@
+"""Micro-batches: every sample once, within the budget, even over ranks, and every token in its place."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from opo_megatron.policy.microbatch import MicroBatch, Plan, build_micro_batches, plan_micro_batches
+from opo_megatron.rollout.rollouts import Rollouts
+
+CPU = torch.device("cpu")
+
+
+def some_lengths(count: int, seed: int = 0) -> list[int]:
+    """Long-tailed, as responses are."""
+    rng = random.Random(seed)
+    return [min(2048, 20 + int(rng.lognormvariate(4.5, 0.8))) for _ in range(count)]
+
+
+def assert_complete(plan: Plan, count: int, dp_size: int) -> None:
+    dealt = [sample for rank in range(dp_size) for sample in plan.samples_of(rank)]
+    assert sorted(dealt) == list(range(count))
+    assert [len(micro_batches) for micro_batches in plan.rows] == [plan.count] * dp_size
+
+
+def assert_within(plan: Plan, lengths: list[int], budget: int) -> None:
+    for micro_batches in plan.rows:
+        for rows in micro_batches:
+            padded = len(rows) * max((lengths[i] for i in rows), default=0)
+            assert padded <= budget or len(rows) == 1
+
+
+@pytest.mark.parametrize("fixed_shape", [False, True])
+@pytest.mark.parametrize("multiple", [1, 2, 3])
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [1, 2, 5, 7, 64, 383])
+def test_every_sample_is_dealt_once_within_the_budget_and_all_ranks_count_alike(
+    count: int, dp_size: int, multiple: int, fixed_shape: bool
+) -> None:
+    lengths = some_lengths(count, seed=count)
+    plan = plan_micro_batches(lengths, dp_size, 1000, fixed_shape, multiple)
+    assert_complete(plan, count, dp_size)
+    assert_within(plan, lengths, 1000)
+    assert plan.count % multiple == 0
+    if fixed_shape:
+        assert plan.shape is not None
+        rows, tokens = plan.shape
+        assert tokens == max(lengths) and rows == max(1, 1000 // tokens)
+        assert all(len(batch) <= rows for micro_batches in plan.rows for batch in micro_batches)
+    else:
+        assert plan.shape is None
+
+
+@pytest.mark.parametrize("dp_size", [2, 4, 8])
+@pytest.mark.parametrize("seed", range(5))
+def test_data_parallel_ranks_get_nearly_the_same_tokens(dp_size: int, seed: int) -> None:
+    lengths = some_lengths(384, seed)
+    plan = plan_micro_batches(lengths, dp_size, 4096)
+    tokens = [sum(lengths[i] for i in plan.samples_of(rank)) for rank in range(dp_size)]
+    assert max(tokens) / min(tokens) < 1.05
+
+
+def test_little_of_a_plan_is_padding() -> None:
+    lengths = some_lengths(384)
+    plan = plan_micro_batches(lengths, 2, 4096)
+    padded = sum(len(rows) * max(lengths[i] for i in rows) for batches in plan.rows for rows in batches)
+    assert padded < 1.15 * sum(lengths)
+
+
+def test_fewer_samples_than_ranks_leave_empty_micro_batches() -> None:
+    plan = plan_micro_batches([5, 9], 4, 100)
+    assert_complete(plan, 2, 4)
+    assert plan.rows == [[[1]], [[0]], [[]], [[]]]
+
+
+def test_no_samples_still_make_a_micro_batch_for_everyone() -> None:
+    assert plan_micro_batches([], 2, 100, multiple=3).rows == [[[]] * 3] * 2
+
+
+def test_a_sequence_above_the_budget_is_alone_and_the_others_keep_to_it() -> None:
+    lengths = [10] * 20 + [5000]
+    plan = plan_micro_batches(lengths, 2, 100)
+    assert_complete(plan, 21, 2)
+    assert_within(plan, lengths, 100)
+    assert [20] in plan.rows[0] + plan.rows[1]
+
+
+def test_the_plan_depends_on_the_lengths_only() -> None:
+    lengths = some_lengths(100)
+    assert plan_micro_batches(lengths, 3, 1000) == plan_micro_batches(list(lengths), 3, 1000)
+
+
+# ---------------------------------------------------------------------- building
+
+
+def batch_of(count: int, seed: int = 0, empty: bool = False) -> Rollouts:
+    """Every token has another number, so that a token is known wherever it goes."""
+    rng = random.Random(seed)
+    numbers = iter(range(1, 100_000))
+    prompts = [[next(numbers) for _ in range(rng.randint(1, 6))] for _ in range(count)]
+    shortest = 0 if empty else 1
+    responses = [[next(numbers) for _ in range(rng.randint(shortest, 9))] for _ in range(count)]
+    return Rollouts.from_demonstrations(prompts, responses)
+
+
+def build(batch: Rollouts, plan: Plan, rank: int, multiple: int) -> tuple[Rollouts, list[MicroBatch]]:
+    own = batch.select(plan.samples_of(rank))
+    columns = {"number": own.response_tokens.float(), "half": own.response_tokens / 2}
+    return own, build_micro_batches(own, plan, rank, columns, multiple, CPU)
+
+
+@pytest.mark.parametrize("fixed_shape", [False, True])
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_places_point_at_the_token_before_each_response_token(
+    seed: int, multiple: int, fixed_shape: bool
+) -> None:
+    batch = batch_of(23, seed, empty=seed == 1)
+    sequences = batch.sequences()
+    plan = plan_micro_batches(batch.sequence_lengths.tolist(), 2, 40, fixed_shape)
+    for rank in range(2):
+        _, micro_batches = build(batch, plan, rank, multiple)
+        assert len(micro_batches) == plan.count
+        for rows, micro in zip(plan.rows[rank], micro_batches, strict=True):
+            height, width = micro.tokens.shape
+            assert width % multiple == 0
+            expected_places, expected_targets = [], []
+            for row, i in enumerate(rows):
+                inputs = sequences[i][:-1].tolist()
+                assert micro.tokens[row].tolist() == inputs + [0] * (width - len(inputs))
+                for place in range(int(batch.prompt_lengths[i]) - 1, len(inputs)):
+                    expected_places.append(row * width + place)
+                    expected_targets.append(int(sequences[i][place + 1]))
+            assert micro.places.tolist() == expected_places
+            assert micro.targets.tolist() == expected_targets
+            assert micro.columns["number"].tolist() == expected_targets
+            assert micro.columns["half"].tolist() == [target / 2 for target in expected_targets]
+            assert micro.position_ids.tolist() == [list(range(width))] * height
+            assert not micro.tokens[len(rows) :].any()
+
+
+def test_all_response_tokens_of_a_batch_are_targets_once() -> None:
+    batch = batch_of(50)
+    plan = plan_micro_batches(batch.sequence_lengths.tolist(), 3, 60)
+    targets = [t for rank in range(3) for micro in build(batch, plan, rank, 2)[1] for t in micro.targets.tolist()]
+    assert sorted(targets) == batch.response_tokens.tolist()
+
+
+def test_padded_lengths_are_no_longer_than_they_must_be() -> None:
+    """The last token of a sequence is no input: 9 tokens need 8 places, with multiple 4 as well as with 1."""
+    batch = Rollouts.from_demonstrations([[1, 2, 3], [1]], [[4, 5, 6, 7, 8, 9], [2]])
+    plan = plan_micro_batches([9, 2], 1, 100)
+    for multiple, width in ((1, 8), (4, 8), (5, 10)):
+        assert build(batch, plan, 0, multiple)[1][0].tokens.shape == (2, width)
+
+
+def test_micro_batches_of_a_fixed_shape_all_have_it() -> None:
+    batch = batch_of(23)
+    plan = plan_micro_batches(batch.sequence_lengths.tolist(), 3, 45, fixed_shape=True, multiple=2)
+    shapes = {tuple(m.tokens.shape) for rank in range(3) for m in build(batch, plan, rank, 4)[1]}
+    assert plan.shape is not None
+    assert shapes == {(plan.shape[0], plan.shape[1] - 1 + -(plan.shape[1] - 1) % 4)}
+
+
+def test_a_micro_batch_without_rows_has_a_shape_and_no_loss() -> None:
+    batch = batch_of(1)
+    plan = plan_micro_batches(batch.sequence_lengths.tolist(), 2, 100)
+    own, (micro,) = build(batch, plan, 1, 4)
+    assert len(own) == 0
+    assert micro.tokens.shape == (1, 4)
+    assert micro.places.numel() == micro.targets.numel() == micro.columns["number"].numel() == 0
+
+
+def test_empty_responses_have_no_places() -> None:
+    batch = Rollouts.from_demonstrations([[1, 2], [3], [4, 5]], [[], [6, 7], []])
+    plan = plan_micro_batches([2, 3, 2], 1, 100)
+    _, (micro,) = build(batch, plan, 0, 1)
+    assert plan.rows == [[[1, 0, 2]]]
+    assert micro.targets.tolist() == [6, 7] and micro.places.tolist() == [0, 1]
