@@ -6,6 +6,7 @@ samples each data-parallel rank needs.  All ranks get the same number of micro-b
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,8 +40,9 @@ def plan_micro_batches(
 ) -> Plan:
     """Split samples of `lengths` tokens into micro-batches of at most `max_tokens` padded tokens.
 
-    Samples are dealt by falling length, forwards and backwards in turn, so that every rank gets
-    nearly the same tokens; neighbours in length share a micro-batch, so that little is padding.
+    Samples are dealt by falling length, each to the rank that has least so far, so that every rank
+    gets nearly the same tokens (with one shape for all, the same rows); neighbours in length share a
+    micro-batch, so that little is padding.
 
     Args:
         fixed_shape: one shape for all (interleaved pipeline schedules cannot announce shapes).
@@ -48,9 +50,11 @@ def plan_micro_batches(
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     hands: list[list[int]] = [[] for _ in range(dp_size)]
-    for i, sample in enumerate(order):
-        lap, place = divmod(i, dp_size)
-        hands[place if lap % 2 == 0 else dp_size - 1 - place].append(sample)
+    loads = [(0, rank) for rank in range(dp_size)]
+    for sample in order:
+        load, rank = heapq.heappop(loads)
+        hands[rank].append(sample)
+        heapq.heappush(loads, (load + (1 if fixed_shape else lengths[sample]), rank))
     if fixed_shape:
         longest = max(lengths, default=1)
         rows = max(1, max_tokens // longest)

@@ -1,0 +1,158 @@
+"""Whole runs of a tiny recipe: what they write, and that a resumed one is the same run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from small import RECIPE, SMALL_MODEL
+
+from opo_megatron.cli import main
+from opo_megatron.config import load_config
+from opo_megatron.rollout.rollouts import Rollouts
+
+STEPS = 4
+TINY = (
+    *SMALL_MODEL,
+    "warm_start.steps=6",
+    f"train.steps={STEPS}",
+    "rollout.prompts_per_step=6",
+    "rollout.samples_per_prompt=4",
+    "optimizer.schedule=cosine",
+    "eval.every_steps=2",
+    "eval.problems=16",
+    "checkpoint.every_steps=2",
+)
+VOLATILE = ("time/", "memory/", "throughput/", "run/")
+
+
+def train(run_dir: Path, *overrides: str) -> int:
+    return main(["train", str(RECIPE), f"run.dir={run_dir}", *TINY, *overrides])
+
+
+def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+def lasting(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """Rows without what may differ between identical runs."""
+    return [{k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in rows(run_dir, name)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from start to end, nobody interrupting."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    assert train(run_dir) == 0
+    return run_dir
+
+
+def test_metrics_hold_one_row_per_step_with_the_public_names(finished: Path) -> None:
+    metrics = rows(finished)
+    assert [row["step"] for row in metrics] == list(range(STEPS + 1))
+    assert [row["step"] for row in rows(finished, "warm_start.jsonl")] == list(range(1, 7))
+    assert "reward/mean" not in metrics[0], "nothing was trained on before step 1"
+    for row in metrics[1:]:
+        for name in (
+            "reward/mean",
+            "response_length/mean",
+            "entropy",
+            "grad_norm",
+            "on_policy/logprob_diff_max",
+            "on_policy/logprob_diff_mean",
+            "on_policy/k3",
+            "time/rollout",
+            "time/train",
+            "time/sync",
+            "time/step",
+        ):
+            assert isinstance(row[name], float), name
+        assert 0 <= row["on_policy/logprob_diff_mean"] <= row["on_policy/logprob_diff_max"] < 2e-5
+    evaluated = [row["step"] for row in metrics if "eval/accuracy" in row]
+    assert evaluated == [0, 2, 4] == [row["step"] for row in metrics if "eval/greedy_accuracy" in row]
+
+
+def test_rollouts_hold_what_the_metrics_say(finished: Path) -> None:
+    for row in rows(finished)[1:]:
+        rollouts = Rollouts.load(finished / "rollouts" / f"step_{row['step']:08d}.safetensors")
+        assert len(rollouts) == 24
+        assert float(rollouts.rewards.mean()) == row["reward/mean"]
+        lengths = rollouts.response_lengths.double()
+        assert float(lengths.mean()) == row["response_length/mean"]
+        # One optimizer step per batch: the weights of step k were made by warm start + k − 1 steps.
+        assert set(rollouts.weight_versions.tolist()) == {6 + row["step"] - 1}
+        # Σ l A = 0 in every group is what makes the baseline OPO's.
+        sums = torch.zeros(6, dtype=torch.float64).scatter_add(
+            0, rollouts.groups, lengths * rollouts.advantages
+        )
+        assert sums.abs().max() < 1e-12
+
+
+def test_checkpoints_config_and_summary_are_there(finished: Path) -> None:
+    names = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert names == [
+        "step_00000002",
+        "step_00000004",
+        "warm_start_00000002",
+        "warm_start_00000004",
+        "warm_start_00000006",
+    ]
+    assert load_config(finished / "config.yaml").train.steps == STEPS
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["end"]["eval/accuracy"] == rows(finished)[-1]["eval/accuracy"]
+    assert summary["start"]["eval/accuracy"] == rows(finished)[0]["eval/accuracy"]
+
+
+def test_tensorboard_reads_its_files(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(finished / "tensorboard"))
+    board.Reload()
+    shown = {event.step: event.value for event in board.Scalars("reward/mean")}
+    assert shown == pytest.approx({row["step"]: row["reward/mean"] for row in rows(finished)[1:]})
+
+
+@pytest.mark.parametrize("newest", ["step_00000002", "warm_start_00000006", "warm_start_00000004", None])
+def test_resumed_run_is_the_uninterrupted_one(finished: Path, tmp_path: Path, newest: str | None) -> None:
+    """Cut behind a checkpoint (or before the first), with rows that got further and a torn last line."""
+    run_dir = tmp_path / "resumed"
+    shutil.copytree(finished, run_dir)
+    kept = sorted((run_dir / "checkpoints").iterdir(), key=lambda p: (p.name.startswith("step"), p.name))
+    position = [path.name for path in kept].index(newest) + 1 if newest else 0
+    for path in kept[position:]:
+        shutil.rmtree(path)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "reward/me')
+    assert train(run_dir, "resume=auto") == 0
+    for name in ("metrics.jsonl", "warm_start.jsonl"):
+        assert lasting(run_dir, name) == lasting(finished, name), name
+    attempts = [row["run/attempt"] for row in rows(run_dir)]
+    assert attempts == ([1, 1, 1, 2, 2] if newest == "step_00000002" else [2] * 5)
+    for path in sorted((finished / "rollouts").iterdir()):
+        assert path.read_bytes() == (run_dir / "rollouts" / path.name).read_bytes()
+
+
+def test_resume_auto_in_a_new_folder_starts_afresh(tmp_path: Path, finished: Path) -> None:
+    assert train(tmp_path / "new", "resume=auto", "train.steps=1", "checkpoint.every_steps=0") == 0
+    assert lasting(tmp_path / "new")[0] == lasting(finished)[0]
+
+
+def test_resume_from_another_model_is_refused_in_one_sentence(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = finished / "checkpoints" / "step_00000004"
+    assert train(tmp_path / "run", f"resume={checkpoint}", "policy.model.ffn_hidden_size=64") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "ffn_hidden_size=48" in error and "ffn_hidden_size=64" in error
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_quickstart_learns_under_two_tensor_parallel_ranks(tmp_path: Path) -> None:
+    run_dir = tmp_path / "tp2"
+    overrides = [f"run.dir={run_dir}", "--nproc", "2", "policy.tensor_model_parallel_size=2"]
+    assert main(["train", str(RECIPE), *overrides]) == 0
+    assert rows(run_dir)[-1]["eval/accuracy"] >= 0.90
