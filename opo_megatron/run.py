@@ -80,7 +80,8 @@ class Run:
 
         def show(done: int, total: int, tokens: int) -> None:
             rate = tokens / max(1e-9, time.monotonic() - begun)
-            self.display.status(f"{what}  {done}/{total} responses  {rate:,.0f} tokens/s")
+            text = f"{what}  {done}/{total} responses  {rate:,.0f} tokens/s"
+            self.display.status(text, done / max(1, total))
 
         self.engine.progress = show
 

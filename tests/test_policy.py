@@ -87,9 +87,7 @@ def test_entropy_and_log_probs_equal_the_dense_ones(parallel: Parallel) -> None:
     batch = rollouts.select(plan.samples_of(0))
     truth = {name: tensor.double() for name, tensor in weights_of(policy).items()}
     expected = [
-        dense_reference.log_probs(
-            config.policy.model, truth, s[:p].tolist(), s[p:].tolist(), TEMPERATURE
-        )
+        dense_reference.log_probs(config.policy.model, truth, s[:p].tolist(), s[p:].tolist(), TEMPERATURE)
         for s, p in zip(batch.sequences(), batch.prompt_lengths.tolist(), strict=True)
     ]
     measured = policy.log_probs(batch, plan, TEMPERATURE)
@@ -172,7 +170,7 @@ def test_step_is_refused_before_the_optimizer_when_the_engine_held_other_weights
     plan = policy.plan(rollouts.sequence_lengths)
     objective = PolicyGradient(100.0, TEMPERATURE)
 
-    def accept(metrics) -> None:  # noqa: ANN001
+    def accept(metrics) -> None:
         check_mismatch(config.on_policy, metrics.mismatch)
 
     metrics = policy.train_step(rollouts.select(plan.samples_of(0)), plan, objective, 1e-2, accept)

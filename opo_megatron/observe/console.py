@@ -6,8 +6,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from opo_megatron.observe.rows import Row
@@ -26,6 +27,8 @@ COLUMNS = {
 """Metrics of the live table, with their headings."""
 
 VISIBLE_ROWS = 12
+REFRESH_SECONDS = 0.1
+BAR_WIDTH = 30
 
 
 class Display:
@@ -36,16 +39,16 @@ class Display:
         self.active = active
         self._live: Live | None = None
         self._rows: list[Row] = []
-        self._status = ""
+        self._status, self._done = "", 0.0
         self._last_refresh = 0.0
         if active and self.console.is_terminal:
             self._live = Live(console=self.console, auto_refresh=False)
             self._live.start()
 
-    def status(self, text: str) -> None:
-        """What is going on right now; shown in a terminal only."""
-        self._status = text
-        if self._live is not None and time.monotonic() - self._last_refresh > 0.1:
+    def status(self, text: str, done: float = 0.0) -> None:
+        """What is going on right now and how much of it is done (0 to 1); shown in a terminal only."""
+        self._status, self._done = text, done
+        if self._live is not None and time.monotonic() - self._last_refresh > REFRESH_SECONDS:
             self._refresh()
 
     def say(self, text: str) -> None:
@@ -74,12 +77,15 @@ class Display:
 
     def _refresh(self) -> None:
         assert self._live is not None
-        table = Table(caption=self._status, caption_justify="left")
+        table = Table()
         for heading, _ in COLUMNS.values():
             table.add_column(heading, justify="right")
         for row in self._rows[-VISIBLE_ROWS:]:
             table.add_row(*(shape.format(row[n]) if n in row else "" for n, (_, shape) in COLUMNS.items()))
-        self._live.update(table, refresh=True)
+        progress = Table.grid(padding=(0, 1))
+        if self._status:
+            progress.add_row(ProgressBar(1.0, self._done, width=BAR_WIDTH), self._status)
+        self._live.update(Group(table, progress), refresh=True)
         self._last_refresh = time.monotonic()
 
     def summary(self, title: str, lines: Sequence[tuple[str, str, str, str]]) -> None:

@@ -38,8 +38,8 @@ def closing_table(config: Config, rows: Sequence[Row], seconds: float) -> tuple[
                 "worst |Δ log π|",
                 "",
                 f"{worst:.1e}",
-                "largest gap, over all steps, between a token's log-probability when it was drawn and when it "
-                "was trained on: exactly on-policy but for rounding",
+                "largest gap, over all steps, between a token's log-probability when it was drawn and "
+                "when it was trained on: exactly on-policy but for rounding",
             )
         )
     title = (

@@ -101,8 +101,8 @@ def load(policy: Policy, config: Config, path: Path) -> None:
         saved = state["model"].get(name)
         if saved != value:
             raise UserError(
-                f"the checkpoint {path} holds a model with {name}={saved}, but this run's has {name}={value}; "
-                "use the recipe that it was trained with"
+                f"the checkpoint {path} holds a model with {name}={saved}, but this run's has "
+                f"{name}={value}; use the recipe that it was trained with"
             )
     policy.allocate_optimizer_state()
     loaded = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(path))

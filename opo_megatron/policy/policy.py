@@ -87,8 +87,8 @@ class Policy:
         size = self.parallel.tp_size
         if (size - 1) * -(-self.vocab_size // size) >= self.vocab_size:
             raise UserError(
-                f"a vocabulary of {self.vocab_size} tokens leaves the last of policy.tensor_model_parallel_size="
-                f"{size} ranks without any; use fewer tensor-parallel ranks"
+                f"a vocabulary of {self.vocab_size} tokens leaves the last of "
+                f"policy.tensor_model_parallel_size={size} ranks without any; use fewer tensor-parallel ranks"
             )
 
     def _mark_shards(self) -> None:

@@ -9,8 +9,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import agreement_worker
 import pytest
 from conftest import run_ranks_of
+from small import small_config
+
+from opo_megatron.policy.parallel import initialize, leave
 
 WORKER = Path(__file__).parent / "agreement_worker.py"
 TP2, PP2 = "policy.tensor_model_parallel_size=2", "policy.pipeline_model_parallel_size=2"
@@ -37,7 +41,8 @@ def check(one_process: dict, results: list[dict], layouts: tuple[str, ...]) -> N
 
 def test_two_ranks_draw_the_same_256_responses_as_one_and_agree_with_the_policy(tmp_path: Path) -> None:
     layouts = (TP2, "")
-    (one_process,) = measure(tmp_path, 1, "")
+    one_process = agreement_worker.measure([], initialize(small_config()))
+    leave()
     check(one_process, measure(tmp_path, 2, *layouts), layouts)
 
 

@@ -48,6 +48,8 @@ class LocalEngine:
         missing = set(self.decoder.names())
         for bucket in buckets:
             for name, tensor in bucket:
+                if name not in missing:
+                    raise ValueError(f"the weight stream carries {name} twice, or the model has none")
                 missing.remove(name)
                 self.decoder.load(name, tensor)
         if missing:
