@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -21,7 +22,7 @@ COLUMNS = {
     "response_length/mean": ("length", "{:.1f}"),
     "entropy": ("entropy", "{:.3f}"),
     "grad_norm": ("grad norm", "{:.3f}"),
-    "on_policy/logprob_diff_max": ("max |Δ log π|", "{:.1e}"),
+    "on_policy/logprob_diff_max": ("|Δ log π|", "{:.1e}"),
     "time/step": ("seconds", "{:.2f}"),
 }
 """Metrics of the live table, with their headings."""
@@ -77,7 +78,7 @@ class Display:
 
     def _refresh(self) -> None:
         assert self._live is not None
-        table = Table()
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for heading, _ in COLUMNS.values():
             table.add_column(heading, justify="right")
         for row in self._rows[-VISIBLE_ROWS:]:
@@ -92,9 +93,9 @@ class Display:
         """The closing table: (what, at the start, at the end, in plain words)."""
         if not self.active:
             return
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for heading in ("", "start", "end"):
-            table.add_column(heading, justify="right" if heading else "left")
+            table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
         table.add_column("what it means", overflow="fold")
         for line in lines:
             table.add_row(*line)

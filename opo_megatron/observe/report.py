@@ -35,11 +35,11 @@ def closing_table(config: Config, rows: Sequence[Row], seconds: float) -> tuple[
         worst = max(row["on_policy/logprob_diff_max"] for row in updates)
         lines.append(
             (
-                "worst |Δ log π|",
+                "largest |Δ log π|",
                 "",
                 f"{worst:.1e}",
-                "largest gap, over all steps, between a token's log-probability when it was drawn and "
-                "when it was trained on: exactly on-policy but for rounding",
+                "largest gap, over all steps and tokens, between a token's log-probability when it was "
+                "drawn and when it was trained on: exactly on-policy but for rounding",
             )
         )
     title = (

@@ -5,8 +5,8 @@ an answer without counting along is mostly a guess.  The reward is 1 where the r
 `#` and what stands between it and the stop token `$` is the floor.
 
 Demonstrations are imperfect on purpose: 55 % answer directly, 15 % write every other floor, 25 %
-all floors (`5,7,8,9,5#5$`), 5 % all floors twice, and each written floor is wrong one time in ten.
-Responses of one prompt so range from 3 to 21 tokens, and the policy has to find that writing the
+all floors (`5,7,8,9,5#5$`), 5 % all floors twice, and one written floor in ten is a random one.
+Responses of one prompt so range from 3 to 22 tokens, and the policy has to find that writing the
 floors down pays.  One problem in ten is held out, by a hash of its text.
 """
 
