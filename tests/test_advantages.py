@@ -91,7 +91,9 @@ def test_length_power_weighs_by_a_power_of_the_length(exponent: float) -> None:
     weights = [length**exponent for length in lengths.tolist()]
     baseline = sum(w * r for w, r in zip(weights, rewards.tolist(), strict=True)) / sum(weights)
     expected = rewards.double() - baseline
-    torch.testing.assert_close(advantages(config, rewards, lengths, torch.zeros(3, dtype=torch.int64)), expected)
+    torch.testing.assert_close(
+        advantages(config, rewards, lengths, torch.zeros(3, dtype=torch.int64)), expected
+    )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -151,11 +153,11 @@ def test_a_sample_with_all_the_weight_is_its_own_baseline() -> None:
 
 
 @pytest.mark.parametrize("preset", BUILT)
-@pytest.mark.parametrize("reward", [0.0, 0.1, 1 / 3, -0.7, 1e-300, 1e15 + 0.3])
-def test_rewards_that_agree_give_exactly_zero_although_sums_round(preset: Baseline, reward: float) -> None:
-    rewards = torch.full((21,), reward, dtype=torch.float64)
+def test_rewards_that_agree_give_exactly_zero_although_sums_round(preset: Baseline) -> None:
     lengths = torch.arange(21) * 13 % 17
-    assert not advantages(setting(preset), rewards, lengths, torch.arange(21) // 7).any()
+    for reward in (0.0, 0.1, 1 / 3, -0.7, 1e-300, 1e15 + 0.3):
+        rewards = torch.full((21,), reward, dtype=torch.float64)
+        assert not advantages(setting(preset), rewards, lengths, torch.arange(21) // 7).any()
 
 
 def test_groups_without_signal_are_those_whose_rewards_agree() -> None:
@@ -176,7 +178,7 @@ def test_batch_scope_is_one_group_of_everything(leave_one_out: bool) -> None:
 
 @pytest.mark.parametrize("weight", [Weight.one, Weight.length, Weight.length_power])
 @pytest.mark.parametrize("leave_one_out", [False, True])
-@pytest.mark.parametrize("preset", BUILT)
+@pytest.mark.parametrize("preset", [Baseline.opo, Baseline.batch_length, Baseline.grpo])
 def test_advantages_are_never_nan_and_bounded_by_the_range_of_rewards(
     preset: Baseline, leave_one_out: bool, weight: Weight
 ) -> None:

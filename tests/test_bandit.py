@@ -62,7 +62,9 @@ def _weighted_gradients(config: AlgorithmConfig, batches: Tensor, chances: Tenso
     ).view_as(batches)
     total = torch.zeros(4, dtype=torch.float64)
     for actions, advantage, chance in zip(batches, every, chances, strict=True):
-        objective = PolicyGradient(loss_normalizer(config, RolloutConfig(), lengths[actions]), temperature=1.0)
+        objective = PolicyGradient(
+            loss_normalizer(config, RolloutConfig(), lengths[actions]), temperature=1.0
+        )
         _, d_log_prob = objective(PROBABILITIES.log()[actions], {"advantages": advantage})
         total -= chance * (d_log_prob @ SCORES[actions])
     return total

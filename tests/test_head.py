@@ -74,9 +74,7 @@ def assert_near(got: Tensor | None, expected: Tensor, relative: float = 1e-5) ->
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_values_and_gradients_equal_float64_autograd(
-    shape: tuple[int, int, int], temperature: float
-) -> None:
+def test_values_and_gradients_equal_float64_autograd(shape: tuple[int, int, int], temperature: float) -> None:
     inputs = Inputs.random(*shape)
     buffer = torch.randn(inputs.weight.shape, generator=torch.Generator().manual_seed(1))
     d_weight = buffer.clone()

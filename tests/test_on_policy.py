@@ -1,0 +1,66 @@
+"""The two proofs that a batch is the policy's own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from opo_megatron.algorithm.on_policy import Mismatch, check_mismatch, check_versions, k3
+from opo_megatron.config.schema import MismatchAction, OnPolicyConfig
+from opo_megatron.errors import OnPolicyError
+
+
+def test_tokens_of_the_expected_version_pass() -> None:
+    check_versions(torch.full((5,), 3), 3)
+    check_versions(torch.empty(0, dtype=torch.int64), 3)
+
+
+def test_one_token_of_another_version_is_refused_with_the_counts() -> None:
+    versions = torch.tensor([3, 2, 3, 4, 2, 3])
+    with pytest.raises(OnPolicyError, match=r"version 3 but 3 of 6 .*\(2 of version 2, 1 of version 4\)"):
+        check_versions(versions, 3)
+
+
+def test_rollouts_without_versions_are_refused() -> None:
+    with pytest.raises(OnPolicyError, match="no weight versions"):
+        check_versions(None, 0)
+
+
+@pytest.mark.parametrize("action", [MismatchAction.refuse, MismatchAction.warn])
+@pytest.mark.parametrize("largest", [0.0, 1e-4, 0.01])
+def test_a_difference_up_to_the_tolerance_says_nothing(action: MismatchAction, largest: float) -> None:
+    assert check_mismatch(OnPolicyConfig(0.01, action), Mismatch(largest, 0.0, 0.0)) is None
+
+
+@pytest.mark.parametrize("largest", [0.0101, math.inf, math.nan])
+def test_a_difference_beyond_the_tolerance_is_refused_or_warned_of(largest: float) -> None:
+    """Not a number is no agreement either."""
+    mismatch = Mismatch(largest, 0.002, 0.0)
+    with pytest.raises(OnPolicyError, match=r"on_policy\.tolerance=0\.01.*on_policy\.action=warn"):
+        check_mismatch(OnPolicyConfig(0.01, MismatchAction.refuse), mismatch)
+    warning = check_mismatch(OnPolicyConfig(0.01, MismatchAction.warn), mismatch)
+    assert warning is not None and f"disagree by {largest:.3g}" in warning
+
+
+def test_k3_is_never_negative_and_zero_only_at_zero() -> None:
+    sizes = torch.logspace(-12, 1.5, 2001, dtype=torch.float64)
+    for delta in (torch.cat((-sizes, sizes)), torch.cat((-sizes, sizes)).float()):
+        assert bool((k3(delta) >= 0).all())
+    assert k3(torch.zeros(3)).tolist() == [0, 0, 0]
+    assert bool((k3(sizes[sizes > 1e-6]) > 0).all())
+
+
+def test_k3_is_its_definition() -> None:
+    delta = torch.tensor([-3.0, -0.5, 0.25, 2.0], dtype=torch.float64)
+    expected = [math.exp(d) - 1 - d for d in delta.tolist()]
+    assert k3(delta).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_mean_of_k3_under_the_engine_is_the_kl_divergence() -> None:
+    """Σ q (p/q − 1 − log p/q) = KL(q ‖ p), summed over a whole vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    engine, policy = torch.randn(2, 50, generator=generator, dtype=torch.float64).log_softmax(1)
+    truth = (engine.exp() * (engine - policy)).sum()
+    torch.testing.assert_close((engine.exp() * k3(policy - engine)).sum(), truth, rtol=1e-12, atol=0)
