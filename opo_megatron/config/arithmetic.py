@@ -37,7 +37,7 @@ def model_parallel_size(policy: PolicyConfig) -> int:
 def expert_parallel_size(policy: PolicyConfig) -> int:
     """Ranks that hold one copy of all experts between them."""
     return (
-        policy.expert_tensor_parallel_size
+        (policy.expert_tensor_parallel_size or 1)
         * policy.expert_model_parallel_size
         * policy.pipeline_model_parallel_size
     )

@@ -93,6 +93,9 @@ def resolve(config: Config) -> None:
         model.kv_channels = model.hidden_size // model.num_attention_heads
     if model.num_moe_experts is not None and model.moe_ffn_hidden_size is None:
         model.moe_ffn_hidden_size = model.ffn_hidden_size
+    if config.policy.expert_tensor_parallel_size is None:
+        dense = model.num_moe_experts is None
+        config.policy.expert_tensor_parallel_size = 1 if dense else config.policy.tensor_model_parallel_size
     for switch, value in PRESETS[algorithm.baseline]._asdict().items():
         if getattr(algorithm, switch) is None:
             setattr(algorithm, switch, value)

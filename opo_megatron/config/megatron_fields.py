@@ -94,6 +94,32 @@ MANAGED_FIELDS: dict[str, str] = {
 """Fields that the project sets itself → what to do instead.  A dropout of 0 is let through."""
 
 
+ALLOWED_FIELDS = (
+    "recompute_",
+    "overlap_p2p_comm",
+    "batch_p2p_comm",
+    "batch_p2p_sync",
+    "tp_comm_overlap",
+    "distribute_saved_activations",
+    "deallocate_pipeline_outputs",
+    "microbatch_group_size_per_vp_stage",
+    "attention_softmax_in_fp32",
+    "moe_router_dtype",
+    "persist_layer_norm",
+    "memory_efficient_layer_norm",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "masked_softmax_fusion",
+    "apply_rope_fusion",
+    "gradient_accumulation_fusion",
+    "moe_permute_fusion",
+    "deterministic_mode",
+    "cpu_offloading",
+)
+"""Fields, by their beginning, that say how to compute and leave model and gradient as they are.
+
+Any other could change what the policy computes without the engine or the head knowing."""
+
 _PREFIX = "policy.megatron."
 
 
@@ -104,8 +130,13 @@ def check_megatron_fields(policy: PolicyConfig) -> None:
         if name in MANAGED_FIELDS and not (name.endswith("_dropout") and value == 0):
             raise UserError(f"{_PREFIX}{name} is set by the project; {MANAGED_FIELDS[name]}")
         if name not in megatron_field_names():
-            free = [_PREFIX + field for field in sorted(megatron_field_names() - MANAGED_FIELDS.keys())]
-            raise UserError(unknown(_PREFIX + name, [*free, *key_types()]))
+            free = [field for field in sorted(megatron_field_names()) if field.startswith(ALLOWED_FIELDS)]
+            raise UserError(unknown(_PREFIX + name, [*(_PREFIX + field for field in free), *key_types()]))
+        if name not in MANAGED_FIELDS and not name.startswith(ALLOWED_FIELDS):
+            raise UserError(
+                f"{_PREFIX}{name} could change what the policy computes without the engine knowing, so it is "
+                "not passed on; remove it"
+            )
     if policy.virtual_pipeline_model_parallel_size is None or not extra.get("batch_p2p_comm"):
         return
     if policy.pipeline_model_parallel_size == 2:

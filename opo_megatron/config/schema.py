@@ -223,7 +223,8 @@ class PolicyConfig:
     sequence_parallel: bool = False
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    """Ranks over which one expert is cut; default tensor_model_parallel_size."""
     distributed_optimizer: bool = True
     """Shard the optimizer's state over data-parallel ranks."""
     max_tokens_per_micro_batch: int = 4096
@@ -233,7 +234,7 @@ class PolicyConfig:
     weight_bucket_mib: float = 256.0
     """Size of the buckets in which weights travel to the engine."""
     megatron: dict[str, Any] = field(default_factory=dict)
-    """Further fields of Megatron-Core's TransformerConfig, by its own names."""
+    """Further fields of Megatron-Core's TransformerConfig, by its own names: how to compute, not what."""
 
 
 @dataclass

@@ -234,9 +234,16 @@ def check_experts(policy: PolicyConfig) -> None:
     )
     _divides(
         "policy.expert_tensor_parallel_size",
-        policy.expert_tensor_parallel_size,
+        policy.expert_tensor_parallel_size or 1,
         "policy.model.moe_ffn_hidden_size",
         model.moe_ffn_hidden_size or model.ffn_hidden_size,
+    )
+    _require(
+        policy.expert_model_parallel_size > 1
+        or policy.expert_tensor_parallel_size == policy.tensor_model_parallel_size,
+        f"policy.expert_tensor_parallel_size is {policy.expert_tensor_parallel_size} where "
+        f"policy.tensor_model_parallel_size is {policy.tensor_model_parallel_size} and experts are not "
+        "parallel: Megatron then sums expert gradients over too few ranks; set both to the same",
     )
     _require(
         policy.tensor_model_parallel_size == 1 or policy.sequence_parallel,
