@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opo_megatron.algorithm.advantages import STD_EPSILON, advantages, groups_without_signal
+from opo_megatron.algorithm.advantages import STD_EPSILON, advantages, without_signal
 from opo_megatron.config.load import PRESETS
 from opo_megatron.config.schema import AlgorithmConfig, Baseline, Scope, Weight
 
@@ -160,10 +160,20 @@ def test_rewards_that_agree_give_exactly_zero_although_sums_round(preset: Baseli
         assert not advantages(setting(preset), rewards, lengths, torch.arange(21) // 7).any()
 
 
-def test_groups_without_signal_are_those_whose_rewards_agree() -> None:
+def test_without_signal_are_those_whose_rewards_agree() -> None:
     rewards = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.2, 5.0])
     groups = torch.tensor([3, 8, 3, 8, 8, 1])
-    assert groups_without_signal(rewards, groups).tolist() == [True, False, True, False, False, True]
+    in_groups = without_signal(setting(Baseline.opo), rewards, groups)
+    assert in_groups.tolist() == [True, False, True, False, False, True]
+    assert not without_signal(setting(Baseline.batch_length), rewards, groups).any()
+
+
+def test_standard_deviation_has_the_baselines_scope() -> None:
+    """A group that agrees has a spread of 0, which must not divide a difference from the batch's mean."""
+    rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    config = setting(Baseline.grpo, scope=Scope.batch)
+    got = advantages(config, rewards, torch.ones(6), torch.arange(6) // 2)
+    torch.testing.assert_close(got, (rewards - 0.5) / (rewards.std() + STD_EPSILON))
 
 
 @pytest.mark.parametrize("leave_one_out", [False, True])

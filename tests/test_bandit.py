@@ -17,7 +17,7 @@ from torch import Tensor
 from opo_megatron.algorithm.advantages import advantages
 from opo_megatron.algorithm.objective import PolicyGradient, loss_normalizer
 from opo_megatron.config.load import PRESETS
-from opo_megatron.config.schema import AlgorithmConfig, Baseline, LossNormalizer, RolloutConfig
+from opo_megatron.config.schema import AlgorithmConfig, Baseline, LossNormalizer
 
 THETA = torch.tensor([0.3, -0.5, 1.1, 0.0], dtype=torch.float64)
 REWARDS = torch.tensor([1.0, 0.0, 0.25, 1.0], dtype=torch.float64)
@@ -62,9 +62,7 @@ def _weighted_gradients(config: AlgorithmConfig, batches: Tensor, chances: Tenso
     ).view_as(batches)
     total = torch.zeros(4, dtype=torch.float64)
     for actions, advantage, chance in zip(batches, every, chances, strict=True):
-        objective = PolicyGradient(
-            loss_normalizer(config, RolloutConfig(), lengths[actions]), temperature=1.0
-        )
+        objective = PolicyGradient(loss_normalizer(config, lengths[actions]), temperature=1.0)
         _, d_log_prob = objective(PROBABILITIES.log()[actions], {"advantages": advantage})
         total -= chance * (d_log_prob @ SCORES[actions])
     return total
@@ -172,15 +170,12 @@ def test_the_weighted_mean_is_the_best_baseline_where_weights_are_squared_scores
 
 
 def test_normalizers_count_tokens_sequences_or_what_the_recipe_says() -> None:
-    rollout = RolloutConfig(prompts_per_step=3, samples_per_prompt=5, max_response_tokens=7)
     lengths = torch.tensor([4, 0, 9])
     for normalizer, constant, expected in (
         (LossNormalizer.tokens, None, 13.0),
         (LossNormalizer.sequences, None, 3.0),
-        (LossNormalizer.constant, None, 105.0),
         (LossNormalizer.constant, 2.5, 2.5),
     ):
-        config = setting(Baseline.opo, normalizer, constant)
-        assert loss_normalizer(config, rollout, lengths) == expected
+        assert loss_normalizer(setting(Baseline.opo, normalizer, constant), lengths) == expected
     empty = torch.zeros(3, dtype=torch.int64)
-    assert loss_normalizer(setting(Baseline.opo, LossNormalizer.tokens), rollout, empty) == 1.0
+    assert loss_normalizer(setting(Baseline.opo, LossNormalizer.tokens), empty) == 1.0

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.objective import PolicyGradient, Supervised
-from opo_megatron.kernels.head import HeadOutput, Vocabulary, sweep
+from opo_megatron.kernels.head import HeadOutput, VocabularyShard, sweep
 
 SHAPES = [(1, 4, 5), (7, 8, 21), (64, 16, 33), (129, 24, 300)]
-WHOLE = Vocabulary(0)
+WHOLE = VocabularyShard(0)
 
 
 @dataclass

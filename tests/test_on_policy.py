@@ -34,14 +34,21 @@ def test_a_difference_up_to_the_tolerance_says_nothing(action: MismatchAction, l
     assert check_mismatch(OnPolicyConfig(0.01, action), Mismatch(largest, 0.0, 0.0)) is None
 
 
-@pytest.mark.parametrize("largest", [0.0101, math.inf, math.nan])
-def test_a_difference_beyond_the_tolerance_is_refused_or_warned_of(largest: float) -> None:
-    """Not a number is no agreement either."""
-    mismatch = Mismatch(largest, 0.002, 0.0)
+@pytest.mark.parametrize("action", list(MismatchAction))
+@pytest.mark.parametrize("wrong", [math.inf, math.nan])
+def test_what_is_not_finite_is_refused_whatever_the_action(action: MismatchAction, wrong: float) -> None:
+    config = OnPolicyConfig(tolerance=0.01, action=action)
+    for mismatch in (Mismatch(wrong, 0.0, 0.0), Mismatch(0.0, wrong, 0.0), Mismatch(0.0, 0.0, wrong)):
+        with pytest.raises(OnPolicyError, match="not finite"):
+            check_mismatch(config, mismatch)
+
+
+def test_a_difference_beyond_the_tolerance_is_refused_or_warned_of() -> None:
+    mismatch = Mismatch(0.0101, 0.002, 0.0)
     with pytest.raises(OnPolicyError, match=r"on_policy\.tolerance=0\.01.*on_policy\.action=warn"):
         check_mismatch(OnPolicyConfig(0.01, MismatchAction.refuse), mismatch)
     warning = check_mismatch(OnPolicyConfig(0.01, MismatchAction.warn), mismatch)
-    assert warning is not None and f"disagree by {largest:.3g}" in warning
+    assert warning is not None and f"disagree by {mismatch.max:.3g}" in warning
 
 
 def test_k3_is_never_negative_and_zero_only_at_zero() -> None:

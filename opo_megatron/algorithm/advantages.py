@@ -4,7 +4,7 @@ For sample i of a scope S (the K responses of one prompt, or the whole batch), w
 
     b  = Σ_{j∈S} wⱼ rⱼ / Σ_{j∈S} wⱼ             baseline
     b₋ᵢ = Σ_{j≠i} wⱼ rⱼ / Σ_{j≠i} wⱼ            the same, leave-one-out
-    Aᵢ = (rᵢ − b) / s        s = 1, or the rewards' sample standard deviation over the group
+    Aᵢ = (rᵢ − b) / s        s = 1, or the sample standard deviation of the rewards in S
 
     opo          w = length              the paper's baseline: least variance where ‖∇log π‖² ∝ length
     opo_loo      w = length, leave-one-out: unbiased
@@ -53,13 +53,12 @@ def advantages(config: AlgorithmConfig, rewards: Tensor, lengths: Tensor, groups
     """
     rewards = rewards.double()
     weights = baseline_weights(config, lengths)
-    index = _compact(groups)
-    scope = index if config.scope is Scope.group else torch.zeros_like(index)
+    scope = _scope(config, groups)
     centred = rewards - _baseline(rewards, weights, scope, leave_one_out=bool(config.leave_one_out))
     # Rounding must not give a gradient to a scope whose rewards all agree.
     centred = torch.where(_agrees(rewards, scope), torch.zeros_like(centred), centred)
     if config.scale is Scale.std:
-        centred = centred / (_std(rewards, index) + STD_EPSILON)
+        centred = centred / (_std(rewards, scope) + STD_EPSILON)
     return centred
 
 
@@ -80,9 +79,15 @@ def _baseline(rewards: Tensor, weights: Tensor, scope: Tensor, leave_one_out: bo
     return torch.where(others > 0, others_weighted / others, rewards)
 
 
-def groups_without_signal(rewards: Tensor, groups: Tensor) -> Tensor:
-    """[n] bool: whether all rewards of the sample's group agree, so that it has no gradient."""
-    return _agrees(rewards.double(), _compact(groups))
+def without_signal(config: AlgorithmConfig, rewards: Tensor, groups: Tensor) -> Tensor:
+    """[n] bool: whether all rewards of the sample's scope agree, so that it has no gradient."""
+    return _agrees(rewards.double(), _scope(config, groups))
+
+
+def _scope(config: AlgorithmConfig, groups: Tensor) -> Tensor:
+    """[n] int64 from 0: which samples share a baseline."""
+    index = torch.unique(groups, return_inverse=True)[1]
+    return index if config.scope is Scope.group else torch.zeros_like(index)
 
 
 def _agrees(values: Tensor, scope: Tensor) -> Tensor:
@@ -102,7 +107,3 @@ def _sum_over(values: Tensor, scope: Tensor) -> Tensor:
     """Σ over each sample's scope, spread back to the samples."""
     size = int(scope.max()) + 1 if scope.numel() else 0
     return values.new_zeros(size).scatter_add(0, scope, values)[scope]
-
-
-def _compact(groups: Tensor) -> Tensor:
-    return torch.unique(groups, return_inverse=True)[1]

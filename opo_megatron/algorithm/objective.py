@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from opo_megatron.config.schema import AlgorithmConfig, LossNormalizer, RolloutConfig
+from opo_megatron.config.schema import AlgorithmConfig, LossNormalizer
 
 
 class Objective(Protocol):
@@ -66,7 +66,7 @@ class Supervised:
         return coefficient * log_prob, coefficient
 
 
-def loss_normalizer(algorithm: AlgorithmConfig, rollout: RolloutConfig, lengths: Tensor) -> float:
+def loss_normalizer(algorithm: AlgorithmConfig, lengths: Tensor) -> float:
     """N of the whole batch, from the response lengths [n] of all of its samples.
 
     `tokens` divides by a random number and is biased by O(1/batch); `constant` is not.
@@ -75,6 +75,5 @@ def loss_normalizer(algorithm: AlgorithmConfig, rollout: RolloutConfig, lengths:
         return max(1.0, float(lengths.sum()))
     if algorithm.loss_normalizer is LossNormalizer.sequences:
         return float(lengths.numel())
-    if algorithm.loss_constant is None:
-        return float(rollout.prompts_per_step * rollout.samples_per_prompt * rollout.max_response_tokens)
+    assert algorithm.loss_constant is not None  # resolved when the recipe was loaded
     return algorithm.loss_constant

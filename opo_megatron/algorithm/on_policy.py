@@ -7,6 +7,7 @@ the engine recorded while it sampled: Δ = log π_policy − log π_engine, over
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -54,6 +55,11 @@ def check_mismatch(config: OnPolicyConfig, mismatch: Mismatch) -> str | None:
     Raises:
         OnPolicyError: with action=refuse, before any optimizer step.
     """
+    if not all(math.isfinite(value) for value in (mismatch.max, mismatch.mean, mismatch.k3)):
+        raise OnPolicyError(
+            f"engine and policy cannot be compared (mean difference {mismatch.mean} of log-probabilities), "
+            "because weights or logits are not finite; resume from a checkpoint with a smaller optimizer.lr"
+        )
     if mismatch.max <= config.tolerance:
         return None
     sentence = (

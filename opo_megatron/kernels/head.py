@@ -1,6 +1,6 @@
 """The head: hidden states → log-probabilities, loss and both gradients, without storing logits.
 
-For a chunk of tokens with hidden states h [c, H] and this rank's rows W [V, H] of the output matrix:
+For a chunk of tokens with hidden states h [m, H] and this rank's rows W [V, H] of the output matrix:
 
     z  = h Wᵀ / T                          1st matrix product
     ℓ  = z_y − logsumexp(z)                log π_T of the sampled token
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Coefficient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""(log π [c], place in the batch) → (loss [c], ∂loss/∂log π [c])."""
+"""(log π [m], place in the batch) → (loss [m], ∂loss/∂log π [m])."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class HeadOutput:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class VocabularyShard:
     """This rank's part of the output rows."""
 
     start: int
@@ -59,7 +59,7 @@ def sweep(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    vocabulary: Vocabulary,
+    vocabulary: VocabularyShard,
     temperature: float,
     chunk_tokens: int,
     coefficient: Coefficient | None = None,
@@ -105,10 +105,10 @@ def _softmax(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    vocabulary: Vocabulary,
+    vocabulary: VocabularyShard,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill `output[part]`; returns π of this shard [c, V], the target's local row and whether it is here."""
+    """Fill `output[part]`; returns π of this shard [m, V], the target's local row and whether it is here."""
     logits = torch.mm(hidden[part], weight.t()).float()
     if temperature != 1.0:
         logits.div_(temperature)
@@ -138,14 +138,16 @@ def _softmax(
     return exponentials.div_(total.unsqueeze(1)), local_target, owned
 
 
-def _reduce(values: Tensor, vocabulary: Vocabulary, operation: Any) -> None:
+def _reduce(values: Tensor, vocabulary: VocabularyShard, operation: Any) -> None:
     if vocabulary.group is not None:
         dist.all_reduce(values, op=operation, group=vocabulary.group)
 
 
 def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
-    """total += d_logitsᵀ · hidden, in total's own precision."""
+    """total += d_logitsᵀ · hidden, summed in total's own precision."""
     if total.dtype == d_logits.dtype:
         total.addmm_(d_logits.t(), hidden)
+    elif total.device.type == "cuda":
+        total.add_(torch.mm(d_logits.t(), hidden, out_dtype=total.dtype))
     else:
-        total.add_(torch.mm(d_logits.t(), hidden))
+        total.addmm_(d_logits.t().to(total.dtype), hidden.to(total.dtype))
