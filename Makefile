@@ -25,10 +25,10 @@ quickstart: setup  ## train the small recipe in a new folder under runs/
 	$(VENV)/bin/opo train recipes/quickstart.yaml run.dir="$$dir"
 
 test: setup-dev  ## tests that take seconds
-	$(VENV)/bin/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: setup-dev  ## tests that take minutes
-	$(VENV)/bin/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m slow
 
 lint: setup-dev  ## style, formatting and types
 	$(VENV)/bin/ruff check .

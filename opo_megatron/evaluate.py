@@ -24,7 +24,7 @@ def evaluate(run: Run) -> Row:
     """`eval/*` metrics of the engine's current weights."""
     settings = run.config.eval
     sampling = replace(
-        run.sampling(run.policy.version),
+        run.sampling(step=0),
         seed=(run.config.run.seed, STREAM_EVAL),
         temperature=settings.temperature,
         top_p=settings.top_p,
@@ -45,7 +45,7 @@ def evaluate(run: Run) -> Row:
 def _answer(run: Run, samples: int, sampling: Sampling) -> Summary:
     count = min(run.config.eval.problems, run.task.size("held_out"))
     prompts = run.choose_prompts("held_out", STREAM_EVAL, PROBLEM_SEED, 0, count)
-    run.watch_engine("evaluating")
-    rollouts = run.engine.generate(requests_for(prompts, samples, run.parallel), sampling)
+    requests = requests_for(prompts, samples, run.parallel)
+    rollouts = run.engine.generate(requests, sampling, run.progress("evaluating"))
     rollouts.rewards = rewards_of(run.task, prompts, rollouts)
     return gather_summary(run.parallel, rollouts)

@@ -2,8 +2,8 @@
 
 A plain parent, no elastic agent: it sets the variables that `torch.distributed` reads, passes on
 SIGTERM, SIGUSR1 and SIGINT, and waits.  When one rank fails, the others would wait for it in a
-collective, so they are ended.  What a signal means (save, stop) is for the ranks to decide; only a
-second SIGINT ends them.  Ranks on several machines are started by torchrun or srun instead.
+collective, so they are ended; a second SIGINT ends them all.  Ranks on several machines are started
+by torchrun instead.
 """
 
 from __future__ import annotations

@@ -6,28 +6,28 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from opo_megatron.algorithm.on_policy import check_mismatch
 from opo_megatron.config import Config
 from opo_megatron.config.schema import Dtype
-from opo_megatron.errors import OnPolicyError, UserError
+from opo_megatron.errors import OnPolicyError
+from opo_megatron.observe.closing import closing_table
 from opo_megatron.observe.console import Display
-from opo_megatron.observe.report import closing_table
 from opo_megatron.observe.rows import Row
 from opo_megatron.observe.run_files import RunFiles
 from opo_megatron.observe.step_metrics import memory_metrics, throughput_metrics
-from opo_megatron.policy.checkpoint import Progress, checkpoints, load, read_progress, save
-from opo_megatron.policy.parallel import Parallel, initialize, leave
+from opo_megatron.policy.checkpoint import RunProgress, find_checkpoint, load, read_progress, save
+from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize, leave
 from opo_megatron.policy.policy import Policy, StepMetrics
 from opo_megatron.rollout.batch import gather_on_first
-from opo_megatron.rollout.engine import Sampling
+from opo_megatron.rollout.engine import Progress, RolloutEngine, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.rollout.rollouts import Rollouts
 from opo_megatron.tasks import TASKS, Prompt, Task
 from opo_megatron.tasks.base import PromptOrder, Split
+from opo_megatron.weights.random import random_weights
 
 STREAM_TRAIN, STREAM_WARM_START, STREAM_EVAL = range(3)
 """Independent streams of random numbers."""
@@ -41,7 +41,7 @@ class Run:
     parallel: Parallel
     task: Task
     policy: Policy
-    engine: LocalEngine
+    engine: RolloutEngine
     files: RunFiles
     display: Display
     step: int = -1
@@ -63,7 +63,6 @@ class Run:
 
     def sampling(self, step: int) -> Sampling:
         """How the responses of an OPO step are drawn."""
-        self.watch_engine(f"step {step}  drawing")
         settings = self.config.rollout
         return Sampling(
             max_tokens=settings.max_response_tokens,
@@ -74,8 +73,8 @@ class Run:
             top_k=settings.top_k,
         )
 
-    def watch_engine(self, what: str) -> None:
-        """Show the engine's progress under the name `what`."""
+    def progress(self, what: str) -> Progress:
+        """Shows an engine's progress under the name `what`."""
         begun = time.monotonic()
 
         def show(done: int, total: int, tokens: int) -> None:
@@ -83,7 +82,7 @@ class Run:
             text = f"{what}  {done}/{total} responses  {rate:,.0f} tokens/s"
             self.display.status(text, done / max(1, total))
 
-        self.engine.progress = show
+        return show
 
     def synchronize(self) -> None:
         """Send the policy's weights to the engine."""
@@ -95,7 +94,7 @@ class Run:
         """Write a warm-start step, then save where it is time to."""
         self.files.write_warm_start(row)
         self.warm_step = row["step"]
-        self._save_if_due(Progress("warm_start", self.warm_step), self.config.warm_start.steps)
+        self._save_if_due(RunProgress("warm_start", self.warm_step), self.config.warm_start.steps)
 
     def finish_step(self, row: Row, rollouts: Rollouts | None = None) -> None:
         """Write an OPO step, then save where it is time to."""
@@ -105,9 +104,9 @@ class Run:
         self.display.row(row)
         self.step = row["step"]
         if self.step > 0:
-            self._save_if_due(Progress("step", self.step), self.config.train.steps)
+            self._save_if_due(RunProgress("step", self.step), self.config.train.steps)
 
-    def _save_if_due(self, progress: Progress, last: int) -> None:
+    def _save_if_due(self, progress: RunProgress, last: int) -> None:
         every = self.config.checkpoint.every_steps
         if progress.step == last or (every > 0 and progress.step % every == 0):
             self.display.status(f"saving {progress.folder}")
@@ -148,39 +147,42 @@ def open_run(config: Config) -> Iterator[Run]:
     """Build or resume a run and leave its process groups at the end."""
     parallel = initialize(config)
     display = Display(active=parallel.rank == 0)
+    run = None
     try:
-        yield _build(config, parallel, display)
-    finally:
+        run = _build(config, parallel, display)
+        yield run
+    except BaseException:
         display.close()
-        leave()
+        # Leaving waits for ranks that may be waiting for this one; what went wrong must be said first.
+        if parallel.world_size == 1:
+            leave()
+        raise
+    finally:
+        if run is not None:
+            run.files.close()
+    display.close()
+    leave()
 
 
 def _build(config: Config, parallel: Parallel, display: Display) -> Run:
     task = TASKS[config.task.name]()
-    checkpoint = _checkpoint_to_resume(config)
-    progress = read_progress(checkpoint) if checkpoint else Progress("warm_start", 0)
+    # Folders can look different from different machines: one rank looks, all follow.
+    checkpoint = all_gather_objects(parallel, find_checkpoint(config) if parallel.rank == 0 else None)[0]
+    progress = read_progress(checkpoint) if checkpoint else RunProgress("warm_start", 0)
     in_warm_start = progress.phase == "warm_start"
     warms_up = in_warm_start and config.warm_start.steps > 0
-    policy = Policy(config, task.vocab_size, parallel, config.warm_start if warms_up else config.optimizer)
+    weights = None
+    if checkpoint is None:
+        weights = random_weights(config.policy.model, task.vocab_size, config.run.seed)
+    optimizer = config.warm_start if warms_up else config.optimizer
+    policy = Policy(config, task.vocab_size, parallel, optimizer, weights)
     if checkpoint is not None:
         load(policy, config, checkpoint)
         display.say(f"resumed from {checkpoint}")
-    model = config.policy.model
     dtype = torch.bfloat16 if config.policy.dtype is Dtype.bf16 else torch.float32
-    engine = LocalEngine(model, task.vocab_size, dtype, parallel.device, config.rollout.local.slots)
+    slots = config.rollout.local.slots
+    engine = LocalEngine(config.policy.model, task.vocab_size, dtype, parallel.device, slots)
+    files = RunFiles(config, parallel.rank == 0, progress, checkpoint)
     step = -1 if in_warm_start else progress.step
     warm_step = progress.step if in_warm_start else config.warm_start.steps
-    files = RunFiles(config, parallel.rank == 0, step, warm_step)
     return Run(config, parallel, task, policy, engine, files, display, step, warm_step)
-
-
-def _checkpoint_to_resume(config: Config) -> Path | None:
-    if config.resume == "never":
-        return None
-    if config.resume == "auto":
-        found = checkpoints(Path(config.run.dir))
-        return found[-1] if found else None
-    path = Path(config.resume)
-    if not path.is_dir():
-        raise UserError(f"resume={config.resume} is not a folder; name a checkpoint, or say resume=auto")
-    return path

@@ -48,7 +48,7 @@ def opo_step(run: Run, step: int) -> None:
     with timer.phase("rollout"):
         prompts = run.prompts(step)
         requests = requests_for(prompts, config.rollout.samples_per_prompt, parallel)
-        rollouts = run.engine.generate(requests, run.sampling(step))
+        rollouts = run.engine.generate(requests, run.sampling(step), run.progress(f"step {step}  drawing"))
         check_versions(rollouts.weight_versions, policy.version)
 
     with timer.phase("reward"):
@@ -60,7 +60,7 @@ def opo_step(run: Run, step: int) -> None:
     with timer.phase("train"):
         plan = policy.plan(batch.sequence_lengths)
         samples = exchange(parallel, rollouts, plan, len(advantage))
-        normalizer = loss_normalizer(config.algorithm, config.rollout, batch.response_lengths)
+        normalizer = loss_normalizer(config.algorithm, batch.response_lengths)
         objective = PolicyGradient(normalizer, config.rollout.temperature)
         rate = learning_rate(config.optimizer, step, config.train.steps)
         metrics = policy.train_step(samples, plan, objective, rate, partial(accept_on_policy, run))
@@ -68,7 +68,7 @@ def opo_step(run: Run, step: int) -> None:
     with timer.phase("sync"):
         run.synchronize()
 
-    row = step_row(step, batch, advantage, metrics, rate)
+    row = step_row(config, step, batch, advantage, metrics, rate)
     if evaluation_is_due(config, step):
         with timer.phase("eval"):
             row |= evaluate(run)

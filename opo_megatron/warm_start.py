@@ -29,7 +29,8 @@ def warm_start(run: Run) -> None:
         raise UserError(f"task {run.config.task.name!r} has no demonstrations; set warm_start.steps=0")
     while run.warm_step < config.steps:
         _supervised_step(run, run.warm_step + 1)
-    run.policy.start_optimizer(run.config.optimizer)
+    if config.steps:
+        run.policy.start_optimizer(run.config.optimizer)
 
 
 def _supervised_step(run: Run, step: int) -> None:
@@ -43,10 +44,11 @@ def _supervised_step(run: Run, step: int) -> None:
     row = {
         "step": step,
         "loss": metrics.loss,
-        "entropy": metrics.entropy,
         "grad_norm": metrics.grad_norm,
         "lr": rate,
     }
+    if metrics.entropy is not None:
+        row["entropy"] = metrics.entropy
     run.display.status(f"warm start {step}/{config.steps}  loss {metrics.loss:.3f}", step / config.steps)
     if step % SAY_EVERY == 0 or step == config.steps:
         run.display.say(f"warm start  step {step}/{config.steps}  loss {metrics.loss:.3f}")

@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 
 from opo_megatron.config import Config, load_config
+from opo_megatron.policy.parallel import Parallel
+from opo_megatron.policy.policy import Policy
 from opo_megatron.rollout.rollouts import Rollouts
+from opo_megatron.weights.random import random_weights
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 VOCAB_SIZE = 17
@@ -27,6 +30,12 @@ SMALL_MODEL = (
 def small_config(*overrides: str, world_size: int = 1) -> Config:
     """The quickstart with a model of a few thousand parameters."""
     return load_config(RECIPE, ["run.dir=unused", *SMALL_MODEL, *overrides], world_size)
+
+
+def small_policy(config: Config, parallel: Parallel) -> Policy:
+    """The policy of `config` with its random initial weights."""
+    weights = random_weights(config.policy.model, VOCAB_SIZE, config.run.seed)
+    return Policy(config, VOCAB_SIZE, parallel, config.optimizer, weights)
 
 
 def ragged_rollouts(count: int = 24, seed: int = 0) -> Rollouts:

@@ -176,8 +176,8 @@ def test_no_requests_give_no_rollouts() -> None:
 
 def test_progress_never_falls_and_knows_the_total() -> None:
     engine, seen = engine_of(LLAMA, slots=4), []
-    engine.progress = lambda *counts: seen.append(counts)
-    rollouts = engine.generate(some_requests(9), Sampling(max_tokens=5, stop_tokens=(STOP,), seed=(1,)))
+    sampling = Sampling(max_tokens=5, stop_tokens=(STOP,), seed=(1,))
+    rollouts = engine.generate(some_requests(9), sampling, lambda *counts: seen.append(counts))
     assert len(seen) > 5 and seen == sorted(seen) and {total for _, total, _ in seen} == {9}
     assert seen[-1][2] < int(rollouts.response_lengths.sum()) <= seen[-1][2] + engine.slots
 

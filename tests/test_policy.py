@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import dense_reference
 import pytest
 import torch
-from small import VOCAB_SIZE, ragged_rollouts, small_config
+from small import VOCAB_SIZE, ragged_rollouts, small_config, small_policy
 
 from opo_megatron.algorithm.advantages import advantages
 from opo_megatron.algorithm.objective import PolicyGradient, Supervised
@@ -32,7 +32,7 @@ def parallel() -> Iterator[Parallel]:
 
 def make_policy(parallel: Parallel, *overrides: str) -> tuple[Policy, Config]:
     config = small_config(*overrides)
-    return Policy(config, VOCAB_SIZE, parallel, config.optimizer), config
+    return small_policy(config, parallel), config
 
 
 def weights_of(policy: Policy) -> dict[str, torch.Tensor]:

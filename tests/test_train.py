@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from small import RECIPE, SMALL_MODEL
 from opo_megatron.cli import main
 from opo_megatron.config import load_config
 from opo_megatron.rollout.rollouts import Rollouts
+from opo_megatron.tasks.lift import LiftTask
 
 STEPS = 4
 TINY = (
@@ -42,6 +44,14 @@ def lasting(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in rows(run_dir, name)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def some_reward() -> Iterator[None]:
+    """A tiny policy never answers a lift's question: reward something that it does half of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LiftTask, "reward", lambda self, prompt, response: float(sum(response) % 2))
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run from start to end, nobody interrupting."""
@@ -56,6 +66,7 @@ def test_metrics_hold_one_row_per_step_with_the_public_names(finished: Path) -> 
     assert [row["step"] for row in rows(finished, "warm_start.jsonl")] == list(range(1, 7))
     assert "reward/mean" not in metrics[0], "nothing was trained on before step 1"
     for row in metrics[1:]:
+        assert row["grad_norm"] > 0 and 0 < row["reward/mean"] < 1
         for name in (
             "reward/mean",
             "response_length/mean",
@@ -115,7 +126,15 @@ def test_tensorboard_reads_its_files(finished: Path) -> None:
     assert shown == pytest.approx({row["step"]: row["reward/mean"] for row in rows(finished)[1:]})
 
 
-@pytest.mark.parametrize("newest", ["step_00000002", "warm_start_00000006", "warm_start_00000004", None])
+@pytest.mark.parametrize(
+    "newest",
+    [
+        "step_00000002",
+        pytest.param("warm_start_00000006", marks=pytest.mark.slow),
+        "warm_start_00000004",
+        pytest.param(None, marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_run_is_the_uninterrupted_one(finished: Path, tmp_path: Path, newest: str | None) -> None:
     """Cut behind a checkpoint (or before the first), with rows that got further and a torn last line."""
     run_dir = tmp_path / "resumed"
@@ -131,6 +150,7 @@ def test_resumed_run_is_the_uninterrupted_one(finished: Path, tmp_path: Path, ne
         assert lasting(run_dir, name) == lasting(finished, name), name
     attempts = [row["run/attempt"] for row in rows(run_dir)]
     assert attempts == ([1, 1, 1, 2, 2] if newest == "step_00000002" else [2] * 5)
+    assert (run_dir / "attempts").read_text() == "2\n"
     for path in sorted((finished / "rollouts").iterdir()):
         assert path.read_bytes() == (run_dir / "rollouts" / path.name).read_bytes()
 
@@ -140,6 +160,27 @@ def test_resume_auto_in_a_new_folder_starts_afresh(tmp_path: Path, finished: Pat
     assert lasting(tmp_path / "new")[0] == lasting(finished)[0]
 
 
+def test_going_back_to_an_older_checkpoint_abandons_the_newer_ones(finished: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "back"
+    shutil.copytree(finished, run_dir)
+    older = run_dir / "checkpoints" / "step_00000002"
+    assert train(run_dir, f"resume={older}", "train.steps=3", "optimizer.schedule=constant") == 0
+    names = [path.name for path in (run_dir / "checkpoints").iterdir()]
+    assert "step_00000004.abandoned-by-attempt-2" in names and "step_00000004" not in names
+    assert train(run_dir, "resume=auto", "train.steps=5", "optimizer.schedule=constant") == 0
+    assert [(row["step"], row["run/attempt"]) for row in rows(run_dir)] == [
+        (0, 1), (1, 1), (2, 1), (3, 2), (4, 3), (5, 3),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_new_run_from_another_ones_checkpoint_begins_with_its_rows(finished: Path, tmp_path: Path) -> None:
+    checkpoint = finished / "checkpoints" / "step_00000002"
+    assert train(tmp_path / "new", f"resume={checkpoint}") == 0
+    assert lasting(tmp_path / "new") == lasting(finished)
+    assert lasting(tmp_path / "new", "warm_start.jsonl") == lasting(finished, "warm_start.jsonl")
+
+
 def test_resume_from_another_model_is_refused_in_one_sentence(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +188,15 @@ def test_resume_from_another_model_is_refused_in_one_sentence(
     assert train(tmp_path / "run", f"resume={checkpoint}", "policy.model.ffn_hidden_size=64") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "ffn_hidden_size=48" in error and "ffn_hidden_size=64" in error
+
+
+def test_weights_that_are_not_finite_stop_the_run_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path / "run", "warm_start.steps=0", "optimizer.lr=1e36") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "finite" in error
+    assert not (tmp_path / "run" / "checkpoints" / "step_00000004").exists()
 
 
 @pytest.mark.slow

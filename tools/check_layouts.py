@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 STEPS = 3
+VOCAB_SIZE = 17
 LOSS_TOLERANCE = 1e-5
 GRAD_NORM_TOLERANCE = 1e-4
 
@@ -44,6 +45,7 @@ SMALL = (
 MOE = ("policy.model.num_moe_experts=4", "policy.model.moe_ffn_hidden_size=96")
 TP2, PP2 = "policy.tensor_model_parallel_size=2", "policy.pipeline_model_parallel_size=2"
 SP, VPP2 = "policy.sequence_parallel=true", "policy.virtual_pipeline_model_parallel_size=2"
+EP2 = "policy.expert_model_parallel_size=2"
 PLAIN_OPTIMIZER = "policy.distributed_optimizer=false"
 
 
@@ -65,7 +67,10 @@ LAYOUTS = {
     "tp2pp2+sp": Layout(4, (TP2, PP2, SP)),
     "tp2dp2": Layout(4, (TP2,)),
     "moe-dp2": Layout(2, moe=True),
-    "moe-ep2": Layout(2, ("policy.expert_model_parallel_size=2",), moe=True),
+    "moe-ep2": Layout(2, (EP2,), moe=True),
+    "moe-tp2sp": Layout(2, (TP2, SP), moe=True),
+    "moe-tp2sp-ep2": Layout(2, (TP2, SP, EP2, "policy.expert_tensor_parallel_size=1"), moe=True),
+    "moe-tp2sp-ep2-etp2": Layout(4, (TP2, SP, EP2), moe=True),
 }
 REFERENCES = {"one process": Layout(1), "moe, one process": Layout(1, moe=True)}
 
@@ -100,8 +105,9 @@ def compare(names: list[str]) -> int:
             output = Path(folder) / "results.json"
             group = [name for name, case in cases.items() if case.ranks == ranks]
             print(f"{ranks} rank(s): {', '.join(group)}", flush=True)
-            code = run_ranks([sys.executable, __file__, *group, "--ranks-write", str(output)], ranks)
-            if code != 0:
+            if ranks == 1:
+                run_cases(group, output)
+            elif code := run_ranks([sys.executable, __file__, *group, "--ranks-write", str(output)], ranks):
                 return code
             results |= json.loads(output.read_text())
     return print_table(names, results)
@@ -150,8 +156,10 @@ def take_steps(config: Config, parallel: Parallel) -> list[list[float]]:
     """[loss, grad norm] of each step, on rollouts that every layout shares."""
     from opo_megatron.algorithm.objective import PolicyGradient
     from opo_megatron.policy.policy import Policy
+    from opo_megatron.weights.random import random_weights
 
-    policy = Policy(config, vocab_size=17, parallel=parallel, optimizer=config.optimizer)
+    weights = random_weights(config.policy.model, VOCAB_SIZE, config.run.seed)
+    policy = Policy(config, VOCAB_SIZE, parallel, config.optimizer, weights)
     results = []
     for step in range(STEPS):
         rollouts = fixed_rollouts(step)
@@ -170,8 +178,8 @@ def fixed_rollouts(step: int) -> Rollouts:
     from opo_megatron.rollout.rollouts import Rollouts
 
     rng = random.Random(step)
-    prompts = [[rng.randrange(17) for _ in range(rng.randint(1, 12))] for _ in range(40)]
-    responses = [[rng.randrange(17) for _ in range(rng.randint(1, 20))] for _ in range(40)]
+    prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 12))] for _ in range(40)]
+    responses = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 20))] for _ in range(40)]
     rollouts = Rollouts.from_demonstrations(prompts, responses)
     rollouts.is_demonstration = False
     rollouts.advantages = torch.tensor([rng.gauss(0, 1) for _ in prompts], dtype=torch.float64)

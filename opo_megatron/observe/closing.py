@@ -50,5 +50,5 @@ def closing_table(config: Config, rows: Sequence[Row], seconds: float) -> tuple[
 
 
 def _pair(first: Row, last: Row, name: str, shape: str) -> tuple[str, str]:
-    before, after = (shape.format(row[name]) if name in row else "" for row in (first, last))
+    before, after = (shape.format(row[name]) if row.get(name) is not None else "" for row in (first, last))
     return before, after

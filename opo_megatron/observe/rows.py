@@ -33,7 +33,10 @@ class RowFile:
         """Drop every row behind `step`, and a torn last line."""
         rows = [row for row in self.read() if row["step"] <= step]
         partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(_line(row) for row in rows))
+        with partial.open("w") as file:
+            file.writelines(_line(row) for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, self.path)
 
     def append(self, row: Row) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from opo_megatron.config import Config, to_yaml
 from opo_megatron.observe.rows import Row, RowFile
+from opo_megatron.policy.checkpoint import RunProgress, abandon_later, run_of
 from opo_megatron.rollout.rollouts import Rollouts
 
 
 class RunFiles:
     """`<run.dir>` of one attempt; on ranks that do not write, every method does nothing."""
 
-    def __init__(self, config: Config, writes: bool, step: int, warm_step: int) -> None:
-        """Continue behind OPO step `step` and warm-start step `warm_step` (−1 and 0 for a new run)."""
+    def __init__(self, config: Config, writes: bool, progress: RunProgress, checkpoint: Path | None) -> None:
+        """Continue behind `progress`, that of `checkpoint` where the run resumes from one."""
         self.dir, self.writes = Path(config.run.dir), writes
         self.metrics = RowFile(self.dir / "metrics.jsonl")
         self.warm_start = RowFile(self.dir / "warm_start.jsonl")
@@ -24,12 +26,33 @@ class RunFiles:
         if not writes:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.attempt = 1 + max((row["run/attempt"] for row in self._earlier_rows()), default=0)
+        if checkpoint is not None and run_of(checkpoint) != self.dir.resolve():
+            self._copy_rows(run_of(checkpoint))
+        self.attempt = self._count_attempt()
+        in_warm_start = progress.phase == "warm_start"
+        step = -1 if in_warm_start else progress.step
         self.metrics.cut_after(step)
-        self.warm_start.cut_after(warm_step)
+        if in_warm_start:
+            self.warm_start.cut_after(progress.step)
         self._cut_rollouts(step)
+        abandon_later(self.dir, progress, self.attempt)
         (self.dir / "config.yaml").write_text(to_yaml(config))
-        self._boards = self._open_boards(step, warm_step) if config.observe.tensorboard else {}
+        if config.observe.tensorboard:
+            warm_step = progress.step if in_warm_start else config.warm_start.steps
+            self._boards = self._open_boards(step, warm_step)
+
+    def _copy_rows(self, other: Path) -> None:
+        """A run that goes on from another's checkpoint begins with that one's rows."""
+        for name in (self.metrics.path.name, self.warm_start.path.name):
+            if (other / name).exists():
+                shutil.copyfile(other / name, self.dir / name)
+
+    def _count_attempt(self) -> int:
+        """1 for the first start in this folder, one more for each later one."""
+        path = self.dir / "attempts"
+        attempt = int(path.read_text()) + 1 if path.exists() else 1
+        path.write_text(f"{attempt}\n")
+        return attempt
 
     def _open_boards(self, step: int, warm_step: int) -> dict[str, Any]:
         """One TensorBoard writer per step axis, purged behind the checkpoint."""
@@ -40,9 +63,6 @@ class RunFiles:
             "step": SummaryWriter(board, purge_step=step + 1),
             "warm_start": SummaryWriter(board / "warm_start", purge_step=warm_step + 1),
         }
-
-    def _earlier_rows(self) -> list[Row]:
-        return self.metrics.read() + self.warm_start.read()
 
     def _cut_rollouts(self, step: int) -> None:
         for path in (self.dir / "rollouts").glob("step_*.safetensors"):

@@ -7,14 +7,18 @@ import resource
 import torch
 from torch import Tensor
 
-from opo_megatron.algorithm.advantages import groups_without_signal
+from opo_megatron.algorithm.advantages import without_signal
+from opo_megatron.config import Config
 from opo_megatron.observe.rows import Row
 from opo_megatron.policy.policy import StepMetrics
 from opo_megatron.rollout.batch import Summary
 
 
-def step_row(step: int, batch: Summary, advantages: Tensor, metrics: StepMetrics, lr: float) -> Row:
+def step_row(
+    config: Config, step: int, batch: Summary, advantages: Tensor, metrics: StepMetrics, lr: float
+) -> Row:
     """The row of an OPO step, before its times are known."""
+    silent = without_signal(config.algorithm, batch.rewards, batch.groups)
     lengths = batch.response_lengths.double()
     row: Row = {
         "step": step,
@@ -24,13 +28,14 @@ def step_row(step: int, batch: Summary, advantages: Tensor, metrics: StepMetrics
         "response_length/truncated": batch.truncated,
         "advantage/mean": float(advantages.mean()),
         "advantage/rms": float(advantages.square().mean().sqrt()),
-        "groups/without_signal": float(groups_without_signal(batch.rewards, batch.groups).double().mean()),
+        "groups/without_signal": float(silent.double().mean()),
         "tokens/response": metrics.tokens,
         "loss": metrics.loss,
-        "entropy": metrics.entropy,
         "grad_norm": metrics.grad_norm,
         "lr": lr,
     }
+    if metrics.entropy is not None:
+        row["entropy"] = metrics.entropy
     if metrics.mismatch is not None:
         row |= {
             "on_policy/logprob_diff_max": metrics.mismatch.max,

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 class PhaseTimer:
     """Adds up wall-clock seconds by phase name."""
@@ -20,6 +22,8 @@ class PhaseTimer:
         try:
             yield
         finally:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # a phase ends when its kernels have
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
     def metrics(self) -> dict[str, float]:

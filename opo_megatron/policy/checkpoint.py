@@ -27,11 +27,16 @@ STATE_FILE = "run_state.json"
 Phase = Literal["warm_start", "step"]
 PHASES: tuple[Phase, ...] = ("warm_start", "step")
 
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    # Gather on one rank of each replica, by way of the host, instead of everywhere.
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,
+}
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """How far a run is: `step` optimizer steps into `phase`."""
 
     phase: Phase
@@ -42,25 +47,52 @@ class Progress:
         return f"{self.phase}_{self.step:08d}"
 
     @staticmethod
-    def parse(folder: str) -> Progress | None:
+    def parse(folder: str) -> RunProgress | None:
         """The progress that a folder's name tells, or None for another folder."""
         phase, _, digits = folder.rpartition("_")
         known = {name: name for name in PHASES}.get(phase)  # type: ignore[call-overload]
-        return Progress(known, int(digits)) if known and digits.isdigit() and len(digits) == 8 else None
+        return RunProgress(known, int(digits)) if known and digits.isdigit() and len(digits) == 8 else None
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """All complete checkpoints of a run, oldest first."""
     found = []
     for path in (run_dir / "checkpoints").glob("*_*"):
-        progress = Progress.parse(path.name)
+        progress = RunProgress.parse(path.name)
         if progress is not None:
             found.append((PHASES.index(progress.phase), progress.step, path))
     return [path for _, _, path in sorted(found)]
 
 
-def save(policy: Policy, config: Config, progress: Progress) -> None:
+def find_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that `resume` asks for; None where the run starts afresh.
+
+    Raises:
+        UserError: for a path that is none, or one of another run where run.dir already holds a run.
+    """
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        found = checkpoints(Path(config.run.dir))
+        return found[-1] if found else None
+    path = Path(config.resume)
+    read_progress(path)
+    run_dir = Path(config.run.dir)
+    if run_of(path) != run_dir.resolve() and run_dir.is_dir() and any(run_dir.iterdir()):
+        raise UserError(
+            f"run.dir={run_dir} holds another run than the checkpoint resume={path}; choose a new run.dir"
+        )
+    return path
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run that wrote a checkpoint."""
+    return checkpoint.resolve().parent.parent
+
+
+def save(policy: Policy, config: Config, progress: RunProgress) -> None:
     """Write `<run.dir>/checkpoints/<progress>`; a collective of all ranks."""
+    _check_buckets(policy)
     final = Path(config.run.dir) / "checkpoints" / progress.folder
     partial = final.with_name(final.name + ".partial")
     if policy.parallel.rank == 0:
@@ -73,21 +105,23 @@ def save(policy: Policy, config: Config, progress: Progress) -> None:
             "progress": asdict(progress),
             "version": policy.version,
             "model": _model_of(policy, config),
+            "distributed_optimizer": config.policy.distributed_optimizer,
             "versions": {"opo_megatron": __version__, "torch": torch.__version__},
         }
-        (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
+        with (partial / STATE_FILE).open("w") as file:
+            file.write(json.dumps(state, indent=2) + "\n")
+            os.fsync(file.fileno())
         os.replace(partial, final)
     dist.barrier(group=policy.parallel.cpu_group)
 
 
-def read_progress(path: Path) -> Progress:
+def read_progress(path: Path) -> RunProgress:
     """How far a checkpoint is.
 
     Raises:
         UserError: when `path` is no checkpoint.
     """
-    return Progress(**_read_state(path)["progress"])
+    return RunProgress(**_read_state(path)["progress"])
 
 
 def load(policy: Policy, config: Config, path: Path) -> None:
@@ -104,6 +138,12 @@ def load(policy: Policy, config: Config, path: Path) -> None:
                 f"the checkpoint {path} holds a model with {name}={saved}, but this run's has "
                 f"{name}={value}; use the recipe that it was trained with"
             )
+    kind = config.policy.distributed_optimizer
+    if state["distributed_optimizer"] != kind:
+        raise UserError(
+            f"the checkpoint {path} was written with policy.distributed_optimizer="
+            f"{str(not kind).lower()}, which this run changes; set it as it was"
+        )
     policy.allocate_optimizer_state()
     loaded = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(path))
     for i, chunk in enumerate(policy.chunks):
@@ -112,8 +152,29 @@ def load(policy: Policy, config: Config, path: Path) -> None:
     policy.version = state["version"]
 
 
+def abandon_later(run_dir: Path, progress: RunProgress, attempt: int) -> None:
+    """Rename checkpoints behind `progress`, which the run that goes on from there will not lead to."""
+    reached = (PHASES.index(progress.phase), progress.step)
+    for path in checkpoints(run_dir):
+        later = RunProgress.parse(path.name)
+        if later is not None and (PHASES.index(later.phase), later.step) > reached:
+            path.rename(path.with_name(f"{path.name}.abandoned-by-attempt-{attempt}"))
+
+
+def _check_buckets(policy: Policy) -> None:
+    """Megatron takes wrong elements of a gradient buffer that has padding between its buckets."""
+    for chunk in policy.ddp_chunks:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            for bucket in buffer.buckets[:-1]:
+                if policy.config.distributed_optimizer and bucket.numel_unpadded != bucket.grad_data.numel():
+                    raise RuntimeError("a padded gradient bucket would make a corrupt checkpoint")
+
+
 def _model_of(policy: Policy, config: Config) -> dict[str, Any]:
-    return asdict(config.policy.model) | {"vocab_size": policy.vocab_size}
+    """What must agree; the longest sequence is no property of the weights."""
+    model = asdict(config.policy.model) | {"vocab_size": policy.vocab_size}
+    del model["max_sequence_length"]
+    return model
 
 
 def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:

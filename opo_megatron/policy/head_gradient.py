@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opo_megatron.algorithm.objective import Objective
-from opo_megatron.kernels.head import HeadOutput, Vocabulary, sweep
+from opo_megatron.kernels.head import HeadOutput, VocabularyShard, sweep
 from opo_megatron.policy.microbatch import MicroBatch
 from opo_megatron.policy.parallel import Parallel
 
@@ -30,12 +30,12 @@ class Head:
     chunk_tokens: int
     sequence_parallel: bool
 
-    def vocabulary(self, weight: Tensor) -> tuple[Vocabulary, Tensor]:
+    def vocabulary(self, weight: Tensor) -> tuple[VocabularyShard, Tensor]:
         """This rank's place in the vocabulary, and its rows without padding."""
         start = weight.shape[0] * self.parallel.tp_rank
         rows = max(0, min(weight.shape[0], self.vocab_size - start))
         group = self.parallel.tp_group if self.parallel.tp_size > 1 else None
-        return Vocabulary(start, group), weight.detach()[:rows]
+        return VocabularyShard(start, group), weight.detach()[:rows]
 
     def gather(self, hidden: Tensor) -> Tensor:
         """[b, s, H] of this rank's part of the sequence → of the whole sequence."""

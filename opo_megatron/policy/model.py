@@ -8,6 +8,7 @@ Dropout is 0 everywhere, for the engine samples without it.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from opo_megatron.config.schema import Dtype, PolicyConfig
 
+BUCKET_MULTIPLE = 128
+"""Megatron pads gradient buckets of the distributed optimizer to multiples of this and of the ranks."""
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm whose weight is marked for sequence parallelism, so that its gradient is summed over TP."""
@@ -31,9 +35,19 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """Vocabulary rows once every tensor-parallel rank holds the same number of them."""
-    return -(-vocab_size // tp_size) * tp_size
+def padded_vocab_size(policy: PolicyConfig, vocab_size: int, dp_size: int) -> int:
+    """Vocabulary rows once every tensor-parallel rank holds the same number of them.
+
+    A tied embedding that two pipeline stages share has a gradient bucket of its own, which Megatron's
+    distributed optimizer pads.  Its checkpoints take the wrong elements where there is such padding
+    between buckets, so the rows are chosen to leave none.
+    """
+    rows = policy.tensor_model_parallel_size
+    shared = policy.model.tie_embeddings and policy.pipeline_model_parallel_size > 1
+    if shared and policy.distributed_optimizer:
+        unit = math.lcm(BUCKET_MULTIPLE, dp_size)
+        rows *= unit // math.gcd(unit, policy.model.hidden_size)
+    return -(-vocab_size // rows) * rows
 
 
 def transformer_config(policy: PolicyConfig, device: torch.device) -> TransformerConfig:
@@ -92,7 +106,9 @@ def transformer_config(policy: PolicyConfig, device: torch.device) -> Transforme
     return TransformerConfig(**(fields | policy.megatron))
 
 
-def build_chunks(policy: PolicyConfig, vocab_size: int, pp_rank: int, device: torch.device) -> list[GPTModel]:
+def build_chunks(
+    policy: PolicyConfig, vocab_size: int, pp_rank: int, dp_size: int, device: torch.device
+) -> list[GPTModel]:
     """This rank's model chunks (one, or one per virtual stage), weights not yet set."""
     config = transformer_config(policy, device)
     stages = policy.virtual_pipeline_model_parallel_size or 1
@@ -103,7 +119,7 @@ def build_chunks(policy: PolicyConfig, vocab_size: int, pp_rank: int, device: to
         chunk = GPTModel(
             config,
             TransformerBlockSubmodules(layer_specs=[_layer_spec(config)] * layers, layer_norm=RMSNorm),
-            vocab_size=padded_vocab_size(vocab_size, policy.tensor_model_parallel_size),
+            vocab_size=padded_vocab_size(policy, vocab_size, dp_size),
             max_sequence_length=policy.model.max_sequence_length,
             pre_process=pp_rank == 0 and stage == 0,
             post_process=pp_rank == last and stage == stages - 1,

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opo_megatron.config.schema import Config, Device
+from opo_megatron.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,13 @@ def choose_device(device: Device) -> torch.device:
     """The device of this rank's policy."""
     if device is Device.cpu or (device is Device.auto and not torch.cuda.is_available()):
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise UserError(
+            f"policy.device=cuda, but this machine shows torch {torch.cuda.device_count()} GPUs and rank "
+            f"{index} of it needs one; set policy.device=cpu, or start fewer ranks"
+        )
+    return torch.device("cuda", index)
 
 
 def initialize(config: Config) -> Parallel:

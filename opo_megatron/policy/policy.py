@@ -8,6 +8,7 @@ gradients are summed over data-parallel ranks and never rescaled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -35,11 +36,10 @@ from opo_megatron.errors import UserError
 from opo_megatron.kernels.head import HeadOutput
 from opo_megatron.policy.head_gradient import Head, HeadLoss, log_probs
 from opo_megatron.policy.microbatch import MicroBatch, Plan, build_micro_batches, plan_micro_batches
-from opo_megatron.policy.model import build_chunks, head_shares_embedding, head_weight
+from opo_megatron.policy.model import build_chunks, head_shares_embedding, head_weight, padded_vocab_size
 from opo_megatron.policy.parallel import Parallel, all_reduce
 from opo_megatron.rollout.rollouts import Rollouts
-from opo_megatron.weights.random import random_weights
-from opo_megatron.weights.stream import load_weights, stream_weights
+from opo_megatron.weights.stream import WeightSource, load_weights, stream_weights
 from opo_megatron.weights.table import Stages, parameters
 
 
@@ -49,10 +49,10 @@ class StepMetrics:
 
     loss: float
     tokens: int
-    entropy: float
-    """Mean over tokens."""
+    entropy: float | None
+    """Mean over tokens; None where there were none."""
     mismatch: Mismatch | None
-    """None for demonstrations, which no engine drew."""
+    """None for demonstrations, which no engine drew, and where there were no tokens."""
     grad_norm: float = float("nan")
     """Before clipping."""
 
@@ -61,31 +61,44 @@ class Policy:
     """A Megatron-Core GPT with its optimizer; every rank of the run holds its part of one."""
 
     def __init__(
-        self, config: Config, vocab_size: int, parallel: Parallel, optimizer: OptimizerConfig
+        self,
+        config: Config,
+        vocab_size: int,
+        parallel: Parallel,
+        optimizer: OptimizerConfig,
+        weights: WeightSource | None,
     ) -> None:
+        """Build this rank's part.
+
+        Args:
+            weights: full tensors by Hugging Face name; None where a checkpoint is loaded next.
+        """
         self.config, self.vocab_size, self.parallel = config.policy, vocab_size, parallel
         self._check_vocabulary()
         self.version = 0
         """Number of optimizer steps that made these weights."""
-        self.chunks = build_chunks(self.config, vocab_size, parallel.pp_rank, parallel.device)
-        stages = Stages(self.config.model.num_layers, parallel.pp_size, parallel.vpp_size)
-        self.table = parameters(self.config.model, vocab_size, stages, parallel.ep_size)
-        load_weights(
-            self.chunks, self.table, parallel, random_weights(self.config.model, vocab_size, config.run.seed)
+        self.chunks = build_chunks(
+            self.config, vocab_size, parallel.pp_rank, parallel.dp_size, parallel.device
         )
+        stages = Stages(self.config.model.num_layers, parallel.pp_size, parallel.vpp_size)
+        padded = padded_vocab_size(self.config, vocab_size, parallel.dp_size)
+        self.table = parameters(self.config.model, vocab_size, stages, parallel.ep_size, padded)
+        if weights is not None:
+            load_weights(self.chunks, self.table, parallel, weights)
         self._mark_shards()
         self.megatron_config = self.chunks[0].config
         self.head = Head(
             parallel, vocab_size, self.config.head_chunk_tokens, self.megatron_config.sequence_parallel
         )
-        self._ddp = [self._wrap(chunk) for chunk in self.chunks]
+        self.ddp_chunks = [self._wrap(chunk) for chunk in self.chunks]
         self.megatron_config.finalize_model_grads_func = _reduce_gradients
-        self.optimizer: MegatronOptimizer
+        self.optimizer: MegatronOptimizer | Any = None
         self.start_optimizer(optimizer)
 
     def _check_vocabulary(self) -> None:
         size = self.parallel.tp_size
-        if (size - 1) * -(-self.vocab_size // size) >= self.vocab_size:
+        padded = padded_vocab_size(self.config, self.vocab_size, self.parallel.dp_size)
+        if padded // size * (size - 1) >= self.vocab_size:
             raise UserError(
                 f"a vocabulary of {self.vocab_size} tokens leaves the last of "
                 f"policy.tensor_model_parallel_size={size} ranks without any; use fewer tensor-parallel ranks"
@@ -111,6 +124,7 @@ class Policy:
     def start_optimizer(self, config: OptimizerConfig) -> None:
         """Begin anew: moments at zero, steps at zero, master weights from the current weights."""
         self.optimizer_config = config
+        self.optimizer = None  # its state is freed before the next one is allocated
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -124,7 +138,7 @@ class Policy:
                 params_dtype=self.megatron_config.params_dtype,
                 use_distributed_optimizer=self.config.distributed_optimizer,
             ),
-            self._ddp,
+            self.ddp_chunks,
         )
 
     def allocate_optimizer_state(self) -> None:
@@ -172,6 +186,9 @@ class Policy:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = self.optimizer_config.weight_decay * group["wd_mult"]
+            # A checkpoint brings its own; the recipe of this run is what counts.
+            group["betas"] = tuple(self.optimizer_config.betas)
+            group["eps"] = self.optimizer_config.eps
         _, grad_norm, _ = self.optimizer.step()
         self.version += 1
         return StepMetrics(**{**vars(metrics), "grad_norm": float(grad_norm)})
@@ -185,7 +202,8 @@ class Policy:
         measured = batch.engine_log_prob is not None
         if measured:
             columns["engine_log_prob"] = _per_token(batch, "engine_log_prob")
-        sums, highest = torch.zeros(4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.parallel.device)
+        highest = torch.zeros((), dtype=torch.float64, device=self.parallel.device)
 
         def keep(micro: MicroBatch, output: HeadOutput) -> None:
             assert output.loss is not None
@@ -193,8 +211,8 @@ class Policy:
             if measured and micro.targets.numel():
                 delta = (output.log_prob - micro.columns["engine_log_prob"]).double()
                 values += [delta.abs().sum(), k3(delta).sum()]
-                highest[0] = max(highest[0], delta.abs().max().cpu())
-            sums[: len(values)] += torch.stack(values).cpu()
+                torch.maximum(highest, delta.abs().max(), out=highest)
+            sums[: len(values)] += torch.stack(values)
 
         def loss(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             value = HeadLoss.apply(
@@ -205,26 +223,37 @@ class Policy:
             return value, torch.tensor(micro.targets.numel(), dtype=torch.int), value.detach().clone()
 
         self._run(batch, plan, columns, loss, forward_only=False)
-        return self._step_metrics(batch, sums, highest, measured)
+        metrics = self._step_metrics(batch, sums.cpu(), highest.cpu(), measured)
+        self._check_finite(metrics)
+        return metrics
 
     def zero_gradients(self) -> None:
         """Forget all gradients."""
-        for chunk in self._ddp:
+        for chunk in self.ddp_chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+
+    def _check_finite(self, metrics: StepMetrics) -> None:
+        """Refuse a step whose loss or gradient is NaN or infinite, on all ranks alike."""
+        buffers = [b for chunk in self.ddp_chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        norms = torch.stack([torch.linalg.vector_norm(buffer.grad_data) for buffer in buffers])
+        wrong = all_reduce(self.parallel, (~torch.isfinite(norms)).sum().cpu())
+        if int(wrong) or not math.isfinite(metrics.loss):
+            self.zero_gradients()
+            raise UserError(
+                f"the loss is {metrics.loss:g} and the gradient is {'not ' if int(wrong) else ''}finite, so "
+                "the weights stay as they are; resume from a checkpoint with a smaller optimizer.lr"
+            )
 
     def _step_metrics(self, batch: Rollouts, sums: Tensor, highest: Tensor, measured: bool) -> StepMetrics:
         tokens = torch.tensor([float(batch.response_lengths.sum())], dtype=torch.float64)
         totals = torch.cat((sums, tokens)) * (1.0 if self.parallel.reports else 0.0)
         loss, entropy, difference, divergence, count = all_reduce(self.parallel, totals).tolist()
         all_reduce(self.parallel, highest, dist.ReduceOp.MAX)
-        count = max(1.0, count)
-        return StepMetrics(
-            loss=loss,
-            tokens=int(count),
-            entropy=entropy / count,
-            mismatch=Mismatch(float(highest), difference / count, divergence / count) if measured else None,
-        )
+        if count == 0:
+            return StepMetrics(loss, 0, entropy=None, mismatch=None)
+        mismatch = Mismatch(float(highest), difference / count, divergence / count) if measured else None
+        return StepMetrics(loss, int(count), entropy / count, mismatch)
 
     def log_probs(self, batch: Rollouts, plan: Plan, temperature: float) -> Tensor:
         """log π_T of every response token of `batch` [Σl] float32, by a full forward pass, on every rank
@@ -261,12 +290,12 @@ class Policy:
             output = chunk(micro.tokens, micro.position_ids, None)
             return output, partial(loss, self.chunks[-1], micro)
 
-        iterators = [iter(micro_batches) for _ in self._ddp]
+        iterators = [iter(micro_batches) for _ in self.ddp_chunks]
         rows, width = micro_batches[0].tokens.shape
         get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self._ddp if len(self._ddp) > 1 else self._ddp[0],
+            model=self.ddp_chunks if len(self.ddp_chunks) > 1 else self.ddp_chunks[0],
             num_microbatches=plan.count,
             seq_length=width,
             micro_batch_size=rows,

@@ -7,6 +7,7 @@ its own samples only.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,12 +23,26 @@ from opo_megatron.tasks import Prompt, Task
 
 
 def requests_for(prompts: Sequence[Prompt], samples_per_prompt: int, parallel: Parallel) -> list[Request]:
-    """This rank's share of prompts × samples."""
+    """This rank's share of prompts × samples.
+
+    A prompt that stands in the batch twice goes on counting its samples, so that none is drawn twice.
+
+    Raises:
+        UserError: for a prompt without tokens.
+    """
     share = share_of(len(prompts) * samples_per_prompt, parallel.rank, parallel.world_size)
+    seen: Counter[int] = Counter()
     requests = []
-    for i in share:
-        group, sample = divmod(i, samples_per_prompt)
-        requests.append(Request(prompts[group].id, group, sample, prompts[group].tokens))
+    for group, prompt in enumerate(prompts):
+        if not prompt.tokens:
+            raise UserError(
+                f"prompt {prompt.id} ({prompt.text!r}) has no tokens; give it some text or drop it"
+            )
+        first = seen[prompt.id] * samples_per_prompt
+        seen[prompt.id] += 1
+        for sample in range(samples_per_prompt):
+            if group * samples_per_prompt + sample in share:
+                requests.append(Request(prompt.id, group, first + sample, prompt.tokens))
     return requests
 
 

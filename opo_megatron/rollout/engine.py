@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,6 +39,9 @@ class Sampling:
     greedy: bool = False
 
 
+Progress = Callable[[int, int, int], None]
+"""Called now and then with (responses finished, responses in all, tokens drawn so far)."""
+
 NamedTensors = Iterable[list[tuple[str, Tensor]]]
 """Buckets of (Hugging Face name, full tensor)."""
 
@@ -49,7 +52,9 @@ class RolloutEngine(Protocol):
     version: int | None
     """Version of the weights held; None before the first complete update."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Rollouts:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
+    ) -> Rollouts:
         """Draw one response per request, in the order of `requests`."""
         ...
 

@@ -111,6 +111,8 @@ class Rollouts:
         n = len(prompts)
         if len(responses) != n:
             raise ValueError(f"{n} prompts but {len(responses)} responses")
+        if not all(prompts):
+            raise ValueError("a prompt without tokens predicts nothing")
         return Rollouts(
             prompt_ids=torch.arange(n),
             groups=torch.arange(n),

@@ -62,11 +62,13 @@ class Vocabulary:
     """Rows cut into equal parts after padding with zero rows, which no Hugging Face tensor has."""
 
     rows: int
+    padded_rows: int | None = None
+    """Rows with padding, a multiple of the ranks; default as few as that takes."""
     partition_dim: int | None = 0
 
     def split(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
         (full,) = tensors
-        padding = -self.rows % size
+        padding = -self.rows % size if self.padded_rows is None else self.padded_rows - self.rows
         padded = torch.cat((full, full.new_zeros(padding, full.shape[1]))) if padding else full
         return padded.chunk(size)[rank]
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from opo_megatron.config.schema import ModelConfig
+from opo_megatron.weights.stream import WeightSource
 from opo_megatron.weights.table import hf_shapes
 
 EMBEDDING_STD = 0.02
 _RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 
 
-def random_weights(model: ModelConfig, vocab_size: int, seed: int) -> Callable[[str], Tensor]:
+def random_weights(model: ModelConfig, vocab_size: int, seed: int) -> WeightSource:
     """Source of full tensors by Hugging Face name.
 
     Norms are 1.  The embedding is N(0, 0.02²), matrices are N(0, 1/fan_in), and what writes into the

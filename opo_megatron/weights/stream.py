@@ -20,6 +20,9 @@ from torch import Tensor
 from opo_megatron.policy.parallel import Parallel
 from opo_megatron.weights.table import Parameter
 
+WeightSource = Callable[[str], Tensor]
+"""Full tensor by Hugging Face name."""
+
 
 def stream_weights(
     chunks: Sequence[torch.nn.Module], table: Sequence[Parameter], parallel: Parallel, bucket_bytes: int
@@ -98,7 +101,7 @@ def load_weights(
     chunks: Sequence[torch.nn.Module],
     table: Sequence[Parameter],
     parallel: Parallel,
-    source: Callable[[str], Tensor],
+    source: WeightSource,
 ) -> None:
     """Set every parameter of this rank from full tensors, `source` giving one by its Hugging Face name.
 

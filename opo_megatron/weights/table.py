@@ -55,9 +55,11 @@ class Stages:
         return chunk % self.pipeline, chunk // self.pipeline, layer % per_chunk
 
 
-def parameters(model: ModelConfig, vocab_size: int, stages: Stages, ep_size: int = 1) -> list[Parameter]:
+def parameters(
+    model: ModelConfig, vocab_size: int, stages: Stages, ep_size: int = 1, padded_vocab: int | None = None
+) -> list[Parameter]:
     """All parameters, in the order in which they are streamed."""
-    vocabulary, hidden = Vocabulary(vocab_size), model.hidden_size
+    vocabulary, hidden = Vocabulary(vocab_size, padded_vocab), model.hidden_size
     stage, chunk = stages.pipeline - 1, stages.virtual - 1
     embedding = ((("model.embed_tokens.weight", (vocab_size, hidden)),),)
     table = [Parameter("embedding.word_embeddings.weight", vocabulary, embedding, stage=0, chunk=0)]

@@ -16,10 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.distributed as dist
-from small import VOCAB_SIZE, small_config
+from small import VOCAB_SIZE, small_config, small_policy
 
 from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize, leave, leave_layout
-from opo_megatron.policy.policy import Policy
 from opo_megatron.rollout.batch import exchange, gather_on_first, gather_summary, own_block
 from opo_megatron.rollout.engine import Request, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
@@ -31,7 +30,7 @@ TEMPERATURE = 0.9
 
 def measure(overrides: list[str], parallel: Parallel) -> dict[str, object]:
     config = small_config(*overrides, world_size=WORLD_SIZE)
-    policy = Policy(config, VOCAB_SIZE, parallel, config.optimizer)
+    policy = small_policy(config, parallel)
     engine = LocalEngine(config.policy.model, VOCAB_SIZE, torch.float32, parallel.device, slots=17)
     engine.update_weights(policy.stream_weights(), 0)
     total = PROMPTS * SAMPLES

@@ -16,11 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from small import VOCAB_SIZE, ragged_rollouts, small_config
+from small import ragged_rollouts, small_config, small_policy
 from torch import Tensor
 
 from opo_megatron.algorithm.objective import PolicyGradient
-from opo_megatron.policy.checkpoint import Progress, load, save
+from opo_megatron.policy.checkpoint import RunProgress, load, save
 from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize, leave
 from opo_megatron.policy.policy import Policy
 
@@ -40,8 +40,8 @@ def state_of(policy: Policy, parallel: Parallel) -> dict[str, Tensor]:
     distributed = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])[0]
     shards = {}
     for parameter in policy.table:
-        if parameter.stage != parallel.pp_rank or parameter.is_copy:
-            continue
+        if parameter.stage != parallel.pp_rank or parameter.is_copy or parameter.is_expert:
+            continue  # experts have an optimizer of their own: the next step tells
         weight = policy.chunks[parameter.chunk].get_parameter(parameter.local_name)
         pieces = _pieces(distributed, weight)
         shards[parameter.tensors] = (parameter.layout, parallel.tp_rank, weight.shape, pieces)
@@ -83,8 +83,8 @@ def main() -> None:
     config = small_config(*[o for o in overrides if o], world_size=world_size)
     config.run = replace(config.run, dir=run_dir, seed=1 if mode == "save" else 2)
     parallel = initialize(config)
-    policy = Policy(config, VOCAB_SIZE, parallel, config.optimizer)
-    progress = Progress("step", STEPS)
+    policy = small_policy(config, parallel)
+    progress = RunProgress("step", STEPS)
     if mode == "save":
         for step in range(STEPS):
             train(policy, parallel, step)

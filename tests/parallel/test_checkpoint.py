@@ -13,20 +13,35 @@ TP2, PP2 = "policy.tensor_model_parallel_size=2", "policy.pipeline_model_paralle
 VPP2, TIED = "policy.virtual_pipeline_model_parallel_size=2", "policy.model.tie_embeddings=true"
 
 
+EP2 = "policy.expert_model_parallel_size=2"
+MOE = "policy.model.num_moe_experts=4,policy.model.moe_ffn_hidden_size=24"
+BF16 = "policy.dtype=bf16"
+
+CASES = {
+    "tp2": (TP2, "", [(2, TP2), (2, PP2), (2, f"{PP2},{VPP2}"), (1, ""), (2, "")]),
+    "tp2, tied": (TP2, TIED, [(2, TP2), (2, PP2), (1, "")]),
+    "pp2, tied": (PP2, TIED, [(2, PP2), (2, TP2), (1, "")]),
+    "pp2vpp2, tied": (f"{PP2},{VPP2}", TIED, [(2, f"{PP2},{VPP2}"), (2, "")]),
+    "dp2, bf16": ("", BF16, [(2, ""), (2, PP2)]),
+    "moe, ep2": (EP2, MOE, [(2, EP2), (1, ""), (2, "")]),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ties", ["", TIED])
-def test_saved_under_tp2_loads_under_other_layouts_parameter_by_parameter(tmp_path: Path, ties: str) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_saved_under_one_layout_loads_under_another_parameter_by_parameter(tmp_path: Path, case: str) -> None:
+    layout, model, others = CASES[case]
     saved = tmp_path / "saved.pt"
-    run_ranks_of(WORKER, 2, "save", str(tmp_path), str(saved), f"{TP2},{ties}")
+    run_ranks_of(WORKER, 2, "save", str(tmp_path), str(saved), f"{layout},{model}")
     truth = torch.load(saved)
     assert int(truth["version"]) == 2 and any(name.startswith("exp_avg_sq/") for name in truth)
-    for ranks, layout in ((2, TP2), (2, PP2), (2, f"{PP2},{VPP2}"), (1, ""), (2, "")):
+    for ranks, other in others:
         loaded = tmp_path / "loaded.pt"
-        run_ranks_of(WORKER, ranks, "load", str(tmp_path), str(loaded), f"{layout},{ties}")
+        run_ranks_of(WORKER, ranks, "load", str(tmp_path), str(loaded), f"{other},{model}")
         results = torch.load(loaded)
         assert results.keys() == truth.keys()
         for name, tensor in truth.items():
-            if name.startswith("next"):  # computed after loading: equal but for the layout's rounding
+            if not name.startswith("next"):
+                assert torch.equal(results[name], tensor), f"{name} under {other or 'dp'}"
+            elif model != BF16:  # computed after loading: equal but for the layout's rounding
                 torch.testing.assert_close(results[name], tensor, rtol=1e-4, atol=1e-5)
-            else:
-                assert torch.equal(results[name], tensor), f"{name} under {layout or 'dp'}"

@@ -7,7 +7,7 @@ Samples of one prompt share its prefill.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,16 +15,13 @@ from torch import Tensor
 
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
-from opo_megatron.rollout.engine import NamedTensors, Request, Sampling
+from opo_megatron.rollout.engine import NamedTensors, Progress, Request, Sampling
 from opo_megatron.rollout.local.decoder import Decoder, KeyValueCache
 from opo_megatron.rollout.local.sampler import draw, request_key, uniforms
 from opo_megatron.rollout.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
 
 PREFILL_TOKENS = 16384
 """Prompt tokens, padding included, that are run at once."""
-
-Progress = Callable[[int, int, int], None]
-"""(responses finished, responses in all, tokens drawn so far)."""
 
 
 class LocalEngine:
@@ -36,7 +33,6 @@ class LocalEngine:
         self.decoder = Decoder(model, vocab_size, dtype, device)
         self.slots = slots
         self.version: int | None = None
-        self.progress: Progress | None = None
 
     def update_weights(self, buckets: NamedTensors, version: int) -> None:
         """Take over all tensors of the stream.
@@ -57,8 +53,14 @@ class LocalEngine:
         self.version = version
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Rollouts:
-        """Draw one response per request."""
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
+    ) -> Rollouts:
+        """Draw one response per request.
+
+        Raises:
+            UserError: for prompts that do not fit, or weights that give no finite probabilities.
+        """
         if self.version is None:
             raise RuntimeError("the engine holds no complete weights yet")
         longest = max((len(request.tokens) for request in requests), default=0)
@@ -70,9 +72,16 @@ class LocalEngine:
             )
         batch = _Batch(self, requests, sampling, longest + sampling.max_tokens)
         while batch.advance():
-            if self.progress is not None:
-                self.progress(batch.finished, len(requests), batch.drawn)
-        return batch.rollouts(self.version)
+            if progress is not None:
+                progress(batch.finished, len(requests), batch.drawn)
+        rollouts = batch.rollouts(self.version)
+        assert rollouts.engine_log_prob is not None
+        if not bool(torch.isfinite(rollouts.engine_log_prob).all()):
+            raise UserError(
+                f"weights of version {self.version} give probabilities that are not finite; go back to the "
+                "last checkpoint and a smaller learning rate"
+            )
+        return rollouts
 
 
 @dataclass
