@@ -163,7 +163,15 @@ OVERRIDE_MISTAKES = [
         f"{EXPERTS}=4 policy.expert_tensor_parallel_size=3",
         "policy.model.moe_ffn_hidden_size is 352, which is not",
     ),
+    (
+        f"{EXPERTS}=4 {TENSOR}=2 policy.sequence_parallel=true policy.expert_tensor_parallel_size=1",
+        "Megatron then sums expert gradients over too few ranks; set both to the same",
+    ),
     # Megatron's own fields
+    (
+        "policy.megatron.moe_router_pre_softmax=true",
+        "could change what the policy computes without the engine knowing",
+    ),
     (
         f"{MODEL}num_layers=4 {PIPELINE}=2 {VIRTUAL}=2 policy.megatron.batch_p2p_comm=true",
         "gives silently wrong gradients in Megatron, because both neighbours are one rank; set it to false",
@@ -386,12 +394,23 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_a_refused_command_is_one_line_and_exit_code_2(recipe):
-    done = command("-m", "opo_megatron", "train", recipe, "rollout.prompt_per_step=3")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        "error: unknown key 'rollout.prompt_per_step'; did you mean 'rollout.prompts_per_step'?\n"
-    )
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["rollout.prompt_per_step=3"], "unknown key 'rollout.prompt_per_step'; did you mean"),
+        (["train.steps=many"], "train.steps"),
+        ([f"{PIPELINE}=4"], "policy.model.num_layers is 2, which is not divisible by"),
+        (["algorithm.updates_per_batch=2"], "exactly one optimizer step per batch"),
+        (["run.dir=used"], "run.dir=used is not empty; choose another run.dir"),
+    ],
+    ids=["key", "type", "layout", "algorithm", "folder"],
+)
+def test_a_refused_command_is_one_line_and_exit_code_2(recipe, arguments, words):
+    Path("used").mkdir()
+    Path("used/metrics.jsonl").touch()
+    done = command("-m", "opo_megatron", "train", recipe, *arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: ") and words in done.stderr
 
 
 def test_config_is_quick_and_imports_neither_torch_nor_megatron(recipe):

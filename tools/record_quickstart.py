@@ -13,12 +13,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from record import write_record
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+
+
+CLAIMS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "at most 0.65 after the warm start": lambda r: r["accuracy after warm start, largest"] <= 0.65,
+    "at least 0.94 at the end on average": lambda r: r["accuracy at the end, mean over seeds"] >= 0.94,
+    "never below 0.90 at the end": lambda r: r["accuracy at the end, smallest"] >= 0.90,
+    "answers grow by 30 %": lambda r: r["growth of the mean response length, smallest"] >= 1.3,
+    "at most 5 minutes": lambda r: r["seconds of one run, largest"] <= 300,
+}
+"""What the quickstart must show; exit code 1 where it does not."""
 
 
 def main() -> int:
@@ -42,7 +53,10 @@ def main() -> int:
     path = write_record("quickstart", results)
     print(json.dumps({name: value for name, value in results.items() if name != "runs"}, indent=2))
     print(f"written to {path}")
-    return 0
+    missed = [claim for claim, holds in CLAIMS.items() if not holds(results)]
+    for claim in missed:
+        print(f"NOT MET: {claim}")
+    return 1 if missed else 0
 
 
 def run(seed: int, overrides: list[str]) -> dict[str, Any]:
