@@ -46,6 +46,7 @@ MOE = ("policy.model.num_moe_experts=4", "policy.model.moe_ffn_hidden_size=96")
 TP2, PP2 = "policy.tensor_model_parallel_size=2", "policy.pipeline_model_parallel_size=2"
 SP, VPP2 = "policy.sequence_parallel=true", "policy.virtual_pipeline_model_parallel_size=2"
 EP2 = "policy.expert_model_parallel_size=2"
+ETP1 = "policy.expert_tensor_parallel_size=1"
 PLAIN_OPTIMIZER = "policy.distributed_optimizer=false"
 
 
@@ -69,8 +70,8 @@ LAYOUTS = {
     "moe-dp2": Layout(2, moe=True),
     "moe-ep2": Layout(2, (EP2,), moe=True),
     "moe-tp2sp": Layout(2, (TP2, SP), moe=True),
-    "moe-tp2sp-ep2": Layout(2, (TP2, SP, EP2, "policy.expert_tensor_parallel_size=1"), moe=True),
-    "moe-tp2sp-ep2-etp2": Layout(4, (TP2, SP, EP2), moe=True),
+    "moe-tp2sp-ep2": Layout(2, (TP2, SP, EP2, ETP1), moe=True),
+    "moe-tp2sp-dp2": Layout(4, (TP2, SP), moe=True),
 }
 REFERENCES = {"one process": Layout(1), "moe, one process": Layout(1, moe=True)}
 

@@ -105,7 +105,7 @@ def save(policy: Policy, config: Config, progress: RunProgress) -> None:
             "progress": asdict(progress),
             "version": policy.version,
             "model": _model_of(policy, config),
-            "distributed_optimizer": config.policy.distributed_optimizer,
+            "optimizer": _optimizer_of(config),
             "versions": {"opo_megatron": __version__, "torch": torch.__version__},
         }
         with (partial / STATE_FILE).open("w") as file:
@@ -138,12 +138,12 @@ def load(policy: Policy, config: Config, path: Path) -> None:
                 f"the checkpoint {path} holds a model with {name}={saved}, but this run's has "
                 f"{name}={value}; use the recipe that it was trained with"
             )
-    kind = config.policy.distributed_optimizer
-    if state["distributed_optimizer"] != kind:
-        raise UserError(
-            f"the checkpoint {path} was written with policy.distributed_optimizer="
-            f"{str(not kind).lower()}, which this run changes; set it as it was"
-        )
+    for name, value in _optimizer_of(config).items():
+        if state["optimizer"][name] != value:
+            raise UserError(
+                f"the checkpoint {path} holds an optimizer with {name}={state['optimizer'][name]}, but this "
+                f"run has {value}; set policy.distributed_optimizer and expert parallelism as they were"
+            )
     policy.allocate_optimizer_state()
     loaded = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(path))
     for i, chunk in enumerate(policy.chunks):
@@ -168,6 +168,15 @@ def _check_buckets(policy: Policy) -> None:
             for bucket in buffer.buckets[:-1]:
                 if policy.config.distributed_optimizer and bucket.numel_unpadded != bucket.grad_data.numel():
                     raise RuntimeError("a padded gradient bucket would make a corrupt checkpoint")
+
+
+def _optimizer_of(config: Config) -> dict[str, Any]:
+    """What the optimizer's state is made of, apart from the layout: Megatron cannot convert it."""
+    policy = config.policy
+    return {
+        "distributed_optimizer": policy.distributed_optimizer,
+        "separate_experts": policy.expert_model_parallel_size > 1,
+    }
 
 
 def _model_of(policy: Policy, config: Config) -> dict[str, Any]:

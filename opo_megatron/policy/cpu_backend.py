@@ -96,6 +96,8 @@ def install(device: Literal["cpu", "meta"]) -> None:
     _replace_streams()
     _replace_random_state()
     _mend_moe()
+    # Megatron decorates small functions with torch.compile, which would start a C++ compiler here.
+    torch.compiler.set_stance("force_eager")
     literals = literal_map(device)
     for name in LITERAL_MODULES:
         _rewrite_module(importlib.import_module(name), literals)

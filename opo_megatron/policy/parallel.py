@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opo_megatron.config.schema import Config, Device
+from opo_megatron.config.schema import Config, Device, PolicyConfig
 from opo_megatron.errors import UserError
 
 
@@ -72,6 +72,7 @@ def initialize(config: Config) -> Parallel:
     if device.type == "cpu":
         from opo_megatron.policy.cpu_backend import install
 
+        _check_cpu_layout(config.policy)
         torch.set_num_threads(config.run.threads_per_rank)
         install("cpu")
     else:
@@ -84,6 +85,14 @@ def initialize(config: Config) -> Parallel:
     if not dist.is_initialized():
         _join(device, timedelta(minutes=config.run.distributed_timeout_minutes))
     return _megatron_groups(config, device)
+
+
+def _check_cpu_layout(policy: PolicyConfig) -> None:
+    if policy.expert_model_parallel_size > 1 and (policy.expert_tensor_parallel_size or 1) > 1:
+        raise UserError(
+            f"policy.expert_tensor_parallel_size={policy.expert_tensor_parallel_size} with expert "
+            "parallelism gathers unequal numbers of tokens, which gloo cannot; set it to 1, or use GPUs"
+        )
 
 
 def _join(device: torch.device, timeout: timedelta) -> None:
