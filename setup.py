@@ -28,12 +28,15 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.9,<2.12"],  # the range that megatron-core 0.16.1 accepts
         "modelopt": ["nvidia-modelopt==0.45.0"],
-        "data": ["datasets==5.2.0", "pyarrow==26.0.1"],
+        "reasoning-gym": ["reasoning-gym==0.1.25"],
+        "data": ["transformers==5.12.1", "datasets==5.2.0", "pyarrow==26.0.1"],
         "dev": [
             "mypy==2.4.1",
+            "pyarrow==26.0.1",
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",
             "pytest-xdist==3.8.0",
+            "reasoning-gym==0.1.25",
             "ruff==0.17.5",
             "transformers==5.12.1",  # an independent implementation to compare with
         ],

@@ -165,7 +165,9 @@ def open_run(config: Config) -> Iterator[Run]:
 
 
 def _build(config: Config, parallel: Parallel, display: Display) -> Run:
-    task = TASKS[config.task.name]()
+    task = TASKS[config.task.name](config.task)
+    for note in task.notes:
+        display.say(note)
     # Folders can look different from different machines: one rank looks, all follow.
     checkpoint = all_gather_objects(parallel, find_checkpoint(config) if parallel.rank == 0 else None)[0]
     progress = read_progress(checkpoint) if checkpoint else RunProgress("warm_start", 0)

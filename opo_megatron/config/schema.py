@@ -99,7 +99,40 @@ class TrainConfig:
 @dataclass
 class TaskConfig:
     name: str = "lift"
-    """Where prompts and rewards come from; `lift` is a lift with ten floors, made up on the fly."""
+    """`lift`: a lift with ten floors, made up on the fly; `text`: problems from a file;
+    `reasoning_gym`: problems of one of that package's generators."""
+    data: str | None = None
+    """text: JSONL or Parquet file, one problem per row."""
+    held_out_data: str | None = None
+    """text: file of held-out problems; default one row in ten of `data`, by a hash of the prompt."""
+    prompt_field: str = "question"
+    """text: field of the problem."""
+    answer_field: str = "answer"
+    """text: field of the reference answer."""
+    answer_pattern: str | None = None
+    """text: regular expression whose last match (first group) in that field is the answer."""
+    generator: str | None = None
+    """reasoning_gym: name of the generator."""
+    generator_size: int = 10000
+    """reasoning_gym: problems for training, and as many held out."""
+    generator_options: dict[str, Any] = field(default_factory=dict)
+    """reasoning_gym: the generator's own options."""
+    reward_threshold: float | None = None
+    """reasoning_gym: scores from here on become 1 and others 0; default scores as they are."""
+    template: str = "{prompt}"
+    """Text around the problem."""
+    tokenizer: str = "bytes"
+    """`bytes`, or the folder of a Hugging Face tokenizer."""
+    chat: bool = False
+    """Put the problem into the tokenizer's chat format."""
+    system_prompt: str | None = None
+    """System message of the chat."""
+    max_prompt_tokens: int = 512
+    """Longer prompts are dropped, and their number is said."""
+    verifier: str = "exact"
+    """text: exact | number | regex | package.module:function."""
+    verifier_pattern: str | None = None
+    """Regular expression whose last match (first group) in a response is its answer."""
 
 
 @dataclass

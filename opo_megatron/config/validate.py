@@ -28,7 +28,7 @@ from opo_megatron.errors import UserError
 
 __all__ = ["MANAGED_FIELDS", "TASKS", "validate"]
 
-TASKS = ("lift",)
+TASKS = ("lift", "text", "reasoning_gym")
 
 
 def validate(config: Config, world_size: int | None) -> None:
@@ -42,6 +42,7 @@ def validate(config: Config, world_size: int | None) -> None:
     check_run(config)
     check_sampling(config)
     check_algorithm(config)
+    check_task(config)
     check_model(config.policy)
     check_layout(config.policy)
     check_experts(config.policy)
@@ -61,7 +62,8 @@ _FIELD_RULES: tuple[Rule, ...] = (
         "policy.model.moe_router_topk policy.model.moe_ffn_hidden_size policy.tensor_model_parallel_size "
         "policy.pipeline_model_parallel_size policy.context_parallel_size "
         "policy.expert_model_parallel_size policy.expert_tensor_parallel_size "
-        "policy.max_tokens_per_micro_batch policy.head_chunk_tokens",
+        "policy.max_tokens_per_micro_batch policy.head_chunk_tokens task.max_prompt_tokens "
+        "task.generator_size",
         lambda value: value >= 1,
         "at least 1",
     ),
@@ -93,6 +95,7 @@ _FIELD_RULES: tuple[Rule, ...] = (
         "at least 2, or null for no virtual stages",
     ),
     ("task.name", lambda value: value in TASKS, "one of " + ", ".join(TASKS)),
+    ("task.template", lambda value: "{prompt}" in value, "a text with {prompt} in it"),
     ("run.dir", lambda value: bool(value.strip()), "the path of a folder"),
 )
 
@@ -105,6 +108,27 @@ def check_fields(config: Config) -> None:
         for key in keys.split():
             value = reduce(getattr, key.split("."), config)
             _require(value is None or holds(value), f"{key} is {value!r}; it must be {words}")
+
+
+def check_task(config: Config) -> None:
+    """Whether a task has what it needs, and its longest prompt and response fit into the model."""
+    task, rollout, model = config.task, config.rollout, config.policy.model
+    if task.name == "lift":
+        return
+    _require(
+        task.name != "text" or task.data is not None,
+        "task.name is text, but task.data is null; name a JSONL or Parquet file",
+    )
+    _require(
+        task.name != "reasoning_gym" or task.generator is not None,
+        "task.name is reasoning_gym, but task.generator is null; name a generator, such as chain_sum",
+    )
+    _require(
+        task.max_prompt_tokens + rollout.max_response_tokens <= model.max_sequence_length,
+        f"task.max_prompt_tokens={task.max_prompt_tokens} and rollout.max_response_tokens="
+        f"{rollout.max_response_tokens} are more than policy.model.max_sequence_length="
+        f"{model.max_sequence_length} together; lower one of them or raise that",
+    )
 
 
 def check_not_built(config: Config) -> None:

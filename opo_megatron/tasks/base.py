@@ -30,6 +30,11 @@ class Task(Protocol):
     demonstrates: bool
     """Whether `demonstration` gives any."""
 
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know about the data, a line each."""
+        ...
+
     def size(self, split: Split) -> int:
         """Number of prompts."""
         ...

@@ -46,6 +46,10 @@ class LiftTask:
             split: Split = "held_out" if zlib.crc32(text.encode()) % HELD_OUT_IN == 0 else "train"
             self._indices[split].append(index)
 
+    @property
+    def notes(self) -> list[str]:
+        return []
+
     def size(self, split: Split) -> int:
         return len(self._indices[split])
 

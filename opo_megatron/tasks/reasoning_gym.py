@@ -1,0 +1,106 @@
+"""Procedural problems of reasoning-gym, by the name of one of its generators.
+
+Items are a function of (seed, index): training and held-out problems come from two seeds.  Scores
+are between 0 and 1; with `task.reward_threshold` a score becomes 1 from there on and 0 below.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from opo_megatron.config.schema import TaskConfig
+from opo_megatron.errors import UserError
+from opo_megatron.tasks.base import Prompt, Split
+from opo_megatron.tasks.parts import load_part
+from opo_megatron.tasks.text import prompt_tokens
+from opo_megatron.tasks.tokenizers import open_tokenizer
+from opo_megatron.tasks.verifiers import compile_pattern, last_match
+
+SEEDS: dict[Split, int] = {"train": 1, "held_out": 2}
+
+
+class ReasoningGymTask:
+    """The task `reasoning_gym`."""
+
+    demonstrates = False
+
+    def __init__(self, config: TaskConfig) -> None:
+        if config.generator is None:
+            raise UserError("task.name=reasoning_gym needs task.generator; name one, such as chain_sum")
+        gym = load_part("reasoning_gym", "task.name=reasoning_gym", "reasoning-gym")
+        self.config = config
+        self.tokenizer = open_tokenizer(config.tokenizer)
+        self.vocab_size, self.stop_tokens = self.tokenizer.vocab_size, self.tokenizer.stop_tokens
+        self._pattern = None
+        if config.verifier_pattern is not None:
+            self._pattern = compile_pattern("task.verifier_pattern", config.verifier_pattern)
+        self._items = {split: self._open(gym, seed) for split, seed in SEEDS.items()}
+        self._indices = {split: self._short_enough(split) for split in SEEDS}
+        for split, indices in self._indices.items():
+            if not indices:
+                raise UserError(
+                    f"no {split.replace('_', '-')} problem of task.generator={config.generator} has at most "
+                    f"task.max_prompt_tokens={config.max_prompt_tokens} tokens; raise that"
+                )
+
+    def _open(self, gym: Any, seed: int) -> Any:
+        config = self.config
+        try:
+            return gym.create_dataset(
+                config.generator, size=config.generator_size, seed=seed, **config.generator_options
+            )
+        except (ValueError, TypeError, AssertionError) as error:
+            raise UserError(
+                f"reasoning-gym does not make task.generator={config.generator} with "
+                f"task.generator_options={config.generator_options} ({error})"
+            ) from None
+
+    def _short_enough(self, split: Split) -> list[int]:
+        limit = self.config.max_prompt_tokens
+        texts = (self._items[split][i]["question"] for i in range(self.config.generator_size))
+        return [i for i, t in enumerate(texts) if len(prompt_tokens(self.tokenizer, self.config, t)) <= limit]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know about the data."""
+        kept = {split: len(indices) for split, indices in self._indices.items()}
+        dropped = 2 * self.config.generator_size - sum(kept.values())
+        return [
+            f"{kept['train']} training and {kept['held_out']} held-out problems of {self.config.generator}; "
+            f"{dropped} dropped as too long"
+        ]
+
+    def size(self, split: Split) -> int:
+        return len(self._indices[split])
+
+    def prompt(self, split: Split, index: int) -> Prompt:
+        number = self._indices[split][index]
+        item = self._items[split][number]
+        tokens = prompt_tokens(self.tokenizer, self.config, item["question"])
+        # Even ids are training problems, odd ones held out: the item can be found again.
+        identity = 2 * number + (split == "held_out")
+        return Prompt(identity, item["question"], tuple(tokens), str(item["answer"]))
+
+    def reward(self, prompt: Prompt, response: list[int]) -> float:
+        number, held_out = divmod(prompt.id, 2)
+        items = self._items["held_out" if held_out else "train"]
+        text = self.tokenizer.decode(response).strip()
+        if self._pattern is not None:
+            text = last_match(self._pattern, text) or ""
+        score = self._score(items, text, items[number])
+        threshold = self.config.reward_threshold
+        return score if threshold is None else float(score >= threshold)
+
+    def _score(self, items: Any, text: str, item: Any) -> float:
+        try:
+            return float(items.score_answer(answer=text, entry=item))
+        except Exception:
+            # Some generators raise on an answer that they cannot parse: such an answer is wrong.
+            return 0.0
+
+    def demonstration(self, prompt: Prompt, rng: random.Random) -> list[int]:
+        raise UserError("task.name=reasoning_gym has no demonstrations; set warm_start.steps=0")
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens)

@@ -1,0 +1,147 @@
+"""Problems from a file: a prompt and a reference answer per row, JSONL or Parquet.
+
+A row's prompt goes into `task.template`, is tokenised (through the chat template, where asked for)
+and dropped where it is longer than `task.max_prompt_tokens`; how many were dropped is said.  Held
+out is a file of its own, or one row in ten by a hash of its prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from opo_megatron.config.schema import TaskConfig
+from opo_megatron.errors import UserError
+from opo_megatron.tasks.base import Prompt, Split
+from opo_megatron.tasks.parts import load_part
+from opo_megatron.tasks.tokenizers import Tokenizer, open_tokenizer
+from opo_megatron.tasks.verifiers import compile_pattern, find_verifier, last_match
+
+HELD_OUT_IN = 10
+SLOT = "{prompt}"
+
+
+class TextTask:
+    """The task `text`."""
+
+    demonstrates = False
+
+    def __init__(self, config: TaskConfig) -> None:
+        if config.data is None:
+            raise UserError("task.name=text needs task.data; name a JSONL or Parquet file")
+        self.tokenizer = open_tokenizer(config.tokenizer)
+        self.vocab_size, self.stop_tokens = self.tokenizer.vocab_size, self.tokenizer.stop_tokens
+        self._verify = find_verifier(config.verifier, config.verifier_pattern)
+        self._prompts: dict[Split, list[Prompt]] = {"train": [], "held_out": []}
+        self.dropped = 0
+        files = [(config.data, "train")] + [(p, "held_out") for p in [config.held_out_data] if p]
+        number = 0
+        for path, role in files:
+            for text, answer in read_problems(Path(path), config):
+                hashed = zlib.crc32(text.encode()) % HELD_OUT_IN == 0
+                split: Split = "held_out" if role == "held_out" else "train"
+                if config.held_out_data is None and hashed:
+                    split = "held_out"
+                tokens = prompt_tokens(self.tokenizer, config, text)
+                if len(tokens) > config.max_prompt_tokens:
+                    self.dropped += 1
+                    continue
+                self._prompts[split].append(Prompt(number, text, tuple(tokens), answer))
+                number += 1
+        for split, prompts in self._prompts.items():
+            if not prompts:
+                raise UserError(
+                    f"{config.data} leaves no {split.replace('_', '-')} problem of at most "
+                    f"task.max_prompt_tokens={config.max_prompt_tokens} tokens ({self.dropped} were longer); "
+                    "add problems, or raise that"
+                )
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know about the data."""
+        train, held_out = (len(self._prompts[split]) for split in ("train", "held_out"))
+        return [f"{train} training and {held_out} held-out problems; {self.dropped} dropped as too long"]
+
+    def size(self, split: Split) -> int:
+        return len(self._prompts[split])
+
+    def prompt(self, split: Split, index: int) -> Prompt:
+        return self._prompts[split][index]
+
+    def reward(self, prompt: Prompt, response: list[int]) -> float:
+        return self._verify(prompt.text, self.tokenizer.decode(response), prompt.answer)
+
+    def demonstration(self, prompt: Prompt, rng: random.Random) -> list[int]:
+        raise UserError("task.name=text has no demonstrations; set warm_start.steps=0")
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens)
+
+
+def prompt_tokens(tokenizer: Tokenizer, config: TaskConfig, text: str) -> list[int]:
+    """A problem's text in the recipe's template (and chat format), as token ids."""
+    filled = config.template.replace(SLOT, text)
+    return tokenizer.chat(config.system_prompt, filled) if config.chat else tokenizer.encode(filled)
+
+
+def read_problems(path: Path, config: TaskConfig) -> Iterator[tuple[str, str]]:
+    """(prompt, reference answer) of each row.
+
+    Raises:
+        UserError: naming file, row and field.
+    """
+    pattern = None
+    if config.answer_pattern is not None:
+        pattern = compile_pattern("task.answer_pattern", config.answer_pattern)
+    for row_number, row in _rows(path):
+        prompt = _field(path, row_number, row, config.prompt_field, "task.prompt_field")
+        answer = _field(path, row_number, row, config.answer_field, "task.answer_field")
+        yield prompt, answer if pattern is None else _extract(path, row_number, pattern, answer)
+
+
+def _rows(path: Path) -> Iterable[tuple[int, Any]]:
+    if not path.is_file():
+        raise UserError(f"the data file {path} does not exist; check task.data and task.held_out_data")
+    if path.suffix == ".parquet":
+        parquet = load_part("pyarrow.parquet", f"reading {path}", "data")
+        try:
+            return enumerate(parquet.read_table(path).to_pylist(), 1)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is not a Parquet file that can be read ({error})") from None
+    if path.suffix in (".jsonl", ".json"):
+        return _json_rows(path)
+    raise UserError(f"{path} is neither .jsonl nor .parquet; convert it to one of them")
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open(encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, json.loads(line)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number} is not JSON ({error.msg}); mend or remove it") from None
+
+
+def _field(path: Path, row_number: int, row: Any, field: str, key: str) -> str:
+    if not isinstance(row, dict) or field not in row:
+        held = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise UserError(f"{path}, row {row_number} has no field {field!r} (it holds {held}); set {key}")
+    return str(row[field])
+
+
+def _extract(path: Path, row_number: int, pattern: re.Pattern[str], text: str) -> str:
+    found = last_match(pattern, text)
+    if found is None:
+        raise UserError(
+            f"{path}, row {row_number}: task.answer_pattern={pattern.pattern!r} finds nothing in the answer "
+            f"{text[-60:]!r}; mend the pattern or the row"
+        )
+    return found.strip()

@@ -1,0 +1,94 @@
+"""Text ↔ token ids: bytes, or a Hugging Face tokenizer from a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from opo_megatron.errors import UserError
+from opo_megatron.tasks.parts import load_part
+
+
+class Tokenizer(Protocol):
+    vocab_size: int
+    stop_tokens: tuple[int, ...]
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of tokens, stop tokens left out."""
+        ...
+
+    def chat(self, system: str | None, text: str) -> list[int]:
+        """A user's message in the model's chat format, up to where the answer begins."""
+        ...
+
+
+class ByteTokenizer:
+    """Every UTF-8 byte is a token; 256 ends an answer.  No files, any language, long sequences."""
+
+    vocab_size = 257
+    stop_tokens: tuple[int, ...] = (256,)
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(t for t in tokens if t < 256).decode(errors="replace")
+
+    def chat(self, system: str | None, text: str) -> list[int]:
+        raise UserError(
+            "task.chat=true needs a chat template, and bytes have none; name a tokenizer's folder"
+        )
+
+
+class FolderTokenizer:
+    """The tokenizer of a Hugging Face model folder, read without any network."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise UserError(
+                f"task.tokenizer={folder} is neither 'bytes' nor a folder; name a tokenizer's folder"
+            )
+        transformers = load_part("transformers", "task.tokenizer with a folder", "data")
+        try:
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"task.tokenizer={folder} holds no tokenizer that loads ({reason})") from None
+        self.vocab_size = len(self._tokenizer)
+        self.stop_tokens = self._stop_tokens(transformers, folder)
+
+    def _stop_tokens(self, transformers: Any, folder: Path) -> tuple[int, ...]:
+        stops = [self._tokenizer.eos_token_id]
+        if (folder / "generation_config.json").exists():
+            ids = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+            stops += ids if isinstance(ids, list) else [ids]
+        found = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
+        if not found:
+            raise UserError(
+                f"the tokenizer in {folder} has no stop token, so answers would not end; set its eos_token"
+            )
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def chat(self, system: str | None, text: str) -> list[int]:
+        if not self._tokenizer.chat_template:
+            raise UserError(
+                "task.chat=true, but the tokenizer in task.tokenizer has no chat template; set false"
+            )
+        messages = [{"role": "user", "content": text}]
+        if system:
+            messages.insert(0, {"role": "system", "content": system})
+        rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.encode(rendered)
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+    """`bytes`, or the tokenizer of a folder."""
+    return ByteTokenizer() if name == "bytes" else FolderTokenizer(Path(name))

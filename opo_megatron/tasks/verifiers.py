@@ -1,0 +1,109 @@
+"""Verifiers by name: (prompt, response, answer) as text → reward.
+
+exact       the response is the answer, white space around it aside
+number      the last number of the response equals the answer's last number, in value
+regex       the last match of task.verifier_pattern in the response (its first group) is the answer
+package.module:function   one's own: function(prompt, response, answer) -> float
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from decimal import Decimal
+
+from opo_megatron.errors import UserError
+
+Verifier = Callable[[str, str, str], float]
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+
+
+def exact(prompt: str, response: str, answer: str) -> float:
+    """1 where both texts agree, white space around them aside."""
+    return float(response.strip() == answer.strip())
+
+
+def number(prompt: str, response: str, answer: str) -> float:
+    """1 where the last numbers of both texts are equal in value: `1,000` is `1000.0`."""
+    found, wanted = last_number(response), last_number(answer)
+    return float(found is not None and found == wanted)
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last decimal number in a text, commas between its digits ignored."""
+    found = _NUMBER.findall(text)
+    return Decimal(found[-1].replace(",", "")) if found else None
+
+
+def regex(pattern: str) -> Verifier:
+    """1 where the last match's first group (or the whole match) is the answer."""
+    compiled = compile_pattern("task.verifier_pattern", pattern)
+
+    def verify(prompt: str, response: str, answer: str) -> float:
+        found = last_match(compiled, response)
+        return float(found is not None and found.strip() == answer.strip())
+
+    return verify
+
+
+def last_match(pattern: re.Pattern[str], text: str) -> str | None:
+    """First group (or the whole) of the last match of `pattern` in `text`."""
+    matches = list(pattern.finditer(text))
+    return None if not matches else (matches[-1].group(1) if pattern.groups else matches[-1].group(0))
+
+
+def compile_pattern(key: str, pattern: str) -> re.Pattern[str]:
+    """A user's regular expression.
+
+    Raises:
+        UserError: naming the key and what is wrong with it.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{key}={pattern!r} is not a regular expression ({error}); mend it") from None
+
+
+def find_verifier(name: str, pattern: str | None) -> Verifier:
+    """The verifier that a recipe names.
+
+    Raises:
+        UserError: where there is none, or a regex without its pattern.
+    """
+    if name == "regex":
+        if pattern is None:
+            raise UserError("task.verifier=regex needs task.verifier_pattern; give the regular expression")
+        return regex(pattern)
+    if name in ("exact", "number"):
+        return {"exact": exact, "number": number}[name]
+    return _own(name)
+
+
+def _own(path: str) -> Verifier:
+    module, _, function = path.partition(":")
+    if not module or not function:
+        raise UserError(
+            f"task.verifier={path!r} is unknown; choose exact, number, regex or package.module:function"
+        )
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"task.verifier={path} cannot be loaded ({error}); check the module's path") from None
+    if not callable(found):
+        raise UserError(f"task.verifier={path} is not a function; name one")
+    return _checked(path, found)
+
+
+def _checked(path: str, function: Callable[[str, str, str], float]) -> Verifier:
+    def verify(prompt: str, response: str, answer: str) -> float:
+        try:
+            return float(function(prompt, response, answer))
+        except Exception as error:  # whatever a user's function raises is theirs to mend
+            raise UserError(
+                f"the verifier {path} raised {type(error).__name__} ({error}) for the answer {answer[:60]!r} "
+                f"and the response {response[:60]!r}; it must return a number for any text"
+            ) from error
+
+    return verify
