@@ -32,6 +32,7 @@ def evaluate(run: Run) -> Row:
     )
     sampled = _answer(run, settings.samples_per_problem, sampling)
     row: Row = {
+        "eval/problems": int(sampled.groups.max()) + 1,
         "eval/accuracy": float(sampled.rewards.mean()),
         "eval/response_length/mean": float(sampled.response_lengths.double().mean()),
         "eval/response_length/truncated": sampled.truncated,

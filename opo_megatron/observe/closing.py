@@ -12,13 +12,14 @@ Line = tuple[str, str, str, str]
 
 def closing_table(config: Config, rows: Sequence[Row], seconds: float) -> tuple[str, list[Line]]:
     """(title, lines of (what, at the start, at the end, what it means)) from all rows of metrics.jsonl."""
-    first, last = rows[0], rows[-1]
+    evaluated = [row for row in rows if "eval/accuracy" in row]
+    first, last = evaluated[0], evaluated[-1]
     updates = [row for row in rows if "reward/mean" in row]
     lines: list[Line] = [
         (
             "held-out accuracy",
             *_pair(first, last, "eval/accuracy", "{:.1%}"),
-            f"one sampled answer to each of {config.eval.problems} problems that were never trained on",
+            f"one sampled answer to each of {last['eval/problems']} problems that were never trained on",
         )
     ]
     if config.eval.greedy:
@@ -43,7 +44,7 @@ def closing_table(config: Config, rows: Sequence[Row], seconds: float) -> tuple[
             )
         )
     title = (
-        f"{last['step']} OPO steps, one optimizer step each, in {seconds:.0f} s; "
+        f"{rows[-1]['step']} OPO steps, one optimizer step each, in {seconds:.0f} s; "
         f"everything is in {config.run.dir}"
     )
     return title, lines
