@@ -220,6 +220,19 @@ def test_reasoning_gym_answers_that_its_scorer_raises_on_are_wrong() -> None:
     assert task.reward(task.prompt("train", 0), list(b"x * y")) == 0.0
 
 
+def test_a_scorer_that_fails_on_its_own_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    require("reasoning_gym", "make setup-dev")
+    task = ReasoningGymTask(TaskConfig(name="reasoning_gym", generator="chain_sum", generator_size=5))
+
+    def broken(answer: str, entry: dict) -> float:
+        raise KeyError("oops")
+
+    monkeypatch.setattr(task._items["train"], "score_answer", broken)
+    with pytest.raises(UserError) as error:
+        task.reward(task.prompt("train", 0), list(b"1"))
+    assert "the scorer of task.generator=chain_sum raised KeyError" in one_sentence(error)
+
+
 def test_unknown_generator_is_answered_in_a_sentence() -> None:
     require("reasoning_gym", "make setup-dev")
     with pytest.raises(UserError) as error:

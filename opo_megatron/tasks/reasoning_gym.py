@@ -96,8 +96,19 @@ class ReasoningGymTask:
         try:
             return float(items.score_answer(answer=text, entry=item))
         except Exception:
-            # Some generators raise on an answer that they cannot parse: such an answer is wrong.
+            # Some generators raise on an answer that they cannot parse: such an answer is wrong, unless
+            # the scorer fails on the reference answer too.
+            self._check_scorer(items, item)
             return 0.0
+
+    def _check_scorer(self, items: Any, item: Any) -> None:
+        try:
+            items.score_answer(answer=item["answer"], entry=item)
+        except Exception as error:
+            raise UserError(
+                f"the scorer of task.generator={self.config.generator} raised {type(error).__name__} ({error}) "
+                "on its own reference answer; choose another generator"
+            ) from error
 
     def demonstration(self, prompt: Prompt, rng: random.Random) -> list[int]:
         raise UserError("task.name=reasoning_gym has no demonstrations; set warm_start.steps=0")
