@@ -106,8 +106,8 @@ class ReasoningGymTask:
             items.score_answer(answer=item["answer"], entry=item)
         except Exception as error:
             raise UserError(
-                f"the scorer of task.generator={self.config.generator} raised {type(error).__name__} ({error}) "
-                "on its own reference answer; choose another generator"
+                f"the scorer of task.generator={self.config.generator} raised {type(error).__name__} "
+                f"({error}) on its own reference answer; choose another generator"
             ) from error
 
     def demonstration(self, prompt: Prompt, rng: random.Random) -> list[int]:
