@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import random
-from itertools import product
+from itertools import combinations, product
 
 import pytest
 import torch
 
-from opo_megatron.policy.microbatch import MicroBatch, Plan, build_micro_batches, plan_micro_batches
+from opo_megatron.policy.microbatch import (
+    MICRO_BATCH_TOKENS,
+    MicroBatch,
+    Plan,
+    build_micro_batches,
+    plan_micro_batches,
+)
 from opo_megatron.rollout.rollouts import Rollouts
 
 CPU = torch.device("cpu")
@@ -73,6 +80,23 @@ def test_padding_is_a_fraction_of_what_filling_in_order_of_arrival_would_need() 
         arrival[-1].append(length)
     unsorted = sum(len(batch) * max(batch) for batch in arrival)
     assert padded - sum(lengths) < 0.2 * (unsorted - sum(lengths))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_other_cuts_of_the_sorted_samples_cost_less(seed: int) -> None:
+    rng = random.Random(seed)
+    lengths = sorted((rng.choice((30, 35, 90, 200, 260)) for _ in range(9)), reverse=True)
+
+    def cost(bounds: tuple[int, ...]) -> float:
+        pieces = [lengths[a:b] for a, b in zip((0, *bounds), (*bounds, len(lengths)), strict=True)]
+        if any(len(piece) * piece[0] > 600 for piece in pieces):
+            return math.inf
+        return sum(len(piece) * piece[0] + MICRO_BATCH_TOKENS for piece in pieces)
+
+    cuts = range(1, len(lengths))
+    least = min(cost(bounds) for k in range(len(lengths)) for bounds in combinations(cuts, k))
+    rows = plan_micro_batches(lengths, 1, 600).rows[0]
+    assert sum(len(batch) * lengths[batch[0]] + MICRO_BATCH_TOKENS for batch in rows) == least
 
 
 def test_fewer_samples_than_ranks_leave_empty_micro_batches() -> None:

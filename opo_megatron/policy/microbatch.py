@@ -7,6 +7,7 @@ samples each data-parallel rank needs.  All ranks get the same number of micro-b
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from opo_megatron.rollout.rollouts import Rollouts
+
+MICRO_BATCH_TOKENS = 100
+"""What a micro-batch costs besides its tokens, in tokens: kernel launches, or Python on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def plan_micro_batches(
         rows = max(1, max_tokens // longest)
         pieces = [[hand[i : i + rows] for i in range(0, len(hand), rows)] for hand in hands]
     else:
-        pieces = [_fill(hand, lengths, max_tokens) for hand in hands]
+        pieces = [_cut(hand, lengths, max_tokens) for hand in hands]
     count = max(1, *(len(p) for p in pieces))
     count += -count % multiple
     if not fixed_shape:
@@ -70,15 +74,29 @@ def plan_micro_batches(
     return Plan(padded, (rows, longest) if fixed_shape else None)
 
 
-def _fill(hand: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut samples of falling length into runs; the first of a run sets its padded length."""
+def _cut(hand: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cut samples of falling length into runs of least cost; the first of a run sets its padded length.
+
+    The cost of a run is rows × padded length, plus what one more micro-batch costs at all.  Dynamic
+    programming: best[i] = min over j < i of best[j] + cost(hand[j:i]).
+    """
+    best, start = [0], [0]
+    for i in range(1, len(hand) + 1):
+        least, cut = math.inf, i - 1
+        for j in range(i - 1, -1, -1):
+            padded = lengths[hand[j]] * (i - j)
+            if padded > max_tokens and i - j > 1:
+                break
+            if best[j] + padded < least:
+                least, cut = best[j] + padded, j
+        best.append(int(least) + MICRO_BATCH_TOKENS)
+        start.append(cut)
     pieces: list[list[int]] = []
-    for sample in hand:
-        if pieces and lengths[pieces[-1][0]] * (len(pieces[-1]) + 1) <= max_tokens:
-            pieces[-1].append(sample)
-        else:
-            pieces.append([sample])
-    return pieces
+    end = len(hand)
+    while end > 0:
+        pieces.append(hand[start[end] : end])
+        end = start[end]
+    return pieces[::-1]
 
 
 def _split_until(pieces: list[list[int]], count: int) -> None:
