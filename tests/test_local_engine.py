@@ -114,6 +114,16 @@ def test_responses_do_not_depend_on_how_many_are_decoded_at_once(slots: int) -> 
     assert_same_responses(engine.generate(requests, sampling), expected)
 
 
+def test_what_an_earlier_call_left_in_the_cache_has_no_effect() -> None:
+    requests, sampling, expected = reference_rollouts()
+    engine = engine_of(LLAMA, slots=64, sharpness=2.0)
+    longer = some_requests(40, samples=2, longest=25, seed=9)
+    engine.generate(longer, replace(sampling, max_tokens=30, stop_tokens=()))
+    kept = engine.cache(1, 1)
+    assert_same_responses(engine.generate(requests, sampling), expected)
+    assert engine.cache(1, 1) is kept, "the cache was allocated anew"
+
+
 def test_responses_do_not_depend_on_the_order_of_requests() -> None:
     requests, sampling, expected = reference_rollouts()
     order = random.Random(5).sample(range(len(requests)), len(requests))

@@ -30,7 +30,9 @@ class KeyValueCache:
         self, model: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         assert model.num_query_groups is not None and model.kv_channels is not None
+        self.rows, self.length = rows, length
         shape = (model.num_layers, rows, model.num_query_groups, length, model.kv_channels)
+        # Zeros, because a masked key has weight 0, and 0 times what memory happens to hold may be NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 

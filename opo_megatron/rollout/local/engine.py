@@ -33,6 +33,7 @@ class LocalEngine:
         self.decoder = Decoder(model, vocab_size, dtype, device)
         self.slots = slots
         self.version: int | None = None
+        self._cache: KeyValueCache | None = None
 
     def update_weights(self, buckets: NamedTensors, version: int) -> None:
         """Take over all tensors of the stream.
@@ -51,6 +52,16 @@ class LocalEngine:
         if missing:
             raise ValueError(f"the weight stream lacks {sorted(missing)[0]} and {len(missing) - 1} more")
         self.version = version
+
+    def cache(self, rows: int, length: int) -> KeyValueCache:
+        """A cache of at least this size; its memory is kept for the next call, since touching fresh
+        pages costs as much as an eighth of a step's decoding."""
+        kept = self._cache
+        if kept is None or kept.rows < rows or kept.length < length:
+            self._cache = kept = None  # freed before the next one is allocated
+            decoder = self.decoder
+            self._cache = kept = KeyValueCache(decoder.model, rows, length, decoder.dtype, decoder.device)
+        return kept
 
     @torch.no_grad()
     def generate(
@@ -112,7 +123,7 @@ class _Batch:
         self.decoder, self.requests, self.sampling = engine.decoder, requests, sampling
         self.device, n = engine.decoder.device, len(requests)
         self.slots = min(engine.slots, n)
-        self.cache = KeyValueCache(self.decoder.model, self.slots, length, self.decoder.dtype, self.device)
+        self.cache = engine.cache(self.slots, length)
         self.keys = torch.tensor(
             [request_key((*sampling.seed, r.prompt_id, r.sample_index)) for r in requests],
             dtype=torch.int64,
