@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from opo_megatron.algorithm.on_policy import k3
 from opo_megatron.config import Config
 from opo_megatron.observe.rows import Row
-from opo_megatron.rollout.batch import Summary, gather_summary, requests_for, rewards_of
+from opo_megatron.policy.parallel import all_reduce
+from opo_megatron.rollout.batch import Summary, exchange, gather_summary, requests_for, rewards_of
 from opo_megatron.rollout.engine import Sampling
+from opo_megatron.rollout.rollouts import Rollouts
 from opo_megatron.run import STREAM_EVAL, Run
+from opo_megatron.weights.stream import WeightSource
 
 PROBLEM_SEED = 0
 """Which problems are asked does not depend on the run's seed: runs stay comparable."""
@@ -30,23 +34,46 @@ def evaluate(run: Run) -> Row:
         top_p=settings.top_p,
         top_k=settings.top_k,
     )
-    sampled = _answer(run, settings.samples_per_problem, sampling)
+    answers, sampled = _answer(run, settings.samples_per_problem, sampling)
     row: Row = {
         "eval/problems": int(sampled.groups.max()) + 1,
         "eval/accuracy": float(sampled.rewards.mean()),
         "eval/response_length/mean": float(sampled.response_lengths.double().mean()),
         "eval/response_length/truncated": sampled.truncated,
     }
+    if run.start_weights is not None:
+        row |= kl_to_start(run, answers, sampled, run.start_weights)
     if settings.greedy:
-        greedy = _answer(run, 1, replace(sampling, greedy=True, temperature=1.0, top_p=1.0, top_k=0))
+        _, greedy = _answer(run, 1, replace(sampling, greedy=True, temperature=1.0, top_p=1.0, top_k=0))
         row["eval/greedy_accuracy"] = float(greedy.rewards.mean())
     return row
 
 
-def _answer(run: Run, samples: int, sampling: Sampling) -> Summary:
+def kl_to_start(run: Run, answers: Rollouts, summary: Summary, start: WeightSource) -> Row:
+    """KL(π ‖ π_0) of the policy to its start weights, over the tokens that it sampled.
+
+    Each token gives exp(δ) − 1 − δ with δ = log π_0 − log π: never negative, and unbiased because the
+    token was drawn from π.  log π is what the engine recorded, log π_0 a full forward pass.
+    """
+    policy, parallel = run.policy, run.parallel
+    plan = policy.plan(summary.sequence_lengths)
+    batch = exchange(parallel, answers, plan, len(summary.groups))
+    assert batch.engine_log_prob is not None
+    run.display.status("measuring the KL to the start weights")
+    with policy.weights_from(start):
+        start_log_prob = policy.log_probs(batch, plan, run.config.eval.temperature)
+    divergence = k3(start_log_prob.double() - batch.engine_log_prob.double()).sum()
+    total = float(all_reduce(parallel, divergence * float(parallel.reports)))
+    return {
+        "eval/kl": total / float(summary.response_lengths.sum()),
+        "eval/kl_per_response": total / len(summary.groups),
+    }
+
+
+def _answer(run: Run, samples: int, sampling: Sampling) -> tuple[Rollouts, Summary]:
     count = min(run.config.eval.problems, run.task.size("held_out"))
     prompts = run.choose_prompts("held_out", STREAM_EVAL, PROBLEM_SEED, 0, count)
     requests = requests_for(prompts, samples, run.parallel)
     rollouts = run.engine.generate(requests, sampling, run.progress("evaluating"))
     rollouts.rewards = rewards_of(run.task, prompts, rollouts)
-    return gather_summary(run.parallel, rollouts)
+    return rollouts, gather_summary(run.parallel, rollouts)

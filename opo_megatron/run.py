@@ -6,19 +6,27 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from opo_megatron.algorithm.on_policy import check_mismatch
 from opo_megatron.config import Config
-from opo_megatron.config.schema import Dtype
+from opo_megatron.config.schema import Dtype, Kl
 from opo_megatron.errors import OnPolicyError
 from opo_megatron.observe.closing import closing_table
 from opo_megatron.observe.console import Display
 from opo_megatron.observe.rows import Row
 from opo_megatron.observe.run_files import RunFiles
 from opo_megatron.observe.step_metrics import memory_metrics, throughput_metrics
-from opo_megatron.policy.checkpoint import RunProgress, find_checkpoint, load, read_progress, save
+from opo_megatron.policy.checkpoint import (
+    RunProgress,
+    find_checkpoint,
+    load,
+    read_progress,
+    run_of,
+    save,
+)
 from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize, leave
 from opo_megatron.policy.policy import Policy, StepMetrics
 from opo_megatron.rollout.batch import gather_on_first
@@ -28,6 +36,7 @@ from opo_megatron.rollout.rollouts import Rollouts
 from opo_megatron.tasks import TASKS, Prompt, Task
 from opo_megatron.tasks.base import PromptOrder, Split
 from opo_megatron.weights.random import random_weights
+from opo_megatron.weights.start_weights import StartWeights
 
 STREAM_TRAIN, STREAM_WARM_START, STREAM_EVAL = range(3)
 """Independent streams of random numbers."""
@@ -44,6 +53,8 @@ class Run:
     engine: RolloutEngine
     files: RunFiles
     display: Display
+    start_weights: StartWeights | None = None
+    """Those of step 0, where the KL to them is measured."""
     step: int = -1
     """Last finished OPO step; step 0 is the evaluation before the first update, −1 is before that."""
     warm_step: int = 0
@@ -87,6 +98,12 @@ class Run:
     def synchronize(self) -> None:
         """Send the policy's weights to the engine."""
         self.engine.update_weights(self.policy.stream_weights(), self.policy.version)
+
+    def keep_start_weights(self) -> None:
+        """Write the weights that OPO begins with, where the KL to them is measured."""
+        if self.start_weights is not None:
+            self.display.status("keeping the start weights")
+            self.start_weights.write(self.policy.stream_weights())
 
     # ------------------------------------------------------------------ finishing a step
 
@@ -173,6 +190,11 @@ def _build(config: Config, parallel: Parallel, display: Display) -> Run:
     progress = read_progress(checkpoint) if checkpoint else RunProgress("warm_start", 0)
     in_warm_start = progress.phase == "warm_start"
     warms_up = in_warm_start and config.warm_start.steps > 0
+    start_weights = None
+    if config.observe.kl is Kl.eval:
+        start_weights = StartWeights(Path(config.run.dir), parallel, config.policy.model, task.vocab_size)
+        if checkpoint is not None and not in_warm_start:
+            start_weights.check(run_of(checkpoint))
     weights = None
     if checkpoint is None:
         weights = random_weights(config.policy.model, task.vocab_size, config.run.seed)
@@ -185,6 +207,8 @@ def _build(config: Config, parallel: Parallel, display: Display) -> Run:
     slots = config.rollout.local.slots
     engine = LocalEngine(config.policy.model, task.vocab_size, dtype, parallel.device, slots)
     files = RunFiles(config, parallel.rank == 0, progress, checkpoint)
+    if start_weights is not None and checkpoint is not None and not in_warm_start:
+        start_weights.take_over(run_of(checkpoint))
     step = -1 if in_warm_start else progress.step
     warm_step = progress.step if in_warm_start else config.warm_start.steps
-    return Run(config, parallel, task, policy, engine, files, display, step, warm_step)
+    return Run(config, parallel, task, policy, engine, files, display, start_weights, step, warm_step)

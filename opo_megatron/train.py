@@ -35,6 +35,7 @@ def train(config: Config) -> None:
         warm_start(run)
         run.synchronize()
         if run.step < 0:
+            run.keep_start_weights()
             run.finish_step({"step": 0} | evaluate(run))
         while run.step < config.train.steps:
             opo_step(run, run.step + 1)

@@ -189,8 +189,11 @@ def _place(file: str) -> str:
 
 
 def _store(tree: DictConfig, entry: Entry) -> None:
+    choices = getattr(key_types().get(entry.key), "__members__", {})
+    # YAML reads a bare `off` as false.
+    value = "off" if entry.value is False and "off" in choices else entry.value
     try:
-        OmegaConf.update(tree, entry.key, entry.value, merge=False)
+        OmegaConf.update(tree, entry.key, value, merge=False)
     except OmegaConfBaseException:
         wanted = describe_type(key_types().get(entry.key, dict))
         raise UserError(f"{entry.key} is {entry.value!r}; it must be {wanted}{_place(entry.file)}") from None

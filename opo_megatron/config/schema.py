@@ -72,6 +72,11 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
+class Kl(str, Enum):
+    off = "off"
+    eval = "eval"
+
+
 class MismatchAction(str, Enum):
     refuse = "refuse"
     warn = "warn"
@@ -297,6 +302,8 @@ class ObserveConfig:
     tensorboard: bool = True
     save_rollouts: bool = True
     """Write every step's rollouts, with rewards and advantages, to rollouts/."""
+    kl: Kl = Kl.off
+    """`eval` measures, at each evaluation, how far the policy is from where OPO began."""
 
 
 @dataclass

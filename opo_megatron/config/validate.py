@@ -18,6 +18,7 @@ from opo_megatron.config.schema import (
     Baseline,
     Config,
     EngineName,
+    Kl,
     LossNormalizer,
     MismatchAction,
     PolicyConfig,
@@ -155,6 +156,12 @@ def check_run(config: Config) -> None:
 def check_sampling(config: Config) -> None:
     """Training rollouts come from the policy itself, and fit into its context."""
     rollout, longest = config.rollout, config.policy.model.max_sequence_length
+    for key, value, neutral in (("top_p", config.eval.top_p, 1), ("top_k", config.eval.top_k, 0)):
+        _require(
+            value == neutral or config.observe.kl is Kl.off,
+            f"eval.{key} is {value}, which samples another distribution than the policy whose KL "
+            f"observe.kl=eval measures; set it to {neutral}, or observe.kl=off",
+        )
     for key, value, neutral in (("top_p", rollout.top_p, 1), ("top_k", rollout.top_k, 0)):
         _require(
             value == neutral or config.algorithm.off_policy_sampling,

@@ -27,6 +27,9 @@ def closing_table(config: Config, rows: Sequence[Row], seconds: float) -> tuple[
         lines.append(("   by likeliest token", *pair, "the same problems, answered without chance"))
     pair = _pair(first, last, "eval/response_length/mean", "{:.1f}")
     lines.append(("answer length", *pair, "tokens per held-out answer, stop token included"))
+    if "eval/kl" in last:
+        pair = _pair(first, last, "eval/kl", "{:.3f}")
+        lines.append(("KL to the start", *pair, "nats per held-out token: how far OPO has moved the policy"))
     if updates:
         begin, end = updates[0], updates[-1]
         entropy = _pair(begin, end, "entropy", "{:.3f}")

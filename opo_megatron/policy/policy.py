@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -308,6 +309,22 @@ class Policy:
         """Buckets of (Hugging Face name, full tensor) on every rank; a collective of all ranks."""
         limit = int(self.config.weight_bucket_mib * 2**20)
         return stream_weights(self.chunks, self.table, self.parallel, limit)
+
+    @contextmanager
+    def weights_from(self, source: WeightSource) -> Iterator[None]:
+        """Within this context the model computes with the full tensors of `source`, forward only.
+
+        Its own weights come back bit for bit, whatever happens; they cost one copy of this rank's part.
+        """
+        parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+        own = [parameter.detach().clone() for parameter in parameters]
+        try:
+            load_weights(self.chunks, self.table, self.parallel, source)
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, kept in zip(parameters, own, strict=True):
+                    parameter.copy_(kept)
 
 
 _Loss = Callable[[GPTModel, MicroBatch, Tensor], tuple[Tensor, Tensor, Tensor]]

@@ -1,0 +1,83 @@
+"""One rank: keeps one policy's weights as start weights, then measures another policy's KL to them.
+
+    kl_worker.py OUTPUT [override,override …]…
+
+Rank 0 writes a list of {kl, kl_per_response, restored, same}, one per layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch.distributed as dist
+from small import VOCAB_SIZE, small_config, small_policy
+
+from opo_megatron.evaluate import kl_to_start
+from opo_megatron.observe.console import Display
+from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize, leave, leave_layout
+from opo_megatron.rollout.batch import gather_summary, own_block
+from opo_megatron.rollout.engine import Request, Sampling
+from opo_megatron.rollout.local.engine import LocalEngine
+from opo_megatron.weights.start_weights import StartWeights
+
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+PROMPTS, SAMPLES = 24, 2
+TEMPERATURE = 0.9
+
+
+def measure(folder: Path, overrides: list[str], parallel: Parallel) -> dict[str, object]:
+    config = small_config(*overrides, f"eval.temperature={TEMPERATURE}", world_size=WORLD_SIZE)
+    start = StartWeights(folder, parallel, config.policy.model, VOCAB_SIZE)
+    start.write(small_policy(config, parallel).stream_weights())
+    start.check(folder)
+    config.run = replace(config.run, seed=2)
+    policy = small_policy(config, parallel)
+    engine = LocalEngine(
+        config.policy.model, VOCAB_SIZE, policy.megatron_config.params_dtype, parallel.device, slots=17
+    )
+    engine.update_weights(policy.stream_weights(), 0)
+    block = own_block(parallel, PROMPTS * SAMPLES)
+    requests = [
+        Request(g, g, i % SAMPLES, tuple(1 + (g * k) % 16 for k in range(1, 2 + g % 9)))
+        for i in range(block.start, block.stop)
+        for g in [i // SAMPLES]
+    ]
+    sampling = Sampling(max_tokens=16, stop_tokens=(0,), seed=(7,), temperature=TEMPERATURE)
+    rollouts = engine.generate(requests, sampling)
+    rollouts.rewards = torch.zeros(len(rollouts), dtype=torch.float64)
+    own = [p.detach().clone() for chunk in policy.chunks for p in chunk.parameters()]
+    run = SimpleNamespace(config=config, policy=policy, parallel=parallel, display=Display(active=False))
+    row = kl_to_start(run, rollouts, gather_summary(parallel, rollouts), start)
+    after = [p for chunk in policy.chunks for p in chunk.parameters()]
+    restored = all(torch.equal(a, b) for a, b in zip(own, after, strict=True))
+    rows = all_gather_objects(parallel, (row, restored))
+    return {
+        "kl": row["eval/kl"],
+        "kl_per_response": row["eval/kl_per_response"],
+        "restored": all(whole for _, whole in rows),
+        "same": all(other == row for other, _ in rows),
+    }
+
+
+def main() -> None:
+    output, layouts = Path(sys.argv[1]), [a.split(",") if a else [] for a in sys.argv[2:]]
+    results = []
+    for number, overrides in enumerate(layouts):
+        parallel = initialize(small_config(*overrides, world_size=WORLD_SIZE))
+        results.append(measure(output.parent / f"{WORLD_SIZE}_{number}", overrides, parallel))
+        leave_layout()
+    if dist.get_rank() == 0:
+        output.write_text(json.dumps(results))
+    leave()
+
+
+if __name__ == "__main__":
+    main()
