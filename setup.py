@@ -6,6 +6,8 @@ environment of their own, which `rollout.sglang.python` names.
 
 from setuptools import find_packages, setup
 
+WANDB = "wandb==0.31.0"
+
 setup(
     name="opo-megatron",
     version="0.1.0",
@@ -29,6 +31,7 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.9,<2.12"],  # the range that megatron-core 0.16.1 accepts
         "modelopt": ["nvidia-modelopt==0.45.0"],
         "reasoning-gym": ["reasoning-gym==0.1.25"],
+        "wandb": [WANDB],
         "data": ["transformers==5.12.1", "datasets==5.2.0", "pyarrow==26.0.1"],
         "dev": [
             "mypy==2.4.1",
@@ -39,6 +42,7 @@ setup(
             "reasoning-gym==0.1.25",
             "ruff==0.17.5",
             "transformers==5.12.1",  # an independent implementation to compare with
+            WANDB,
         ],
     },
     entry_points={"console_scripts": ["opo=opo_megatron.cli:entry"]},

@@ -27,6 +27,7 @@ from opo_megatron.config import Config, load_config, to_yaml
 from opo_megatron.config.arithmetic import describe_batch, smallest_world
 from opo_megatron.errors import EXIT_USER_ERROR, UserError
 from opo_megatron.launch import CHILD, ERROR_CLAIM, run_ranks
+from opo_megatron.parts import hidden
 
 EXIT_INTERRUPTED = 130
 
@@ -134,7 +135,8 @@ def _train(options: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "opo_megatron", "train", options.recipe, *options.overrides]
         command += ["--debug"] if options.debug else []
         return run_ranks(command, options.nproc, config.run.threads_per_rank)
-    from opo_megatron.train import train  # torch and Megatron take seconds
+    with hidden("wandb"):  # Megatron would import it
+        from opo_megatron.train import train  # torch and Megatron take seconds
 
     train(config)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from opo_megatron.algorithm.on_policy import check_mismatch
 from opo_megatron.config import Config
 from opo_megatron.config.schema import Dtype, Kl
 from opo_megatron.errors import OnPolicyError
+from opo_megatron.observe.boards import load_wandb
 from opo_megatron.observe.closing import closing_table
 from opo_megatron.observe.console import Display
 from opo_megatron.observe.rows import Row
@@ -170,18 +171,21 @@ def open_run(config: Config) -> Iterator[Run]:
         yield run
     except BaseException:
         display.close()
+        if run is not None:
+            with suppress(OSError):  # on a full disk as before
+                run.files.close(failed=True)
         # Leaving waits for ranks that may be waiting for this one; what went wrong must be said first.
         if parallel.world_size == 1:
             leave()
         raise
-    finally:
-        if run is not None:
-            run.files.close()
+    run.files.close()
     display.close()
     leave()
 
 
 def _build(config: Config, parallel: Parallel, display: Display) -> Run:
+    if config.observe.wandb_project is not None and parallel.rank == 0:
+        load_wandb(config)
     task = TASKS[config.task.name](config.task)
     for note in task.notes:
         display.say(note)
@@ -193,8 +197,6 @@ def _build(config: Config, parallel: Parallel, display: Display) -> Run:
     start_weights = None
     if config.observe.kl is Kl.eval:
         start_weights = StartWeights(Path(config.run.dir), parallel, config.policy.model, task.vocab_size)
-        if checkpoint is not None and not in_warm_start:
-            start_weights.check(run_of(checkpoint))
     weights = None
     if checkpoint is None:
         weights = random_weights(config.policy.model, task.vocab_size, config.run.seed)
@@ -202,6 +204,8 @@ def _build(config: Config, parallel: Parallel, display: Display) -> Run:
     policy = Policy(config, task.vocab_size, parallel, optimizer, weights)
     if checkpoint is not None:
         load(policy, config, checkpoint)
+        if start_weights is not None and not in_warm_start:
+            start_weights.check(run_of(checkpoint))
         display.say(f"resumed from {checkpoint}")
     dtype = torch.bfloat16 if config.policy.dtype is Dtype.bf16 else torch.float32
     slots = config.rollout.local.slots

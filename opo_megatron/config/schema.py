@@ -300,6 +300,8 @@ class EvalConfig:
 @dataclass
 class ObserveConfig:
     tensorboard: bool = True
+    wandb_project: str | None = None
+    """Also draw the metrics in this project of Weights & Biases; its own variables say the rest."""
     save_rollouts: bool = True
     """Write every step's rollouts, with rewards and advantages, to rollouts/."""
     kl: Kl = Kl.off

@@ -98,6 +98,7 @@ _FIELD_RULES: tuple[Rule, ...] = (
     ("task.name", lambda value: value in TASKS, "one of " + ", ".join(TASKS)),
     ("task.template", lambda value: "{prompt}" in value, "a text with {prompt} in it"),
     ("run.dir", lambda value: bool(value.strip()), "the path of a folder"),
+    ("observe.wandb_project", lambda value: bool(value.strip()), "the name of a project, or null"),
 )
 
 

@@ -1,4 +1,4 @@
-"""The files of a run, written by rank 0: metrics, TensorBoard, rollouts, resolved config, summary."""
+"""The files of a run, written by rank 0: metrics, curves, rollouts, resolved config, summary."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opo_megatron.config import Config, to_yaml
+from opo_megatron.observe.boards import Axis, Board, TensorBoard, WandB
 from opo_megatron.observe.rows import Row, RowFile
 from opo_megatron.policy.checkpoint import RunProgress, abandon_later, run_of
 from opo_megatron.rollout.rollouts import Rollouts
@@ -22,7 +23,7 @@ class RunFiles:
         self.dir, self.writes = Path(config.run.dir), writes
         self.metrics = RowFile(self.dir / "metrics.jsonl")
         self.warm_start = RowFile(self.dir / "warm_start.jsonl")
-        self._boards: dict[str, Any] = {}
+        self._boards: list[Board] = []
         if not writes:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -39,7 +40,9 @@ class RunFiles:
         (self.dir / "config.yaml").write_text(to_yaml(config))
         if config.observe.tensorboard:
             warm_step = progress.step if in_warm_start else config.warm_start.steps
-            self._boards = self._open_boards(step, warm_step)
+            self._boards.append(TensorBoard(self.dir, step, warm_step))
+        if config.observe.wandb_project is not None:
+            self._boards.append(WandB(config, self.dir))
 
     def _copy_rows(self, other: Path) -> None:
         """A run that goes on from another's checkpoint begins with that one's rows."""
@@ -54,16 +57,6 @@ class RunFiles:
         path.write_text(f"{attempt}\n")
         return attempt
 
-    def _open_boards(self, step: int, warm_step: int) -> dict[str, Any]:
-        """One TensorBoard writer per step axis, purged behind the checkpoint."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = self.dir / "tensorboard"
-        return {
-            "step": SummaryWriter(board, purge_step=step + 1),
-            "warm_start": SummaryWriter(board / "warm_start", purge_step=warm_step + 1),
-        }
-
     def _cut_rollouts(self, step: int) -> None:
         for path in (self.dir / "rollouts").glob("step_*.safetensors"):
             if int(path.stem.removeprefix("step_")) > step:
@@ -77,13 +70,11 @@ class RunFiles:
         """One finished warm-start step."""
         self._write(self.warm_start, "warm_start", row)
 
-    def _write(self, file: RowFile, board: str, row: Row) -> None:
+    def _write(self, file: RowFile, axis: Axis, row: Row) -> None:
         if not self.writes:
             return
-        if board in self._boards:
-            for name, value in row.items():
-                if name != "step":
-                    self._boards[board].add_scalar(name, value, row["step"])
+        for board in self._boards:
+            board.write(axis, row)
         file.append(row | {"run/attempt": self.attempt})
 
     def write_rollouts(self, step: int, rollouts: Rollouts | None) -> None:
@@ -99,6 +90,6 @@ class RunFiles:
         partial.write_text(json.dumps(summary, indent=2) + "\n")
         os.replace(partial, self.dir / "summary.json")
 
-    def close(self) -> None:
-        for board in self._boards.values():
-            board.close()
+    def close(self, failed: bool = False) -> None:
+        for board in self._boards:
+            board.close(failed)

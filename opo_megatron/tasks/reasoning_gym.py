@@ -11,8 +11,8 @@ from typing import Any
 
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
+from opo_megatron.parts import load_part
 from opo_megatron.tasks.base import Prompt, Split
-from opo_megatron.tasks.parts import load_part
 from opo_megatron.tasks.text import prompt_tokens
 from opo_megatron.tasks.tokenizers import open_tokenizer
 from opo_megatron.tasks.verifiers import compile_pattern, last_match
