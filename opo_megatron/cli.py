@@ -39,6 +39,10 @@ examples:
       go on from the newest checkpoint of runs/first
   opo train recipes/quickstart.yaml run.dir=runs/tp2 --nproc 2 policy.tensor_model_parallel_size=2
       two ranks that hold the model together
+  opo train recipes/quickstart.yaml run.dir=runs/mine task.name=text task.data=problems.jsonl \\
+      task.prompt_field=question task.answer_field=answer task.verifier=number \\
+      warm_start.steps=0 policy.model.max_sequence_length=600
+      your own problems, one JSON object per line; rewarded where the last number is the answer's
   opo config recipes/quickstart.yaml run.dir=runs/first optimizer.lr=1e-4
       print every setting that the run would have, and the arithmetic of its batches
 """
@@ -143,10 +147,15 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def check_run_dir(config: Config) -> None:
-    """Refuse to start anew in a folder that holds something; asked once, before any rank writes."""
+    """Refuse a folder that cannot be written or holds something; asked once, before any rank writes."""
     folder = Path(config.run.dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"run.dir={folder} is a file; choose another run.dir")
+    # Of a folder that is not there yet, the nearest one above it says whether it can be made.
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        where = f"run.dir={folder}" + (f": {above}" if above != folder.absolute() else "")
+        raise UserError(f"{where} is a file; choose another run.dir")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"run.dir={folder} cannot be written ({above} forbids it); choose another run.dir")
     if config.resume == "never" and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"run.dir={folder} is not empty; choose another run.dir, or go on with resume=auto")
 

@@ -13,6 +13,7 @@ import torch
 from opo_megatron.algorithm.on_policy import check_mismatch
 from opo_megatron.config import Config
 from opo_megatron.config.schema import Dtype, Kl
+from opo_megatron.disk import writing
 from opo_megatron.errors import OnPolicyError
 from opo_megatron.observe.boards import load_wandb
 from opo_megatron.observe.closing import closing_table
@@ -167,8 +168,9 @@ def open_run(config: Config) -> Iterator[Run]:
     display = Display(active=parallel.rank == 0)
     run = None
     try:
-        run = _build(config, parallel, display)
-        yield run
+        with writing(config.run.dir):
+            run = _build(config, parallel, display)
+            yield run
     except BaseException:
         display.close()
         if run is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 
 from opo_megatron.algorithm.objective import Supervised
-from opo_megatron.errors import UserError
 from opo_megatron.observe.timing import PhaseTimer
 from opo_megatron.policy.schedule import learning_rate
 from opo_megatron.rollout.rollouts import Rollouts
@@ -25,8 +24,6 @@ def warm_start(run: Run) -> None:
     config = run.config.warm_start
     if run.step >= 0:
         return
-    if config.steps and not run.task.demonstrates:
-        raise UserError(f"task {run.config.task.name!r} has no demonstrations; set warm_start.steps=0")
     while run.warm_step < config.steps:
         _supervised_step(run, run.warm_step + 1)
     if config.steps:

@@ -14,9 +14,8 @@ from opo_megatron.errors import UserError
 from opo_megatron.tasks.reasoning_gym import ReasoningGymTask
 from opo_megatron.tasks.text import HELD_OUT_IN, TextTask
 from opo_megatron.tasks.tokenizers import ByteTokenizer, FolderTokenizer
-from opo_megatron.tasks.verifiers import exact, find_verifier, last_number, number, regex
+from opo_megatron.tasks.verifiers import exact, last_number, number, regex
 
-GOOD = '{"question": "a", "answer": "#### 1"}\n'
 ROWS = [{"question": f"What is {i} + {i}?", "answer": f"It is easy. #### {2 * i}"} for i in range(200)]
 
 
@@ -105,60 +104,14 @@ def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
     ours = task_of(str(tmp_path / "d.parquet"))
     theirs = task_of(write_jsonl(tmp_path / "d.jsonl", ROWS))
     assert [ours.prompt("train", i) for i in range(100)] == [theirs.prompt("train", i) for i in range(100)]
-    (tmp_path / "bad.parquet").write_bytes(b"no")
-    with pytest.raises(UserError) as error:
-        task_of(str(tmp_path / "bad.parquet"))
-    assert "is not a Parquet file" in one_sentence(error)
 
 
-@pytest.mark.parametrize(
-    "content, changes, words",
-    [
-        (None, {}, "does not exist"),
-        ('{"question": "a"}\n', {}, "row 1 has no field 'answer' (it holds question)"),
-        (GOOD + "[1]\n", {}, "row 2 has no field 'question' (it holds a list)"),
-        (GOOD + "{oops\n", {}, "line 2 is not JSON"),
-        (b"\xff\xfe", {}, "is not UTF-8"),
-        ('{"question": "a", "answer": "1"}\n', {}, "finds nothing in the answer '1'"),
-        ("", {}, "leaves no train problem"),
-        (GOOD, {"verifier": "regex"}, "needs task.verifier_pattern"),
-        (GOOD, {"verifier": "numbr"}, "choose exact, number, regex"),
-        (GOOD, {"verifier": "no.such:thing"}, "cannot be loaded"),
-        (GOOD, {"answer_pattern": "(("}, "is not a regular expression"),
-        (GOOD, {"tokenizer": "nowhere"}, "neither 'bytes' nor a folder"),
-        (GOOD, {"chat": True}, "bytes have none"),
-    ],
-)
-def test_bad_data_is_answered_in_a_sentence(
-    tmp_path: Path, content: str | bytes | None, changes: dict, words: str
-) -> None:
-    path = tmp_path / "data.jsonl"
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError) as error:
-        task_of(str(path), **changes)
-    assert words in one_sentence(error)
-
-
-def test_ones_own_verifier_is_called_and_its_failure_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "mine.py").write_text(
-        "def length(prompt, response, answer): return len(response) / 10\n"
-        "def broken(prompt, response, answer): raise KeyError('oops')\n"
-        "constant = 3\n"
-    )
+def test_ones_own_verifier_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("def length(prompt, response, answer): return len(response) / 10\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     path = write_jsonl(tmp_path / "d.jsonl", ROWS)
     task = task_of(path, verifier="mine:length")
     assert task.reward(task.prompt("train", 0), list(b"12345")) == 0.5
-    broken = task_of(path, verifier="mine:broken")
-    with pytest.raises(UserError) as error:
-        broken.reward(broken.prompt("train", 0), list(b"1"))
-    assert "the verifier mine:broken raised KeyError" in one_sentence(error)
-    for name, words in (("mine:constant", "is not a function"), ("mine:missing", "cannot be loaded")):
-        with pytest.raises(UserError, match=words):
-            find_verifier(name, None)
     sys.modules.pop("mine")
 
 
@@ -182,19 +135,6 @@ def test_tokenizer_of_a_folder_with_stop_tokens_and_chat(tmp_path: Path) -> None
     assert tokenizer.stop_tokens == (1, 5) and tokenizer.vocab_size == 17
     assert tokenizer.chat(None, "What is 3") == [6, 2, 3, 10, 5]
     assert tokenizer.decode([2, 3, 1]) == "What is"
-
-
-def test_tokenizer_without_stop_token_or_chat_template_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as error:
-        FolderTokenizer(Path(make_tokenizer(tmp_path / "a")))
-    assert "has no stop token" in one_sentence(error)
-    with pytest.raises(UserError) as error:
-        FolderTokenizer(Path(make_tokenizer(tmp_path / "b", eos_token="<eos>"))).chat(None, "What")
-    assert "has no chat template" in one_sentence(error)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError) as error:
-        FolderTokenizer(tmp_path / "empty")
-    assert "holds no tokenizer" in one_sentence(error)
 
 
 def test_reasoning_gym_problems_are_rewarded_by_its_own_scores() -> None:

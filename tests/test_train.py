@@ -181,15 +181,6 @@ def test_a_new_run_from_another_ones_checkpoint_begins_with_its_rows(finished: P
     assert lasting(tmp_path / "new", "warm_start.jsonl") == lasting(finished, "warm_start.jsonl")
 
 
-def test_resume_from_another_model_is_refused_in_one_sentence(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    checkpoint = finished / "checkpoints" / "step_00000004"
-    assert train(tmp_path / "run", f"resume={checkpoint}", "policy.model.ffn_hidden_size=64") == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "ffn_hidden_size=48" in error and "ffn_hidden_size=64" in error
-
-
 def test_weights_that_are_not_finite_stop_the_run_in_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

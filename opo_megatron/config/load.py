@@ -7,6 +7,7 @@ its value and the file that it stands in.  What is derived from other fields is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -207,4 +208,8 @@ def _to_dataclasses(tree: DictConfig) -> Config:
         return cast(Config, OmegaConf.to_object(tree))
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
+        unset = re.search(r"Environment variable '(\w+)' not found", str(error.msg))
+        if unset:
+            name = unset.group(1)
+            raise UserError(f"{key}the environment variable {name} is not set; export {name}=VALUE") from None
         raise UserError(f"{key}{str(error.msg).splitlines()[0]}; check the ${{…}} in its value") from None

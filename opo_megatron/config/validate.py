@@ -118,6 +118,11 @@ def check_task(config: Config) -> None:
     if task.name == "lift":
         return
     _require(
+        config.warm_start.steps == 0,
+        f"warm_start.steps is {config.warm_start.steps}, but task.name={task.name} has no demonstrations to "
+        "learn from; set warm_start.steps=0",
+    )
+    _require(
         task.name != "text" or task.data is not None,
         "task.name is text, but task.data is null; name a JSONL or Parquet file",
     )

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +19,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import CheckpointException
 
 from opo_megatron import __version__
 from opo_megatron.config import Config
@@ -99,7 +102,8 @@ def save(policy: Policy, config: Config, progress: RunProgress) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier(group=policy.parallel.cpu_group)
-    dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(partial))
+    with _failures_named(f"the checkpoint {final} cannot be written", "give the disk space"):
+        dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(partial))
     if policy.parallel.rank == 0:
         state = {
             "progress": asdict(progress),
@@ -145,11 +149,27 @@ def load(policy: Policy, config: Config, path: Path) -> None:
                 f"run has {value}; set policy.distributed_optimizer and expert parallelism as they were"
             )
     policy.allocate_optimizer_state()
-    loaded = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(path))
-    for i, chunk in enumerate(policy.chunks):
-        chunk.load_state_dict(loaded[f"model{i}"])
-    policy.optimizer.load_state_dict(loaded["optimizer"])
+    with _failures_named(
+        f"the checkpoint {path} is damaged",
+        "resume from another one (resume=auto takes the newest: move this one away)",
+    ):
+        loaded = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(path))
+        for i, chunk in enumerate(policy.chunks):
+            chunk.load_state_dict(loaded[f"model{i}"])
+        policy.optimizer.load_state_dict(loaded["optimizer"])
     policy.version = state["version"]
+
+
+@contextmanager
+def _failures_named(what: str, remedy: str) -> Iterator[None]:
+    """Megatron and torch raise many kinds of errors for a file that is cut short or cannot be written."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        reason = next(iter(str(error).splitlines()), "")[:200]
+        raise UserError(f"{what} ({type(error).__name__}: {reason}); {remedy}") from error
 
 
 def abandon_later(run_dir: Path, progress: RunProgress, attempt: int) -> None:
@@ -198,8 +218,10 @@ def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
-    except (OSError, ValueError) as error:
+        RunProgress(**state["progress"])
+        _ = state["version"] + 1, state["model"]["vocab_size"], dict(state["optimizer"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is not a checkpoint of a run ({error}); name a folder of <run.dir>/checkpoints"
+            f"{path} is not a checkpoint of a run ({error!r}); name a folder of <run.dir>/checkpoints"
         ) from None
     return state

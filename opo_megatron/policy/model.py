@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from opo_megatron.config.schema import Dtype, PolicyConfig
+from opo_megatron.errors import UserError
 
 BUCKET_MULTIPLE = 128
 """Megatron pads gradient buckets of the distributed optimizer to multiples of this and of the ranks."""
@@ -103,7 +104,14 @@ def transformer_config(policy: PolicyConfig, device: torch.device) -> Transforme
             "moe_router_load_balancing_type": "none",  # the objective has no auxiliary loss
             "moe_aux_loss_coeff": 0.0,
         }
-    return TransformerConfig(**(fields | policy.megatron))
+    if not policy.megatron:
+        return TransformerConfig(**fields)
+    try:
+        return TransformerConfig(**(fields | policy.megatron))
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"Megatron-Core does not take policy.megatron={policy.megatron} ({error}); mend or remove it"
+        ) from error
 
 
 def build_chunks(

@@ -27,8 +27,6 @@ class Prompt:
 class Task(Protocol):
     vocab_size: int
     stop_tokens: tuple[int, ...]
-    demonstrates: bool
-    """Whether `demonstration` gives any."""
 
     @property
     def notes(self) -> list[str]:

@@ -35,7 +35,6 @@ class LiftTask:
 
     vocab_size = len(SYMBOLS)
     stop_tokens: tuple[int, ...] = (STOP,)
-    demonstrates = True
 
     def __init__(self) -> None:
         self._indices: dict[Split, list[int]] = {"train": [], "held_out": []}

@@ -6,6 +6,7 @@ are between 0 and 1; with `task.reward_threshold` a score becomes 1 from there o
 
 from __future__ import annotations
 
+import difflib
 import random
 from typing import Any
 
@@ -22,8 +23,6 @@ SEEDS: dict[Split, int] = {"train": 1, "held_out": 2}
 
 class ReasoningGymTask:
     """The task `reasoning_gym`."""
-
-    demonstrates = False
 
     def __init__(self, config: TaskConfig) -> None:
         if config.generator is None:
@@ -53,8 +52,15 @@ class ReasoningGymTask:
         except (ValueError, TypeError, AssertionError) as error:
             raise UserError(
                 f"reasoning-gym does not make task.generator={config.generator} with "
-                f"task.generator_options={config.generator_options} ({error})"
+                f"task.generator_options={config.generator_options} ({error}); {self._remedy(gym)}"
             ) from None
+
+    def _remedy(self, gym: Any) -> str:
+        known = list(gym.factory.DATASETS)
+        if self.config.generator in known:
+            return "mend task.generator_options"
+        close = difflib.get_close_matches(str(self.config.generator), known, n=1)
+        return f"did you mean {close[0]}?" if close else "its gallery lists all generators"
 
     def _short_enough(self, split: Split) -> list[int]:
         limit = self.config.max_prompt_tokens

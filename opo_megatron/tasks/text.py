@@ -29,8 +29,6 @@ SLOT = "{prompt}"
 class TextTask:
     """The task `text`."""
 
-    demonstrates = False
-
     def __init__(self, config: TaskConfig) -> None:
         if config.data is None:
             raise UserError("task.name=text needs task.data; name a JSONL or Parquet file")
@@ -48,6 +46,11 @@ class TextTask:
                 if config.held_out_data is None and hashed:
                     split = "held_out"
                 tokens = prompt_tokens(self.tokenizer, config, text)
+                if not tokens:
+                    raise UserError(
+                        f"{path}: the problem {text!r} makes an empty prompt; drop it, or put text into "
+                        "task.template"
+                    )
                 if len(tokens) > config.max_prompt_tokens:
                     self.dropped += 1
                     continue
@@ -106,35 +109,54 @@ def read_problems(path: Path, config: TaskConfig) -> Iterator[tuple[str, str]]:
 
 def _rows(path: Path) -> Iterable[tuple[int, Any]]:
     if not path.is_file():
-        raise UserError(f"the data file {path} does not exist; check task.data and task.held_out_data")
+        wrong = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise UserError(f"the data file {path} {wrong}; check task.data and task.held_out_data")
     if path.suffix == ".parquet":
         parquet = load_part("pyarrow.parquet", f"reading {path}", "data")
         try:
             return enumerate(parquet.read_table(path).to_pylist(), 1)
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} is not a Parquet file that can be read ({error})") from None
+            raise UserError(
+                f"{path} is not a Parquet file that can be read ({error}); write it anew"
+            ) from None
     if path.suffix in (".jsonl", ".json"):
         return _json_rows(path)
     raise UserError(f"{path} is neither .jsonl nor .parquet; convert it to one of them")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8") as file:
-        try:
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, json.loads(line)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error.msg}); mend or remove it") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {number} is not JSON ({error.msg}); mend or remove it") from None
 
 
 def _field(path: Path, row_number: int, row: Any, field: str, key: str) -> str:
     if not isinstance(row, dict) or field not in row:
         held = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
         raise UserError(f"{path}, row {row_number} has no field {field!r} (it holds {held}); set {key}")
-    return str(row[field])
+    value = row[field]
+    if not isinstance(value, str | int | float) or not _can_be_encoded(str(value)):
+        shown = ascii(value)[:60]
+        raise UserError(f"{path}, row {row_number}: {field} is {shown}, not text; mend or remove the row")
+    return str(value)
+
+
+def _can_be_encoded(text: str) -> bool:
+    """JSON can write half of a UTF-16 pair, which no encoding takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _extract(path: Path, row_number: int, pattern: re.Pattern[str], text: str) -> str:

@@ -53,11 +53,16 @@ class FolderTokenizer:
         transformers = load_part("transformers", "task.tokenizer with a folder", "data")
         try:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"task.tokenizer={folder} holds no tokenizer that loads ({reason})") from None
-        self.vocab_size = len(self._tokenizer)
-        self.stop_tokens = self._stop_tokens(transformers, folder)
+            self.vocab_size = len(self._tokenizer)
+            self.stop_tokens = self._stop_tokens(transformers, folder)
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file raises whatever its parser does
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(
+                f"task.tokenizer={folder} holds no tokenizer that loads ({reason}); name the folder of a "
+                "Hugging Face model, or bytes"
+            ) from error
 
     def _stop_tokens(self, transformers: Any, folder: Path) -> tuple[int, ...]:
         stops = [self._tokenizer.eos_token_id]
@@ -85,7 +90,15 @@ class FolderTokenizer:
         messages = [{"role": "user", "content": text}]
         if system:
             messages.insert(0, {"role": "system", "content": system})
-        rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # templates are programs, and refuse by raising
+            raise UserError(
+                f"the chat template of task.tokenizer refuses the message ({error}); change "
+                "task.system_prompt, or set task.chat=false"
+            ) from error
         return self.encode(rendered)
 
 

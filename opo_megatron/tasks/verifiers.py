@@ -9,7 +9,10 @@ package.module:function   one's own: function(prompt, response, answer) -> float
 from __future__ import annotations
 
 import importlib
+import math
+import os
 import re
+import sys
 from collections.abc import Callable
 from decimal import Decimal
 
@@ -87,23 +90,41 @@ def _own(path: str) -> Verifier:
         raise UserError(
             f"task.verifier={path!r} is unknown; choose exact, number, regex or package.module:function"
         )
+    if os.getcwd() not in sys.path:  # `python -m` looks there, the command `opo` does not
+        sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"task.verifier={path} cannot be loaded ({error}); check the module's path") from None
+    except Exception as error:  # the module is a user's and may raise anything
+        raise UserError(
+            f"task.verifier={path} cannot be loaded ({type(error).__name__}: {error}); check the name; "
+            "modules are looked for in the current folder and on PYTHONPATH"
+        ) from error
     if not callable(found):
         raise UserError(f"task.verifier={path} is not a function; name one")
     return _checked(path, found)
 
 
+def _as_number(value: object) -> float:
+    """NaN for what is no number; a text that looks like one is none."""
+    try:
+        return math.nan if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
 def _checked(path: str, function: Callable[[str, str, str], float]) -> Verifier:
     def verify(prompt: str, response: str, answer: str) -> float:
+        texts = f"for the answer {answer[:60]!r} and the response {response[:60]!r}"
         try:
-            return float(function(prompt, response, answer))
+            value = function(prompt, response, answer)
         except Exception as error:  # whatever a user's function raises is theirs to mend
             raise UserError(
-                f"the verifier {path} raised {type(error).__name__} ({error}) for the answer {answer[:60]!r} "
-                f"and the response {response[:60]!r}; it must return a number for any text"
+                f"the verifier {path} raised {type(error).__name__} ({error}) {texts}; it must return a "
+                "number for any text"
             ) from error
+        reward = _as_number(value)
+        if not math.isfinite(reward):
+            raise UserError(f"the verifier {path} returned {value!r} {texts}; it must return a finite number")
+        return reward
 
     return verify
