@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from opo_megatron.cli import main
+from opo_megatron.cli import EXAMPLES, main
 from opo_megatron.config import Config, load_config
 from opo_megatron.errors import UserError
 from opo_megatron.launch import CHILD, ERROR_CLAIM
@@ -170,7 +171,17 @@ def test_a_bug_is_not_dressed_as_a_user_error(monkeypatch, recipe, trained):
 def test_help_teaches_by_example(capsys):
     for argv in (["--help"], ["train", "--help"], ["config", "-h"]):
         assert main(argv) == 0
-        assert "opo train recipes/quickstart.yaml run.dir=runs/first" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert "opo train recipes/quickstart.yaml run.dir=runs/first" in shown
+        assert "task.data=problems.jsonl" in shown
+
+
+def test_every_example_of_the_help_is_a_recipe_that_holds(monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    commands = re.findall(r"^  opo (?:train|config) (.+)$", EXAMPLES.replace("\\\n", ""), re.MULTILINE)
+    assert len(commands) == 5
+    for command in commands:
+        assert main(["config", *command.split()]) == 0, capsys.readouterr().err
 
 
 def test_a_mistake_under_torchrun_is_printed_with_the_number_of_the_rank(
@@ -211,7 +222,7 @@ def test_config_is_quick_and_imports_neither_torch_nor_megatron(recipe):
 
 RANK_SCRIPT = """
 import os, sys, types
-from opo_megatron.cli import main
+from opo_megatron.cli import EXAMPLES, main
 from opo_megatron.errors import UserError
 def train(config):
     if {condition}:

@@ -171,10 +171,3 @@ def test_a_scorer_that_fails_on_its_own_answer_is_named(monkeypatch: pytest.Monk
     with pytest.raises(UserError) as error:
         task.reward(task.prompt("train", 0), list(b"1"))
     assert "the scorer of task.generator=chain_sum raised KeyError" in one_sentence(error)
-
-
-def test_unknown_generator_is_answered_in_a_sentence() -> None:
-    require("reasoning_gym", "make setup-dev")
-    with pytest.raises(UserError) as error:
-        ReasoningGymTask(TaskConfig(name="reasoning_gym", generator="chain_sums", generator_size=5))
-    assert "task.generator=chain_sums" in one_sentence(error)
