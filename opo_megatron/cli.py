@@ -74,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except Exception:
+        # A rank that loses its peers has nothing to add to what one of them has said.
+        if "--debug" not in arguments and _is_said():
+            return EXIT_USER_ERROR
+        raise
 
 
 def entry() -> NoReturn:
@@ -173,6 +178,12 @@ def _world_size(nproc: int | None) -> int | None:
             f"process; leave --nproc out or unset WORLD_SIZE"
         )
     return int(launched)
+
+
+def _is_said() -> bool:
+    """Whether another rank of this launcher has printed a user's mistake."""
+    claim = os.environ.get(ERROR_CLAIM)
+    return claim is not None and Path(claim).exists()
 
 
 def _print_error(error: UserError) -> None:

@@ -168,6 +168,21 @@ def test_a_bug_is_not_dressed_as_a_user_error(monkeypatch, recipe, trained):
         main(["train", recipe])
 
 
+def test_a_rank_that_loses_its_peers_is_silent_where_one_of_them_has_said_why(
+    monkeypatch, capsys, recipe, trained, tmp_path
+):
+    def lose(_config: Config) -> None:
+        raise RuntimeError("connection closed by peer")
+
+    monkeypatch.setattr(sys.modules["opo_megatron.train"], "train", lose)
+    monkeypatch.setenv(ERROR_CLAIM, str(tmp_path / "claim"))
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        main(["train", recipe])
+    (tmp_path / "claim").touch()
+    assert main(["train", recipe]) == 2
+    assert capsys.readouterr().err == ""
+
+
 def test_help_teaches_by_example(capsys):
     for argv in (["--help"], ["train", "--help"], ["config", "-h"]):
         assert main(argv) == 0

@@ -6,3 +6,4 @@ import warnings
 # Both are known here and neither is the user's to mend.
 warnings.filterwarnings("ignore", module=r"megatron\.")
 warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureWarning)

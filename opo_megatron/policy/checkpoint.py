@@ -168,8 +168,9 @@ def _failures_named(what: str, remedy: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (Exception, CheckpointException) as error:  # the latter is no Exception
-        reason = next(iter(str(error).splitlines()), "")[:200]
-        raise UserError(f"{what} ({type(error).__name__}: {reason}); {remedy}") from error
+        cause = next((rank[0] for rank in getattr(error, "failures", {}).values()), error)
+        reason = next(iter(str(cause).splitlines()), "")[:200]
+        raise UserError(f"{what} ({type(cause).__name__}: {reason}); {remedy}") from error
 
 
 def abandon_later(run_dir: Path, progress: RunProgress, attempt: int) -> None:
