@@ -30,7 +30,8 @@ from opo_megatron.policy.checkpoint import (
     save,
 )
 from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize, leave
-from opo_megatron.policy.policy import Policy, StepMetrics
+from opo_megatron.policy.policy import Policy
+from opo_megatron.policy.step_sums import StepMetrics
 from opo_megatron.rollout.batch import gather_on_first
 from opo_megatron.rollout.engine import Progress, RolloutEngine, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine

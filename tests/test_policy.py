@@ -80,6 +80,52 @@ def test_gradient_equals_float64_gradient_of_the_objective(parallel: Parallel, t
         assert error <= 1e-5, f"{name}: relative error {error:.1e}"
 
 
+@pytest.mark.parametrize("share", [0.25, 0.75, 1.0])
+def test_skipping_what_has_no_gradient_changes_nothing_but_the_time(parallel: Parallel, share: float) -> None:
+    policy, _ = make_policy(parallel)
+    rollouts = ragged_rollouts()
+    generator = torch.Generator().manual_seed(1)
+    rollouts.advantages = torch.randn(len(rollouts), generator=generator, dtype=torch.float64)
+    rollouts.advantages[: round(share * len(rollouts))] = 0
+    rollouts.engine_log_prob = torch.randn(rollouts.response_tokens.numel(), generator=generator)
+    silent = rollouts.advantages == 0
+    objective = PolicyGradient(100.0, TEMPERATURE)
+    found = []
+    for plan in (
+        policy.plan(rollouts.sequence_lengths),
+        policy.plan(rollouts.sequence_lengths, silent),
+    ):
+        batch = rollouts.select(plan.samples_of(0))
+        metrics = policy.accumulate_gradients(batch, plan, objective)
+        found.append((metrics, {name: gradient.clone() for name, gradient in gradients_of(policy).items()}))
+    (full, gradients), (skipped, others) = found
+    assert plan.without_gradient is not None
+    assert sorted(plan.without_gradient.samples_of(0)) == silent.nonzero()[:, 0].tolist()
+    assert skipped.tokens == full.tokens and skipped.mismatch is not None and full.mismatch is not None
+    assert skipped.loss == pytest.approx(full.loss, abs=1e-6)
+    assert skipped.entropy == pytest.approx(full.entropy, rel=1e-6)
+    assert skipped.mismatch.max == pytest.approx(full.mismatch.max, rel=1e-5)
+    assert skipped.mismatch.mean == pytest.approx(full.mismatch.mean, rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+        assert share < 1 or not others[name].any()
+
+
+def test_only_what_has_a_gradient_runs_backward(parallel: Parallel) -> None:
+    policy, _ = make_policy(parallel)
+    rollouts = ragged_rollouts()
+    rollouts.advantages = torch.ones(len(rollouts), dtype=torch.float64)
+    rollouts.advantages[4:] = 0
+    plan = policy.plan(rollouts.sequence_lengths, rollouts.advantages == 0)
+    backward: list[int] = []
+    handle = policy.chunks[0].embedding.register_full_backward_hook(
+        lambda module, gradients, outputs: backward.append(outputs[0].shape[1])
+    )
+    policy.accumulate_gradients(rollouts.select(plan.samples_of(0)), plan, PolicyGradient(100.0, TEMPERATURE))
+    handle.remove()
+    assert sum(backward) == 4
+
+
 def test_entropy_and_log_probs_equal_the_dense_ones(parallel: Parallel) -> None:
     policy, config = make_policy(parallel)
     rollouts = ragged_rollouts(8)

@@ -164,7 +164,10 @@ def take_steps(config: Config, parallel: Parallel) -> list[list[float]]:
     results = []
     for step in range(STEPS):
         rollouts = fixed_rollouts(step)
-        plan = policy.plan(rollouts.sequence_lengths)
+        # One process runs every sample backward, the layouts skip those without a gradient.
+        assert rollouts.advantages is not None
+        silent = rollouts.advantages == 0 if parallel.world_size > 1 else None
+        plan = policy.plan(rollouts.sequence_lengths, silent)
         batch = rollouts.select(plan.samples_of(parallel.dp_rank))
         objective = PolicyGradient(float(rollouts.response_lengths.sum()), temperature=0.8)
         metrics = policy.train_step(batch, plan, objective, lr=1e-3)
@@ -173,7 +176,7 @@ def take_steps(config: Config, parallel: Parallel) -> list[list[float]]:
 
 
 def fixed_rollouts(step: int) -> Rollouts:
-    """40 ragged samples of random tokens with random advantages."""
+    """40 ragged samples of random tokens with random advantages, a third of them 0."""
     import torch
 
     from opo_megatron.rollout.rollouts import Rollouts
@@ -183,7 +186,8 @@ def fixed_rollouts(step: int) -> Rollouts:
     responses = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 20))] for _ in range(40)]
     rollouts = Rollouts.from_demonstrations(prompts, responses)
     rollouts.is_demonstration = False
-    rollouts.advantages = torch.tensor([rng.gauss(0, 1) for _ in prompts], dtype=torch.float64)
+    drawn = [rng.gauss(0, 1) if rng.random() < 0.67 else 0.0 for _ in prompts]
+    rollouts.advantages = torch.tensor(drawn, dtype=torch.float64)
     return rollouts
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from opo_megatron.algorithm.advantages import without_signal
 from opo_megatron.config import Config
 from opo_megatron.observe.rows import Row
-from opo_megatron.policy.policy import StepMetrics
+from opo_megatron.policy.step_sums import StepMetrics
 from opo_megatron.rollout.batch import Summary
 
 

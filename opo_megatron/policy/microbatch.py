@@ -28,14 +28,17 @@ class Plan:
     """[data-parallel rank][micro-batch][row] → sample; an empty micro-batch has no rows."""
     shape: tuple[int, int] | None = None
     """(rows, tokens) of every micro-batch where the schedule needs one shape, else None."""
+    without_gradient: Plan | None = None
+    """Samples that only run forward, after the others: to be measured, not learned from."""
 
     def samples_of(self, dp_rank: int) -> list[int]:
         """The samples of one data-parallel rank, in the order of its micro-batches."""
-        return [sample for rows in self.rows[dp_rank] for sample in rows]
+        own = [sample for rows in self.rows[dp_rank] for sample in rows]
+        return own if self.without_gradient is None else own + self.without_gradient.samples_of(dp_rank)
 
     @property
     def count(self) -> int:
-        """Micro-batches per data-parallel rank."""
+        """Micro-batches per data-parallel rank that run forward and backward."""
         return len(self.rows[0])
 
 

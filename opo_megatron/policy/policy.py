@@ -9,9 +9,9 @@ gradients are summed over data-parallel ranks and never rescaled.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,31 +31,16 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from opo_megatron.algorithm.objective import Objective
-from opo_megatron.algorithm.on_policy import Mismatch, k3
 from opo_megatron.config.schema import Config, Dtype, OptimizerConfig
 from opo_megatron.errors import UserError
-from opo_megatron.kernels.head import HeadOutput
 from opo_megatron.policy.head_gradient import Head, HeadLoss, log_probs
 from opo_megatron.policy.microbatch import MicroBatch, Plan, build_micro_batches, plan_micro_batches
 from opo_megatron.policy.model import build_chunks, head_shares_embedding, head_weight, padded_vocab_size
 from opo_megatron.policy.parallel import Parallel, all_reduce
+from opo_megatron.policy.step_sums import StepMetrics, StepSums
 from opo_megatron.rollout.rollouts import Rollouts
 from opo_megatron.weights.stream import WeightSource, load_weights, stream_weights
 from opo_megatron.weights.table import Stages, parameters
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """A step's sums over all response tokens of all ranks."""
-
-    loss: float
-    tokens: int
-    entropy: float | None
-    """Mean over tokens; None where there were none."""
-    mismatch: Mismatch | None
-    """None for demonstrations, which no engine drew, and where there were no tokens."""
-    grad_norm: float = float("nan")
-    """Before clipping."""
 
 
 class Policy:
@@ -151,16 +136,31 @@ class Policy:
 
     # ------------------------------------------------------------------ training
 
-    def plan(self, lengths: Tensor) -> Plan:
-        """Micro-batches for sequences of `lengths` [n], the whole batch's, the same on every rank."""
+    def plan(self, lengths: Tensor, silent: Tensor | None = None) -> Plan:
+        """Micro-batches for sequences of `lengths` [n], the whole batch's, the same on every rank.
+
+        Args:
+            silent: [n] bool, samples whose coefficients are all exactly 0.  Their gradient is exactly 0,
+                so they run forward only: the same step in less time.
+        """
+        if silent is None or not bool(silent.any()):
+            return self._plan_of(lengths, list(range(lengths.numel())))
+        silent_plan = self._plan_of(lengths, silent.nonzero()[:, 0].tolist())
+        return replace(
+            self._plan_of(lengths, (~silent).nonzero()[:, 0].tolist()), without_gradient=silent_plan
+        )
+
+    def _plan_of(self, lengths: Tensor, samples: list[int]) -> Plan:
         interleaved = self.parallel.vpp_size > 1
-        return plan_micro_batches(
-            lengths.tolist(),
+        plan = plan_micro_batches(
+            [int(lengths[i]) for i in samples],
             self.parallel.dp_size,
             self.config.max_tokens_per_micro_batch,
             fixed_shape=interleaved,
             multiple=self.parallel.pp_size if interleaved else 1,
         )
+        rows = [[[samples[i] for i in batch] for batch in batches] for batches in plan.rows]
+        return replace(plan, rows=rows)
 
     def train_step(
         self,
@@ -199,34 +199,35 @@ class Policy:
         if batch.is_demonstration != objective.learns_from_demonstrations:
             raise ValueError(f"{type(objective).__name__} cannot learn from these rollouts")
         self.zero_gradients()
-        columns = {name: _per_token(batch, name) for name in objective.columns}
         measured = batch.engine_log_prob is not None
-        if measured:
-            columns["engine_log_prob"] = _per_token(batch, "engine_log_prob")
-        sums = torch.zeros(4, dtype=torch.float64, device=self.parallel.device)
-        highest = torch.zeros((), dtype=torch.float64, device=self.parallel.device)
+        columns = dict.fromkeys((*objective.columns, *(["engine_log_prob"] if measured else [])))
+        sums = StepSums(self.parallel, measured)
 
-        def keep(micro: MicroBatch, output: HeadOutput) -> None:
-            assert output.loss is not None
-            values = [output.loss.double().sum(), output.entropy.double().sum()]
-            if measured and micro.targets.numel():
-                delta = (output.log_prob - micro.columns["engine_log_prob"]).double()
-                values += [delta.abs().sum(), k3(delta).sum()]
-                torch.maximum(highest, delta.abs().max(), out=highest)
-            sums[: len(values)] += torch.stack(values)
-
-        def loss(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def learn(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             value = HeadLoss.apply(
-                hidden, head_weight(chunk), self.head, micro, objective, partial(keep, micro),
+                hidden, head_weight(chunk), self.head, micro, objective, partial(sums.add, micro),
                 head_shares_embedding(chunk),
             )  # fmt: skip
             # The schedule changes the loss that it is given in place.
             return value, torch.tensor(micro.targets.numel(), dtype=torch.int), value.detach().clone()
 
-        self._run(batch, plan, columns, loss, forward_only=False)
-        metrics = self._step_metrics(batch, sums.cpu(), highest.cpu(), measured)
+        def measure(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            output = log_probs(self.head, hidden, head_weight(chunk), micro, objective.temperature)
+            sums.add(micro, output)
+            return _no_loss(hidden)
+
+        learned, silent = self._parts(batch, plan)
+        self._run(learned, plan, columns, learn, forward_only=False)
+        if plan.without_gradient is not None:
+            self._run(silent, plan.without_gradient, columns, measure, forward_only=True)
+        metrics = sums.total(batch.response_lengths)
         self._check_finite(metrics)
         return metrics
+
+    def _parts(self, batch: Rollouts, plan: Plan) -> tuple[Rollouts, Rollouts]:
+        """The samples with a gradient and those without, which stand behind them."""
+        learned = sum(len(rows) for rows in plan.rows[self.parallel.dp_rank])
+        return batch.select(range(learned)), batch.select(range(learned, len(batch)))
 
     def zero_gradients(self) -> None:
         """Forget all gradients."""
@@ -246,16 +247,6 @@ class Policy:
                 "the weights stay as they are; resume from a checkpoint with a smaller optimizer.lr"
             )
 
-    def _step_metrics(self, batch: Rollouts, sums: Tensor, highest: Tensor, measured: bool) -> StepMetrics:
-        tokens = torch.tensor([float(batch.response_lengths.sum())], dtype=torch.float64)
-        totals = torch.cat((sums, tokens)) * (1.0 if self.parallel.reports else 0.0)
-        loss, entropy, difference, divergence, count = all_reduce(self.parallel, totals).tolist()
-        all_reduce(self.parallel, highest, dist.ReduceOp.MAX)
-        if count == 0:
-            return StepMetrics(loss, 0, entropy=None, mismatch=None)
-        mismatch = Mismatch(float(highest), difference / count, divergence / count) if measured else None
-        return StepMetrics(loss, int(count), entropy / count, mismatch)
-
     def log_probs(self, batch: Rollouts, plan: Plan, temperature: float) -> Tensor:
         """log π_T of every response token of `batch` [Σl] float32, by a full forward pass, on every rank
         of the data-parallel replica."""
@@ -264,9 +255,9 @@ class Policy:
         def collect(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             output = log_probs(self.head, hidden, head_weight(chunk), micro, temperature)
             parts.append(output.log_prob.cpu())
-            return hidden.new_zeros(()), torch.tensor(0, dtype=torch.int), hidden.new_zeros(())
+            return _no_loss(hidden)
 
-        self._run(batch, plan, {}, collect, forward_only=True)
+        self._run(batch, plan, (), collect, forward_only=True)
         result = torch.cat(parts) if parts else torch.empty(int(batch.response_lengths.sum()))
         if self.parallel.pp_size > 1:
             last = dist.get_global_rank(self.parallel.pp_group, self.parallel.pp_size - 1)
@@ -275,13 +266,13 @@ class Policy:
         return result.cpu()
 
     def _run(
-        self, batch: Rollouts, plan: Plan, columns: dict[str, Tensor], loss: _Loss, forward_only: bool
+        self, batch: Rollouts, plan: Plan, columns: Iterable[str], loss: _Loss, forward_only: bool
     ) -> None:
         micro_batches = build_micro_batches(
             batch,
             plan,
             self.parallel.dp_rank,
-            columns,
+            {name: _per_token(batch, name) for name in columns},
             multiple=self.parallel.tp_size if self.head.sequence_parallel else 1,
             device=self.parallel.device,
         )
@@ -328,6 +319,11 @@ class Policy:
 
 
 _Loss = Callable[[GPTModel, MicroBatch, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def _no_loss(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the schedule wants of a micro-batch that only runs forward."""
+    return hidden.new_zeros(()), torch.tensor(0, dtype=torch.int), hidden.new_zeros(())
 
 
 def _per_token(batch: Rollouts, name: str) -> Tensor:
