@@ -7,8 +7,9 @@ python tools/bench_loop.py --run runs/quickstart      # compare only, on a finis
 Decoding is compared with transformers' `generate` on the same prompts: once with its usual cache and
 answers that end where they end (real tokens per second), once with its static cache and every answer
 run to full length.  At the end of the quickstart all answers are of one length, and `generate` wastes
-nothing on those that have ended; after the warm start they differ.  Training is compared with the same model in plain PyTorch (`plain_torch.py`) on
-the same micro-batches, every sample of which has an advantage.  Exit code 1 where a claim of `CLAIMS` does not hold.
+nothing on those that have ended; after the warm start they differ.  Training is compared with the same
+model in plain PyTorch (`plain_torch.py`) on the same micro-batches, every sample of which has an
+advantage.  Exit code 1 where a claim of `CLAIMS` does not hold.
 """
 
 from __future__ import annotations
