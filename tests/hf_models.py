@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from conftest import require
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opo_megatron.config.schema import ModelConfig
+from opo_megatron.config.schema import ModelConfig, RopeScalingConfig, RopeType
 
 VOCAB_SIZE = 21
 
@@ -49,12 +50,63 @@ QWEN3_MOE = ModelConfig(
     moe_router_topk=2,
     moe_ffn_hidden_size=24,
 )
-FAMILIES = {"llama": LLAMA, "qwen3": QWEN3, "qwen3_moe": QWEN3_MOE}
+LLAMA3 = ModelConfig(
+    num_layers=2,
+    hidden_size=48,
+    ffn_hidden_size=40,
+    num_attention_heads=6,
+    num_query_groups=2,
+    kv_channels=12,
+    tie_embeddings=True,
+    rotary_base=500.0,
+    rope_scaling=RopeScalingConfig(RopeType.llama3, 8.0, 1.5, 6.0, original_max_sequence_length=16),
+    max_sequence_length=64,
+)
+MISTRAL = ModelConfig(
+    num_layers=2,
+    hidden_size=20,
+    ffn_hidden_size=36,
+    num_attention_heads=6,
+    num_query_groups=2,
+    kv_channels=10,
+    rope_scaling=RopeScalingConfig(RopeType.linear, 2.5),
+    max_sequence_length=64,
+)
+QWEN2 = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=44,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=4,
+    add_qkv_bias=True,
+    rotary_base=1000.0,
+    layernorm_epsilon=1e-5,
+    max_sequence_length=64,
+)
+FAMILIES = {
+    "llama": LLAMA,
+    "llama, scaled, tied": LLAMA3,
+    "mistral, scaled": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen2, tied": replace(QWEN2, tie_embeddings=True),
+    "qwen3, tied": QWEN3,
+    "qwen3": replace(QWEN3, tie_embeddings=False),
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3_moe, not normalised": replace(QWEN3_MOE, moe_router_pre_softmax=True, moe_router_topk=3),
+}
 
 
-def transformers_model(family: str) -> Any:
-    """The same architecture built by transformers, in float32 and evaluation mode."""
+def transformers_config(family: str) -> Any:
+    """The family's configuration as a user of transformers would write it."""
     transformers, model = require("transformers", "make setup-dev"), FAMILIES[family]
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rotary_base}
+    scaling = model.rope_scaling
+    if scaling.type is not RopeType.none:
+        rope |= {"rope_type": scaling.type.value, "factor": scaling.factor}
+    if scaling.type is RopeType.llama3:
+        rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+        rope["original_max_position_embeddings"] = scaling.original_max_sequence_length
     shape: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": model.hidden_size,
@@ -66,20 +118,31 @@ def transformers_model(family: str) -> Any:
         "rms_norm_eps": model.layernorm_epsilon,
         "max_position_embeddings": model.max_sequence_length,
         "tie_word_embeddings": model.tie_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+        "rope_parameters": rope,
     }
-    if family == "llama":
-        config = transformers.LlamaConfig(**shape)
-    elif family == "qwen3":
-        config = transformers.Qwen3Config(**shape)
-    else:
-        config = transformers.Qwen3MoeConfig(
+    name = family.partition(",")[0]
+    if name == "mistral":
+        return transformers.MistralConfig(**shape, sliding_window=None)
+    if name == "qwen3_moe":
+        return transformers.Qwen3MoeConfig(
             **shape,
             num_experts=model.num_moe_experts,
             num_experts_per_tok=model.moe_router_topk,
             moe_intermediate_size=model.moe_ffn_hidden_size,
-            norm_topk_prob=True,
+            norm_topk_prob=not model.moe_router_pre_softmax,
         )
+    classes = {
+        "llama": transformers.LlamaConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }
+    return classes[name](**shape)
+
+
+def transformers_model(family: str) -> Any:
+    """The same architecture built by transformers, in float32 and evaluation mode."""
+    config = transformers_config(family)
+    transformers = require("transformers", "make setup-dev")
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 

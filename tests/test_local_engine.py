@@ -79,10 +79,10 @@ def test_recorded_log_probs_are_those_of_transformers(family: str, tmp_path: Pat
 
 @torch.no_grad()
 def test_greedy_takes_the_argmax_of_transformers_at_every_step(tmp_path: Path) -> None:
-    truth = transformers_model_with("qwen3", weights_of(FAMILIES["qwen3"], 3.0), tmp_path)
+    truth = transformers_model_with("qwen3, tied", weights_of(FAMILIES["qwen3, tied"], 3.0), tmp_path)
     sampling = Sampling(max_tokens=6, stop_tokens=(STOP,), seed=(0,), greedy=True)
     requests = some_requests(10)
-    rollouts = engine_of(FAMILIES["qwen3"], 4, 3.0).generate(requests, sampling)
+    rollouts = engine_of(FAMILIES["qwen3, tied"], 4, 3.0).generate(requests, sampling)
     for request, response in zip(requests, rollouts.responses(), strict=True):
         tokens = list(request.tokens)
         while len(tokens) < len(request.tokens) + 6 and tokens[len(request.tokens) :][-1:] != [STOP]:

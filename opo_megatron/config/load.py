@@ -17,6 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from opo_megatron.config.architecture import adopt_architecture
 from opo_megatron.config.keys import describe_type, key_types, unknown
 from opo_megatron.config.schema import Baseline, Config, LossNormalizer, Scale, Scope, Weight
 from opo_megatron.config.validate import validate
@@ -70,6 +71,8 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = (), world_size: i
     for entry in entries:
         _store(tree, entry)
     config = _to_dataclasses(tree)
+    if config.policy.init_from is not None:
+        adopt_architecture(config, {entry.key for entry in entries if entry.value is not None})
     resolve(config)
     validate(config, world_size)
     return config

@@ -77,6 +77,12 @@ class Kl(str, Enum):
     eval = "eval"
 
 
+class RopeType(str, Enum):
+    none = "none"
+    linear = "linear"
+    llama3 = "llama3"
+
+
 class MismatchAction(str, Enum):
     refuse = "refuse"
     warn = "warn"
@@ -221,6 +227,21 @@ class AlgorithmConfig:
 
 
 @dataclass
+class RopeScalingConfig:
+    """How a model that was trained on short sequences turns its frequencies for long ones."""
+
+    type: RopeType = RopeType.none
+    """`linear` divides all by `factor`; `llama3` only the slow ones, with a smooth passage."""
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original_max_sequence_length / this are divided."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original_max_sequence_length / this stay."""
+    original_max_sequence_length: int = 8192
+    """llama3: longest sequence before the scaling."""
+
+
+@dataclass
 class ModelConfig:
     """The decoder-only transformer, in Megatron-Core's names."""
 
@@ -234,9 +255,14 @@ class ModelConfig:
     """Width of a head; default hidden_size / num_attention_heads."""
     qk_layernorm: bool = False
     """RMSNorm of queries and keys, as in Qwen3."""
+    add_qkv_bias: bool = False
+    """Biases of the query, key and value projections, as in Qwen2."""
     tie_embeddings: bool = False
     """One matrix for the embedding and the output."""
+    vocab_size: int | None = None
+    """Rows of the embedding; default the task's tokens."""
     rotary_base: float = 10000.0
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     layernorm_epsilon: float = 1e-6
     max_sequence_length: int = 2048
     """Prompt and response together."""
@@ -245,10 +271,16 @@ class ModelConfig:
     moe_router_topk: int = 2
     moe_ffn_hidden_size: int | None = None
     """Width of one expert; default ffn_hidden_size."""
+    moe_router_pre_softmax: bool = False
+    """Weigh experts by the softmax over all of them, not over the chosen ones."""
 
 
 @dataclass
 class PolicyConfig:
+    init_from: str | None = None
+    """Folder of a Hugging Face model, or what tools/convert_hf_to_megatron.py made of one: its
+    architecture and vocabulary become policy.model's, its weights the first ones; default random
+    weights.  For its tokenizer as well, set task.tokenizer to `${policy.init_from}`."""
     model: ModelConfig = field(default_factory=ModelConfig)
     dtype: Dtype = Dtype.fp32
     """Of weights and activations; master weights and gradient sums are fp32 always."""

@@ -22,6 +22,8 @@ from opo_megatron.config.schema import (
     LossNormalizer,
     MismatchAction,
     PolicyConfig,
+    RopeScalingConfig,
+    RopeType,
     Scope,
     Weight,
 )
@@ -60,7 +62,8 @@ _FIELD_RULES: tuple[Rule, ...] = (
         "eval.problems eval.samples_per_problem policy.model.num_layers policy.model.hidden_size "
         "policy.model.ffn_hidden_size policy.model.num_attention_heads policy.model.num_query_groups "
         "policy.model.kv_channels policy.model.max_sequence_length policy.model.num_moe_experts "
-        "policy.model.moe_router_topk policy.model.moe_ffn_hidden_size policy.tensor_model_parallel_size "
+        "policy.model.moe_router_topk policy.model.moe_ffn_hidden_size policy.model.vocab_size "
+        "policy.model.rope_scaling.original_max_sequence_length policy.tensor_model_parallel_size "
         "policy.pipeline_model_parallel_size policy.context_parallel_size "
         "policy.expert_model_parallel_size policy.expert_tensor_parallel_size "
         "policy.max_tokens_per_micro_batch policy.head_chunk_tokens task.max_prompt_tokens "
@@ -79,7 +82,8 @@ _FIELD_RULES: tuple[Rule, ...] = (
     (
         "rollout.temperature eval.temperature optimizer.eps warm_start.eps run.distributed_timeout_minutes "
         "algorithm.loss_constant policy.weight_bucket_mib policy.model.rotary_base "
-        "policy.model.layernorm_epsilon",
+        "policy.model.layernorm_epsilon policy.model.rope_scaling.factor "
+        "policy.model.rope_scaling.low_freq_factor policy.model.rope_scaling.high_freq_factor",
         lambda value: value > 0,
         "above 0",
     ),
@@ -213,6 +217,7 @@ def check_model(policy: PolicyConfig) -> None:
             width is None or width % 2 == 0,
             f"policy.model.{key} is {width}; it must be even, because rotary embeddings turn pairs",
         )
+    check_rope_scaling(model.rope_scaling)
     experts, active = model.num_moe_experts, model.moe_router_topk
     _require(
         experts is None or active <= experts,
@@ -220,9 +225,27 @@ def check_model(policy: PolicyConfig) -> None:
         f"lower the first",
     )
     _require(
+        experts is None or active > 1 or model.moe_router_pre_softmax,
+        "policy.model.moe_router_topk is 1, where the softmax over the chosen expert is always 1 and teaches "
+        "the router nothing; raise it or set policy.model.moe_router_pre_softmax=true",
+    )
+    _require(
         experts is not None or model.moe_ffn_hidden_size is None,
         f"policy.model.moe_ffn_hidden_size is {model.moe_ffn_hidden_size}, but the model has no experts; "
         f"set policy.model.num_moe_experts or remove it",
+    )
+
+
+def check_rope_scaling(scaling: RopeScalingConfig) -> None:
+    _require(
+        scaling.type is not RopeType.none or scaling == RopeScalingConfig(),
+        "policy.model.rope_scaling has values, but its type is none; set policy.model.rope_scaling.type to "
+        "linear or llama3, or remove them",
+    )
+    _require(
+        scaling.low_freq_factor < scaling.high_freq_factor,
+        f"policy.model.rope_scaling.low_freq_factor is {scaling.low_freq_factor:g}, which must be below "
+        f"high_freq_factor={scaling.high_freq_factor:g}; lower it",
     )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from opo_megatron.config.schema import Dtype, PolicyConfig
 from opo_megatron.errors import UserError
+from opo_megatron.kernels.rotary import inverse_frequencies
 
 BUCKET_MULTIPLE = 128
 """Megatron pads gradient buckets of the distributed optimizer to multiples of this and of the ranks."""
@@ -31,7 +32,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm whose weight is marked for sequence parallelism, so that its gradient is summed over TP."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
         super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -64,6 +65,7 @@ def transformer_config(policy: PolicyConfig, device: torch.device) -> Transforme
         "num_query_groups": model.num_query_groups,
         "kv_channels": model.kv_channels,
         "qk_layernorm": model.qk_layernorm,
+        "add_qkv_bias": model.add_qkv_bias,
         "layernorm_epsilon": model.layernorm_epsilon,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
@@ -101,6 +103,7 @@ def transformer_config(policy: PolicyConfig, device: torch.device) -> Transforme
             "num_moe_experts": model.num_moe_experts,
             "moe_router_topk": model.moe_router_topk,
             "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+            "moe_router_pre_softmax": model.moe_router_pre_softmax,
             "moe_router_load_balancing_type": "none",  # the objective has no auxiliary loss
             "moe_aux_loss_coeff": 0.0,
         }
@@ -136,6 +139,8 @@ def build_chunks(
             share_embeddings_and_output_weights=policy.model.tie_embeddings,
             vp_stage=stage if stages > 1 else None,
         )
+        # Megatron scales frequencies with fixed constants; the engine must turn by the same ones.
+        chunk.rotary_pos_emb.inv_freq = inverse_frequencies(policy.model).to(chunk.rotary_pos_emb.inv_freq)
         if chunk.post_process:
             chunk.output_layer.forward = _pass_through
         chunks.append(chunk)

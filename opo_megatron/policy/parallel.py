@@ -34,6 +34,8 @@ class Parallel:
     dp_size: int
     ep_rank: int
     ep_size: int
+    edp_rank: int
+    """Which copy of the experts this rank's are part of."""
     etp_rank: int
     etp_size: int
     tp_group: Any
@@ -132,6 +134,7 @@ def _megatron_groups(config: Config, device: torch.device) -> Parallel:
         dp_size=state.get_data_parallel_world_size(),
         ep_rank=state.get_expert_model_parallel_rank(),
         ep_size=state.get_expert_model_parallel_world_size(),
+        edp_rank=state.get_expert_data_parallel_rank(),
         etp_rank=state.get_expert_tensor_parallel_rank(),
         etp_size=state.get_expert_tensor_parallel_world_size(),
         tp_group=state.get_tensor_model_parallel_group(),

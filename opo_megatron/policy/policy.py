@@ -39,7 +39,14 @@ from opo_megatron.policy.model import build_chunks, head_shares_embedding, head_
 from opo_megatron.policy.parallel import Parallel, all_reduce
 from opo_megatron.policy.step_sums import StepMetrics, StepSums
 from opo_megatron.rollout.rollouts import Rollouts
-from opo_megatron.weights.stream import WeightSource, load_weights, stream_weights
+from opo_megatron.weights.stream import (
+    Bucket,
+    ModelShards,
+    Receivers,
+    WeightSource,
+    load_weights,
+    stream_weights,
+)
 from opo_megatron.weights.table import Stages, parameters
 
 
@@ -296,10 +303,13 @@ class Policy:
 
     # ------------------------------------------------------------------ weights
 
-    def stream_weights(self) -> Iterator[list[tuple[str, Tensor]]]:
-        """Buckets of (Hugging Face name, full tensor) on every rank; a collective of all ranks."""
+    def stream_weights(self, to: Receivers = "all") -> Iterator[Bucket]:
+        """Buckets of (Hugging Face name, full tensor), on every rank or on rank 0; a collective of all.
+
+        Tensors are to be read only, and until the next bucket is asked for.
+        """
         limit = int(self.config.weight_bucket_mib * 2**20)
-        return stream_weights(self.chunks, self.table, self.parallel, limit)
+        return stream_weights(ModelShards(self.chunks), self.table, self.parallel, limit, to)
 
     @contextmanager
     def weights_from(self, source: WeightSource) -> Iterator[None]:

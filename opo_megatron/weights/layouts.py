@@ -1,19 +1,32 @@
 """How one Megatron parameter is cut over tensor-parallel ranks, and which Hugging Face tensors it holds.
 
 A layout is a pair of inverse functions.  `split` makes rank r's shard from the full Hugging Face
-tensors; `join` makes those tensors from the shards of all ranks, in rank order.
+tensors; `join` makes those tensors from the shards of all ranks, in rank order.  `split` takes from
+its tensors nothing but basic slices, so it works alike on tensors in memory and in a file, and of a
+file a rank reads what it owns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from opo_megatron.config.schema import ModelConfig
+
+
+class Sliceable(Protocol):
+    """A tensor, or one that lies in a file."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """The part of a slice, or of one slice per leading dimension; steps are 1."""
+        ...
 
 
 class Layout(Protocol):
@@ -22,9 +35,11 @@ class Layout(Protocol):
         """Dimension of the Megatron parameter that is cut; None where every rank holds all of it."""
         ...
 
-    def split(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor: ...
+    def split(self, tensors: Sequence[Sliceable], rank: int, size: int) -> Tensor: ...
 
-    def join(self, shards: Sequence[Tensor]) -> list[Tensor]: ...
+    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """Where there is one shard, the result may be views of it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,8 +48,8 @@ class Replicated:
 
     partition_dim: int | None = None
 
-    def split(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
-        return tensors[0]
+    def split(self, tensors: Sequence[Sliceable], rank: int, size: int) -> Tensor:
+        return tensors[0][:]
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         return [shards[0]]
@@ -50,11 +65,13 @@ class Sharded:
     def partition_dim(self) -> int | None:
         return self.dim
 
-    def split(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
-        return tensors[0].chunk(size, self.dim)[rank]
+    def split(self, tensors: Sequence[Sliceable], rank: int, size: int) -> Tensor:
+        (full,) = tensors
+        part = _part(full.shape[self.dim], rank, size)
+        return full[part] if self.dim == 0 else full[:, part]
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.cat(list(shards), self.dim)]
+        return [_concatenate(shards, self.dim)]
 
 
 @dataclass(frozen=True)
@@ -66,19 +83,24 @@ class Vocabulary:
     """Rows with padding, a multiple of the ranks; default as few as that takes."""
     partition_dim: int | None = 0
 
-    def split(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
+    def split(self, tensors: Sequence[Sliceable], rank: int, size: int) -> Tensor:
         (full,) = tensors
-        padding = -self.rows % size if self.padded_rows is None else self.padded_rows - self.rows
-        padded = torch.cat((full, full.new_zeros(padding, full.shape[1]))) if padding else full
-        return padded.chunk(size)[rank]
+        padded = self.rows + -self.rows % size if self.padded_rows is None else self.padded_rows
+        part = _part(padded, rank, size)
+        rows = full[min(part.start, self.rows) : min(part.stop, self.rows)]
+        missing = part.stop - part.start - rows.shape[0]
+        return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.cat(list(shards))[: self.rows]]
+        return [_concatenate(shards)[: self.rows]]
 
 
 @dataclass(frozen=True)
 class QueryKeyValue:
-    """Query, key and value rows interleaved by query group: each group's queries, its key, its value."""
+    """Query, key and value rows interleaved by query group: each group's queries, its key, its value.
+
+    Biases have one dimension, weights two.
+    """
 
     groups: int
     queries_per_group: int
@@ -92,17 +114,17 @@ class QueryKeyValue:
             model.num_query_groups, model.num_attention_heads // model.num_query_groups, model.kv_channels
         )
 
-    def split(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
-        tail = tensors[0].shape[1:]
-        per_group = (self.queries_per_group, 1, 1)
-        grouped = [
-            tensor.reshape(self.groups, count * self.width, *tail)
-            for tensor, count in zip(tensors, per_group, strict=True)
-        ]
-        return torch.cat(grouped, 1).chunk(size)[rank].reshape(-1, *tail)
+    def split(self, tensors: Sequence[Sliceable], rank: int, size: int) -> Tensor:
+        groups = _part(self.groups, rank, size)
+        grouped = []
+        for tensor, heads in zip(tensors, (self.queries_per_group, 1, 1), strict=True):
+            rows = heads * self.width
+            part = tensor[groups.start * rows : groups.stop * rows]
+            grouped.append(part.reshape(groups.stop - groups.start, rows, *part.shape[1:]))
+        return torch.cat(grouped, 1).flatten(0, 1)
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        full = torch.cat(list(shards))
+        full = _concatenate(shards)
         tail = full.shape[1:]
         grouped = full.reshape(self.groups, (self.queries_per_group + 2) * self.width, *tail)
         sizes = [self.queries_per_group * self.width, self.width, self.width]
@@ -115,9 +137,18 @@ class GateUp:
 
     partition_dim: int | None = 0
 
-    def split(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
-        return torch.cat([tensor.chunk(size)[rank] for tensor in tensors])
+    def split(self, tensors: Sequence[Sliceable], rank: int, size: int) -> Tensor:
+        return torch.cat([tensor[_part(tensor.shape[0], rank, size)] for tensor in tensors])
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[i] for half in halves]) for i in range(2)]
+        return [_concatenate([half[i] for half in halves]) for i in range(2)]
+
+
+def _part(total: int, rank: int, size: int) -> slice:
+    return slice(total // size * rank, total // size * (rank + 1))
+
+
+def _concatenate(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Without a copy where there is nothing to put together."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

@@ -1,20 +1,158 @@
 """The table: every parameter of the policy, where it lives, and the Hugging Face tensors it holds.
 
-Names are those of Llama, Qwen3 and Qwen3-MoE on one side and of Megatron's local layer spec on the
-other.  The table is made from the recipe alone, so every rank holds the same one, whatever part of
-the model is its own: that is what lets a receiver know the shapes of what it is about to receive.
+A row pairs one Megatron parameter, by its name in either layer spec, with Hugging Face tensors and
+the layout that cuts them.  Transformer Engine's spec fuses a norm into the linear behind it and the
+experts of a layer into one module, so some names differ.  What a family has is said by the features
+of its `ModelConfig`; a family with tensors of its own is a matter of further rows.
+
+The table is made from the recipe alone, so every rank holds the same one, whatever part of the model
+is its own: that is what lets a receiver know the shapes of what it is about to receive.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.weights.layouts import GateUp, Layout, QueryKeyValue, Replicated, Sharded, Vocabulary
 
 Shape = tuple[int, ...]
+LayerSpec = Literal["local", "transformer_engine"]
+"""Which of Megatron's layer specs names the parameters."""
+
+
+def _dense(model: ModelConfig) -> bool:
+    return model.num_moe_experts is None
+
+
+def _sparse(model: ModelConfig) -> bool:
+    return model.num_moe_experts is not None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter of every layer."""
+
+    local: str
+    """Name in the local layer spec; {j} is a local expert."""
+    tensors: dict[str, str]
+    """Hugging Face name in the layer → its dimensions, by the names of `_dimensions`; {e} is an expert."""
+    layout: Callable[[ModelConfig], Layout]
+    when: Callable[[ModelConfig], bool] = lambda model: True
+    transformer_engine: str | None = None
+    """Name in Transformer Engine's spec where it is another one."""
+
+    @property
+    def is_expert(self) -> bool:
+        return "{j}" in self.local
+
+
+_REPLICATED: Callable[[ModelConfig], Layout] = lambda model: Replicated()  # noqa: E731
+_ROW_PARALLEL: Callable[[ModelConfig], Layout] = lambda model: Sharded(1)  # noqa: E731
+_GATE_UP: Callable[[ModelConfig], Layout] = lambda model: GateUp()  # noqa: E731
+
+ROWS = (
+    Row(
+        "input_layernorm.weight",
+        {"input_layernorm.weight": "hidden"},
+        _REPLICATED,
+        transformer_engine="self_attention.linear_qkv.layer_norm_weight",
+    ),
+    Row(
+        "self_attention.linear_qkv.weight",
+        {
+            "self_attn.q_proj.weight": "queries hidden",
+            "self_attn.k_proj.weight": "keys hidden",
+            "self_attn.v_proj.weight": "keys hidden",
+        },
+        QueryKeyValue.of,
+    ),
+    Row(
+        "self_attention.linear_qkv.bias",
+        {
+            "self_attn.q_proj.bias": "queries",
+            "self_attn.k_proj.bias": "keys",
+            "self_attn.v_proj.bias": "keys",
+        },
+        QueryKeyValue.of,
+        when=lambda model: model.add_qkv_bias,
+    ),
+    Row(
+        "self_attention.q_layernorm.weight",
+        {"self_attn.q_norm.weight": "width"},
+        _REPLICATED,
+        when=lambda model: model.qk_layernorm,
+    ),
+    Row(
+        "self_attention.k_layernorm.weight",
+        {"self_attn.k_norm.weight": "width"},
+        _REPLICATED,
+        when=lambda model: model.qk_layernorm,
+    ),
+    Row(
+        "self_attention.linear_proj.weight",
+        {"self_attn.o_proj.weight": "hidden queries"},
+        _ROW_PARALLEL,
+    ),
+    Row(
+        "pre_mlp_layernorm.weight",
+        {"post_attention_layernorm.weight": "hidden"},
+        _REPLICATED,
+        when=_dense,
+        transformer_engine="mlp.linear_fc1.layer_norm_weight",
+    ),
+    Row(
+        "mlp.linear_fc1.weight",
+        {"mlp.gate_proj.weight": "ffn hidden", "mlp.up_proj.weight": "ffn hidden"},
+        _GATE_UP,
+        when=_dense,
+    ),
+    Row("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "hidden ffn"}, _ROW_PARALLEL, when=_dense),
+    # Before experts the norm stands alone in both specs: the router needs its output too.
+    Row(
+        "pre_mlp_layernorm.weight",
+        {"post_attention_layernorm.weight": "hidden"},
+        _REPLICATED,
+        when=_sparse,
+    ),
+    Row("mlp.router.weight", {"mlp.gate.weight": "experts hidden"}, _REPLICATED, when=_sparse),
+    Row(
+        "mlp.experts.local_experts.{j}.linear_fc1.weight",
+        {
+            "mlp.experts.{e}.gate_proj.weight": "moe_ffn hidden",
+            "mlp.experts.{e}.up_proj.weight": "moe_ffn hidden",
+        },
+        _GATE_UP,
+        when=_sparse,
+        transformer_engine="mlp.experts.linear_fc1.weight{j}",
+    ),
+    Row(
+        "mlp.experts.local_experts.{j}.linear_fc2.weight",
+        {"mlp.experts.{e}.down_proj.weight": "hidden moe_ffn"},
+        _ROW_PARALLEL,
+        when=_sparse,
+        transformer_engine="mlp.experts.linear_fc2.weight{j}",
+    ),
+)
+"""The parameters of a layer, in the order in which they are streamed."""
+
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+def _dimensions(model: ModelConfig) -> dict[str, int]:
+    assert model.num_query_groups is not None and model.kv_channels is not None
+    return {
+        "hidden": model.hidden_size,
+        "width": model.kv_channels,
+        "queries": model.num_attention_heads * model.kv_channels,
+        "keys": model.num_query_groups * model.kv_channels,
+        "ffn": model.ffn_hidden_size,
+        "experts": model.num_moe_experts or 0,
+        "moe_ffn": model.moe_ffn_hidden_size or 0,
+    }
 
 
 @dataclass(frozen=True)
@@ -56,19 +194,24 @@ class Stages:
 
 
 def parameters(
-    model: ModelConfig, vocab_size: int, stages: Stages, ep_size: int = 1, padded_vocab: int | None = None
+    model: ModelConfig,
+    vocab_size: int,
+    stages: Stages,
+    ep_size: int = 1,
+    padded_vocab: int | None = None,
+    spec: LayerSpec = "local",
 ) -> list[Parameter]:
     """All parameters, in the order in which they are streamed."""
     vocabulary, hidden = Vocabulary(vocab_size, padded_vocab), model.hidden_size
     stage, chunk = stages.pipeline - 1, stages.virtual - 1
-    embedding = ((("model.embed_tokens.weight", (vocab_size, hidden)),),)
+    embedding = (((EMBEDDING, (vocab_size, hidden)),),)
     table = [Parameter("embedding.word_embeddings.weight", vocabulary, embedding, stage=0, chunk=0)]
     for layer in range(model.num_layers):
-        table.extend(_layer(model, layer, stages, ep_size))
-    norm = ((("model.norm.weight", (hidden,)),),)
+        table.extend(_layer(model, layer, stages, ep_size, spec))
+    norm = (((FINAL_NORM, (hidden,)),),)
     table.append(Parameter("decoder.final_layernorm.weight", Replicated(), norm, stage, chunk))
     if not model.tie_embeddings:
-        head = ((("lm_head.weight", (vocab_size, hidden)),),)
+        head = (((HEAD, (vocab_size, hidden)),),)
         table.append(Parameter("output_layer.weight", vocabulary, head, stage, chunk))
     elif stages.pipeline > 1:
         table.append(Parameter("output_layer.weight", vocabulary, embedding, stage, chunk, is_copy=True))
@@ -81,53 +224,22 @@ def hf_shapes(model: ModelConfig, vocab_size: int) -> dict[str, Shape]:
     return {name: shape for parameter in table for rank in parameter.tensors for name, shape in rank}
 
 
-def _layer(model: ModelConfig, layer: int, stages: Stages, ep_size: int) -> Iterator[Parameter]:
-    stage, chunk, local = stages.place(layer)
-    ours, theirs = f"decoder.layers.{local}.", f"model.layers.{layer}."
-
-    def dense(name: str, layout: Layout, *tensors: tuple[str, Shape]) -> Parameter:
-        named = tuple((theirs + hf_name, shape) for hf_name, shape in tensors)
-        return Parameter(ours + name, layout, (named,), stage, chunk)
-
-    assert model.num_query_groups is not None and model.kv_channels is not None
-    hidden, width = model.hidden_size, model.kv_channels
-    queries, keys = model.num_attention_heads * width, model.num_query_groups * width
-    yield dense("input_layernorm.weight", Replicated(), ("input_layernorm.weight", (hidden,)))
-    yield dense(
-        "self_attention.linear_qkv.weight",
-        QueryKeyValue.of(model),
-        ("self_attn.q_proj.weight", (queries, hidden)),
-        ("self_attn.k_proj.weight", (keys, hidden)),
-        ("self_attn.v_proj.weight", (keys, hidden)),
-    )
-    if model.qk_layernorm:
-        yield dense("self_attention.q_layernorm.weight", Replicated(), ("self_attn.q_norm.weight", (width,)))
-        yield dense("self_attention.k_layernorm.weight", Replicated(), ("self_attn.k_norm.weight", (width,)))
-    output = ("self_attn.o_proj.weight", (hidden, queries))
-    yield dense("self_attention.linear_proj.weight", Sharded(1), output)
-    yield dense("pre_mlp_layernorm.weight", Replicated(), ("post_attention_layernorm.weight", (hidden,)))
-    if model.num_moe_experts is None:
-        ffn = model.ffn_hidden_size
-        gate_up = (("mlp.gate_proj.weight", (ffn, hidden)), ("mlp.up_proj.weight", (ffn, hidden)))
-        yield dense("mlp.linear_fc1.weight", GateUp(), *gate_up)
-        yield dense("mlp.linear_fc2.weight", Sharded(1), ("mlp.down_proj.weight", (hidden, ffn)))
-    else:
-        yield dense("mlp.router.weight", Replicated(), ("mlp.gate.weight", (model.num_moe_experts, hidden)))
-        yield from _experts(model, ours, theirs, stage, chunk, ep_size)
-
-
-def _experts(
-    model: ModelConfig, ours: str, theirs: str, stage: int, chunk: int, ep_size: int
+def _layer(
+    model: ModelConfig, layer: int, stages: Stages, ep_size: int, spec: LayerSpec
 ) -> Iterator[Parameter]:
-    assert model.num_moe_experts is not None and model.moe_ffn_hidden_size is not None
-    hidden, ffn = model.hidden_size, model.moe_ffn_hidden_size
-    local_experts = model.num_moe_experts // ep_size
-    for j in range(local_experts):
-        prefixes = [f"{theirs}mlp.experts.{rank * local_experts + j}." for rank in range(ep_size)]
-        names = f"{ours}mlp.experts.local_experts.{j}."
-        gate_up = tuple(
-            ((p + "gate_proj.weight", (ffn, hidden)), (p + "up_proj.weight", (ffn, hidden))) for p in prefixes
-        )
-        down = tuple(((p + "down_proj.weight", (hidden, ffn)),) for p in prefixes)
-        yield Parameter(names + "linear_fc1.weight", GateUp(), gate_up, stage, chunk, is_expert=True)
-        yield Parameter(names + "linear_fc2.weight", Sharded(1), down, stage, chunk, is_expert=True)
+    stage, chunk, local = stages.place(layer)
+    sizes, local_experts = _dimensions(model), (model.num_moe_experts or 0) // ep_size
+    for row in (row for row in ROWS if row.when(model)):
+        name = row.local if spec == "local" or row.transformer_engine is None else row.transformer_engine
+        shapes = {
+            hf_name: tuple(sizes[dimension] for dimension in dimensions.split())
+            for hf_name, dimensions in row.tensors.items()
+        }
+        for j in range(local_experts if row.is_expert else 1):
+            experts = [rank * local_experts + j for rank in range(ep_size)] if row.is_expert else [0]
+            tensors = tuple(
+                tuple((f"model.layers.{layer}.{n.format(e=e)}", shape) for n, shape in shapes.items())
+                for e in experts
+            )
+            ours = f"decoder.layers.{local}.{name.format(j=j)}"
+            yield Parameter(ours, row.layout(model), tensors, stage, chunk, row.is_expert)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opo_megatron.config.schema import ModelConfig
+from opo_megatron.kernels.rotary import inverse_frequencies
 
 _Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query, key, value), each [b, s, heads, width] → attended [b, s, heads, width]."""
@@ -53,10 +54,8 @@ class Decoder:
         self._tensors: dict[str, Tensor] = {}
         self._slices: dict[str, Tensor] = {}
         self._allocate()
-        exponents = torch.arange(0, self.width, 2, dtype=torch.float32) / self.width
-        angles = torch.outer(
-            torch.arange(model.max_sequence_length, dtype=torch.float32), 1 / model.rotary_base**exponents
-        )
+        positions = torch.arange(model.max_sequence_length, dtype=torch.float32)
+        angles = torch.outer(positions, inverse_frequencies(model))
         angles = torch.cat((angles, angles), -1).to(device)
         self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -83,6 +82,8 @@ class Decoder:
             self._stack(f"{i}.norm", {p + "input_layernorm.weight": hidden})
             rows = {"q": queries, "k": keys, "v": keys}
             self._stack(f"{i}.qkv", {f"{p}self_attn.{n}_proj.weight": r for n, r in rows.items()}, hidden)
+            if model.add_qkv_bias:
+                self._stack(f"{i}.qkv_bias", {f"{p}self_attn.{n}_proj.bias": r for n, r in rows.items()})
             if model.qk_layernorm:
                 self._stack(f"{i}.q_norm", {p + "self_attn.q_norm.weight": self.width})
                 self._stack(f"{i}.k_norm", {p + "self_attn.k_norm.weight": self.width})
@@ -154,6 +155,8 @@ class Decoder:
         heads = (self.groups * self.queries_per_group, self.groups, self.groups)
         for i in range(self.model.num_layers):
             qkv = self._norm(x, f"{i}.norm") @ self._tensors[f"{i}.qkv"].t()
+            if self.model.add_qkv_bias:
+                qkv = qkv + self._tensors[f"{i}.qkv_bias"]
             query, key, value = (
                 part.view(batch, length, count, self.width)
                 for part, count in zip(
@@ -194,10 +197,14 @@ class Decoder:
         return (F.silu(gate) * up) @ self._tensors[name + "down"].t()
 
     def _experts(self, x: Tensor, layer: int) -> Tensor:
-        """Each token's top-k experts, weighted by the softmax of their router logits."""
+        """Each token's top-k experts, weighted by the softmax over them, or over all experts."""
         flat = x.reshape(-1, x.shape[-1])
-        scores, chosen = (flat @ self._tensors[f"{layer}.router"].t()).topk(self.model.moe_router_topk, -1)
-        weights = scores.float().softmax(-1).to(flat.dtype)
+        logits, k = flat @ self._tensors[f"{layer}.router"].t(), self.model.moe_router_topk
+        if self.model.moe_router_pre_softmax:
+            weights, chosen = logits.float().softmax(-1).to(flat.dtype).topk(k, -1)
+        else:
+            scores, chosen = logits.topk(k, -1)
+            weights = scores.float().softmax(-1).to(flat.dtype)
         mixed = torch.zeros_like(flat)
         assert self.model.num_moe_experts is not None
         for expert in range(self.model.num_moe_experts):
