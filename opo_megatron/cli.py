@@ -54,7 +54,7 @@ _PARSER_STYLE: dict[str, Any] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are user errors like all others: one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         else:
-            _print_error(error)
+            print_error(error)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -100,10 +100,10 @@ def _run(arguments: list[str]) -> int:
     return run(options)
 
 
-def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+def _parsers() -> tuple[Parser, dict[str, Parser]]:
     description = "On-policy RL of language models with the optimal reward baseline, on Megatron-Core."
-    parser = _Parser(prog="opo", description=description, **_PARSER_STYLE)
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    parser = Parser(prog="opo", description=description, **_PARSER_STYLE)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     commands = {}
     for name, run, summary in (
         ("train", _train, "train by a recipe"),
@@ -186,7 +186,8 @@ def _is_said() -> bool:
     return claim is not None and Path(claim).exists()
 
 
-def _print_error(error: UserError) -> None:
+def print_error(error: UserError) -> None:
+    """One line on stderr, once where several ranks make the same mistake."""
     claim, rank = os.environ.get(ERROR_CLAIM), os.environ.get("RANK", "0")
     who = f" (rank {rank})" if claim is None and rank != "0" else ""
     if claim is not None:

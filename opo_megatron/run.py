@@ -12,9 +12,9 @@ import torch
 
 from opo_megatron.algorithm.on_policy import check_mismatch
 from opo_megatron.config import Config
-from opo_megatron.config.schema import Dtype, Kl
+from opo_megatron.config.schema import Dtype, Kl, OptimizerConfig
 from opo_megatron.disk import writing
-from opo_megatron.errors import OnPolicyError
+from opo_megatron.errors import OnPolicyError, UserError
 from opo_megatron.observe.boards import load_wandb
 from opo_megatron.observe.closing import closing_table
 from opo_megatron.observe.console import Display
@@ -32,14 +32,17 @@ from opo_megatron.policy.checkpoint import (
 from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize, leave
 from opo_megatron.policy.policy import Policy
 from opo_megatron.policy.step_sums import StepMetrics
+from opo_megatron.policy.weights_checkpoint import CheckpointShards, holds_weights
 from opo_megatron.rollout.batch import gather_on_first
 from opo_megatron.rollout.engine import Progress, RolloutEngine, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.rollout.rollouts import Rollouts
 from opo_megatron.tasks import TASKS, Prompt, Task
 from opo_megatron.tasks.base import PromptOrder, Split
+from opo_megatron.weights.hf_folder import read_weights
 from opo_megatron.weights.random import random_weights
 from opo_megatron.weights.start_weights import StartWeights
+from opo_megatron.weights.stream import WeightSource
 
 STREAM_TRAIN, STREAM_WARM_START, STREAM_EVAL = range(3)
 """Independent streams of random numbers."""
@@ -197,25 +200,56 @@ def _build(config: Config, parallel: Parallel, display: Display) -> Run:
     progress = read_progress(checkpoint) if checkpoint else RunProgress("warm_start", 0)
     in_warm_start = progress.phase == "warm_start"
     warms_up = in_warm_start and config.warm_start.steps > 0
+    vocab_size = vocabulary_of(config, task)
     start_weights = None
     if config.observe.kl is Kl.eval:
-        start_weights = StartWeights(Path(config.run.dir), parallel, config.policy.model, task.vocab_size)
-    weights = None
-    if checkpoint is None:
-        weights = random_weights(config.policy.model, task.vocab_size, config.run.seed)
+        start_weights = StartWeights(Path(config.run.dir), parallel, config.policy.model, vocab_size)
     optimizer = config.warm_start if warms_up else config.optimizer
-    policy = Policy(config, task.vocab_size, parallel, optimizer, weights)
+    policy = start_policy(config, parallel, vocab_size, optimizer, checkpoint is None)
     if checkpoint is not None:
         load(policy, config, checkpoint)
         if start_weights is not None and not in_warm_start:
             start_weights.check(run_of(checkpoint))
         display.say(f"resumed from {checkpoint}")
+    elif config.policy.init_from is not None:
+        display.say(f"starts from the weights of {config.policy.init_from}")
     dtype = torch.bfloat16 if config.policy.dtype is Dtype.bf16 else torch.float32
     slots = config.rollout.local.slots
-    engine = LocalEngine(config.policy.model, task.vocab_size, dtype, parallel.device, slots)
+    engine = LocalEngine(config.policy.model, policy.vocab_size, dtype, parallel.device, slots)
     files = RunFiles(config, parallel.rank == 0, progress, checkpoint)
     if start_weights is not None and checkpoint is not None and not in_warm_start:
         start_weights.take_over(run_of(checkpoint))
     step = -1 if in_warm_start else progress.step
     warm_step = progress.step if in_warm_start else config.warm_start.steps
     return Run(config, parallel, task, policy, engine, files, display, start_weights, step, warm_step)
+
+
+def vocabulary_of(config: Config, task: Task) -> int:
+    """Rows of the policy's embedding.
+
+    Raises:
+        UserError: where the task has tokens that the policy has no row for.
+    """
+    rows = config.policy.model.vocab_size
+    if rows is not None and task.vocab_size > rows:
+        raise UserError(
+            f"the task's tokenizer has {task.vocab_size} tokens, but the policy's vocabulary is "
+            f"policy.model.vocab_size={rows}; set task.tokenizer to the folder of the model's own tokenizer"
+        )
+    return task.vocab_size if rows is None else rows
+
+
+def start_policy(
+    config: Config, parallel: Parallel, vocab_size: int, optimizer: OptimizerConfig, needs_weights: bool
+) -> Policy:
+    """The policy with its first weights: random, or those of `policy.init_from`."""
+    folder = Path(config.policy.init_from) if config.policy.init_from is not None else None
+    weights: WeightSource | None = None
+    if needs_weights and folder is None:
+        weights = random_weights(config.policy.model, vocab_size, config.run.seed)
+    elif needs_weights and folder is not None and not holds_weights(folder):
+        weights = read_weights(folder, config.policy.model).__getitem__
+    policy = Policy(config, vocab_size, parallel, optimizer, weights)
+    if needs_weights and folder is not None and holds_weights(folder):
+        policy.set_weights(CheckpointShards(folder, policy.chunks, policy.table, parallel))
+    return policy

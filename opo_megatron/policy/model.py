@@ -118,7 +118,12 @@ def transformer_config(policy: PolicyConfig, device: torch.device) -> Transforme
 
 
 def build_chunks(
-    policy: PolicyConfig, vocab_size: int, pp_rank: int, dp_size: int, device: torch.device
+    policy: PolicyConfig,
+    vocab_size: int,
+    pp_rank: int,
+    dp_size: int,
+    device: torch.device,
+    model: type[GPTModel] = GPTModel,
 ) -> list[GPTModel]:
     """This rank's model chunks (one, or one per virtual stage), weights not yet set."""
     config = transformer_config(policy, device)
@@ -127,7 +132,7 @@ def build_chunks(
     layers = config.num_layers // (policy.pipeline_model_parallel_size * stages)
     chunks = []
     for stage in range(stages):
-        chunk = GPTModel(
+        chunk = model(
             config,
             TransformerBlockSubmodules(layer_specs=[_layer_spec(config)] * layers, layer_norm=RMSNorm),
             vocab_size=padded_vocab_size(policy, vocab_size, dp_size),

@@ -43,6 +43,7 @@ from opo_megatron.weights.stream import (
     Bucket,
     ModelShards,
     Receivers,
+    Shards,
     WeightSource,
     load_weights,
     stream_weights,
@@ -105,7 +106,8 @@ class Policy:
         for parameter in self.table:
             if parameter.stage == self.parallel.pp_rank and parameter.layout.partition_dim is not None:
                 weight = self.chunks[parameter.chunk].get_parameter(parameter.local_name)
-                set_tensor_model_parallel_attributes(weight, True, parameter.layout.partition_dim, 1)
+                if not hasattr(weight, "tensor_model_parallel"):  # biases are marked always
+                    set_tensor_model_parallel_attributes(weight, True, parameter.layout.partition_dim, 1)
 
     def _wrap(self, chunk: GPTModel) -> DistributedDataParallel:
         module = Float16Module(chunk.config, chunk) if self.config.dtype is Dtype.bf16 else chunk
@@ -302,6 +304,15 @@ class Policy:
         )
 
     # ------------------------------------------------------------------ weights
+
+    def set_weights(self, shards: Shards) -> None:
+        """Take over all weights, and begin the optimizer anew with them."""
+        with torch.no_grad():
+            for parameter in self.table:
+                if parameter.stage == self.parallel.pp_rank:
+                    weight = self.chunks[parameter.chunk].get_parameter(parameter.local_name)
+                    weight.copy_(shards.read(parameter))
+        self.start_optimizer(self.optimizer_config)
 
     def stream_weights(self, to: Receivers = "all") -> Iterator[Bucket]:
         """Buckets of (Hugging Face name, full tensor), on every rank or on rank 0; a collective of all.

@@ -1,0 +1,196 @@
+"""A Hugging Face folder: its weights checked before any is read, and a new one written as they come."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opo_megatron.config.architecture import hf_config
+from opo_megatron.config.schema import ModelConfig
+from opo_megatron.errors import UserError
+from opo_megatron.weights.safetensors_file import FileWriter, StoredTensor, TensorInfo, read_header
+from opo_megatron.weights.table import EMBEDDING, HEAD, hf_shapes
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DEFAULT_SHARD_BYTES = 4 * 2**30
+
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.tiktoken",
+)
+"""What else makes a folder usable: copied as it is."""
+
+
+def read_weights(folder: Path, model: ModelConfig) -> dict[str, StoredTensor]:
+    """Every tensor of the model by its name, none of them read.
+
+    Args:
+        model: resolved, with its vocabulary.
+
+    Raises:
+        UserError: naming the file or tensor, when weights are missing, truncated, superfluous or of
+            another shape than the model's.
+    """
+    assert model.vocab_size is not None
+    wanted = hf_shapes(model, model.vocab_size)
+    found: dict[str, StoredTensor] = {}
+    for path, names in _files(folder).items():
+        tensors = read_header(path)
+        if lost := sorted((names or set()) - tensors.keys()):
+            raise UserError(f"{path} lacks {lost[0]}, which the index places in it; download it again")
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise UserError(f"{path} and {found[twice[0]].path} both hold {twice[0]}; download them again")
+        found |= tensors
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise UserError(f"{folder} lacks {_some(missing)}, which its config.json asks for")
+    if extra := sorted(name for name in found.keys() - wanted.keys() if not _is_idle(name, model)):
+        raise UserError(f"{folder} holds {_some(extra)}, which its config.json has no place for")
+    for name, shape in wanted.items():
+        if found[name].shape != shape:
+            raise UserError(
+                f"{found[name].path} holds {name} with shape {list(found[name].shape)}, but config.json "
+                f"asks for {list(shape)}"
+            )
+    return {name: found[name] for name in wanted}
+
+
+def _files(folder: Path) -> dict[Path, set[str] | None]:
+    """Files with weights → the tensors that the index places there, None where there is no index."""
+    if (folder / INDEX).exists():
+        try:
+            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+            files: dict[Path, set[str] | None] = {}
+            for name, file in weight_map.items():
+                placed = files.setdefault(folder / file, set())
+                assert placed is not None
+                placed.add(name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / INDEX} cannot be read ({error}); download it again") from None
+        for path in files:
+            if not path.exists():
+                raise UserError(f"{path} is missing, which {INDEX} names; download it again")
+        return files
+    if (folder / WEIGHTS).exists():
+        return {folder / WEIGHTS: None}
+    hint = "; weights in other formats are not read" if any(folder.glob("*.bin")) else ""
+    raise UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}{hint}; name a folder with safetensors")
+
+
+def _is_idle(name: str, model: ModelConfig) -> bool:
+    """Tensors that some files hold and no model reads: a tied head, frequencies of old Llamas."""
+    return (name == HEAD and model.tie_embeddings) or name.endswith("rotary_emb.inv_freq")
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more tensors"
+
+
+class HfWriter:
+    """Writes tensors into shards as they come; an index and the small files come last."""
+
+    def __init__(self, folder: Path, tensors: Sequence[TensorInfo], shard_bytes: int = DEFAULT_SHARD_BYTES):
+        """
+        Args:
+            folder: exists, empty.
+            tensors: in the order in which they will be written.
+            shard_bytes: of data in one file, at most; a larger tensor has a file to itself.
+        """
+        self._folder = folder
+        self._shards = _shards(tensors, shard_bytes)
+        count = len(self._shards)
+        self._names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        if count == 1:
+            self._names = [WEIGHTS]
+        self._current = -1
+        self._writer: FileWriter | None = None
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append the next tensor."""
+        if self._writer is None or self._writer.is_complete:
+            self._advance()
+        assert self._writer is not None
+        self._writer.write(name, tensor)
+
+    def _advance(self) -> None:
+        self.close()
+        self._current += 1
+        path = self._folder / self._names[self._current]
+        self._writer = FileWriter(path, self._shards[self._current])
+
+    def close(self) -> None:
+        """Close the open file, complete or not."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def finish(self) -> None:
+        """Close the last file and write the index.
+
+        Raises:
+            ValueError: when a tensor was announced and not written.
+        """
+        self.close()
+        if self._current + 1 < len(self._shards) or self._writer is None or not self._writer.is_complete:
+            raise ValueError("not all tensors were written")
+        if len(self._shards) == 1:
+            return
+        placed = zip(self._shards, self._names, strict=True)
+        weight_map = {info.name: name for shard, name in placed for info in shard}
+        total = sum(info.nbytes for shard in self._shards for info in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(tensors: Sequence[TensorInfo], limit: int) -> list[list[TensorInfo]]:
+    shards: list[list[TensorInfo]] = [[]]
+    size = 0
+    for info in tensors:
+        if shards[-1] and size + info.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(info)
+        size += info.nbytes
+    return shards
+
+
+def write_companions(
+    target: Path, model: ModelConfig, dtypes: Mapping[str, torch.dtype], *sources: Path | None
+) -> None:
+    """config.json, generation settings and tokenizer, so that `target` is a whole model.
+
+    Args:
+        dtypes: of the weights, by tensor name; config.json names that of the embedding.
+        sources: folders to copy from, the first that has a file wins; without a config.json in any,
+            one is made from `model`.
+    """
+    dtype = str(dtypes[EMBEDDING]).removeprefix("torch.")
+    folders = [source for source in sources if source is not None]
+    theirs = next((folder / "config.json" for folder in folders if (folder / "config.json").exists()), None)
+    if theirs is None:
+        text = _json(hf_config(model, dtype))
+    else:
+        text = theirs.read_text()
+        raw = json.loads(text)
+        key = "torch_dtype" if "torch_dtype" in raw else "dtype"
+        if raw.get(key, dtype) != dtype:
+            text = _json(raw | {key: dtype})
+    (target / "config.json").write_text(text)
+    for folder in folders:
+        for path in sorted({path for pattern in _COMPANIONS for path in folder.glob(pattern)}):
+            if path.is_file() and not (target / path.name).exists():
+                shutil.copyfile(path, target / path.name)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"

@@ -1,0 +1,111 @@
+"""What the checkpoint tools share: options, ranks, progress lines, a mistake as one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from opo_megatron.cli import print_error
+from opo_megatron.config import Config
+from opo_megatron.config.arithmetic import smallest_world
+from opo_megatron.config.load import resolve
+from opo_megatron.config.schema import Device, ModelConfig, PolicyConfig, RunConfig
+from opo_megatron.config.validate import check_experts, check_layout, check_model, check_world
+from opo_megatron.errors import EXIT_USER_ERROR, UserError
+from opo_megatron.launch import CHILD, run_ranks
+
+if TYPE_CHECKING:
+    import torch
+
+    from opo_megatron.policy.parallel import Parallel
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of both directions."""
+    for name, what in (
+        ("tensor", "ranks that share each matrix"),
+        ("pipeline", "ranks that share the layers"),
+        ("expert", "ranks that share the experts"),
+    ):
+        parser.add_argument(
+            f"--{name}-model-parallel-size", metavar="N", type=int, default=1, help=f"{what} (default: 1)"
+        )
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="of the result; default as it is stored")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare log-probabilities of a few prompts with transformers'"
+    )
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return None if name is None else {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def config_of(model: ModelConfig, options: argparse.Namespace) -> Config:
+    """A configuration of the policy alone, on CPUs, checked."""
+    tensor, expert = options.tensor_model_parallel_size, options.expert_model_parallel_size
+    for name in ("tensor", "pipeline", "expert"):
+        if getattr(options, f"{name}_model_parallel_size") < 1:
+            raise UserError(f"--{name}-model-parallel-size must be at least 1")
+    policy = PolicyConfig(
+        model=replace(model),
+        device=Device.cpu,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=1 if expert > 1 else None,
+        sequence_parallel=tensor > 1 and model.num_moe_experts is not None,
+        distributed_optimizer=False,
+    )
+    config = Config(run=RunConfig(dir="unused", distributed_timeout_minutes=60.0), policy=policy)
+    resolve(config)
+    for check in (check_model, check_layout, check_experts):
+        check(policy)
+    check_world(config, smallest_world(config))
+    return config
+
+
+def run_tool(
+    script: str,
+    parser: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace], None],
+    argv: list[str] | None,
+) -> int:
+    """Parse, run and return the exit code: 0, 2 for a user's mistake, or that of a rank that failed."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    code = 0
+
+    def say(line: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(line, flush=True)
+
+    @contextmanager
+    def ranks(config: Config) -> Iterator[Parallel | None]:
+        """This rank's place; None in a parent that has just run as many ranks as the layout needs."""
+        nonlocal code
+        world = smallest_world(config)
+        if world > 1 and CHILD not in os.environ:
+            code = run_ranks([sys.executable, script, *arguments], world)
+            yield None
+            return
+        from opo_megatron.policy.parallel import initialize, leave
+
+        yield initialize(config)
+        leave()
+
+    try:
+        options: Any = parser.parse_args(arguments)
+        options.say, options.ranks = say, ranks
+        work(options)
+    except UserError as error:
+        print_error(error)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return 130
+    return code

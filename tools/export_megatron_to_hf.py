@@ -1,0 +1,107 @@
+"""Makes a Hugging Face folder of a Megatron checkpoint: a run's, or one that was converted.
+
+    python tools/export_megatron_to_hf.py runs/mine/checkpoints/step_00000140 models/mine
+    python tools/export_megatron_to_hf.py runs/mine/checkpoints/step_00000140 models/mine --verify
+    python tools/export_megatron_to_hf.py checkpoints/llama-70b models/llama-70b \\
+        --tensor-model-parallel-size 4 --max-shard-size 5
+
+The run's config.yaml says what the model is.  config.json and tokenizer are those of the folder that
+the run began with; for a policy that was born random, a config.json is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from checkpoint_tool import add_options, config_of, run_tool, torch_dtype
+
+from opo_megatron.cli import Parser
+from opo_megatron.config import Config, load_config
+from opo_megatron.config.architecture import hf_config, read_architecture
+from opo_megatron.config.schema import ModelConfig
+from opo_megatron.errors import UserError
+from opo_megatron.weights.new_folder import check_new
+
+
+def parser() -> argparse.ArgumentParser:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser.add_argument("source", metavar="CHECKPOINT", type=Path, help="folder of one checkpoint")
+    parser.add_argument("target", metavar="OUT", type=Path, help="new folder")
+    parser.add_argument(
+        "--like", metavar="HF_DIR", type=Path, help="take config.json and tokenizer from this folder"
+    )
+    parser.add_argument(
+        "--max-shard-size", metavar="GIB", type=float, default=4.0, help="largest file (default: %(default)g)"
+    )
+    add_options(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_tool(__file__, parser(), work, argv)
+
+
+def work(options: argparse.Namespace) -> None:
+    """Check everything that needs no tensor, then export as one rank, or as one of several."""
+    if options.max_shard_size <= 0:
+        raise UserError(f"--max-shard-size is {options.max_shard_size:g}; it must be above 0")
+    model, companions = describe(options.source)
+    if options.like is not None:
+        theirs = read_architecture(options.like).model
+        if replace(theirs, max_sequence_length=0) != replace(model, max_sequence_length=0):
+            raise UserError(f"--like {options.like} is of another architecture than {options.source}")
+        companions = [options.like, *companions]
+    if not any((folder / "config.json").exists() for folder in companions):
+        hf_config(model, "float32")  # refuses what no family computes
+    config = config_of(model, options)
+    check_new(options.target)
+    with options.ranks(config) as parallel:
+        if parallel is None:
+            return
+        from opo_megatron.policy.convert import export, verify
+
+        shard_bytes = int(options.max_shard_size * 2**30)
+        dtype = torch_dtype(options.dtype)
+        export(options.source, options.target, config, parallel, dtype, shard_bytes, companions, options.say)
+        options.say(f"{options.target} is complete")
+        if options.verify:
+            difference = verify(options.source, options.target, config, parallel)
+            options.say(f"verified: log-probabilities differ by at most {difference or 0:.1e}")
+
+
+def describe(checkpoint: Path) -> tuple[ModelConfig, list[Path]]:
+    """The model in a checkpoint, and the folders that may hold its config.json and tokenizer."""
+    if (checkpoint / "opo_weights.json").exists():
+        return read_architecture(checkpoint).model, [checkpoint]
+    state, recipe = checkpoint / "run_state.json", checkpoint.resolve().parent.parent / "config.yaml"
+    if not state.exists():
+        raise UserError(f"{checkpoint} is not a checkpoint; name a folder of <run.dir>/checkpoints")
+    if not recipe.exists():
+        raise UserError(f"{checkpoint} is not in the folder of its run: {recipe} is missing")
+    # The recipe is resolved: it holds the architecture even where the first folder is gone.
+    config: Config = load_config(recipe, ["policy.init_from=null", "resume=never"])
+    first = load_raw(recipe).get("policy", {}).get("init_from")
+    model = replace(config.policy.model, vocab_size=vocabulary(state))
+    return model, [Path(f) for f in (first, config.task.tokenizer) if f and Path(f).is_dir()]
+
+
+def vocabulary(state: Path) -> int:
+    """Rows of the embedding, as the run counted them."""
+    import json
+
+    return int(json.loads(state.read_text())["model"]["vocab_size"])
+
+
+def load_raw(recipe: Path) -> dict[str, dict[str, str]]:
+    import yaml
+
+    content: dict[str, dict[str, str]] = yaml.safe_load(recipe.read_text())
+    return content
+
+
+if __name__ == "__main__":
+    sys.exit(main())
