@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from conftest import require
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opo_megatron.config.schema import ModelConfig, RopeScalingConfig, RopeType
@@ -97,7 +97,7 @@ FAMILIES = {
 }
 
 
-def transformers_config(family: str) -> Any:
+def transformers_config(family: str, num_layers: int = 2) -> Any:
     """The family's configuration as a user of transformers would write it."""
     transformers, model = require("transformers", "make setup-dev"), FAMILIES[family]
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rotary_base}
@@ -111,7 +111,7 @@ def transformers_config(family: str) -> Any:
         "vocab_size": VOCAB_SIZE,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
+        "num_hidden_layers": num_layers,
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.num_query_groups,
         "head_dim": model.kv_channels,
@@ -139,11 +139,58 @@ def transformers_config(family: str) -> Any:
     return classes[name](**shape)
 
 
-def transformers_model(family: str) -> Any:
+def transformers_model(family: str, num_layers: int = 2) -> Any:
     """The same architecture built by transformers, in float32 and evaluation mode."""
-    config = transformers_config(family)
+    config = transformers_config(family, num_layers)
     transformers = require("transformers", "make setup-dev")
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def save_random_model(family: str, folder: Path, num_layers: int = 2, shard_size: str = "5GB") -> Any:
+    """A model whose norms and biases are random too, so that no two can be mixed up, in a folder.
+
+    Returns:
+        The model, in float32.
+    """
+    torch.manual_seed(sum(map(ord, family)))
+    model = transformers_model(family, num_layers)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+            else:
+                parameter.mul_(3)  # distributions that are not nearly uniform
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    return model
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, as the safetensors library reads them."""
+    found: dict[str, Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Bit by bit."""
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype, name
+        assert torch.equal(got[name], tensor), name
+
+
+PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [20, 0, 19], [8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6, 4, 3, 3, 8, 2]]
+
+
+@torch.no_grad()
+def log_probs_of(model: Any) -> list[float]:
+    """log π of every token of PROMPTS but the first of each, one forward pass a prompt."""
+    found: list[float] = []
+    for prompt in PROMPTS:
+        logits = model(torch.tensor([prompt])).logits[0, :-1].double()
+        found += logits.log_softmax(-1).gather(1, torch.tensor(prompt[1:]).unsqueeze(1))[:, 0].tolist()
+    return found
 
 
 def transformers_model_with(family: str, weights: dict[str, Tensor], folder: Path) -> Any:

@@ -13,6 +13,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.futures import Future
 
 from opo_megatron import __version__
@@ -154,7 +155,7 @@ class _LazyPlanner(MCoreSavePlanner):  # type: ignore[misc]
 
 
 class _LeanWriter(FileSystemWriter):
-    """torch's writer, less its references to every tensor that it has written."""
+    """torch's writer, less its references to every tensor that it has written; reads while it writes."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path, single_file_per_rank=True, sync_files=True, thread_count=1)
@@ -163,21 +164,30 @@ class _LeanWriter(FileSystemWriter):
         results = []
         while not file_queue.empty():
             path, key, items = file_queue.get()
-            with open(path, "wb", buffering=0) as file:
-                stream = _Stream(file)
+            with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+                stream, pending = _Stream(file), None
                 for item in items:
-                    data = planner.resolve_data(item)
-                    if item.type != WriteItemType.BYTE_IO and data.untyped_storage().nbytes() != data.nbytes:
-                        data = data.clone()  # torch.save writes whole storages
-                    try:
-                        format = SerializationFormat.TORCH_SAVE
-                        results.append(_write_item(self.transforms, stream, data, item, key, format))
-                    except RuntimeError:  # by which torch.save covers the error of the stream
-                        raise stream.error or RuntimeError(f"{path} cannot be written") from None
+                    data = planner.resolve_data(item)  # while the one before is being written
+                    if pending is not None:
+                        results.append(pending.result())
+                    pending = pool.submit(self._write, stream, item, key, data)
+                    del data
+                if pending is not None:
+                    results.append(pending.result())
                 os.fsync(file.fileno())
         future: Future[Any] = Future()
         future.set_result(results)
         return future
+
+    def _write(self, stream: _Stream, item: WriteItem, key: str, data: Any) -> Any:
+        if isinstance(data, Tensor):
+            # torch.save writes whole storages: one of its own, over the same memory.
+            alias = torch.from_numpy(data.reshape(-1).view(torch.uint8).numpy())
+            data = alias.view(data.dtype).view(data.shape)
+        try:
+            return _write_item(self.transforms, stream, data, item, key, SerializationFormat.TORCH_SAVE)
+        except RuntimeError:  # by which torch.save covers the error of the stream
+            raise stream.error or RuntimeError(f"{key} cannot be written") from None
 
 
 class _Stream(io.RawIOBase):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,10 @@ def _some(names: list[str]) -> str:
 
 
 class HfWriter:
-    """Writes tensors into shards as they come; an index and the small files come last."""
+    """Writes tensors into shards as they come; the index comes last.
+
+    A thread writes a tensor while the next one is made, so two are held.
+    """
 
     def __init__(self, folder: Path, tensors: Sequence[TensorInfo], shard_bytes: int = DEFAULT_SHARD_BYTES):
         """
@@ -115,22 +119,33 @@ class HfWriter:
             self._names = [WEIGHTS]
         self._current = -1
         self._writer: FileWriter | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor."""
+        """Append the next tensor, whose memory must stay as it is until the one after it comes."""
+        self._wait()
         if self._writer is None or self._writer.is_complete:
             self._advance()
         assert self._writer is not None
-        self._writer.write(name, tensor)
+        self._pending = self._thread.submit(self._writer.write, name, tensor)
+
+    def _wait(self) -> None:
+        """Until the last tensor is written; raises what went wrong there."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def _advance(self) -> None:
-        self.close()
+        if self._writer is not None:
+            self._writer.close()
         self._current += 1
         path = self._folder / self._names[self._current]
         self._writer = FileWriter(path, self._shards[self._current])
 
     def close(self) -> None:
         """Close the open file, complete or not."""
+        self._thread.shutdown()
         if self._writer is not None:
             self._writer.close()
 
@@ -140,6 +155,7 @@ class HfWriter:
         Raises:
             ValueError: when a tensor was announced and not written.
         """
+        self._wait()
         self.close()
         if self._current + 1 < len(self._shards) or self._writer is None or not self._writer.is_complete:
             raise ValueError("not all tensors were written")

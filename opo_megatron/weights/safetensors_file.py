@@ -41,7 +41,10 @@ class StoredTensor:
     """Where its bytes begin in the file."""
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
-        """The part of one slice of rows, or of rows and columns; steps are 1."""
+        """The part of one slice of rows, or of rows and columns; steps are 1.
+
+        Columns come by way of whole rows, a few at a time: the disk reads the same pages either way.
+        """
         rows, columns = index if isinstance(index, tuple) else (index, slice(None))
         first, last, _ = rows.indices(self.shape[0])
         width, last = math.prod(self.shape[1:]), max(first, last)

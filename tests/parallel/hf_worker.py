@@ -1,0 +1,31 @@
+"""One rank: `round_trip.run_layouts` of a Hugging Face folder under several layouts.
+
+hf_worker.py FOLDER WORK [override,override …]…
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch.distributed as dist
+from round_trip import run_layouts
+
+from opo_megatron.policy.parallel import leave
+
+
+def main() -> None:
+    folder, work = Path(sys.argv[1]), Path(sys.argv[2])
+    layouts = [a.split(",") if a else [] for a in sys.argv[3:]]
+    results = run_layouts(folder, work, int(os.environ.get("WORLD_SIZE", "1")), layouts)
+    if dist.get_rank() == 0:
+        (work / "results.json").write_text(json.dumps(results))
+    leave()
+
+
+if __name__ == "__main__":
+    main()
