@@ -11,6 +11,7 @@ import pytest
 import torch
 from hf_models import assert_same_tensors, save_random_model, tensors_of
 
+from opo_megatron.tasks.lift import LiftTask
 from opo_megatron.weights.random import random_weights
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +118,7 @@ def test_a_policy_that_was_born_random_becomes_a_folder(recipe: Path, tmp_path: 
     from opo_megatron.config import load_config
 
     model = load_config(tmp_path / "run" / "config.yaml").policy.model
-    source = random_weights(model, 21, seed=1)
+    source = random_weights(model, LiftTask.vocab_size, seed=1)
     expected = {name: source(name).bfloat16() for name in tensors_of(tmp_path / "hf")}
     assert_same_tensors(tensors_of(tmp_path / "hf"), expected)
 

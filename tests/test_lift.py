@@ -219,3 +219,9 @@ def test_batches_are_consecutive_places_also_across_epochs() -> None:
     taken = [index for step in range(5) for index in order.batch(step, 4)]
     assert taken == [order[i] for i in range(20)]
     assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10))
+
+
+def test_a_token_that_is_no_symbol_makes_an_answer_wrong_and_nothing_else() -> None:
+    task = LiftTask()
+    prompt = task.prompt("train", 0)
+    assert task.reward(prompt, [LiftTask.vocab_size + 3, 1, 7, 0]) == 0.0

@@ -141,7 +141,7 @@ OVERRIDE_MISTAKES = [
     ),
     # Megatron's own fields
     (
-        "policy.megatron.moe_router_pre_softmax=true",
+        "policy.megatron.moe_router_score_function=sigmoid",
         "could change what the policy computes without the engine knowing",
     ),
     (

@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from checkpoint_tool import reuse_memory
+
 LARGEST_MEMORY = 0.25
 """Of the model's bytes."""
 LARGEST_TIME = 2.5
@@ -130,6 +132,7 @@ def in_a_process(name: str, source: Path, target: Path) -> dict[str, float]:
 
 def run_case(name: str, source: Path, target: Path) -> dict[str, float]:
     """One case: imports, then the source into the page cache, then the work."""
+    reuse_memory()
     work = {"copy": copy, "convert": convert, "export": export}[name](source, target)
     for path in source.iterdir():
         with path.open("rb") as file:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +25,23 @@ if TYPE_CHECKING:
     import torch
 
     from opo_megatron.policy.parallel import Parallel
+
+
+def reuse_memory() -> None:
+    """Let tensors that come one after the other share pages, huge ones where the system has them.
+
+    By default each tensor gets fresh pages, and mapping them takes longer than copying the weights.  To
+    be called before torch is used; where the C library is not glibc, nothing happens.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**30)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Of glibc's malloc.h."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +118,7 @@ def run_tool(
         yield initialize(config)
         leave()
 
+    reuse_memory()
     try:
         options: Any = parser.parse_args(arguments)
         options.say, options.ranks = say, ranks

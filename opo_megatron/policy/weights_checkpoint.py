@@ -97,12 +97,17 @@ def save_weights(
             weight.data = weight.data.to(dtype_of(parameter))
             parameters[_storage(weight)] = parameter
     state = {f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)}
+    sums = torch.serialization.get_crc32_options()
     try:
+        # Checksums take as long as writing; torch.load does not ask for them, nor has safetensors any.
+        torch.serialization.set_crc32_options(False)
         dist_checkpointing.save(state, str(folder), _LazyStrategy(parameters, read))
     except torch_checkpoint.api.CheckpointException as error:
         # Not an Exception in torch, and the failure of one rank is raised on all.
         first = next(iter(error.failures.values()))[0]
         raise first from None
+    finally:
+        torch.serialization.set_crc32_options(sums)
     if parallel.rank == 0:
         versions = {"opo_megatron": __version__, "torch": torch.__version__}
         (folder / WEIGHTS_FILE).write_text(json.dumps({"versions": versions}, indent=2) + "\n")

@@ -20,6 +20,8 @@ from opo_megatron.tasks.base import Prompt, Split
 
 SYMBOLS = (*"$#=+-,?", *"0123456789")
 STOP = 0
+UNKNOWN = "\ufffd"
+"""What a token beyond the symbols reads as: a policy may have more rows than the task has tokens."""
 FLOORS = 10
 MOVES = 5
 LARGEST_MOVE = 4
@@ -80,7 +82,7 @@ class LiftTask:
         return self._encode((f"{text}?{text}" if style == "twice" else text) + f"#{answer}$")
 
     def decode(self, tokens: list[int]) -> str:
-        return "".join(SYMBOLS[token] for token in tokens)
+        return "".join(SYMBOLS[token] if token < len(SYMBOLS) else UNKNOWN for token in tokens)
 
     def _encode(self, text: str) -> list[int]:
         return [_TOKEN[c] for c in text]

@@ -1,4 +1,4 @@
-"""A Llama/Qwen3 decoder with a key-value cache, in Hugging Face names, written from the architecture.
+"""A Llama/Qwen decoder with a key-value cache, in Hugging Face names, written from the architecture.
 
 Attention scale and SwiGLU layout follow Megatron's local spec (the scale inside `baddbmm`, gate and
 up as halves of one product), so that both round alike.  Rows of the cache are independent responses,
