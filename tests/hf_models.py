@@ -95,11 +95,21 @@ FAMILIES = {
     "qwen3_moe": QWEN3_MOE,
     "qwen3_moe, not normalised": replace(QWEN3_MOE, moe_router_pre_softmax=True, moe_router_topk=3),
 }
+WHOLE_BLOCKS = {
+    "qwen3 of whole blocks": replace(QWEN3, hidden_size=128, ffn_hidden_size=384, kv_channels=64),
+    "qwen2 of some whole blocks": replace(
+        QWEN2, hidden_size=256, ffn_hidden_size=200, num_attention_heads=4, num_query_groups=2, kv_channels=64
+    ),
+    "qwen3_moe of whole blocks": replace(
+        QWEN3_MOE, hidden_size=128, kv_channels=64, moe_ffn_hidden_size=256, ffn_hidden_size=128
+    ),
+}
+"""Models with matrices that consist of 128×128 blocks."""
 
 
 def transformers_config(family: str, num_layers: int = 2) -> Any:
     """The family's configuration as a user of transformers would write it."""
-    transformers, model = require("transformers", "make setup-dev"), FAMILIES[family]
+    transformers, model = require("transformers", "make setup-dev"), (FAMILIES | WHOLE_BLOCKS)[family]
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rotary_base}
     scaling = model.rope_scaling
     if scaling.type is not RopeType.none:
@@ -120,7 +130,7 @@ def transformers_config(family: str, num_layers: int = 2) -> Any:
         "tie_word_embeddings": model.tie_embeddings,
         "rope_parameters": rope,
     }
-    name = family.partition(",")[0]
+    name = family.replace(" ", ",").partition(",")[0]
     if name == "mistral":
         return transformers.MistralConfig(**shape, sliding_window=None)
     if name == "qwen3_moe":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_the_grid_is_the_format() -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_rounding_is_to_nearest_and_ties_to_even(sign: int) -> None:
     """Every number of the format, every middle of two, and their neighbours in float32."""
-    points = [float(v) for v in GRID] + [float((a + b) / 2) for a, b in zip(GRID, GRID[1:], strict=False)]
+    points = [float(v) for v in GRID] + [float((a + b) / 2) for a, b in pairwise(GRID)]
     around = [np.float32(v) for v in points]
     around += [np.nextafter(v, np.float32(s)) for v in around for s in (0, 448)]
     row = torch.tensor([[sign * float(v) for v in around] + [448.0]])

@@ -4,6 +4,10 @@
     python tools/export_megatron_to_hf.py runs/mine/checkpoints/step_00000140 models/mine --verify
     python tools/export_megatron_to_hf.py checkpoints/llama-70b models/llama-70b \\
         --tensor-model-parallel-size 4 --max-shard-size 5
+    python tools/export_megatron_to_hf.py runs/mine/checkpoints/step_00000140 models/mine-fp8 \\
+        --quantize fp8_block
+    python tools/export_megatron_to_hf.py runs/mine/checkpoints/step_00000140 models/mine-fp8 \\
+        --quantize fp8 --calibration-data prompts.jsonl --calibration-prompts 256
 
 The run's config.yaml says what the model is.  config.json and tokenizer are those of the folder that
 the run began with; for a policy that was born random, a config.json is made.
@@ -15,8 +19,10 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from checkpoint_tool import add_options, config_of, run_tool, torch_dtype
+from quantization import add_quantization, check_quantization, export_calibrated
 
 from opo_megatron.cli import Parser
 from opo_megatron.config import Config, load_config
@@ -24,6 +30,9 @@ from opo_megatron.config.architecture import hf_config, read_architecture
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
 from opo_megatron.weights.new_folder import check_new
+
+if TYPE_CHECKING:
+    from opo_megatron.policy.parallel import Parallel
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
         "--max-shard-size", metavar="GIB", type=float, default=4.0, help="largest file (default: %(default)g)"
     )
     add_options(parser)
+    add_quantization(parser)
     return parser
 
 
@@ -49,6 +59,7 @@ def work(options: argparse.Namespace) -> None:
     """Check everything that needs no tensor, then export as one rank, or as one of several."""
     if options.max_shard_size <= 0:
         raise UserError(f"--max-shard-size is {options.max_shard_size:g}; it must be above 0")
+    check_quantization(options)
     model, companions = describe(options.source)
     if options.like is not None:
         theirs = read_architecture(options.like).model
@@ -62,15 +73,35 @@ def work(options: argparse.Namespace) -> None:
     with options.ranks(config) as parallel:
         if parallel is None:
             return
-        from opo_megatron.policy.convert import export, verify
+        from opo_megatron.policy.convert import verify
 
-        shard_bytes = int(options.max_shard_size * 2**30)
-        dtype = torch_dtype(options.dtype)
-        export(options.source, options.target, config, parallel, dtype, shard_bytes, companions, options.say)
+        write(options, config, parallel, companions)
         options.say(f"{options.target} is complete")
         if options.verify:
             difference = verify(options.source, options.target, config, parallel)
             options.say(f"verified: log-probabilities differ by at most {difference or 0:.1e}")
+
+
+def write(options: argparse.Namespace, config: Config, parallel: Parallel, companions: list[Path]) -> None:
+    """Export as the options say; a collective of all ranks."""
+    from opo_megatron.kernels.fp8 import Scales
+    from opo_megatron.policy.convert import export
+    from opo_megatron.weights.fp8_folder import BlockFp8
+
+    shard_bytes, dtype, say = int(options.max_shard_size * 2**30), torch_dtype(options.dtype), options.say
+    blocks = None
+    if options.quantize == "fp8_block":
+        blocks = BlockFp8(config.policy.model, Scales(options.scales or "fp32"))
+        for note in blocks.notes:
+            say(note)
+
+    def export_to(target: Path) -> None:
+        export(options.source, target, config, parallel, dtype, shard_bytes, companions, say, blocks)
+
+    if options.quantize == "fp8":
+        export_calibrated(options, config.policy.model, parallel.rank == 0, companions, export_to)
+    else:
+        export_to(options.target)
 
 
 def describe(checkpoint: Path) -> tuple[ModelConfig, list[Path]]:

@@ -23,6 +23,7 @@ from opo_megatron.policy.parallel import Parallel
 from opo_megatron.policy.policy import Policy
 from opo_megatron.policy.weights_checkpoint import CheckpointShards, build_meta_chunks, save_weights
 from opo_megatron.rollout.rollouts import Rollouts
+from opo_megatron.weights.fp8_folder import BlockFp8
 from opo_megatron.weights.hf_folder import HfWriter, read_weights, write_companions
 from opo_megatron.weights.new_folder import new_folder
 from opo_megatron.weights.safetensors_file import TensorInfo
@@ -79,12 +80,14 @@ def export(
     shard_bytes: int,
     companions: Sequence[Path | None],
     say: Say,
+    blocks: BlockFp8 | None = None,
 ) -> None:
     """Write the weights of a Megatron checkpoint, of a run or converted, as a Hugging Face folder.
 
     Args:
         dtype: of the written weights; None keeps that of the stored parameters.
         companions: folders that may hold config.json and a tokenizer.
+        blocks: quantizes the layers' matrices to FP8.
     """
     model, table = config.policy.model, _table(config, parallel)
     assert model.vocab_size is not None
@@ -103,7 +106,7 @@ def export(
             pass
         return
     with new_folder(target) as partial:
-        write_hf_folder(partial, model, infos, stream, shard_bytes, companions, say)
+        write_hf_folder(partial, model, infos, stream, shard_bytes, companions, say, blocks)
 
 
 def write_hf_folder(
@@ -114,17 +117,22 @@ def write_hf_folder(
     shard_bytes: int,
     companions: Sequence[Path | None],
     say: Say,
+    blocks: BlockFp8 | None = None,
 ) -> None:
     """Fill an empty folder from a weight stream, whose order is that of `infos`."""
     dtypes = {info.name: info.dtype for info in infos}
-    write_companions(folder, model, dtypes, *companions)
-    writer = HfWriter(folder, infos, shard_bytes)
-    progress = _Progress(sum(info.nbytes for info in infos), "written", say)
+    quantization = None if blocks is None else blocks.config
+    write_companions(folder, model, dtypes, *companions, quantization=quantization)
+    written = infos if blocks is None else blocks.infos(infos)
+    types = {info.name: info.dtype for info in written}
+    writer = HfWriter(folder, written, shard_bytes)
+    progress = _Progress(sum(info.nbytes for info in written), "written", say)
     try:
         for bucket in stream:
             for name, tensor in bucket:
-                writer.write(name, tensor.to(dtypes[name]))
-                progress.add(tensor.nbytes)
+                for part, values in [(name, tensor)] if blocks is None else blocks.tensors(name, tensor):
+                    writer.write(part, values.to(types[part]))
+                    progress.add(values.numel() * types[part].itemsize)
         writer.finish()
     finally:
         writer.close()

@@ -181,7 +181,11 @@ def _shards(tensors: Sequence[TensorInfo], limit: int) -> list[list[TensorInfo]]
 
 
 def write_companions(
-    target: Path, model: ModelConfig, dtypes: Mapping[str, torch.dtype], *sources: Path | None
+    target: Path,
+    model: ModelConfig,
+    dtypes: Mapping[str, torch.dtype],
+    *sources: Path | None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """config.json, generation settings and tokenizer, so that `target` is a whole model.
 
@@ -189,19 +193,24 @@ def write_companions(
         dtypes: of the weights, by tensor name; config.json names that of the embedding.
         sources: folders to copy from, the first that has a file wins; without a config.json in any,
             one is made from `model`.
+        quantization: the `quantization_config` of config.json.
     """
     dtype = str(dtypes[EMBEDDING]).removeprefix("torch.")
     folders = [source for source in sources if source is not None]
     theirs = next((folder / "config.json" for folder in folders if (folder / "config.json").exists()), None)
-    if theirs is None:
-        text = _json(hf_config(model, dtype))
-    else:
-        text = theirs.read_text()
-        raw = json.loads(text)
-        key = "torch_dtype" if "torch_dtype" in raw else "dtype"
-        if raw.get(key, dtype) != dtype:
-            text = _json(raw | {key: dtype})
+    raw = hf_config(model, dtype) if theirs is None else json.loads(theirs.read_text())
+    key = "torch_dtype" if "torch_dtype" in raw else "dtype"
+    changed = raw | ({key: dtype} if raw.get(key, dtype) != dtype else {})
+    if quantization is not None:
+        changed["quantization_config"] = dict(quantization)
+    # What need not be changed stays as it is, to the letter.
+    text = theirs.read_text() if theirs is not None and changed == raw else _json(changed)
     (target / "config.json").write_text(text)
+    copy_companions(target, folders)
+
+
+def copy_companions(target: Path, folders: Sequence[Path]) -> None:
+    """Generation settings and tokenizer, as far as `target` lacks them; the first folder wins."""
     for folder in folders:
         for path in sorted({path for pattern in _COMPANIONS for path in folder.glob(pattern)}):
             if path.is_file() and not (target / path.name).exists():

@@ -23,7 +23,8 @@ from opo_megatron.errors import UserError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types that weights may have, by their names in the format."""
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
+"""Types that are written: FP8 is for engines, nothing here reads it back."""
 
 SCRATCH_BYTES = 16 * 2**20
 """Memory through which columns of a matrix are read."""

@@ -1,0 +1,93 @@
+"""A Hugging Face folder in FP8 with one scale per tensor, of weights and of activations, by nvidia-modelopt.
+
+The scales of activations are maxima over calibration prompts, so the whole model is loaded, by
+transformers, and runs forward.  What comes out is modelopt's unified format: `weight_scale` and
+`input_scale` beside each matrix, `hf_quant_config.json`, and the same in config.json, which SGLang
+reads as quantization `modelopt_fp8`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from opo_megatron.errors import UserError
+from opo_megatron.parts import load_part
+from opo_megatron.weights.hf_folder import copy_companions
+
+WANTED_BY = "--quantize fp8"
+
+
+def load_modelopt() -> tuple[Any, Any, Any]:
+    """transformers, and modelopt's quantization and export.
+
+    Raises:
+        UserError: naming what is not installed.
+    """
+    transformers = load_part("transformers", WANTED_BY, "data")
+    with _without_warnings():
+        quantization = load_part("modelopt.torch.quantization", WANTED_BY, "modelopt")
+        exporter = load_part("modelopt.torch.export", WANTED_BY, "modelopt")
+    return transformers, quantization, exporter
+
+
+def quantize_calibrated(
+    source: Path, target: Path, prompts: Sequence[Sequence[int]], shard_bytes: int, say: Callable[[str], None]
+) -> None:
+    """Write the model in `source` into the empty folder `target`.
+
+    Args:
+        prompts: token ids, each run alone, so that no padding enters a maximum.
+
+    Raises:
+        UserError: where a scale is no number, as NaN weights make it.
+    """
+    transformers, quantization, exporter = load_modelopt()
+
+    def run(model: Any) -> None:
+        for number, prompt in enumerate(prompts, 1):
+            model(torch.tensor([prompt]), use_cache=False)
+            if number * 10 // len(prompts) > (number - 1) * 10 // len(prompts):
+                say(f"{number} of {len(prompts)} prompts calibrated with")
+
+    transformers.utils.logging.disable_progress_bar()
+    with _without_warnings(), torch.no_grad():
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True)
+        model = quantization.quantize(model.eval(), quantization.FP8_DEFAULT_CFG, forward_loop=run)
+        exporter.export_hf_checkpoint(model, export_dir=target, max_shard_size=shard_bytes)
+    copy_companions(target, [source])
+    _check_scales(target)
+
+
+def _check_scales(folder: Path) -> None:
+    """Every quantized matrix has both scales, positive and finite."""
+    matrices, scales = set(), {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # a handle, no dictionary
+                if name.endswith(("weight_scale", "input_scale")):
+                    scales[name] = float(file.get_tensor(name))
+                elif file.get_slice(name).get_dtype() == "F8_E4M3":
+                    matrices.add(name.removesuffix(".weight"))
+    for module in sorted(matrices):
+        for name in (f"{module}.weight_scale", f"{module}.input_scale"):
+            if not 0 < scales.get(name, math.nan) < math.inf:
+                raise UserError(
+                    f"calibration found {scales.get(name, 'nothing')} for {name}, which is no scale; "
+                    "calibrate with other prompts, or export another step"
+                )
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """modelopt and transformers warn of their own deprecations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,118 @@
+"""A Hugging Face folder in block FP8: which matrices are quantized, under what names, and its config.json.
+
+The layout is DeepSeek-V3's, which SGLang and transformers load: `X.weight` in float8_e4m3fn beside
+`X.weight_scale_inv`, and a `quantization_config` that lists the modules left alone.  Quantized are the
+matrices inside the layers; embedding, head, norms, biases and the router of experts keep their type.
+
+Left alone as well are matrices that are not made of whole 128×128 blocks, though the quantizer knows
+smaller ones: SGLang refuses them where it fuses (q/k/v, gate/up, experts), and transformers, which
+derives the block from the shape of the scales, would read 200 rows as two blocks of 100.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opo_megatron.config.schema import ModelConfig
+from opo_megatron.errors import UserError
+from opo_megatron.kernels.fp8 import BLOCK, Scales, blocks, quantize_blocks
+from opo_megatron.weights.safetensors_file import TensorInfo
+from opo_megatron.weights.table import HEAD, Stages, parameters
+
+
+class BlockFp8:
+    """How the tensors of one model are written."""
+
+    def __init__(self, model: ModelConfig, scales: Scales) -> None:
+        """
+        Args:
+            model: resolved, with its vocabulary.
+
+        Raises:
+            UserError: where no matrix consists of whole blocks.
+        """
+        assert model.vocab_size is not None
+        self._scales = scales
+        self._quantized: set[str] = set()
+        untouched, odd = [HEAD.removesuffix(".weight")], []
+        for parameter in parameters(model, model.vocab_size, Stages(model.num_layers)):
+            for name, shape in parameter.tensors[0]:
+                if len(shape) != 2 or not name.startswith("model.layers."):
+                    continue
+                if parameter.layout.partition_dim is None:  # the router
+                    untouched.append(name.removesuffix(".weight"))
+                elif all(size % BLOCK == 0 for size in shape):
+                    self._quantized.add(name)
+                else:
+                    odd.append((_module(name), shape))
+        if not self._quantized:
+            raise UserError(
+                f"no matrix of this model is made of whole {BLOCK}×{BLOCK} blocks ({odd[0][0]} is "
+                f"{list(odd[0][1])}), so there is nothing to quantize; choose --quantize fp8, or none"
+            )
+        self.untouched = [*untouched, *dict.fromkeys(module for module, _ in odd)]
+        """Modules that keep their type, as config.json lists them."""
+        self.notes = []
+        if odd:
+            self.notes.append(
+                f"{len(odd)} matrices keep their type, not being made of whole {BLOCK}×{BLOCK} blocks, "
+                f"as {odd[0][0]} of {list(odd[0][1])}"
+            )
+
+    def infos(self, infos: Sequence[TensorInfo]) -> list[TensorInfo]:
+        """What is written in place of `infos`, in its order."""
+        return [written for info in infos for written in self._infos(info)]
+
+    def _infos(self, info: TensorInfo) -> list[TensorInfo]:
+        if info.name not in self._quantized:
+            return [info]
+        scales = blocks(info.shape[0]), blocks(info.shape[1])
+        return [
+            TensorInfo(info.name, info.shape, torch.float8_e4m3fn),
+            TensorInfo(_scale(info.name), scales, torch.float32),
+        ]
+
+    def tensors(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """What is written in place of one tensor.
+
+        Raises:
+            UserError: for weights that are NaN or infinite.
+        """
+        if name not in self._quantized:
+            yield name, tensor
+            return
+        quantized, scale = quantize_blocks(name, tensor, self._scales)
+        yield name, quantized
+        yield _scale(name), scale
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """`quantization_config` of config.json.
+
+        SGLang takes `scale_fmt` as: activations get powers of two as well.
+        """
+        config: dict[str, Any] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK],
+            "modules_to_not_convert": self.untouched,
+        }
+        if self._scales is Scales.power_of_two:
+            config["scale_fmt"] = "ue8m0"
+        return config
+
+
+def _scale(weight: str) -> str:
+    return weight + "_scale_inv"
+
+
+def _module(weight: str) -> str:
+    """The module as loaders ask for it: the experts of a layer are one."""
+    module = weight.removesuffix(".weight")
+    experts, is_one, _ = module.partition(".experts.")
+    return experts + ".experts" if is_one else module
