@@ -82,12 +82,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Seen]:
 
 
 def start_weights(run_dir: Path) -> dict[str, Tensor]:
-    index = json.loads((run_dir / "start_weights" / "model.safetensors.index.json").read_text())
-    tensors: dict[str, Tensor] = {}
-    for file in set(index["weight_map"].values()):
-        tensors |= load_file(run_dir / "start_weights" / file)
-    assert tensors.keys() == index["weight_map"].keys()
-    return tensors
+    return load_file(run_dir / "start_weights" / "model.safetensors")
 
 
 def dense(config, weights: dict[str, Tensor], rollouts: Rollouts) -> list[Tensor]:  # type: ignore[no-untyped-def]
@@ -163,7 +158,7 @@ def test_another_warm_start_makes_other_start_weights(measured: tuple[Path, Seen
 
 
 def truncate(folder: Path) -> None:
-    path = folder / "model-00001.safetensors"
+    path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
 
 
@@ -175,11 +170,12 @@ def scribble(folder: Path) -> None:
     "damage, words",
     [
         (shutil.rmtree, "it does not exist"),
-        (truncate, "model-00001.safetensors"),
+        (truncate, "model.safetensors has"),
         (scribble, "model.safetensors.index.json"),
-        (lambda folder: (folder / "model-00001.safetensors").unlink(), "model-00001.safetensors"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has neither model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"{}"), "no readable safetensors file"),
     ],
-    ids=["missing", "truncated", "index", "file"],
+    ids=["missing", "truncated", "index", "file", "no file of the format"],
 )
 def test_start_weights_that_cannot_be_used_are_refused_before_anything_is_written(
     measured: tuple[Path, Seen], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, words: str
@@ -193,7 +189,8 @@ def test_start_weights_that_cannot_be_used_are_refused_before_anything_is_writte
         assert train(*arguments) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and error.startswith("error: ")
-        assert words in error and str(run_dir / "start_weights") in error and "observe.kl=off" in error
+        assert words in error and "download" not in error
+        assert str(run_dir / "start_weights") in error and "observe.kl=off" in error
     assert not (tmp_path / "new").exists()
     assert (run_dir / "metrics.jsonl").read_bytes() == kept
     assert train(run_dir, "resume=auto", "observe.kl=off", "train.steps=3") == 0

@@ -125,17 +125,12 @@ def write_hf_folder(
     write_companions(folder, model, dtypes, *companions, quantization=quantization)
     written = infos if blocks is None else blocks.infos(infos)
     types = {info.name: info.dtype for info in written}
-    writer = HfWriter(folder, written, shard_bytes)
     progress = _Progress(sum(info.nbytes for info in written), "written", say)
-    try:
-        for bucket in stream:
-            for name, tensor in bucket:
-                for part, values in [(name, tensor)] if blocks is None else blocks.tensors(name, tensor):
-                    writer.write(part, values.to(types[part]))
-                    progress.add(values.numel() * types[part].itemsize)
-        writer.finish()
-    finally:
-        writer.close()
+    with HfWriter(folder, written, shard_bytes) as writer:
+        for name, tensor in (named for bucket in stream for named in bucket):
+            for part, values in [(name, tensor)] if blocks is None else blocks.tensors(name, tensor):
+                writer.write(part, values.to(types[part]))
+                progress.add(values.numel() * types[part].itemsize)
 
 
 def verify(checkpoint: Path, hf_folder: Path, config: Config, parallel: Parallel) -> float | None:

@@ -7,14 +7,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from opo_megatron.config.architecture import hf_config
 from opo_megatron.config.schema import ModelConfig
-from opo_megatron.errors import UserError
+from opo_megatron.errors import UnreadableWeights, UserError
 from opo_megatron.weights.safetensors_file import FileWriter, StoredTensor, TensorInfo, read_header
 from opo_megatron.weights.table import EMBEDDING, HEAD, hf_shapes
 
@@ -34,11 +34,14 @@ _COMPANIONS = (
 """What else makes a folder usable: copied as it is."""
 
 
-def read_weights(folder: Path, model: ModelConfig) -> dict[str, StoredTensor]:
+def read_weights(
+    folder: Path, model: ModelConfig, described_by: str = "its config.json"
+) -> dict[str, StoredTensor]:
     """Every tensor of the model by its name, none of them read.
 
     Args:
         model: resolved, with its vocabulary.
+        described_by: what `model` was taken from, for errors.
 
     Raises:
         UserError: naming the file or tensor, when weights are missing, truncated, superfluous or of
@@ -50,19 +53,20 @@ def read_weights(folder: Path, model: ModelConfig) -> dict[str, StoredTensor]:
     for path, names in _files(folder).items():
         tensors = read_header(path)
         if lost := sorted((names or set()) - tensors.keys()):
-            raise UserError(f"{path} lacks {lost[0]}, which the index places in it; download it again")
+            raise UnreadableWeights(f"{path} lacks {lost[0]}, which the index places in it")
         if twice := sorted(found.keys() & tensors.keys()):
-            raise UserError(f"{path} and {found[twice[0]].path} both hold {twice[0]}; download them again")
+            reason = f"{path} and {found[twice[0]].path} both hold {twice[0]}"
+            raise UnreadableWeights(reason, "download them again")
         found |= tensors
     if missing := sorted(wanted.keys() - found.keys()):
-        raise UserError(f"{folder} lacks {_some(missing)}, which its config.json asks for")
+        raise UserError(f"{folder} lacks {_some(missing)}, which {described_by} asks for")
     if extra := sorted(name for name in found.keys() - wanted.keys() if not _is_idle(name, model)):
-        raise UserError(f"{folder} holds {_some(extra)}, which its config.json has no place for")
+        raise UserError(f"{folder} holds {_some(extra)}, which {described_by} has no place for")
     for name, shape in wanted.items():
         if found[name].shape != shape:
             raise UserError(
-                f"{found[name].path} holds {name} with shape {list(found[name].shape)}, but config.json "
-                f"asks for {list(shape)}"
+                f"{found[name].path} holds {name} with shape {list(found[name].shape)}, but "
+                f"{described_by} asks for {list(shape)}"
             )
     return {name: found[name] for name in wanted}
 
@@ -78,15 +82,16 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
                 assert placed is not None
                 placed.add(name)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / INDEX} cannot be read ({error}); download it again") from None
+            raise UnreadableWeights(f"{folder / INDEX} cannot be read ({error})") from None
         for path in files:
             if not path.exists():
-                raise UserError(f"{path} is missing, which {INDEX} names; download it again")
+                raise UnreadableWeights(f"{path} is missing, which {INDEX} names")
         return files
     if (folder / WEIGHTS).exists():
         return {folder / WEIGHTS: None}
     hint = "; weights in other formats are not read" if any(folder.glob("*.bin")) else ""
-    raise UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}{hint}; name a folder with safetensors")
+    reason = f"{folder} has neither {WEIGHTS} nor {INDEX}{hint}"
+    raise UnreadableWeights(reason, "name a folder with safetensors")
 
 
 def _is_idle(name: str, model: ModelConfig) -> bool:
@@ -101,7 +106,8 @@ def _some(names: list[str]) -> str:
 class HfWriter:
     """Writes tensors into shards as they come; the index comes last.
 
-    A thread writes a tensor while the next one is made, so two are held.
+    A thread writes a tensor while the next one is made, so two are held.  As a context it finishes at
+    the end, and closes its file after an error.
     """
 
     def __init__(self, folder: Path, tensors: Sequence[TensorInfo], shard_bytes: int = DEFAULT_SHARD_BYTES):
@@ -121,6 +127,16 @@ class HfWriter:
         self._writer: FileWriter | None = None
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor, whose memory must stay as it is until the one after it comes."""

@@ -22,29 +22,44 @@ def check_new(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path, leads: bool = True) -> Iterator[Path]:
-    """Yield `<folder>.partial`, which takes the name `folder` at the end and is removed on an error.
+    """`whole_folder` for a name that is not taken.
+
+    Raises:
+        UserError: where it is, or where the disk is full.
+    """
+    if leads:
+        check_new(folder)
+    try:
+        with whole_folder(folder, leads) as partial:
+            yield partial
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise UserError(
+            f"the disk of {folder} is full ({error.strerror}), so nothing was written; make room or "
+            "choose another disk"
+        ) from None
+
+
+@contextmanager
+def whole_folder(folder: Path, leads: bool = True, replaces: bool = False) -> Iterator[Path]:
+    """Yield `<folder>.partial`, empty, which is named `folder` at the end, or removed on an error.
 
     Args:
         leads: whether this rank makes, renames and removes it; the others only learn its name.
-
-    Raises:
-        UserError: where the disk is full.
+        replaces: whether a folder of that name gives way to it.
     """
     partial = folder.with_name(folder.name + ".partial")
     if leads:
-        check_new(folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     try:
         yield partial
         if leads:
+            if replaces:  # by itself a folder takes the place of an empty one only
+                shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
-    except BaseException as error:
+    except BaseException:
         if leads:
             shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in _FULL:
-            raise UserError(
-                f"the disk of {folder} is full ({error.strerror}), so nothing was written; make room or "
-                "choose another disk"
-            ) from None
         raise

@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from opo_megatron.errors import UserError
+from opo_megatron.errors import UnreadableWeights, UserError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types that weights may have, by their names in the format."""
@@ -69,7 +69,7 @@ class StoredTensor:
             while len(memory):
                 count = file.readinto(memory)  # type: ignore[attr-defined]
                 if not count:
-                    raise UserError(f"{self.path} ends in the middle of a tensor; download it again")
+                    raise UnreadableWeights(f"{self.path} ends in the middle of a tensor")
                 memory = memory[count:]
         return tensor
 
@@ -91,11 +91,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         tensors = {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}
         end = max((8 + length + entry["data_offsets"][1] for entry in header.values()), default=8 + length)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; download it again") from None
+        raise UnreadableWeights(f"{path} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no readable safetensors file ({error}); download it again") from None
+        raise UnreadableWeights(f"{path} is no readable safetensors file ({error})") from None
     if end != size:
-        raise UserError(f"{path} has {size} bytes where its header says {end}; download it again")
+        raise UnreadableWeights(f"{path} has {size} bytes where its header says {end}")
     return tensors
 
 
