@@ -6,6 +6,7 @@ environment of their own, which `rollout.sglang.python` names.
 
 from setuptools import find_packages, setup
 
+MODELOPT = "nvidia-modelopt==0.45.0"  # never its extras, which bring CUDA packages
 WANDB = "wandb==0.31.0"
 
 setup(
@@ -29,12 +30,14 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.9,<2.12"],  # the range that megatron-core 0.16.1 accepts
-        "modelopt": ["nvidia-modelopt==0.45.0"],
+        "modelopt": [MODELOPT, "transformers==5.12.1"],
         "reasoning-gym": ["reasoning-gym==0.1.25"],
         "wandb": [WANDB],
         "data": ["transformers==5.12.1", "datasets==5.2.0", "pyarrow==26.0.1"],
         "dev": [
+            "accelerate==1.15.0",  # without it transformers loads no FP8 weights
             "mypy==2.4.1",
+            MODELOPT,
             "pyarrow==26.0.1",
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",

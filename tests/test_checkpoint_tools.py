@@ -131,6 +131,11 @@ def test_a_policy_that_was_born_random_becomes_a_folder(recipe: Path, tmp_path: 
         ((CONVERT, "nowhere"), "required: OUT"),
         ((EXPORT, "nowhere", "out", "--max-shard-size", "0"), "--max-shard-size is 0"),
         ((CONVERT, "nowhere", "out", "--dtype", "fp8"), "invalid choice: 'fp8'"),
+        ((EXPORT, "nowhere", "out", "--quantize", "fp4"), "invalid choice: 'fp4'"),
+        ((EXPORT, "nowhere", "out", "--scales", "fp32"), "--scales belongs to --quantize fp8_block"),
+        ((EXPORT, "nowhere", "out", "--calibration-prompts", "3"), "belongs to --quantize fp8"),
+        ((EXPORT, "nowhere", "out", "--quantize", "fp8", "--calibration-prompts", "0"), "must be at least 1"),
+        ((EXPORT, "nowhere", "out", "--quantize", "fp8_block", "--verify"), "--verify expects equal"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_code_2(arguments: tuple[object, ...], words: str) -> None:

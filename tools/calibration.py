@@ -9,6 +9,7 @@ from pathlib import Path
 
 from opo_megatron.config import load_config
 from opo_megatron.errors import UserError
+from opo_megatron.parts import load_part
 
 LONGEST = 2048
 """Tokens of a prompt that are used."""
@@ -41,10 +42,8 @@ def recipe_prompts(recipe: Path, overrides: list[str], count: int) -> list[list[
     return [list(task.prompt("train", index).tokens) for index in indices]
 
 
-def file_prompts(path: Path, tokenizer_folders: Sequence[Path], count: int) -> list[list[int]]:
+def file_prompts(path: Path, folders: Sequence[Path], count: int) -> list[list[int]]:
     """The first texts of a file, by the model's own tokenizer."""
-    from opo_megatron.tasks.tokenizers import FolderTokenizer
-
     texts = []
     for text in _texts(path):
         texts.append(text)
@@ -52,14 +51,21 @@ def file_prompts(path: Path, tokenizer_folders: Sequence[Path], count: int) -> l
             break
     if not texts:
         raise UserError(f"--calibration-data {path} holds no text; put one on each line")
-    folder = next((f for f in tokenizer_folders if any(f.glob("tokenizer*"))), None)
+    folder = next((f for f in folders if any(path.is_file() for path in f.glob("tokenizer*"))), None)
     if folder is None:
         raise UserError(
             "--calibration-data needs the model's tokenizer, which no folder of it holds; name one with "
             "--like, or take prompts from a task with --calibrate-recipe"
         )
-    tokenizer = FolderTokenizer(folder)
-    return [tokenizer.encode(text) for text in texts]
+    transformers = load_part("transformers", "--calibration-data", "data")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a damaged file raises whatever its parser does
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"the tokenizer in {folder} does not load ({reason}); name one with --like"
+        ) from error
+    return [list(tokenizer.encode(text)) for text in texts]
 
 
 def _texts(path: Path) -> Iterator[str]:

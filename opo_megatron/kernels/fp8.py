@@ -64,10 +64,15 @@ def quantize_blocks(name: str, weight: Tensor, scales: Scales = Scales.fp32) -> 
         values, scale[first : first + step] = _quantize_strip(weight[part], scales)
         quantized[part] = values
     if not bool(scale.isfinite().all()):
-        raise UserError(
-            f"{name} holds NaN or infinite weights, which FP8 has no scale for; export another step"
-        )
+        raise not_finite(name)
     return quantized, scale
+
+
+def not_finite(name: str) -> UserError:
+    """What is said of weights that no scale fits."""
+    return UserError(
+        f"{name} holds NaN or infinite weights, which FP8 has no scale for; export another checkpoint"
+    )
 
 
 def _quantize_strip(weight: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:

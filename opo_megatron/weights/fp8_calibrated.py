@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 
 from opo_megatron.errors import UserError
+from opo_megatron.kernels.fp8 import not_finite
 from opo_megatron.parts import load_part
 from opo_megatron.weights.hf_folder import copy_companions
 
@@ -31,7 +32,7 @@ def load_modelopt() -> tuple[Any, Any, Any]:
     Raises:
         UserError: naming what is not installed.
     """
-    transformers = load_part("transformers", WANTED_BY, "data")
+    transformers = load_part("transformers", WANTED_BY, "modelopt")
     with _without_warnings():
         quantization = load_part("modelopt.torch.quantization", WANTED_BY, "modelopt")
         exporter = load_part("modelopt.torch.export", WANTED_BY, "modelopt")
@@ -47,7 +48,7 @@ def quantize_calibrated(
         prompts: token ids, each run alone, so that no padding enters a maximum.
 
     Raises:
-        UserError: where a scale is no number, as NaN weights make it.
+        UserError: for weights that are NaN or infinite, or a scale that would be.
     """
     transformers, quantization, exporter = load_modelopt()
 
@@ -60,10 +61,17 @@ def quantize_calibrated(
     transformers.utils.logging.disable_progress_bar()
     with _without_warnings(), torch.no_grad():
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True)
+        _check_weights(model)
         model = quantization.quantize(model.eval(), quantization.FP8_DEFAULT_CFG, forward_loop=run)
         exporter.export_hf_checkpoint(model, export_dir=target, max_shard_size=shard_bytes)
     copy_companions(target, [source])
     _check_scales(target)
+
+
+def _check_weights(model: Any) -> None:
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise not_finite(name)
 
 
 def _check_scales(folder: Path) -> None:
