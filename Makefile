@@ -6,8 +6,12 @@ VENV ?= .venv
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
+SGLANG_VENV ?= .venv-sglang
+# SGLANG=cuda makes SGLang's environment for GPUs.
+SGLANG ?= cpu
+
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-system quickstart test test-slow lint
+.PHONY: help setup setup-dev setup-sglang setup-system quickstart test test-slow lint
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -15,6 +19,8 @@ help:  ## this list
 setup: $(VENV)/.setup  ## .venv with what training needs
 
 setup-dev: $(VENV)/.setup-dev  ## the same, with what tests and lint need
+
+setup-sglang: $(SGLANG_VENV)/.setup-$(SGLANG)  ## .venv-sglang with an SGLang server, for rollout.engine=sglang
 
 setup-system:  ## system packages (as root)
 	@echo "No system packages are needed beyond Python 3.11 or 3.12 with venv."
@@ -24,10 +30,10 @@ quickstart: setup  ## train the small recipe in a new folder under runs/
 	while [ -e "$$dir" ]; do dir="runs/quickstart-$$n"; n=$$((n + 1)); done; \
 	$(VENV)/bin/opo train recipes/quickstart.yaml run.dir="$$dir"
 
-test: setup-dev  ## tests that take seconds
+test: setup-dev setup-sglang  ## tests that take seconds
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
-test-slow: setup-dev  ## tests that take minutes
+test-slow: setup-dev setup-sglang  ## tests that take minutes
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m slow
 
 lint: setup-dev  ## style, formatting and types
@@ -46,4 +52,12 @@ $(VENV)/.setup: setup.py
 
 $(VENV)/.setup-dev: $(VENV)/.setup
 	$(PIP) install -e '.[dev]'
+	@touch $@
+
+$(SGLANG_VENV)/.setup-%: requirements/sglang-%.txt setup.py
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip --quiet --disable-pip-version-check install \
+	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(SGLANG_VENV)/bin/python -m pip --quiet --disable-pip-version-check install \
+	  $(if $(filter cpu,$*),--no-deps) -r $<
 	@touch $@

@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from opo_megatron.algorithm.on_policy import Mismatch, check_mismatch, check_versions, k3
+from opo_megatron.algorithm.objective import PolicyGradient
+from opo_megatron.algorithm.on_policy import (
+    HISTOGRAM,
+    Mismatch,
+    MismatchSums,
+    check_mismatch,
+    check_versions,
+    k3,
+)
 from opo_megatron.config.schema import MismatchAction, OnPolicyConfig
 from opo_megatron.errors import OnPolicyError
 
@@ -45,7 +53,7 @@ def test_what_is_not_finite_is_refused_whatever_the_action(action: MismatchActio
 
 def test_a_difference_beyond_the_tolerance_is_refused_or_warned_of() -> None:
     mismatch = Mismatch(0.0101, 0.002, 0.0)
-    with pytest.raises(OnPolicyError, match=r"on_policy\.tolerance=0\.01.*on_policy\.action=warn"):
+    with pytest.raises(OnPolicyError, match=r"on_policy\.tolerance=0\.01.*on_policy\.action to warn"):
         check_mismatch(OnPolicyConfig(0.01, MismatchAction.refuse), mismatch)
     warning = check_mismatch(OnPolicyConfig(0.01, MismatchAction.warn), mismatch)
     assert warning is not None and f"disagree by {mismatch.max:.3g}" in warning
@@ -71,3 +79,43 @@ def test_the_mean_of_k3_under_the_engine_is_the_kl_divergence() -> None:
     engine, policy = torch.randn(2, 50, generator=generator, dtype=torch.float64).log_softmax(1)
     truth = (engine.exp() * (engine - policy)).sum()
     torch.testing.assert_close((engine.exp() * k3(policy - engine)).sum(), truth, rtol=1e-12, atol=0)
+
+
+def test_sums_over_micro_batches_give_the_measures_of_all_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    delta = 10 ** (-8 * torch.rand(1000, generator=generator, dtype=torch.float64)) - 0.01
+    sums = MismatchSums(torch.device("cpu"))
+    for part in delta.split(137):
+        sums.add(part)
+    found = MismatchSums.result(sums.values.tolist(), float(sums.highest), 1000)
+    weight = delta.exp()
+    assert found.max == float(delta.abs().max())
+    assert found.mean == pytest.approx(float(delta.abs().mean()), rel=1e-12)
+    assert found.k3 == pytest.approx(float((weight - 1 - delta).mean()), rel=1e-9)
+    assert found.ess == pytest.approx(float(weight.sum() ** 2 / weight.square().sum() / 1000), rel=1e-12)
+    assert found.above == tuple(float((delta.abs() > edge).double().mean()) for edge in HISTOGRAM)
+
+
+def test_a_mismatch_of_nothing_is_an_effective_sample_of_everything() -> None:
+    sums = MismatchSums(torch.device("cpu"))
+    sums.add(torch.zeros(5))
+    assert MismatchSums.result(sums.values.tolist(), 0.0, 5) == Mismatch(0, 0, 0, 1, (0,) * len(HISTOGRAM))
+
+
+def test_correction_weights_tokens_by_the_truncated_ratio() -> None:
+    """The expected gradient of an uncapped correction under the engine is the policy's own."""
+    generator = torch.Generator().manual_seed(0)
+    engine, policy = torch.randn(2, 50, generator=generator, dtype=torch.float64).log_softmax(1)
+    advantage = torch.randn(50, generator=generator, dtype=torch.float64)
+    columns = {"advantages": advantage, "engine_log_prob": engine}
+    _, exact = PolicyGradient(2.0, 1.0)(policy, columns)
+    _, corrected = PolicyGradient(2.0, 1.0, max_importance_weight=math.inf)(policy, columns)
+    torch.testing.assert_close((engine.exp() * corrected).sum(), (policy.exp() * exact).sum())
+    _, capped = PolicyGradient(2.0, 1.0, max_importance_weight=1.5)(policy, columns)
+    torch.testing.assert_close(capped, exact * (policy - engine).exp().clamp(max=1.5))
+
+
+def test_correction_says_what_it_does() -> None:
+    config = OnPolicyConfig(tolerance=0.01, action=MismatchAction.correct, max_importance_weight=3.0)
+    assert "corrected by importance weights up to 3" in str(check_mismatch(config, Mismatch(0.5, 0.1, 0.0)))
+    assert check_mismatch(config, Mismatch(0.005, 0.001, 0.0)) is None

@@ -39,16 +39,27 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """−(1/N) Σᵢ Aᵢ Σₜ log π_T(yᵢₜ | …): OPO's objective, whatever the baseline behind A."""
+    """−(1/N) Σᵢ Aᵢ Σₜ wᵢₜ log π_T(yᵢₜ | …): OPO's objective, whatever the baseline behind A.
+
+    w = 1, unless the engine is corrected for: then w = min(π_policy / π_engine, cap), held constant.
+    """
 
     normalizer: float
     """N."""
     temperature: float
-    columns: tuple[str, ...] = ("advantages",)
+    max_importance_weight: float | None = None
+    """The cap; None trusts the engine."""
     learns_from_demonstrations: bool = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("advantages",) if self.max_importance_weight is None else ("advantages", "engine_log_prob")
 
     def __call__(self, log_prob: Tensor, columns: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         coefficient = -columns["advantages"] / self.normalizer
+        if self.max_importance_weight is not None:
+            ratio = (log_prob - columns["engine_log_prob"]).exp()
+            coefficient = coefficient * ratio.clamp(max=self.max_importance_weight)
         return coefficient * log_prob, coefficient
 
 

@@ -3,6 +3,9 @@
 Two proofs, every step.  The version of every token must be the policy's.  And the policy's own
 log-probabilities of the sampled tokens, which fall out of the training pass, must agree with what
 the engine recorded while it sampled: Δ = log π_policy − log π_engine, over all tokens.
+
+Where an engine cannot be made to agree, `on_policy.action=correct` weights every token by
+min(exp(Δ), cap), the truncated importance weights of (Ionides 2008), instead of refusing.
 """
 
 from __future__ import annotations
@@ -23,6 +26,10 @@ def k3(delta: Tensor) -> Tensor:
     return torch.expm1(delta) - delta
 
 
+HISTOGRAM = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+"""Sizes of |Δ| at which tokens are counted: how the mismatch is spread."""
+
+
 @dataclass(frozen=True)
 class Mismatch:
     """Engine against policy over all tokens of a step."""
@@ -30,6 +37,38 @@ class Mismatch:
     max: float
     mean: float
     k3: float
+    ess: float = 1.0
+    """Effective sample size (Σw)² / Σw², w = exp(Δ), as a share of the tokens."""
+    above: tuple[float, ...] = ()
+    """Share of tokens with |Δ| above each of `HISTOGRAM`."""
+
+
+class MismatchSums:
+    """Sums over tokens, micro-batch by micro-batch; additive over ranks but for `highest`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(4 + len(HISTOGRAM), dtype=torch.float64, device=device)
+        self.highest = torch.zeros((), dtype=torch.float64, device=device)
+        self._edges = torch.tensor(HISTOGRAM, dtype=torch.float64, device=device)
+
+    def add(self, delta: Tensor) -> None:
+        """Δ = log π_policy − log π_engine of some tokens [n]."""
+        delta = delta.double()
+        size, weight = delta.abs(), delta.exp()
+        sums = torch.stack((size.sum(), k3(delta).sum(), weight.sum(), weight.square().sum()))
+        # The number above an edge is what `bucketize` puts behind it.
+        place = torch.bucketize(size, self._edges)
+        above = torch.bincount(place, minlength=len(HISTOGRAM) + 1).flip(0).cumsum(0).flip(0)[1:]
+        self.values += torch.cat((sums, above.double()))
+        torch.maximum(self.highest, size.max(), out=self.highest)
+
+    @staticmethod
+    def result(values: list[float], highest: float, tokens: float) -> Mismatch:
+        """The measures from sums over all ranks."""
+        size, divergence, weight, squares, *above = values
+        ess = weight**2 / squares / tokens if squares > 0 else math.nan
+        shares = tuple(count / tokens for count in above)
+        return Mismatch(highest, size / tokens, divergence / tokens, ess, shares)
 
 
 def check_versions(weight_versions: Tensor | None, expected: int) -> None:
@@ -69,4 +108,8 @@ def check_mismatch(config: OnPolicyConfig, mismatch: Mismatch) -> str | None:
     )
     if config.action is MismatchAction.warn:
         return sentence
-    raise OnPolicyError(f"{sentence}; mend that, or raise the tolerance, or set on_policy.action=warn")
+    if config.action is MismatchAction.correct:
+        return f"{sentence}; corrected by importance weights up to {config.max_importance_weight:g}"
+    raise OnPolicyError(
+        f"{sentence}; mend that, or raise the tolerance, or set on_policy.action to warn or correct"
+    )

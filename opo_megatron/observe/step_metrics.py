@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.advantages import without_signal
+from opo_megatron.algorithm.on_policy import HISTOGRAM
 from opo_megatron.config import Config
 from opo_megatron.observe.rows import Row
 from opo_megatron.policy.step_sums import StepMetrics
@@ -41,7 +42,10 @@ def step_row(
             "on_policy/logprob_diff_max": metrics.mismatch.max,
             "on_policy/logprob_diff_mean": metrics.mismatch.mean,
             "on_policy/k3": metrics.mismatch.k3,
+            "on_policy/ess": metrics.mismatch.ess,
         }
+        for edge, share in zip(HISTOGRAM, metrics.mismatch.above, strict=True):
+            row[f"on_policy/share_above_{edge:.0e}"] = share
     return row
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opo_megatron.algorithm.on_policy import Mismatch, k3
+from opo_megatron.algorithm.on_policy import Mismatch, MismatchSums
 from opo_megatron.kernels.head import HeadOutput
 from opo_megatron.policy.microbatch import MicroBatch
 from opo_megatron.policy.parallel import Parallel, all_reduce
@@ -32,19 +32,17 @@ class StepSums:
     """This rank's part of a step's sums, on its device until the step is over."""
 
     def __init__(self, parallel: Parallel, measures_mismatch: bool) -> None:
-        self._parallel, self._measures_mismatch = parallel, measures_mismatch
-        self._sums = torch.zeros(4, dtype=torch.float64, device=parallel.device)
-        self._highest = torch.zeros((), dtype=torch.float64, device=parallel.device)
+        self._parallel = parallel
+        self._sums = torch.zeros(2, dtype=torch.float64, device=parallel.device)
+        self._mismatch = MismatchSums(parallel.device) if measures_mismatch else None
 
     def add(self, micro: MicroBatch, output: HeadOutput) -> None:
         """One micro-batch, learned from or only measured."""
-        values = [output.entropy.double().sum()]
-        values.append(torch.zeros_like(values[0]) if output.loss is None else output.loss.double().sum())
-        if self._measures_mismatch and micro.targets.numel():
-            delta = (output.log_prob - micro.columns["engine_log_prob"]).double()
-            values += [delta.abs().sum(), k3(delta).sum()]
-            torch.maximum(self._highest, delta.abs().max(), out=self._highest)
-        self._sums[: len(values)] += torch.stack(values)
+        entropy = output.entropy.double().sum()
+        loss = torch.zeros_like(entropy) if output.loss is None else output.loss.double().sum()
+        self._sums += torch.stack((entropy, loss))
+        if self._mismatch is not None and micro.targets.numel():
+            self._mismatch.add(output.log_prob - micro.columns["engine_log_prob"])
 
     def total(self, response_lengths: Tensor) -> StepMetrics:
         """Over all ranks; a collective.
@@ -53,12 +51,16 @@ class StepSums:
             response_lengths: of this data-parallel rank's samples.
         """
         tokens = torch.tensor([float(response_lengths.sum())], dtype=torch.float64)
-        totals = torch.cat((tokens, self._sums.cpu())) * (1.0 if self._parallel.reports else 0.0)
-        count, entropy, loss, difference, divergence = all_reduce(self._parallel, totals).tolist()
-        highest = all_reduce(self._parallel, self._highest.cpu(), dist.ReduceOp.MAX)
+        parts = [tokens, self._sums.cpu()]
+        highest = torch.zeros((), dtype=torch.float64)
+        if self._mismatch is not None:
+            parts.append(self._mismatch.values.cpu())
+            highest = all_reduce(self._parallel, self._mismatch.highest.cpu(), dist.ReduceOp.MAX)
+        totals = torch.cat(parts) * (1.0 if self._parallel.reports else 0.0)
+        count, entropy, loss, *differences = all_reduce(self._parallel, totals).tolist()
         if count == 0:
             return StepMetrics(loss, 0, entropy=None, mismatch=None)
         mismatch = None
-        if self._measures_mismatch:
-            mismatch = Mismatch(float(highest), difference / count, divergence / count)
+        if self._mismatch is not None:
+            mismatch = MismatchSums.result(differences, float(highest), count)
         return StepMetrics(loss, int(count), entropy / count, mismatch)
