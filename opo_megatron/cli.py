@@ -25,9 +25,11 @@ from typing import Any, NoReturn
 
 from opo_megatron.config import Config, load_config, to_yaml
 from opo_megatron.config.arithmetic import describe_batch, smallest_world
+from opo_megatron.config.schema import EngineName
 from opo_megatron.errors import EXIT_USER_ERROR, UserError
 from opo_megatron.launch import CHILD, ERROR_CLAIM, run_ranks
 from opo_megatron.parts import hidden
+from opo_megatron.rollout.sglang.server import interpreter
 
 EXIT_INTERRUPTED = 130
 
@@ -140,6 +142,8 @@ def _train(options: argparse.Namespace) -> int:
     config = load_config(options.recipe, options.overrides, _world_size(options.nproc) or 1)
     if CHILD not in os.environ and os.environ.get("RANK", "0") == "0":
         check_run_dir(config)
+        if config.rollout.engine is EngineName.sglang and not config.rollout.sglang.urls:
+            interpreter(config.rollout.sglang)
     if (options.nproc or 1) > 1:
         command = [sys.executable, "-m", "opo_megatron", "train", options.recipe, *options.overrides]
         command += ["--debug"] if options.debug else []

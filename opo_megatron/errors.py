@@ -21,3 +21,7 @@ class UnreadableWeights(UserError):
 
 class OnPolicyError(UserError):
     """A batch that the current weights did not draw, by version or by log-probability."""
+
+
+class EngineFailure(Exception):
+    """A rollout engine that died, hung or broke off: nobody's mistake, and it can be started again."""

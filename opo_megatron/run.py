@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-
-import torch
 
 from opo_megatron.algorithm.on_policy import check_mismatch
 from opo_megatron.config import Config
-from opo_megatron.config.schema import Dtype, Kl, OptimizerConfig
-from opo_megatron.disk import writing
-from opo_megatron.errors import OnPolicyError, UserError
-from opo_megatron.observe.boards import load_wandb
+from opo_megatron.errors import OnPolicyError
 from opo_megatron.observe.closing import closing_table
 from opo_megatron.observe.console import Display
 from opo_megatron.observe.rows import Row
@@ -23,26 +16,18 @@ from opo_megatron.observe.run_files import RunFiles
 from opo_megatron.observe.step_metrics import memory_metrics, throughput_metrics
 from opo_megatron.policy.checkpoint import (
     RunProgress,
-    find_checkpoint,
-    load,
-    read_progress,
-    run_of,
     save,
 )
-from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize, leave
+from opo_megatron.policy.parallel import Parallel
 from opo_megatron.policy.policy import Policy
 from opo_megatron.policy.step_sums import StepMetrics
-from opo_megatron.policy.weights_checkpoint import CheckpointShards, holds_weights
 from opo_megatron.rollout.batch import gather_on_first
-from opo_megatron.rollout.engine import Progress, RolloutEngine, Sampling
-from opo_megatron.rollout.local.engine import LocalEngine
+from opo_megatron.rollout.engine import Progress, Request, RolloutEngine, Sampling
+from opo_megatron.rollout.recovery import draw, synchronize
 from opo_megatron.rollout.rollouts import Rollouts
-from opo_megatron.tasks import TASKS, Prompt, Task
+from opo_megatron.tasks import Prompt, Task
 from opo_megatron.tasks.base import PromptOrder, Split
-from opo_megatron.weights.hf_folder import read_weights
-from opo_megatron.weights.random import random_weights
 from opo_megatron.weights.start_weights import StartWeights
-from opo_megatron.weights.stream import WeightSource
 
 STREAM_TRAIN, STREAM_WARM_START, STREAM_EVAL = range(3)
 """Independent streams of random numbers."""
@@ -65,6 +50,10 @@ class Run:
     """Last finished OPO step; step 0 is the evaluation before the first update, −1 is before that."""
     warm_step: int = 0
     """Last finished warm-start step."""
+    sync_difference: float = 0.0
+    """Largest |Δ log-probability| of the probe after the last sync."""
+    engine_failures: int = 0
+    """Of this attempt."""
     started: float = field(default_factory=time.monotonic)
     _orders: dict[tuple[int, int], PromptOrder] = field(default_factory=dict)
 
@@ -102,8 +91,12 @@ class Run:
         return show
 
     def synchronize(self) -> None:
-        """Send the policy's weights to the engine."""
-        self.engine.update_weights(self.policy.stream_weights(), self.policy.version)
+        """Send the policy's weights to the engine and prove that they arrived."""
+        synchronize(self)
+
+    def draw(self, requests: Sequence[Request], sampling: Sampling, what: str) -> Rollouts:
+        """One response per request of this rank, from the engine's current weights; a collective."""
+        return draw(self, requests, sampling, self.progress(what))
 
     def keep_start_weights(self) -> None:
         """Write the weights that OPO begins with, where the KL to them is measured."""
@@ -123,6 +116,7 @@ class Run:
         """Write an OPO step, then save where it is time to."""
         if rollouts is not None and self.config.observe.save_rollouts:
             self.files.write_rollouts(row["step"], gather_on_first(self.parallel, rollouts))
+        row |= {"on_policy/sync_diff_max": self.sync_difference, "run/engine_failures": self.engine_failures}
         self.files.write_step(row | throughput_metrics(row) | memory_metrics())
         self.display.row(row)
         self.step = row["step"]
@@ -163,93 +157,3 @@ def accept_on_policy(run: Run, metrics: StepMetrics) -> None:
     warning = check_mismatch(run.config.on_policy, metrics.mismatch)
     if warning is not None:
         run.display.say(f"warning: {warning}")
-
-
-@contextmanager
-def open_run(config: Config) -> Iterator[Run]:
-    """Build or resume a run and leave its process groups at the end."""
-    parallel = initialize(config)
-    display = Display(active=parallel.rank == 0)
-    run = None
-    try:
-        with writing(config.run.dir):
-            run = _build(config, parallel, display)
-            yield run
-    except BaseException:
-        display.close()
-        if run is not None:
-            with suppress(OSError):  # on a full disk as before
-                run.files.close(failed=True)
-        # Leaving waits for ranks that may be waiting for this one; what went wrong must be said first.
-        if parallel.world_size == 1:
-            leave()
-        raise
-    run.files.close()
-    display.close()
-    leave()
-
-
-def _build(config: Config, parallel: Parallel, display: Display) -> Run:
-    if config.observe.wandb_project is not None and parallel.rank == 0:
-        load_wandb(config)
-    task = TASKS[config.task.name](config.task)
-    for note in task.notes:
-        display.say(note)
-    # Folders can look different from different machines: one rank looks, all follow.
-    checkpoint = all_gather_objects(parallel, find_checkpoint(config) if parallel.rank == 0 else None)[0]
-    progress = read_progress(checkpoint) if checkpoint else RunProgress("warm_start", 0)
-    in_warm_start = progress.phase == "warm_start"
-    warms_up = in_warm_start and config.warm_start.steps > 0
-    vocab_size = vocabulary_of(config, task)
-    start_weights = None
-    if config.observe.kl is Kl.eval:
-        start_weights = StartWeights(Path(config.run.dir), parallel, config.policy.model, vocab_size)
-    optimizer = config.warm_start if warms_up else config.optimizer
-    policy = start_policy(config, parallel, vocab_size, optimizer, checkpoint is None)
-    if checkpoint is not None:
-        load(policy, config, checkpoint)
-        if start_weights is not None and not in_warm_start:
-            start_weights.check(run_of(checkpoint))
-        display.say(f"resumed from {checkpoint}")
-    elif config.policy.init_from is not None:
-        display.say(f"starts from the weights of {config.policy.init_from}")
-    dtype = torch.bfloat16 if config.policy.dtype is Dtype.bf16 else torch.float32
-    slots = config.rollout.local.slots
-    engine = LocalEngine(config.policy.model, policy.vocab_size, dtype, parallel.device, slots)
-    files = RunFiles(config, parallel.rank == 0, progress, checkpoint)
-    if start_weights is not None and checkpoint is not None and not in_warm_start:
-        start_weights.take_over(run_of(checkpoint))
-    step = -1 if in_warm_start else progress.step
-    warm_step = progress.step if in_warm_start else config.warm_start.steps
-    return Run(config, parallel, task, policy, engine, files, display, start_weights, step, warm_step)
-
-
-def vocabulary_of(config: Config, task: Task) -> int:
-    """Rows of the policy's embedding.
-
-    Raises:
-        UserError: where the task has tokens that the policy has no row for.
-    """
-    rows = config.policy.model.vocab_size
-    if rows is not None and task.vocab_size > rows:
-        raise UserError(
-            f"the task's tokenizer has {task.vocab_size} tokens, but the policy's vocabulary is "
-            f"policy.model.vocab_size={rows}; set task.tokenizer to the folder of the model's own tokenizer"
-        )
-    return task.vocab_size if rows is None else rows
-
-
-def start_policy(
-    config: Config, parallel: Parallel, vocab_size: int, optimizer: OptimizerConfig, needs_weights: bool
-) -> Policy:
-    """The policy with its first weights: random, or those of `policy.init_from`."""
-    folder = Path(config.policy.init_from) if config.policy.init_from is not None else None
-    weights: WeightSource | None = None
-    if needs_weights and folder is None:
-        weights = random_weights(config.policy.model, vocab_size, config.run.seed)
-    elif needs_weights and folder is not None and not holds_weights(folder):
-        weights = read_weights(folder, config.policy.model).__getitem__
-    policy = Policy(config, vocab_size, parallel, optimizer, weights)
-    if needs_weights and folder is not None and holds_weights(folder):
-        policy.set_weights(CheckpointShards(folder, policy.chunks, policy.table, parallel))
-    return policy

@@ -19,13 +19,14 @@ from functools import partial
 from opo_megatron.algorithm.advantages import advantages
 from opo_megatron.algorithm.objective import PolicyGradient, loss_normalizer
 from opo_megatron.algorithm.on_policy import check_versions
+from opo_megatron.build import open_run
 from opo_megatron.config import Config
 from opo_megatron.evaluate import evaluate, evaluation_is_due
 from opo_megatron.observe.step_metrics import step_row
 from opo_megatron.observe.timing import PhaseTimer
 from opo_megatron.policy.schedule import learning_rate
 from opo_megatron.rollout.batch import exchange, gather_summary, own_block, requests_for, rewards_of
-from opo_megatron.run import Run, accept_on_policy, open_run
+from opo_megatron.run import Run, accept_on_policy
 from opo_megatron.warm_start import warm_start
 
 
@@ -49,7 +50,7 @@ def opo_step(run: Run, step: int) -> None:
     with timer.phase("rollout"):
         prompts = run.prompts(step)
         requests = requests_for(prompts, config.rollout.samples_per_prompt, parallel)
-        rollouts = run.engine.generate(requests, run.sampling(step), run.progress(f"step {step}  drawing"))
+        rollouts = run.draw(requests, run.sampling(step), f"step {step}  drawing")
         check_versions(rollouts.weight_versions, policy.version)
 
     with timer.phase("reward"):

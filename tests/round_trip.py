@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from hf_models import PROMPTS, tensors_of
 
+from opo_megatron.build import start_policy
 from opo_megatron.config import Config, load_config
 from opo_megatron.config.schema import OptimizerConfig
 from opo_megatron.policy.convert import convert, export
 from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize
 from opo_megatron.policy.policy import Policy
 from opo_megatron.rollout.rollouts import Rollouts
-from opo_megatron.run import start_policy
 from opo_megatron.weights.hf_folder import DEFAULT_SHARD_BYTES
 
 

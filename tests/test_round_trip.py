@@ -20,12 +20,12 @@ from hf_models import (
 )
 from round_trip import config_from, policy_from, run_layouts
 
+from opo_megatron.build import vocabulary_of
 from opo_megatron.errors import UserError
 from opo_megatron.policy.convert import convert, export
 from opo_megatron.policy.parallel import initialize, leave, leave_layout
 from opo_megatron.rollout.engine import Request, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
-from opo_megatron.run import vocabulary_of
 from opo_megatron.tasks.base import Task
 from opo_megatron.weights.safetensors_file import read_header
 

@@ -96,9 +96,15 @@ OVERRIDE_MISTAKES = [
     ("algorithm.updates_per_batch=2", "OPO takes exactly one optimizer step per batch"),
     ("algorithm.baseline=opo_loo rollout.samples_per_prompt=1", "leave_one_out needs another sample"),
     ("algorithm.loss_constant=5", "used only with algorithm.loss_normalizer=constant"),
+    # engines
+    (
+        "rollout.engine=sglang policy.model.num_moe_experts=4",
+        "would route tokens to different experts; set rollout.engine=local",
+    ),
+    ("rollout.sglang.transport=pigeon", "it must be one of tensor, distributed, disk"),
+    ("rollout.sglang.timeout_seconds=0", "rollout.sglang.timeout_seconds is 0.0; it must be above 0"),
+    ("on_policy.max_importance_weight=-1", "on_policy.max_importance_weight is -1.0; it must be above 0"),
     # not built yet
-    ("rollout.engine=sglang", "rollout.engine=sglang is not built yet; set rollout.engine to local"),
-    ("on_policy.action=correct", "on_policy.action=correct is not built yet"),
     ("algorithm.baseline=energy", "algorithm.baseline=energy is not built yet"),
     ("algorithm.weight=energy_hidden", "algorithm.weight=energy_hidden is not built yet"),
     ("policy.context_parallel_size=2", "needs Transformer Engine's attention, not built yet; set 1"),

@@ -138,8 +138,8 @@ def measure(checkpoint: Path, folder: Path) -> tuple[dict[str, float], dict[str,
     """One checkpoint's decoding and training tokens per second."""
     import torch
 
+    from opo_megatron.build import open_run
     from opo_megatron.config import load_config
-    from opo_megatron.run import open_run
 
     overrides = [f"run.dir={folder}", f"resume={checkpoint}", "warm_start.steps=500", "observe.kl=off"]
     config = load_config(str(ROOT / "recipes" / "quickstart.yaml"), overrides, 1)

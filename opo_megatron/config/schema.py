@@ -83,6 +83,14 @@ class RopeType(str, Enum):
     llama3 = "llama3"
 
 
+class Transport(str, Enum):
+    """How weights reach an SGLang server."""
+
+    tensor = "tensor"
+    distributed = "distributed"
+    disk = "disk"
+
+
 class MismatchAction(str, Enum):
     refuse = "refuse"
     warn = "warn"
@@ -184,9 +192,34 @@ class LocalEngineConfig:
 
 
 @dataclass
+class SglangConfig:
+    python: str = ".venv-sglang/bin/python"
+    """Interpreter of the environment that has SGLang; `make setup-sglang` makes this one."""
+    urls: list[str] = field(default_factory=list)
+    """Servers that run already, as http://host:port; empty starts the run's own."""
+    servers: int | None = None
+    """Servers per node; default one per engine-sized group of GPUs, on a CPU one."""
+    tensor_parallel_size: int = 1
+    """GPUs of one server."""
+    transport: Transport = Transport.tensor
+    """`tensor`: shared memory or CUDA IPC on one node; `distributed`: a broadcast; `disk`: a folder."""
+    max_running_requests: int | None = None
+    """Responses that a server draws at once; default all of a step."""
+    api_key: str | None = None
+    """Key that the servers ask for; `${oc.env:NAME}` keeps it out of the recipe."""
+    start_timeout_seconds: float = 900.0
+    timeout_seconds: float = 1800.0
+    """A server that gives no answer for so long counts as hung."""
+    restarts: int = 3
+    """How often in a row a step is drawn again after a failure, before the run ends."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options of sglang.launch_server, by its own names."""
+
+
+@dataclass
 class RolloutConfig:
     engine: EngineName = EngineName.local
-    """`local` decodes in the trainer's own process."""
+    """`local` decodes in the trainer's own process; `sglang` asks servers."""
     prompts_per_step: int = 48
     """Prompts of a step, over all ranks."""
     samples_per_prompt: int = 8
@@ -200,6 +233,7 @@ class RolloutConfig:
     max_response_tokens: int = 64
     """A response is cut here, without a stop token."""
     local: LocalEngineConfig = field(default_factory=LocalEngineConfig)
+    sglang: SglangConfig = field(default_factory=SglangConfig)
 
 
 @dataclass
@@ -312,7 +346,10 @@ class OnPolicyConfig:
     tolerance: float = 1e-3
     """Largest |Δ log-probability| of a sampled token between engine and policy."""
     action: MismatchAction = MismatchAction.refuse
-    """What happens beyond it."""
+    """What happens beyond it: the step is refused, warned of, or (`correct`) its tokens are weighted by
+    truncated importance weights, in every step."""
+    max_importance_weight: float = 2.0
+    """Where `correct` cuts the weights."""
 
 
 @dataclass

@@ -20,7 +20,6 @@ from opo_megatron.config.schema import (
     EngineName,
     Kl,
     LossNormalizer,
-    MismatchAction,
     PolicyConfig,
     RopeScalingConfig,
     RopeType,
@@ -42,6 +41,7 @@ def validate(config: Config, world_size: int | None) -> None:
     """
     check_fields(config)
     check_not_built(config)
+    check_engine(config)
     check_run(config)
     check_sampling(config)
     check_algorithm(config)
@@ -67,7 +67,8 @@ _FIELD_RULES: tuple[Rule, ...] = (
         "policy.pipeline_model_parallel_size policy.context_parallel_size "
         "policy.expert_model_parallel_size policy.expert_tensor_parallel_size "
         "policy.max_tokens_per_micro_batch policy.head_chunk_tokens task.max_prompt_tokens "
-        "task.generator_size",
+        "task.generator_size rollout.sglang.servers rollout.sglang.tensor_parallel_size "
+        "rollout.sglang.max_running_requests",
         lambda value: value >= 1,
         "at least 1",
     ),
@@ -75,13 +76,14 @@ _FIELD_RULES: tuple[Rule, ...] = (
         "run.seed train.steps warm_start.steps optimizer.warmup_steps warm_start.warmup_steps "
         "optimizer.lr warm_start.lr optimizer.weight_decay warm_start.weight_decay optimizer.clip "
         "warm_start.clip rollout.top_k eval.top_k eval.every_steps checkpoint.every_steps "
-        "on_policy.tolerance algorithm.length_exponent",
+        "on_policy.tolerance algorithm.length_exponent rollout.sglang.restarts",
         lambda value: value >= 0,
         "0 or more",
     ),
     (
         "rollout.temperature eval.temperature optimizer.eps warm_start.eps run.distributed_timeout_minutes "
-        "algorithm.loss_constant policy.weight_bucket_mib policy.model.rotary_base "
+        "algorithm.loss_constant rollout.sglang.start_timeout_seconds rollout.sglang.timeout_seconds "
+        "on_policy.max_importance_weight policy.weight_bucket_mib policy.model.rotary_base "
         "policy.model.layernorm_epsilon policy.model.rope_scaling.factor "
         "policy.model.rope_scaling.low_freq_factor policy.model.rope_scaling.high_freq_factor",
         lambda value: value > 0,
@@ -145,14 +147,23 @@ def check_task(config: Config) -> None:
 def check_not_built(config: Config) -> None:
     """Values that the schema names and no code serves yet."""
     asked = (
-        ("rollout.engine", config.rollout.engine, (EngineName.sglang,), "local"),
-        ("on_policy.action", config.on_policy.action, (MismatchAction.correct,), "refuse or warn"),
         ("algorithm.baseline", config.algorithm.baseline, (Baseline.energy,), "opo"),
         ("algorithm.weight", config.algorithm.weight, (Weight.energy, Weight.energy_hidden), "length"),
     )
     for key, value, missing, instead in asked:
         name = value.value if value is not None else None
         _require(value not in missing, f"{key}={name} is not built yet; set {key} to {instead}")
+
+
+def check_engine(config: Config) -> None:
+    """What an SGLang engine cannot serve."""
+    if config.rollout.engine is not EngineName.sglang:
+        return
+    _require(
+        config.policy.model.num_moe_experts is None,
+        f"policy.model.num_moe_experts is {config.policy.model.num_moe_experts} with rollout.engine=sglang, "
+        "but engine and policy would route tokens to different experts; set rollout.engine=local",
+    )
 
 
 def check_run(config: Config) -> None:

@@ -61,3 +61,15 @@ class RolloutEngine(Protocol):
     def update_weights(self, buckets: NamedTensors, version: int) -> None:
         """Take over the streamed weights; until the stream ends the engine holds no version."""
         ...
+
+    def probe(self, requests: Sequence[Request], sampling: Sampling) -> dict[str, Rollouts]:
+        """The same requests answered by every copy of the weights that this rank feeds, by name."""
+        ...
+
+    def recover(self) -> None:
+        """Make the engine usable after an EngineFailure, without weights; a collective of all ranks."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the engine holds: processes, memory."""
+        ...

@@ -53,6 +53,16 @@ class LocalEngine:
             raise ValueError(f"the weight stream lacks {sorted(missing)[0]} and {len(missing) - 1} more")
         self.version = version
 
+    def probe(self, requests: Sequence[Request], sampling: Sampling) -> dict[str, Rollouts]:
+        """This rank's copy is the only one that it feeds."""
+        return {"the local engine": self.generate(requests, sampling)}
+
+    def recover(self) -> None:
+        """Nothing here outlives a failure of this process."""
+
+    def close(self) -> None:
+        self._cache = None
+
     def cache(self, rows: int, length: int) -> KeyValueCache:
         """A cache of at least this size; its memory is kept for the next call, since touching fresh
         pages costs as much as an eighth of a step's decoding."""

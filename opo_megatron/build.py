@@ -1,0 +1,134 @@
+"""How a run is put together, or found again, and how it is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from opo_megatron.config import Config
+from opo_megatron.config.schema import Dtype, EngineName, Kl, OptimizerConfig
+from opo_megatron.disk import writing
+from opo_megatron.errors import UserError
+from opo_megatron.observe.boards import load_wandb
+from opo_megatron.observe.console import Display
+from opo_megatron.observe.run_files import RunFiles
+from opo_megatron.policy.checkpoint import RunProgress, find_checkpoint, load, read_progress, run_of
+from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize, leave
+from opo_megatron.policy.policy import Policy
+from opo_megatron.policy.weights_checkpoint import CheckpointShards, holds_weights
+from opo_megatron.rollout.engine import RolloutEngine
+from opo_megatron.rollout.local.engine import LocalEngine
+from opo_megatron.rollout.sglang.engine import SglangEngine
+from opo_megatron.rollout.sglang.server import write_model_config
+from opo_megatron.run import Run
+from opo_megatron.tasks import TASKS, Task
+from opo_megatron.weights.hf_folder import read_weights
+from opo_megatron.weights.random import random_weights
+from opo_megatron.weights.start_weights import StartWeights
+from opo_megatron.weights.stream import WeightSource
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[Run]:
+    """Build or resume a run and leave its process groups at the end."""
+    parallel = initialize(config)
+    display = Display(active=parallel.rank == 0)
+    run = None
+    try:
+        with writing(config.run.dir):
+            run = _build(config, parallel, display)
+            yield run
+    except BaseException:
+        display.close()
+        if run is not None:
+            run.engine.close()
+            with suppress(OSError):  # on a full disk as before
+                run.files.close(failed=True)
+        # Leaving waits for ranks that may be waiting for this one; what went wrong must be said first.
+        if parallel.world_size == 1:
+            leave()
+        raise
+    run.engine.close()
+    run.files.close()
+    display.close()
+    leave()
+
+
+def _build(config: Config, parallel: Parallel, display: Display) -> Run:
+    if config.observe.wandb_project is not None and parallel.rank == 0:
+        load_wandb(config)
+    task = TASKS[config.task.name](config.task)
+    for note in task.notes:
+        display.say(note)
+    # Folders can look different from different machines: one rank looks, all follow.
+    checkpoint = all_gather_objects(parallel, find_checkpoint(config) if parallel.rank == 0 else None)[0]
+    progress = read_progress(checkpoint) if checkpoint else RunProgress("warm_start", 0)
+    in_warm_start = progress.phase == "warm_start"
+    warms_up = in_warm_start and config.warm_start.steps > 0
+    vocab_size = vocabulary_of(config, task)
+    start_weights = None
+    if config.observe.kl is Kl.eval:
+        start_weights = StartWeights(Path(config.run.dir), parallel, config.policy.model, vocab_size)
+    optimizer = config.warm_start if warms_up else config.optimizer
+    policy = start_policy(config, parallel, vocab_size, optimizer, checkpoint is None)
+    if checkpoint is not None:
+        load(policy, config, checkpoint)
+        if start_weights is not None and not in_warm_start:
+            start_weights.check(run_of(checkpoint))
+        display.say(f"resumed from {checkpoint}")
+    elif config.policy.init_from is not None:
+        display.say(f"starts from the weights of {config.policy.init_from}")
+    files = RunFiles(config, parallel.rank == 0, progress, checkpoint)
+    if start_weights is not None and checkpoint is not None and not in_warm_start:
+        start_weights.take_over(run_of(checkpoint))
+    engine = _start_engine(config, parallel, policy, display)
+    step = -1 if in_warm_start else progress.step
+    warm_step = progress.step if in_warm_start else config.warm_start.steps
+    return Run(config, parallel, task, policy, engine, files, display, start_weights, step, warm_step)
+
+
+def vocabulary_of(config: Config, task: Task) -> int:
+    """Rows of the policy's embedding.
+
+    Raises:
+        UserError: where the task has tokens that the policy has no row for.
+    """
+    rows = config.policy.model.vocab_size
+    if rows is not None and task.vocab_size > rows:
+        raise UserError(
+            f"the task's tokenizer has {task.vocab_size} tokens, but the policy's vocabulary is "
+            f"policy.model.vocab_size={rows}; set task.tokenizer to the folder of the model's own tokenizer"
+        )
+    return task.vocab_size if rows is None else rows
+
+
+def start_policy(
+    config: Config, parallel: Parallel, vocab_size: int, optimizer: OptimizerConfig, needs_weights: bool
+) -> Policy:
+    """The policy with its first weights: random, or those of `policy.init_from`."""
+    folder = Path(config.policy.init_from) if config.policy.init_from is not None else None
+    weights: WeightSource | None = None
+    if needs_weights and folder is None:
+        weights = random_weights(config.policy.model, vocab_size, config.run.seed)
+    elif needs_weights and folder is not None and not holds_weights(folder):
+        weights = read_weights(folder, config.policy.model).__getitem__
+    policy = Policy(config, vocab_size, parallel, optimizer, weights)
+    if needs_weights and folder is not None and holds_weights(folder):
+        policy.set_weights(CheckpointShards(folder, policy.chunks, policy.table, parallel))
+    return policy
+
+
+def _start_engine(config: Config, parallel: Parallel, policy: Policy, display: Display) -> RolloutEngine:
+    """The recipe's engine, without weights."""
+    if config.rollout.engine is EngineName.local:
+        dtype = torch.bfloat16 if config.policy.dtype is Dtype.bf16 else torch.float32
+        slots = config.rollout.local.slots
+        return LocalEngine(config.policy.model, policy.vocab_size, dtype, parallel.device, slots)
+    model_dir = Path(config.run.dir) / "sglang" / "model"
+    if parallel.rank == 0:
+        write_model_config(config, policy.vocab_size, model_dir)
+    all_gather_objects(parallel, None)  # no server starts before the file is there
+    return SglangEngine(config, parallel, model_dir, display.status)

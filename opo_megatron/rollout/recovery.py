@@ -1,0 +1,80 @@
+"""Weights out and rollouts in, through an engine that may fail on the way.
+
+Failures don't select.  Where any rank's engine dies, hangs or breaks off, all ranks throw away what
+the step has drawn, the engine is started again and given the current weights, and every response is
+drawn anew: keeping those that had finished would favour short answers.  All ranks decide alike, since
+the stream of weights is a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from opo_megatron.errors import EngineFailure, UserError
+from opo_megatron.policy.parallel import all_gather_objects
+from opo_megatron.rollout.engine import Progress, Request, Sampling
+from opo_megatron.rollout.probe import PROBE_SAMPLING, check_sync, largest_difference, probe_requests
+from opo_megatron.rollout.rollouts import Rollouts
+
+if TYPE_CHECKING:
+    from opo_megatron.run import Run
+
+T = TypeVar("T")
+
+
+def synchronize(run: Run) -> None:
+    """Send the policy's weights to the engine and prove that they arrived.
+
+    Raises:
+        OnPolicyError: where a copy of the weights computes something else than the policy.
+        UserError: where the engine fails again and again.
+    """
+    requests = probe_requests(run.config.policy.model, run.policy.vocab_size)
+
+    def send() -> dict[str, Rollouts]:
+        run.engine.update_weights(run.policy.stream_weights(), run.policy.version)
+        return run.engine.probe(requests, PROBE_SAMPLING)
+
+    probes = _until_it_works(run, send, run.engine.recover, "weights could not be sent")
+    difference, owner = largest_difference(run.policy, run.parallel, probes)
+    run.sync_difference = difference
+    check_sync(difference, owner, run.config.on_policy.tolerance, run.policy.version)
+
+
+def draw(run: Run, requests: Sequence[Request], sampling: Sampling, progress: Progress) -> Rollouts:
+    """One response per request of this rank; a collective."""
+
+    def again() -> None:
+        run.engine.recover()
+        synchronize(run)
+
+    return _until_it_works(
+        run,
+        lambda: run.engine.generate(requests, sampling, progress),
+        again,
+        "rollouts broke off and are all drawn again",
+    )
+
+
+def _until_it_works(run: Run, work: Callable[[], T], mend: Callable[[], None], what: str) -> T:
+    """`work()` of all ranks, or `mend` and once more."""
+    attempts = 1 + run.config.rollout.sglang.restarts
+    for attempt in range(1, attempts + 1):
+        result, failure = None, None
+        try:
+            result = work()
+        except EngineFailure as error:
+            failure = str(error)
+        failures = [one for one in all_gather_objects(run.parallel, failure) if one is not None]
+        if not failures:
+            assert result is not None
+            return result
+        run.engine_failures += 1
+        run.display.say(f"engine failure {attempt} of at most {attempts}: {failures[0]}; {what}")
+        if attempt < attempts:
+            mend()
+    raise UserError(
+        f"the engine failed {attempts} times in a row ({failures[0]}); look into its log, then go on "
+        "with resume=auto"
+    )

@@ -1,0 +1,300 @@
+"""`RolloutEngine` over SGLang servers, shared by groups of ranks.
+
+*Managed*: one server per engine-sized group of a node's ranks (on a CPU one for the whole node),
+started by the group's first rank and fed by it.  *External* (`rollout.sglang.urls`): servers that
+someone else started, all fed by rank 0; every rank spreads its requests over them.
+
+A weight update is pause → flush → begin → buckets → end → new version → continue.  Flushing matters:
+keys and values of old weights that stay in the radix cache would serve the next rollouts.  While an
+update is half done the engine holds no version and refuses to generate.
+
+An engine that fails loses all that it drew in that call: the caller lets every rank draw the whole
+step again, for keeping what had finished would favour short answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from opo_megatron.config.schema import Config, Transport
+from opo_megatron.errors import EngineFailure, UserError
+from opo_megatron.policy.parallel import Parallel, all_gather_objects
+from opo_megatron.rollout.engine import NamedTensors, Progress, Request, Sampling
+from opo_megatron.rollout.rollouts import Rollouts
+from opo_megatron.rollout.sglang.answers import rollouts_of, sampling_params
+from opo_megatron.rollout.sglang.client import Client
+from opo_megatron.rollout.sglang.server import Server, free_port
+from opo_megatron.rollout.sglang.transfer import (
+    DiskTransfer,
+    DistributedTransfer,
+    Sender,
+    TensorTransfer,
+    Transfer,
+    check_success,
+)
+
+POSTS_PER_CALL = 16
+"""A rank's requests travel in this many posts at most, so that progress is seen as they end."""
+FLUSH_SECONDS = 30
+"""How long a server may take to finish what is running before its cache is flushed."""
+
+
+class SglangEngine:
+    """This rank's view of the servers."""
+
+    def __init__(
+        self, config: Config, parallel: Parallel, model_dir: Path, say: Callable[[str], None]
+    ) -> None:
+        """Find the servers and start the managed ones; a collective of all ranks.
+
+        Args:
+            model_dir: folder with the `config.json` that managed servers build their model from.
+            say: shows a status line.
+        """
+        self.config, self.settings, self.parallel, self.say = config, config.rollout.sglang, parallel, say
+        self.version: int | None = None
+        self._folder = Path(config.run.dir) / "sglang"
+        self._server: Server | None = None
+        self._owner = 0
+        self._transfers: dict[str, Transfer] = {}
+        if not self.settings.urls:
+            group = server_group(
+                all_gather_objects(parallel, socket.gethostname()), parallel.rank, self._servers_per_node()
+            )
+            self._owner = group[0]
+            if self._feeds:
+                name = f"server_{parallel.rank}"
+                log = self._folder / f"{name}.log"
+                self._server = Server(config, model_dir, log, name, self._gpus(len(group)))
+        self._clients: list[Client] = []
+        self.recover()
+
+    @property
+    def _feeds(self) -> bool:
+        """Whether this rank sends weights to its servers."""
+        return self.parallel.rank == self._owner
+
+    def _servers_per_node(self) -> int:
+        if self.parallel.device.type == "cpu":
+            return self.settings.servers or 1
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return self.settings.servers or max(1, local // self.settings.tensor_parallel_size)
+
+    def _gpus(self, ranks: int) -> list[int] | None:
+        """The devices of this rank's group, as this process numbers them."""
+        if self.parallel.device.type == "cpu":
+            return None
+        first = self.parallel.device.index or 0
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        numbers = [int(n) for n in visible.split(",")] if visible else list(range(first + ranks))
+        return numbers[first : first + ranks]
+
+    # ------------------------------------------------------------------ life
+
+    def recover(self) -> None:
+        """Start managed servers that are not running; a collective.  They hold no weights afterwards.
+
+        Raises:
+            UserError: where an external server does not answer.
+        """
+        self.version = None
+        self._forget_transfers()
+        if self.settings.urls:
+            self._clients = [self._client(url) for url in self.settings.urls]
+            for client in self._clients:
+                if not client.is_healthy():
+                    raise UserError(f"the SGLang server {client.url} of rollout.sglang.urls does not answer")
+            return
+        if self._server is not None and not self._server.is_alive():
+            self._server.stop()
+            self._server.start(self.say)
+        urls = all_gather_objects(self.parallel, self._server.url if self._server else None)
+        self._clients = [self._client(urls[self._owner])]
+
+    def _client(self, url: str) -> Client:
+        return Client(url, self.settings.timeout_seconds, self.settings.api_key)
+
+    def close(self) -> None:
+        """Stop the servers that this rank started."""
+        self._forget_transfers()
+        if self._server is not None:
+            self._server.stop()
+
+    def _forget_transfers(self) -> None:
+        for transfer in self._transfers.values():
+            transfer.close()
+        self._transfers = {}
+
+    # ------------------------------------------------------------------ weights
+
+    def update_weights(self, buckets: NamedTensors, version: int) -> None:
+        """Send the stream to the servers that this rank feeds; every rank enters and exhausts it.
+
+        Raises:
+            EngineFailure: when a server did not take all of it; it holds no usable weights then.
+        """
+        self.version = None
+        failure: EngineFailure | UserError | None = None
+        senders: list[Sender] = []
+        try:
+            if self._feeds:
+                for client in self._clients:
+                    self._open_update(client)
+                    senders.append(Sender(self._transfer(client)))
+        except (EngineFailure, UserError) as error:
+            failure, senders = error, []
+        for bucket in buckets:  # a collective of all ranks, which no failure may leave
+            for sender in senders:
+                sender.send(bucket)
+        for sender in senders:
+            try:
+                sender.finish()
+            except (EngineFailure, UserError) as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        if self._feeds:
+            for client in self._clients:
+                self._close_update(client, version)
+        self.version = version
+
+    def _transfer(self, client: Client) -> Transfer:
+        """How this server gets its buckets; made once, as joining a group takes time."""
+        if client.url not in self._transfers:
+            ranks, kind = self.settings.tensor_parallel_size, self.settings.transport
+            if kind is Transport.tensor:
+                made: Transfer = TensorTransfer(client, ranks)
+            elif kind is Transport.distributed:
+                host = socket.gethostname() if self.settings.urls else "127.0.0.1"
+                made = DistributedTransfer(client, ranks, host, free_port(), self.parallel.device)
+            else:
+                made = DiskTransfer(client, self._folder / "weights")
+            self._transfers[client.url] = made
+        return self._transfers[client.url]
+
+    def _open_update(self, client: Client) -> None:
+        client.post("/pause_generation", mode="abort")
+        client.post(f"/flush_cache?timeout={FLUSH_SECONDS}")
+        if self._has_sessions(client):
+            answer = client.post("/begin_weight_update")
+            if answer.get("success") is False:  # one was left open by an update that broke off
+                client.post("/end_weight_update")
+                check_success(client.post("/begin_weight_update"), "the beginning of an update")
+
+    def _close_update(self, client: Client, version: int) -> None:
+        if self._has_sessions(client):
+            check_success(client.post("/end_weight_update"), "the end of an update")
+        answer = client.post("/update_weight_version", new_version=str(version), abort_all_requests=False)
+        check_success(answer, f"the version {version}")
+        client.post("/continue_generation")
+
+    def _has_sessions(self, client: Client) -> bool:
+        """Updates sit between two calls from SGLang 0.5.21 on; a load from disk does so by itself."""
+        return self.settings.transport is not Transport.disk and client.offers("/begin_weight_update")
+
+    # ------------------------------------------------------------------ rollouts
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
+    ) -> Rollouts:
+        """Draw one response per request.
+
+        Raises:
+            EngineFailure: a server died, hung or broke off.
+            UserError: a prompt does not fit, or a server stops where the task does not.
+        """
+        if self.version is None:
+            raise EngineFailure("the servers hold no complete weights")
+        self._check_lengths(requests, sampling)
+        size = max(1, -(-len(requests) // POSTS_PER_CALL))
+        parts = [requests[i : i + size] for i in range(0, len(requests), size)]
+        answers: list[list[Any]] = [[] for _ in parts]
+        balance = _Balance(self._clients)
+        finished = tokens = 0
+        with ThreadPoolExecutor(POSTS_PER_CALL) as threads:
+            posted = {threads.submit(balance.post, part, sampling): i for i, part in enumerate(parts)}
+            for done in as_completed(posted):
+                answer = answers[posted[done]] = done.result()
+                finished += len(answer)
+                tokens += sum(len(one["output_ids"]) for one in answer)
+                if progress is not None:
+                    progress(finished, len(requests), tokens)
+        return rollouts_of(requests, [one for answer in answers for one in answer], sampling)
+
+    def probe(self, requests: Sequence[Request], sampling: Sampling) -> dict[str, Rollouts]:
+        """The requests answered by each server that this rank feeds."""
+        if not self._feeds:
+            return {}
+        answers = {
+            f"the SGLang server {client.url}": _Balance([client]).post(requests, sampling)
+            for client in self._clients
+        }
+        return {name: rollouts_of(requests, answer, sampling) for name, answer in answers.items()}
+
+    def _check_lengths(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        longest = max((len(request.tokens) for request in requests), default=0)
+        limit = self.config.policy.model.max_sequence_length
+        if longest + sampling.max_tokens > limit:
+            raise UserError(
+                f"a prompt of {longest} tokens and rollout.max_response_tokens={sampling.max_tokens} exceed "
+                f"policy.model.max_sequence_length={limit}; shorten one or raise the other"
+            )
+
+
+class _Balance:
+    """Gives each post to the server that has least tokens to work on."""
+
+    def __init__(self, clients: Sequence[Client]) -> None:
+        self._lock = threading.Lock()
+        self._outstanding = dict.fromkeys(clients, 0)
+
+    def post(self, requests: Sequence[Request], sampling: Sampling) -> list[Any]:
+        tokens = sum(len(request.tokens) + sampling.max_tokens for request in requests)
+        with self._on_least_busy(tokens) as client:
+            answer = client.post(
+                "/generate",
+                input_ids=[list(request.tokens) for request in requests],
+                sampling_params=sampling_params(sampling),
+                return_logprob=True,
+            )
+        if not isinstance(answer, list) or len(answer) != len(requests):
+            raise EngineFailure(f"{client.url} answered {len(requests)} prompts with something else")
+        return answer
+
+    @contextlib.contextmanager
+    def _on_least_busy(self, tokens: int) -> Any:
+        with self._lock:
+            client = min(self._outstanding, key=lambda one: self._outstanding[one])
+            self._outstanding[client] += tokens
+        try:
+            yield client
+        finally:
+            with self._lock:
+                self._outstanding[client] -= tokens
+
+
+def server_group(hosts: Sequence[str], rank: int, servers_per_node: int) -> list[int]:
+    """The ranks that share `rank`'s server: equal contiguous parts of the ranks of its node.
+
+    Args:
+        hosts: name of each rank's node.
+
+    Raises:
+        UserError: where the node's ranks cannot be dealt evenly.
+    """
+    local = [r for r, host in enumerate(hosts) if host == hosts[rank]]
+    if len(local) % servers_per_node:
+        raise UserError(
+            f"rollout.sglang.servers={servers_per_node} does not divide the {len(local)} ranks of a node; "
+            "choose a divisor"
+        )
+    size = len(local) // servers_per_node
+    first = local.index(rank) // size * size
+    return local[first : first + size]

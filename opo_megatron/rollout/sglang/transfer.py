@@ -1,0 +1,282 @@
+"""Three ways of a bucket of full tensors into an SGLang server.
+
+    tensor        same node: one buffer in shared memory (a CUDA IPC handle on GPUs), whose name travels
+                  by HTTP; every engine rank maps the same full tensors and takes its slice
+    distributed   any node: the buffer is broadcast to the engine's ranks (gloo, NCCL on GPUs)
+    disk          a folder that both sides see
+
+Each knows nothing of versions, sessions or flushing: that is `engine.py`.  `send` takes the tensors
+of a bucket, which are valid only until it returns, copies them once into a buffer of their own, and
+hands the rest to a thread: so the trainer gathers the next bucket while this one is on its way, and
+at most two buckets exist.  Buffers are never used again, for a server may answer before it has copied.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from safetensors.torch import save_file
+from torch import Tensor
+
+from opo_megatron.errors import EngineFailure, UserError
+from opo_megatron.rollout.sglang.client import Client
+
+Bucket = Sequence[tuple[str, Tensor]]
+GROUP = "opo_weights"
+
+
+class Transfer(Protocol):
+    """How one server gets a bucket."""
+
+    def send(self, bucket: Bucket) -> Callable[[], None]:
+        """Copy the bucket and return what brings it to the server; that runs in a thread."""
+        ...
+
+    def finish(self) -> None:
+        """What is left to do once all buckets have been sent."""
+        ...
+
+    def close(self) -> None:
+        """Leave what was joined with the server."""
+        ...
+
+
+class Sender:
+    """Sends buckets one behind the other, each while the next is gathered.
+
+    A failure does not interrupt the caller, who is inside a collective with other ranks: the rest of
+    the stream is dropped, and `finish` raises.
+    """
+
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._pending: Future[None] | None = None
+        self._failure: EngineFailure | UserError | None = None
+
+    def send(self, bucket: Bucket) -> None:
+        if self._failure is not None:
+            return
+        try:
+            work = self._transfer.send(bucket)
+            self._wait()
+            self._pending = self._thread.submit(work)
+        except (EngineFailure, UserError) as failure:
+            self._failure = failure
+
+    def finish(self) -> None:
+        """Wait for the last bucket.
+
+        Raises:
+            EngineFailure: where any bucket did not arrive.
+        """
+        try:
+            self._wait()
+            if self._failure is None:
+                self._transfer.finish()
+        except (EngineFailure, UserError) as failure:
+            self._failure = self._failure or failure
+        finally:
+            self._thread.shutdown()
+        if self._failure is not None:
+            raise self._failure
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def check_success(answer: Any, what: str) -> None:
+    """SGLang answers 200 with success=false where a load failed."""
+    if isinstance(answer, dict) and answer.get("success") is False:
+        raise EngineFailure(f"the server did not take {what}: {answer.get('message')}")
+
+
+class TensorTransfer:
+    """By shared memory on one machine."""
+
+    def __init__(self, client: Client, engine_ranks: int) -> None:
+        self._client, self._engine_ranks = client, engine_ranks
+        torch.multiprocessing.set_sharing_strategy("file_system")  # descriptors would need a common secret
+
+    def send(self, bucket: Bucket) -> Callable[[], None]:
+        named = _copy_shared(bucket)
+        text = _pickled(named)
+        body: dict[str, Any] = {"serialized_named_tensors": [text] * self._engine_ranks, "flush_cache": False}
+
+        def work(named: list[tuple[str, Tensor]] = named) -> None:
+            # `named` keeps the memory until the server has answered.
+            check_success(self._client.post("/update_weights_from_tensor", **body), "a bucket of weights")
+
+        return work
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _copy_shared(bucket: Bucket) -> list[tuple[str, Tensor]]:
+    """The tensors as views of one new buffer that another process can map."""
+    dtype, device = bucket[0][1].dtype, bucket[0][1].device
+    sizes = [tensor.numel() for _, tensor in bucket]
+    buffer = torch.empty(sum(sizes), dtype=dtype, device=device)
+    if device.type == "cpu":
+        with _helper_without_stdout():
+            buffer.share_memory_()
+    views = buffer.split(sizes)
+    named = []
+    for (name, tensor), view in zip(bucket, views, strict=True):
+        view.copy_(tensor.reshape(-1))
+        named.append((name, view.view(tensor.shape)))
+    return named
+
+
+@contextlib.contextmanager
+def _helper_without_stdout() -> Iterator[None]:
+    """torch's shared-memory helper lives on with this process's standard output; give it none.
+
+    Otherwise whoever reads the trainer's output through a pipe waits for the helper, too.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _pickled(named: list[tuple[str, Tensor]]) -> str:
+    data = io.BytesIO()
+    ForkingPickler(data).dump(named)
+    return base64.b64encode(data.getbuffer()).decode()
+
+
+class DistributedTransfer:
+    """By broadcast in a group of this process and the engine's ranks."""
+
+    def __init__(self, client: Client, engine_ranks: int, host: str, port: int, device: torch.device) -> None:
+        """Join a new group with the server; a collective of this process and the engine's ranks."""
+        self._client, self._device = client, device
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        timeout = timedelta(seconds=client.timeout)
+        size = 1 + engine_ranks
+        store = dist.TCPStore(host, port, size, is_master=True, timeout=timeout, wait_for_workers=False)
+        with ThreadPoolExecutor(1) as thread:
+            joined = thread.submit(
+                client.post,
+                "/init_weights_update_group",
+                master_address=host,
+                master_port=port,
+                rank_offset=1,
+                world_size=size,
+                group_name=GROUP,
+                backend=backend,
+            )
+            # The prefixes are those that torch's own group helper makes on the server's side.
+            prefixed: Any = store
+            for prefix in (GROUP, f"{GROUP}/", f"{device.type}/"):
+                prefixed = dist.PrefixStore(prefix, prefixed)
+            try:
+                if backend == "gloo":
+                    self._group: Any = dist.ProcessGroupGloo(prefixed, 0, size, timeout)
+                else:
+                    options = dist.ProcessGroupNCCL.Options()
+                    options._timeout = timeout
+                    self._group = dist.ProcessGroupNCCL(prefixed, 0, size, options)
+            except RuntimeError as error:
+                raise EngineFailure(f"no group could be joined with {client.url}: {error}") from error
+            check_success(joined.result(), "part in a group for weights")
+        self._store = store
+
+    def send(self, bucket: Bucket) -> Callable[[], None]:
+        flat = torch.cat([tensor.detach().reshape(-1).view(torch.uint8) for _, tensor in bucket])
+        body: dict[str, Any] = {
+            "names": [name for name, _ in bucket],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+            "shapes": [list(tensor.shape) for _, tensor in bucket],
+            "group_name": GROUP,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+
+        def work(flat: Tensor = flat) -> None:
+            with ThreadPoolExecutor(1) as thread:
+                answer = thread.submit(self._client.post, "/update_weights_from_distributed", **body)
+                try:
+                    self._group.broadcast([flat], _from_first()).wait()
+                except RuntimeError as error:
+                    raise EngineFailure(f"the broadcast to {self._client.url} broke off: {error}") from error
+                check_success(answer.result(), "a bucket of weights")
+
+        return work
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(EngineFailure):
+            self._client.post("/destroy_weights_update_group", timeout=10.0, group_name=GROUP)
+
+
+def _from_first() -> Any:
+    options = dist.BroadcastOptions()
+    options.rootRank = 0
+    options.rootTensor = 0
+    return options
+
+
+class DiskTransfer:
+    """By safetensors files in a folder that both sides see, read by the server as a whole."""
+
+    def __init__(self, client: Client, folder: Path) -> None:
+        self._client, self._folder = client, folder
+        self._files = 0
+
+    def send(self, bucket: Bucket) -> Callable[[], None]:
+        """Write one file; the server reads all of them in `finish`."""
+        if self._files == 0:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir(parents=True)
+        self._files += 1
+        path = self._folder / f"model-{self._files:05d}.safetensors"
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in bucket}
+
+        def work(copies: dict[str, Tensor] = copies) -> None:
+            save_file(copies, path)
+
+        return work
+
+    def finish(self) -> None:
+        self._files = 0
+        answer = self._client.post(
+            "/update_weights_from_disk",
+            model_path=str(self._folder.resolve()),
+            load_format="auto",
+            flush_cache=False,
+        )
+        check_success(answer, f"the weights in {self._folder}")
+        shutil.rmtree(self._folder)
+
+    def close(self) -> None:
+        pass
