@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -45,6 +46,13 @@ class Client:
         """The answer to a GET; raises as `post` does."""
         status, answer = self._request("GET", path, None, timeout)
         return self._checked(path, status, answer)
+
+    def address_towards(self) -> str:
+        """This machine's address on the way to the server, where the server can reach it back."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:  # sends nothing
+            way.connect((self._host, self._port))
+            address: str = way.getsockname()[0]
+            return address
 
     def is_healthy(self) -> bool:
         """Whether the server answers at all."""

@@ -172,8 +172,7 @@ class SglangEngine:
             if kind is Transport.tensor:
                 made: Transfer = TensorTransfer(client, ranks)
             elif kind is Transport.distributed:
-                host = socket.gethostname() if self.settings.urls else "127.0.0.1"
-                made = DistributedTransfer(client, ranks, host, free_port(), self.parallel.device)
+                made = DistributedTransfer(client, ranks, free_port(), self.parallel.device)
             else:
                 made = DiskTransfer(client, self._folder / "weights")
             self._transfers[client.url] = made

@@ -113,6 +113,8 @@ class TensorTransfer:
     def __init__(self, client: Client, engine_ranks: int) -> None:
         self._client, self._engine_ranks = client, engine_ranks
         torch.multiprocessing.set_sharing_strategy("file_system")  # descriptors would need a common secret
+        with _without_output():
+            self._first = torch.zeros(1).share_memory_()  # starts torch's shared-memory helper
 
     def send(self, bucket: Bucket) -> Callable[[], None]:
         named = _copy_shared(bucket)
@@ -138,8 +140,7 @@ def _copy_shared(bucket: Bucket) -> list[tuple[str, Tensor]]:
     sizes = [tensor.numel() for _, tensor in bucket]
     buffer = torch.empty(sum(sizes), dtype=dtype, device=device)
     if device.type == "cpu":
-        with _helper_without_stdout():
-            buffer.share_memory_()
+        buffer.share_memory_()
     views = buffer.split(sizes)
     named = []
     for (name, tensor), view in zip(bucket, views, strict=True):
@@ -149,20 +150,24 @@ def _copy_shared(bucket: Bucket) -> list[tuple[str, Tensor]]:
 
 
 @contextlib.contextmanager
-def _helper_without_stdout() -> Iterator[None]:
-    """torch's shared-memory helper lives on with this process's standard output; give it none.
+def _without_output() -> Iterator[None]:
+    """What starts here gets no output of this process.
 
-    Otherwise whoever reads the trainer's output through a pipe waits for the helper, too.
+    torch's shared-memory helper lives as long as the server does; whoever reads the trainer's output
+    through a pipe would wait for it.
     """
     sys.stdout.flush()
-    kept = os.dup(1)
+    sys.stderr.flush()
     nowhere = os.open(os.devnull, os.O_WRONLY)
+    kept = {stream: os.dup(stream) for stream in (1, 2)}
     try:
-        os.dup2(nowhere, 1)
+        for stream in kept:
+            os.dup2(nowhere, stream)
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        for stream, original in kept.items():
+            os.dup2(original, stream)
+            os.close(original)
         os.close(nowhere)
 
 
@@ -175,9 +180,9 @@ def _pickled(named: list[tuple[str, Tensor]]) -> str:
 class DistributedTransfer:
     """By broadcast in a group of this process and the engine's ranks."""
 
-    def __init__(self, client: Client, engine_ranks: int, host: str, port: int, device: torch.device) -> None:
+    def __init__(self, client: Client, engine_ranks: int, port: int, device: torch.device) -> None:
         """Join a new group with the server; a collective of this process and the engine's ranks."""
-        self._client, self._device = client, device
+        self._client, host = client, client.address_towards()
         backend = "gloo" if device.type == "cpu" else "nccl"
         timeout = timedelta(seconds=client.timeout)
         size = 1 + engine_ranks
