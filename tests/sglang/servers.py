@@ -23,10 +23,15 @@ def sglang_python() -> str:
 
 
 def processes_of(run_dir: Path) -> list[int]:
-    """Processes whose command line names the run's folder: servers, and what they started."""
+    """What is left of the process groups of the run's servers, by the files that name them."""
+    groups = {int(path.read_text()) for path in run_dir.rglob("*.pid")}
+    assert groups, f"no server was started in {run_dir}"
     found = []
-    for process in psutil.process_iter(["pid", "cmdline", "status"]):
-        words = process.info["cmdline"] or []
-        if process.info["status"] != psutil.STATUS_ZOMBIE and any(str(run_dir) in word for word in words):
-            found.append(process.info["pid"])
-    return [pid for pid in found if pid != os.getpid()]
+    for process in psutil.process_iter(["status"]):
+        try:
+            alive = process.info["status"] != psutil.STATUS_ZOMBIE
+            if alive and os.getpgid(process.pid) in groups:
+                found.append(process.pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found

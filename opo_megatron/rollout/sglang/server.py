@@ -107,6 +107,8 @@ class Server:
                 env=self.environment(),
                 start_new_session=True,  # a group of its own, which `stop` ends as a whole
             )
+        # Also that of its process group: what a user may end by hand.
+        self.log.with_suffix(".pid").write_text(f"{self._process.pid}\n")
         self._wait_until_ready(say)
 
     def arguments(self, port: int) -> list[str]:
