@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from opo_megatron.config import Config
+from opo_megatron.config.compare import changed_settings
 from opo_megatron.config.schema import Dtype, EngineName, Kl, OptimizerConfig
 from opo_megatron.disk import writing
 from opo_megatron.errors import UserError
@@ -79,6 +80,8 @@ def _build(config: Config, parallel: Parallel, display: Display) -> Run:
         if start_weights is not None and not in_warm_start:
             start_weights.check(run_of(checkpoint))
         display.say(f"resumed from {checkpoint}")
+        if changed := changed_settings(config, run_of(checkpoint) / "config.yaml"):
+            display.say(f"other settings than before: {', '.join(changed)}")
     elif config.policy.init_from is not None:
         display.say(f"starts from the weights of {config.policy.init_from}")
     files = RunFiles(config, parallel.rank == 0, progress, checkpoint)

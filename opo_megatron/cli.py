@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_error(error)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
+        if CHILD not in os.environ:
+            print("interrupted; resume=auto goes on from the newest checkpoint of run.dir", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception:
         # A rank that loses its peers has nothing to add to what one of them has said.

@@ -136,6 +136,10 @@ class Run:
         if not rows:
             return
         first, last = rows[0], rows[-1]
+        if last["run/attempt"] != self.files.attempt:
+            steps = self.config.train.steps
+            self.display.say(f"nothing was left to do: {self.config.run.dir} has its {steps} OPO steps")
+            return
         names = [name for name in last if not name.startswith(("time/", "memory/", "throughput/", "run/"))]
         self.files.write_summary(
             {

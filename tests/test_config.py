@@ -10,6 +10,7 @@ import pytest
 
 from opo_megatron.config import Config, load_config, to_yaml
 from opo_megatron.config.arithmetic import describe_batch, smallest_world
+from opo_megatron.config.compare import changed_settings
 from opo_megatron.config.keys import key_types, nearest
 from opo_megatron.config.load import PRESETS
 from opo_megatron.config.megatron_fields import MANAGED_FIELDS, megatron_field_names
@@ -286,3 +287,16 @@ def test_description_states_the_batch_its_split_the_loss_and_the_layout(recipe: 
 def test_description_shows_the_advantage_formula_in_force(recipe: Path, baseline: str, words: str):
     config = load_config(recipe, [f"algorithm.baseline={baseline}"])
     assert words in describe_batch(config, 1)
+
+
+def test_a_resumed_run_names_the_settings_that_changed(tmp_path: Path):
+    quickstart = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+    recipe = write(
+        tmp_path / "config.yaml", to_yaml(load_config(quickstart, ["run.dir=a", "optimizer.lr=2e-4"]))
+    )
+    same = load_config(quickstart, ["run.dir=b", "optimizer.lr=2e-4", "resume=auto"])
+    assert changed_settings(same, recipe) == []
+    other = load_config(quickstart, ["run.dir=a", "rollout.prompts_per_step=8"])
+    changes = ["rollout.prompts_per_step 48 → 8", "optimizer.lr 0.0002 → 0.0003"]
+    assert changed_settings(other, recipe) == changes
+    assert changed_settings(other, tmp_path / "missing.yaml") == []

@@ -155,6 +155,19 @@ def test_resumed_run_is_the_uninterrupted_one(finished: Path, tmp_path: Path, ne
         assert path.read_bytes() == (run_dir / "rollouts" / path.name).read_bytes()
 
 
+def test_a_finished_run_that_is_started_again_says_so_and_keeps_its_summary(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "again"
+    shutil.copytree(finished, run_dir)
+    summary = (run_dir / "summary.json").read_bytes()
+    assert train(run_dir, "resume=auto") == 0
+    assert f"nothing was left to do: {run_dir} has its {STEPS} OPO steps" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert (run_dir / "summary.json").read_bytes() == summary
+
+
 def test_resume_auto_in_a_new_folder_starts_afresh(tmp_path: Path, finished: Path) -> None:
     assert train(tmp_path / "new", "resume=auto", "train.steps=1", "checkpoint.every_steps=0") == 0
     assert lasting(tmp_path / "new")[0] == lasting(finished)[0]

@@ -46,9 +46,11 @@ def closing_table(config: Config, rows: Sequence[Row], seconds: float) -> tuple[
                 "drawn and when it was trained on: exactly on-policy but for rounding",
             )
         )
+    steps = rows[-1]["step"]
+    here = sum(row.get("run/attempt") == rows[-1].get("run/attempt") for row in updates)
+    done = f"{steps} OPO steps" if here == steps else f"{here} more OPO steps, {steps} in all"
     title = (
-        f"{rows[-1]['step']} OPO steps, one optimizer step each, in {seconds:.0f} s; "
-        f"everything is in {config.run.dir}"
+        f"{done}, one optimizer step each; {seconds:.0f} s since the start; everything is in {config.run.dir}"
     )
     return title, lines
 

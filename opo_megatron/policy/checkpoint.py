@@ -8,6 +8,7 @@ of (seed, step), so the step is all the state there is besides the tensors.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -158,6 +159,16 @@ def load(policy: Policy, config: Config, path: Path) -> None:
             chunk.load_state_dict(loaded[f"model{i}"])
         policy.optimizer.load_state_dict(loaded["optimizer"])
     policy.version = state["version"]
+
+
+def _quiet_about_optimizer_shards() -> None:
+    """Ranks but the first hold an empty `param_state`, as Megatron itself writes it, and it warns of that."""
+    logging.getLogger("megatron.core.dist_checkpointing.validation").addFilter(
+        lambda record: "('optimizer', 'param_state')" not in record.getMessage()
+    )
+
+
+_quiet_about_optimizer_shards()
 
 
 @contextmanager
