@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from opo_megatron.kernels.exact import linear, log_softmax
+
 Coefficient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """(log π [m], place in the batch) → (loss [m], ∂loss/∂log π [m])."""
 
@@ -64,6 +66,7 @@ def sweep(
     chunk_tokens: int,
     coefficient: Coefficient | None = None,
     d_weight: Tensor | None = None,
+    exact: bool = False,
 ) -> HeadOutput:
     """Run the head over `hidden` in chunks.
 
@@ -73,6 +76,7 @@ def sweep(
         targets: [n] token ids of the whole vocabulary.
         coefficient: the objective; without it nothing is differentiated.
         d_weight: [V, H] to which the weight's gradient is added.
+        exact: log-probabilities bit for bit those of the engine in exact mode; the vocabulary is whole.
     """
     n = hidden.shape[0]
     output = HeadOutput(*(hidden.new_empty(n, dtype=torch.float32) for _ in range(3)))
@@ -81,7 +85,8 @@ def sweep(
         output.d_hidden = torch.empty_like(hidden)
     for begin in range(0, n, chunk_tokens):
         part = slice(begin, min(begin + chunk_tokens, n))
-        probabilities, local_target, owned = _softmax(
+        softmax = _exact_softmax if exact else _softmax
+        probabilities, local_target, owned = softmax(
             output, part, hidden, weight, targets, vocabulary, temperature
         )
         if coefficient is None or output.loss is None or output.d_hidden is None:
@@ -136,6 +141,24 @@ def _softmax(
     output.entropy[part] = log_total - weighted / total
     output.sum_squares[part] = squares / total.square()
     return exponentials.div_(total.unsqueeze(1)), local_target, owned
+
+
+def _exact_softmax(
+    output: HeadOutput,
+    part: slice,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocabulary: VocabularyShard,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_softmax` by the product and the logarithm that the engine uses in exact mode."""
+    log_probs = log_softmax(linear(hidden[part], weight), temperature)
+    probabilities, target = log_probs.exp(), targets[part]
+    output.log_prob[part] = log_probs.gather(1, target.unsqueeze(1))[:, 0]
+    output.entropy[part] = -(probabilities * log_probs).sum(1)
+    output.sum_squares[part] = probabilities.square().sum(1)
+    return probabilities, target, torch.ones_like(target, dtype=torch.bool)
 
 
 def _reduce(values: Tensor, vocabulary: VocabularyShard, operation: Any) -> None:

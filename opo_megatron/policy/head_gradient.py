@@ -29,6 +29,7 @@ class Head:
     vocab_size: int
     chunk_tokens: int
     sequence_parallel: bool
+    exact: bool = False
 
     def vocabulary(self, weight: Tensor) -> tuple[VocabularyShard, Tensor]:
         """This rank's place in the vocabulary, and its rows without padding."""
@@ -61,7 +62,7 @@ def log_probs(
     """The sweep without gradients, over the response tokens of a micro-batch."""
     vocabulary, rows = head.vocabulary(weight)
     flat = head.gather(hidden.detach()).flatten(0, 1)[micro.places].to(weight.dtype)
-    return sweep(flat, rows, micro.targets, vocabulary, temperature, head.chunk_tokens)
+    return sweep(flat, rows, micro.targets, vocabulary, temperature, head.chunk_tokens, exact=head.exact)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -99,6 +100,7 @@ class HeadLoss(torch.autograd.Function):
             head.chunk_tokens,
             coefficient,
             d_weight=weight.main_grad[: rows.shape[0]],  # type: ignore[attr-defined]
+            exact=head.exact,
         )
         assert output.d_hidden is not None and output.loss is not None
         d_whole = torch.zeros_like(whole).flatten(0, 1)

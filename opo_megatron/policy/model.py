@@ -1,6 +1,7 @@
 """A decoder-only Megatron-Core `GPTModel` of the recipe: RMSNorm, SwiGLU, RoPE, GQA, optionally MoE.
 
-Two places differ from Megatron's local layer spec.  The norm is the project's, because Megatron's
+Two places differ from Megatron's local layer spec (and four more in exact mode, see
+`exact_layers.py`).  The norm is the project's, because Megatron's
 torch norm refuses sequence parallelism.  The output layer keeps its weight, name and checkpoint
 entry but passes hidden states through: logits exist only inside `kernels/head.py`, chunk by chunk.
 Dropout is 0 everywhere, for the engine samples without it.
@@ -23,6 +24,7 @@ from torch import Tensor
 from opo_megatron.config.schema import Dtype, PolicyConfig
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.rotary import inverse_frequencies
+from opo_megatron.policy.exact_layers import use_exact_layers
 
 BUCKET_MULTIPLE = 128
 """Megatron pads gradient buckets of the distributed optimizer to multiples of this and of the ranks."""
@@ -124,17 +126,19 @@ def build_chunks(
     dp_size: int,
     device: torch.device,
     model: type[GPTModel] = GPTModel,
+    exact: bool = False,
 ) -> list[GPTModel]:
     """This rank's model chunks (one, or one per virtual stage), weights not yet set."""
     config = transformer_config(policy, device)
     stages = policy.virtual_pipeline_model_parallel_size or 1
     last = policy.pipeline_model_parallel_size - 1
+    spec = _layer_spec(config, exact)
     layers = config.num_layers // (policy.pipeline_model_parallel_size * stages)
     chunks = []
     for stage in range(stages):
         chunk = model(
             config,
-            TransformerBlockSubmodules(layer_specs=[_layer_spec(config)] * layers, layer_norm=RMSNorm),
+            TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm),
             vocab_size=padded_vocab_size(policy, vocab_size, dp_size),
             max_sequence_length=policy.model.max_sequence_length,
             pre_process=pp_rank == 0 and stage == 0,
@@ -172,7 +176,7 @@ def _pass_through(
     return hidden, None
 
 
-def _layer_spec(config: TransformerConfig) -> Any:
+def _layer_spec(config: TransformerConfig, exact: bool) -> Any:
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
@@ -180,4 +184,6 @@ def _layer_spec(config: TransformerConfig) -> Any:
     attention = spec.submodules.self_attention.submodules
     if attention.q_layernorm is not IdentityOp:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if exact:
+        use_exact_layers(spec)
     return spec

@@ -3,6 +3,8 @@
 Attention scale and SwiGLU layout follow Megatron's local spec (the scale inside `baddbmm`, gate and
 up as halves of one product), so that both round alike.  Rows of the cache are independent responses,
 each at a position of its own.
+
+In exact mode linear layers and attention are those of `kernels/exact.py`, which the policy uses too.
 """
 
 from __future__ import annotations
@@ -15,13 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opo_megatron.config.schema import ModelConfig
+from opo_megatron.kernels import exact as exact_kernels
+from opo_megatron.kernels.exact import MASKED, causal_mask, padded_keys
 from opo_megatron.kernels.rotary import inverse_frequencies
 
 _Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query, key, value), each [b, s, heads, width] → attended [b, s, heads, width]."""
-
-MASKED = -10000.0
-"""Megatron's score of a masked key: its softmax weight underflows to 0."""
 
 
 class KeyValueCache:
@@ -46,9 +47,17 @@ class KeyValueCache:
 class Decoder:
     """Weights and the two forward passes: `prefill` of whole prompts, `decode` of one token a row."""
 
-    def __init__(self, model: ModelConfig, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        exact: bool = False,
+    ) -> None:
         assert model.num_query_groups is not None and model.kv_channels is not None
         self.model, self.vocab_size, self.dtype, self.device = model, vocab_size, dtype, device
+        self.exact = exact
         self.groups, self.width = model.num_query_groups, model.kv_channels
         self.queries_per_group = model.num_attention_heads // self.groups
         self._tensors: dict[str, Tensor] = {}
@@ -119,7 +128,9 @@ class Decoder:
         """
         prompts, length = tokens.shape
         positions = torch.arange(length, device=self.device).expand(prompts, length)
-        mask = torch.ones(length, length, dtype=torch.bool, device=self.device).triu(1)
+        mask = causal_mask(length, self.device)
+        if not self.exact:
+            mask = mask[:, :length]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             cache.keys[layer, rows, :, :length] = key.transpose(1, 2)[sources]
@@ -133,6 +144,8 @@ class Decoder:
         n = tokens.shape[0]
         rows = torch.arange(n, device=self.device)
         length = int(positions.max()) + 1
+        if self.exact:
+            length = padded_keys(length)
         later = torch.arange(length, device=self.device) > positions.unsqueeze(1)
         mask = later.view(n, 1, 1, length)
 
@@ -146,7 +159,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] → [n, V]."""
-        return hidden @ self._tensors["embedding" if self.model.tie_embeddings else "head"].t()
+        return self._linear(hidden, "embedding" if self.model.tie_embeddings else "head")
 
     def _layers(self, tokens: Tensor, positions: Tensor, attend: _Attend) -> Tensor:
         x = F.embedding(tokens, self._tensors["embedding"])
@@ -154,7 +167,7 @@ class Decoder:
         batch, length = tokens.shape
         heads = (self.groups * self.queries_per_group, self.groups, self.groups)
         for i in range(self.model.num_layers):
-            qkv = self._norm(x, f"{i}.norm") @ self._tensors[f"{i}.qkv"].t()
+            qkv = self._linear(self._norm(x, f"{i}.norm"), f"{i}.qkv")
             if self.model.add_qkv_bias:
                 qkv = qkv + self._tensors[f"{i}.qkv_bias"]
             query, key, value = (
@@ -166,10 +179,14 @@ class Decoder:
             if self.model.qk_layernorm:
                 query, key = self._norm(query, f"{i}.q_norm"), self._norm(key, f"{i}.k_norm")
             attended = attend(i, _rotate(query, cos, sin), _rotate(key, cos, sin), value)
-            x = x + attended.reshape(batch, length, -1) @ self._tensors[f"{i}.out"].t()
+            x = x + self._linear(attended.reshape(batch, length, -1), f"{i}.out")
             y = self._norm(x, f"{i}.mlp_norm")
             x = x + (self._mlp(y, f"{i}.") if self.model.num_moe_experts is None else self._experts(y, i))
         return self._norm(x, "norm")
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        weight = self._tensors[name]
+        return exact_kernels.linear(x, weight) if self.exact else x @ weight.t()
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self._tensors[name], self.model.layernorm_epsilon)
@@ -177,6 +194,8 @@ class Decoder:
     def _attention(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """Causal attention [b, s, heads, width] of query [b, s, heads, width] over keys and values
         [b, groups, t, width]; where mask (over [b, heads, s, t]) is True a key is hidden."""
+        if self.exact:
+            return exact_kernels.attention(query, keys, values, mask)
         batch, length = query.shape[:2]
         shared, width, total = self.queries_per_group, self.width, keys.shape[2]
         # Queries of one group stand below each other: they see the same keys.
@@ -193,8 +212,8 @@ class Decoder:
         return mixed.view(batch, self.groups * shared, length, width).transpose(1, 2)
 
     def _mlp(self, x: Tensor, name: str) -> Tensor:
-        gate, up = (x @ self._tensors[name + "gate_up"].t()).chunk(2, -1)
-        return (F.silu(gate) * up) @ self._tensors[name + "down"].t()
+        gate, up = self._linear(x, name + "gate_up").chunk(2, -1)
+        return self._linear(F.silu(gate) * up, name + "down")
 
     def _experts(self, x: Tensor, layer: int) -> Tensor:
         """Each token's top-k experts, weighted by the softmax over them, or over all experts."""

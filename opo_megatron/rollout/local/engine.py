@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
+from opo_megatron.kernels.exact import padded_keys
 from opo_megatron.rollout.engine import NamedTensors, Progress, Request, Sampling
 from opo_megatron.rollout.local.decoder import Decoder, KeyValueCache
 from opo_megatron.rollout.local.sampler import draw, request_key, uniforms
@@ -28,9 +29,15 @@ class LocalEngine:
     """A `RolloutEngine` in this process, holding one full copy of the weights."""
 
     def __init__(
-        self, model: ModelConfig, vocab_size: int, dtype: torch.dtype, device: torch.device, slots: int
+        self,
+        model: ModelConfig,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        slots: int,
+        exact: bool = False,
     ) -> None:
-        self.decoder = Decoder(model, vocab_size, dtype, device)
+        self.decoder = Decoder(model, vocab_size, dtype, device, exact)
         self.slots = slots
         self.version: int | None = None
         self._cache: KeyValueCache | None = None
@@ -66,6 +73,7 @@ class LocalEngine:
     def cache(self, rows: int, length: int) -> KeyValueCache:
         """A cache of at least this size; its memory is kept for the next call, since touching fresh
         pages costs as much as an eighth of a step's decoding."""
+        length = padded_keys(length)  # exact mode reads whole multiples
         kept = self._cache
         if kept is None or kept.rows < rows or kept.length < length:
             self._cache = kept = None  # freed before the next one is allocated

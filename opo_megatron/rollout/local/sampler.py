@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from opo_megatron.kernels.exact import log_softmax
 from opo_megatron.rollout.engine import Sampling
 
 _MASK = (1 << 64) - 1
@@ -55,7 +56,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
     The log-probability is the policy's at temperature T, also where top_k, top_p or greedy choice
     made the token likelier than that.
     """
-    log_probs = torch.log_softmax(logits.float() / sampling.temperature, -1)
+    log_probs = log_softmax(logits, sampling.temperature)
     if sampling.greedy:
         tokens = log_probs.argmax(-1)
     else:
