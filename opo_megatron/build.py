@@ -21,6 +21,7 @@ from opo_megatron.policy.parallel import Parallel, all_gather_objects, initializ
 from opo_megatron.policy.policy import Policy
 from opo_megatron.policy.weights_checkpoint import CheckpointShards, holds_weights
 from opo_megatron.rollout.engine import RolloutEngine
+from opo_megatron.rollout.exact_check import check_device, check_exact
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.server import write_model_config
@@ -61,6 +62,8 @@ def open_run(config: Config) -> Iterator[Run]:
 def _build(config: Config, parallel: Parallel, display: Display) -> Run:
     if config.observe.wandb_project is not None and parallel.rank == 0:
         load_wandb(config)
+    if config.rollout.local.exact:
+        check_device(parallel)
     task = TASKS[config.task.name](config.task)
     for note in task.notes:
         display.say(note)
@@ -129,7 +132,15 @@ def _start_engine(config: Config, parallel: Parallel, policy: Policy, display: D
     if config.rollout.engine is EngineName.local:
         dtype = torch.bfloat16 if config.policy.dtype is Dtype.bf16 else torch.float32
         slots = config.rollout.local.slots
-        return LocalEngine(config.policy.model, policy.vocab_size, dtype, parallel.device, slots)
+        exact = config.rollout.local.exact
+        engine = LocalEngine(config.policy.model, policy.vocab_size, dtype, parallel.device, slots, exact)
+        if exact:
+            display.status("testing that engine and policy agree bit for bit")
+            compared = check_exact(config, policy, engine, parallel)
+            display.say(
+                f"exact mode: {compared} log-probabilities of engine and policy are equal bit for bit"
+            )
+        return engine
     model_dir = Path(config.run.dir) / "sglang" / "model"
     if parallel.rank == 0:
         write_model_config(config, policy.vocab_size, model_dir)

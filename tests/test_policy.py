@@ -49,9 +49,12 @@ def gradients_of(policy: Policy) -> dict[str, torch.Tensor]:
     return named
 
 
+@pytest.mark.parametrize("exact", ["true", "false"])
 @pytest.mark.parametrize("tied", ["true", "false"])
-def test_gradient_equals_float64_gradient_of_the_objective(parallel: Parallel, tied: str) -> None:
-    policy, config = make_policy(parallel, f"policy.model.tie_embeddings={tied}")
+def test_gradient_equals_float64_gradient_of_the_objective(parallel: Parallel, tied: str, exact: str) -> None:
+    policy, config = make_policy(
+        parallel, f"policy.model.tie_embeddings={tied}", f"rollout.local.exact={exact}"
+    )
     rollouts = ragged_rollouts()
     lengths = rollouts.response_lengths
     rollouts.advantages = advantages(config.algorithm, rollouts.rewards, lengths, rollouts.groups)

@@ -210,3 +210,23 @@ def test_quickstart_learns_under_two_tensor_parallel_ranks(tmp_path: Path) -> No
     overrides = [f"run.dir={run_dir}", "--nproc", "2", "policy.tensor_model_parallel_size=2"]
     assert main(["train", str(RECIPE), *overrides]) == 0
     assert rows(run_dir)[-1]["eval/accuracy"] >= 0.90
+
+
+EXACT = ("rollout.local.exact=true", "rollout.local.slots=5", "on_policy.tolerance=0")
+
+
+def test_in_exact_mode_the_tolerance_may_be_0(tmp_path: Path) -> None:
+    assert train(tmp_path / "run", *EXACT) == 0
+    steps = rows(tmp_path / "run")
+    assert len(steps) == 1 + STEPS
+    assert all(row["on_policy/sync_diff_max"] == 0.0 for row in steps)
+    assert all(row["on_policy/logprob_diff_max"] == 0.0 for row in steps[1:])
+
+
+def test_a_machine_that_is_not_exact_ends_the_run_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("opo_megatron.kernels.exact.QUERY_ROWS", 1)
+    assert train(tmp_path / "run", *EXACT) == 2
+    sentence = capsys.readouterr().err.strip().splitlines()[-1]
+    assert sentence.startswith("error: rollout.local.exact=true, but with 1 slots engine and policy differ")

@@ -189,6 +189,9 @@ class WarmStartConfig(OptimizerConfig):
 class LocalEngineConfig:
     slots: int = 384
     """Responses decoded at once per rank; a finished one makes room for the next."""
+    exact: bool = False
+    """The log-probabilities recorded while sampling are bit for bit those of the training pass, so that
+    on_policy.tolerance may be 0: on a CPU, in fp32, without tensor parallelism and experts."""
 
 
 @dataclass

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opo_megatron.config.arithmetic import expert_parallel_size, model_parallel_size, smallest_world
+from opo_megatron.config.exact import check_exact
 from opo_megatron.config.megatron_fields import MANAGED_FIELDS, check_megatron_fields
 from opo_megatron.config.schema import (
     Baseline,
@@ -42,6 +43,7 @@ def validate(config: Config, world_size: int | None) -> None:
     check_fields(config)
     check_not_built(config)
     check_engine(config)
+    check_exact(config)
     check_run(config)
     check_sampling(config)
     check_algorithm(config)

@@ -43,7 +43,7 @@ def closing_table(config: Config, rows: Sequence[Row], seconds: float) -> tuple[
                 "",
                 f"{worst:.1e}",
                 "largest gap, over all steps and tokens, between a token's log-probability when it was "
-                "drawn and when it was trained on: exactly on-policy but for rounding",
+                f"drawn and when it was trained on: exactly on-policy{' but for rounding' if worst else ''}",
             )
         )
     steps = rows[-1]["step"]

@@ -72,7 +72,12 @@ class Policy:
         self.version = 0
         """Number of optimizer steps that made these weights."""
         self.chunks = build_chunks(
-            self.config, vocab_size, parallel.pp_rank, parallel.dp_size, parallel.device
+            self.config,
+            vocab_size,
+            parallel.pp_rank,
+            parallel.dp_size,
+            parallel.device,
+            exact=config.rollout.local.exact,
         )
         stages = Stages(self.config.model.num_layers, parallel.pp_size, parallel.vpp_size)
         padded = padded_vocab_size(self.config, vocab_size, parallel.dp_size)
@@ -82,7 +87,11 @@ class Policy:
         self._mark_shards()
         self.megatron_config = self.chunks[0].config
         self.head = Head(
-            parallel, vocab_size, self.config.head_chunk_tokens, self.megatron_config.sequence_parallel
+            parallel,
+            vocab_size,
+            self.config.head_chunk_tokens,
+            self.megatron_config.sequence_parallel,
+            config.rollout.local.exact,
         )
         self.ddp_chunks = [self._wrap(chunk) for chunk in self.chunks]
         self.megatron_config.finalize_model_grads_func = _reduce_gradients

@@ -31,7 +31,9 @@ TEMPERATURE = 0.9
 def measure(overrides: list[str], parallel: Parallel) -> dict[str, object]:
     config = small_config(*overrides, world_size=WORLD_SIZE)
     policy = small_policy(config, parallel)
-    engine = LocalEngine(config.policy.model, VOCAB_SIZE, torch.float32, parallel.device, slots=17)
+    engine = LocalEngine(
+        config.policy.model, VOCAB_SIZE, torch.float32, parallel.device, 17, config.rollout.local.exact
+    )
     engine.update_weights(policy.stream_weights(), 0)
     total = PROMPTS * SAMPLES
     block = own_block(parallel, total)

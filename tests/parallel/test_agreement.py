@@ -20,6 +20,7 @@ WORKER = Path(__file__).parent / "agreement_worker.py"
 TP2, PP2 = "policy.tensor_model_parallel_size=2", "policy.pipeline_model_parallel_size=2"
 SP, VPP2 = "policy.sequence_parallel=true", "policy.virtual_pipeline_model_parallel_size=2"
 TIED = "policy.model.tie_embeddings=true"
+EXACT = "rollout.local.exact=true"
 TOLERANCE = 2e-5
 
 
@@ -66,3 +67,11 @@ def test_tied_embeddings_agree_under_every_layout(tmp_path: Path) -> None:
     layouts = (f"{TIED},{TP2}", f"{TIED},{PP2}", f"{TIED},{PP2},{VPP2}", f"{TIED},{TP2},{SP}")
     (one_process,) = measure(tmp_path, 1, TIED)
     check(one_process, measure(tmp_path, 2, *layouts), layouts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_in_exact_mode_every_layout_agrees_bit_for_bit(tmp_path: Path, ranks: int) -> None:
+    layouts = ("", PP2, f"{PP2},{VPP2}", f"{TIED},{PP2}", f"{PP2},policy.max_tokens_per_micro_batch=60")
+    results = measure(tmp_path, ranks, *(f"{EXACT},{layout}".rstrip(",") for layout in layouts))
+    assert [result["worst"] for result in results] == [0.0] * len(layouts)

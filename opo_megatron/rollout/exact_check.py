@@ -1,0 +1,115 @@
+"""Exact mode, tested before it is claimed: does this machine keep engine and policy equal, bit for bit?
+
+The policy's weights go to the engine, which draws responses to random prompts with 1, with 3 and with
+the recipe's number of slots, so that rows are refilled and run alone, few and many at a time; one
+prompt fills the model's context.  Every recorded log-probability must then be the one of the training
+pass, with and without gradients and under two paddings.  The difference must be 0, not small.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from opo_megatron.algorithm.objective import PolicyGradient
+from opo_megatron.config import Config
+from opo_megatron.config.exact import needs
+from opo_megatron.errors import OnPolicyError, UserError
+from opo_megatron.policy.parallel import Parallel, all_gather_objects
+from opo_megatron.policy.policy import Policy
+from opo_megatron.rollout.engine import Request, Sampling
+from opo_megatron.rollout.local.engine import LocalEngine
+from opo_megatron.rollout.rollouts import Rollouts
+
+LONGEST_PROMPT = 32
+"""Tokens of the prompts that do not fill the context."""
+LONGEST_RESPONSE = 16
+STOP_SHARE = 8
+"""One token in so many ends a response, so that lengths differ."""
+
+
+def check_device(parallel: Parallel) -> None:
+    """Refuse devices other than CPUs.
+
+    Raises:
+        UserError: saying which device this rank has.
+    """
+    if parallel.device.type != "cpu":
+        raise UserError(needs("policy.device", parallel.device.type, "cpu", "where exactness is not proven"))
+
+
+def check_exact(config: Config, policy: Policy, engine: LocalEngine, parallel: Parallel) -> int:
+    """Compare engine and policy under many batchings; a collective.  Returns the tokens compared.
+
+    Gradients are zero afterwards, and the engine holds the policy's weights.
+
+    Raises:
+        OnPolicyError: where any log-probability differs in any bit.
+    """
+    engine.update_weights(policy.stream_weights(), policy.version)
+    configured, compared = engine.slots, 0
+    try:
+        for slots in sorted({1, 3, configured}):
+            engine.slots = slots
+            rollouts = engine.generate(
+                _requests(policy, parallel.rank, slots, count=slots + slots // 2 + 2),
+                _sampling(config, policy),
+            )
+            everything = Rollouts.concatenate(all_gather_objects(parallel, rollouts))
+            for widest in (False, True):
+                difference = _largest_difference(config, policy, parallel, everything, widest)
+                if not difference == 0:  # NaN is a difference too
+                    raise OnPolicyError(
+                        f"rollout.local.exact=true, but with {slots} slots engine and policy differ by "
+                        f"{difference:.2g} in a token's log-probability on this machine, so exactness cannot "
+                        "be claimed; set rollout.local.exact=false and an on_policy.tolerance above that"
+                    )
+            compared += everything.response_tokens.numel()
+    finally:
+        engine.slots = configured
+        policy.zero_gradients()
+    return compared
+
+
+def _requests(policy: Policy, rank: int, slots: int, count: int) -> list[Request]:
+    """Random prompts of different lengths; with 3 slots the first two fill the context."""
+    rng = random.Random(f"exact/{rank}/{slots}")
+    room = policy.config.model.max_sequence_length - _response_limit(policy)
+    lengths = [rng.randint(1, min(LONGEST_PROMPT, room)) for _ in range(count)]
+    if slots == 3:
+        lengths[:2] = [room, max(1, room - 1)]
+    prompts = [tuple(rng.randrange(policy.vocab_size) for _ in range(length)) for length in lengths]
+    return [Request(i, i, rank, prompt) for i, prompt in enumerate(prompts)]
+
+
+def _response_limit(policy: Policy) -> int:
+    return max(1, min(LONGEST_RESPONSE, policy.config.model.max_sequence_length // 2))
+
+
+def _sampling(config: Config, policy: Policy) -> Sampling:
+    return Sampling(
+        max_tokens=_response_limit(policy),
+        stop_tokens=tuple(range(0, policy.vocab_size, STOP_SHARE)),
+        seed=(config.run.seed,),
+        temperature=config.rollout.temperature,
+    )
+
+
+def _largest_difference(
+    config: Config, policy: Policy, parallel: Parallel, rollouts: Rollouts, widest: bool
+) -> float:
+    """max |Δ log π| of a training pass in which every other sample has no gradient.
+
+    Args:
+        widest: micro-batches are made as if all sequences were as long as the longest.
+    """
+    lengths = rollouts.sequence_lengths
+    rollouts.advantages = (torch.arange(len(rollouts)) % 2).double()
+    if widest:
+        lengths = torch.full_like(lengths, int(lengths.max()))
+    plan = policy.plan(lengths, rollouts.advantages == 0)
+    objective = PolicyGradient(float(rollouts.response_tokens.numel()), config.rollout.temperature)
+    metrics = policy.accumulate_gradients(rollouts.select(plan.samples_of(parallel.dp_rank)), plan, objective)
+    assert metrics.mismatch is not None
+    return metrics.mismatch.max
