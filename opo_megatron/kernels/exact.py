@@ -32,7 +32,7 @@ from torch import Tensor
 
 TILE = 64
 """Rows of one matrix product of a linear layer."""
-QUERY_ROWS = 8
+QUERY_ROWS = 4
 """Fewest queries of one attention product."""
 COLUMNS = 16
 """Fewest columns of a product."""
@@ -115,7 +115,7 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tens
     scores = torch.baddbmm(
         grouped.new_empty(1, 1, 1), grouped, keys.transpose(1, 2), beta=0, alpha=1 / math.sqrt(width)
     )
-    scores = scores[:, :rows].reshape(batch, heads, length, total).masked_fill(mask, MASKED)
+    scores = scores[:, :rows].reshape(batch, heads, length, total).masked_fill_(mask, MASKED)
     if width < COLUMNS:
         values = F.pad(values, (0, COLUMNS - width))
     weights = _with_rows(scores.softmax(-1).view(batch * groups, rows, total), QUERY_ROWS)
