@@ -63,8 +63,8 @@ def stream_weights(
 ) -> Iterator[Bucket]:
     """Yield buckets of full tensors; a collective of all ranks, which must take every bucket.
 
-    With `to="one"` the buckets of every rank but rank 0 are empty.  A tensor is valid until the next
-    bucket is asked for; it may be the model's own memory, so it is not to be written to.
+    With `to="one"` the buckets of every rank but rank 0 are empty.  A tensor may be the model's own
+    memory: it is not to be written to, and holds these weights until the next optimizer step.
     """
     for bucket in buckets(table, bucket_bytes, shards.dtype):
         yield _gather(bucket, shards, parallel, to)

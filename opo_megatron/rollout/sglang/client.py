@@ -29,6 +29,7 @@ class Client:
         self.url, self.timeout = url.rstrip("/"), timeout
         self._host, self._port = parts.hostname, parts.port
         self._headers = {"Content-Type": "application/json"}
+        self._paths: frozenset[str] | None = None
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
 
@@ -63,8 +64,9 @@ class Client:
 
     def offers(self, path: str) -> bool:
         """Whether the server knows this path, which is how older versions are told apart."""
-        paths = self.get("/openapi.json").get("paths", {})
-        return path in paths
+        if self._paths is None:
+            self._paths = frozenset(self.get("/openapi.json").get("paths", {}))
+        return path in self._paths
 
     def _request(self, method: str, path: str, body: str | None, timeout: float | None) -> tuple[int, bytes]:
         limit = timeout if timeout is not None else self.timeout

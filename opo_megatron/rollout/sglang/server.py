@@ -33,7 +33,7 @@ _CPU_OPTIONS = {
     "sampling-backend": "pytorch",
     "grammar-backend": "none",
     "disable-overlap-schedule": True,
-    "mem-fraction-static": 0.02,
+    "mem-fraction-static": 0.8,  # may hold weights and cache; what it takes is max-total-tokens
 }
 
 
@@ -155,6 +155,8 @@ class Server:
         if self.gpus is None:
             # More threads than idle cores make it many times slower, as they do the ranks.
             kept["OMP_NUM_THREADS"] = str(self.config.run.threads_per_rank)
+            # The C library would map fresh pages for every bucket, which takes longer than filling them.
+            kept |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
         else:
             kept["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
         return kept

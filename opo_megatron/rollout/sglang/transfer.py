@@ -2,13 +2,13 @@
 
     tensor        same node: one buffer in shared memory (a CUDA IPC handle on GPUs), whose name travels
                   by HTTP; every engine rank maps the same full tensors and takes its slice
-    distributed   any node: the buffer is broadcast to the engine's ranks (gloo, NCCL on GPUs)
+    distributed   any node: each tensor is broadcast to the engine's ranks (gloo, NCCL on GPUs)
     disk          a folder that both sides see
 
-Each knows nothing of versions, sessions or flushing: that is `engine.py`.  `send` takes the tensors
-of a bucket, which are valid only until it returns, copies them once into a buffer of their own, and
-hands the rest to a thread: so the trainer gathers the next bucket while this one is on its way, and
-at most two buckets exist.  Buffers are never used again, for a server may answer before it has copied.
+Each knows nothing of versions, sessions or flushing: that is `engine.py`.  `send` takes a bucket and
+hands what takes time to a thread: so the trainer gathers the next bucket while this one is on its way,
+and at most two buckets exist.  Shared buffers are never used again, for a server may answer before it
+has copied.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Transfer(Protocol):
     """How one server gets a bucket."""
 
     def send(self, bucket: Bucket) -> Callable[[], None]:
-        """Copy the bucket and return what brings it to the server; that runs in a thread."""
+        """Return what brings the bucket to the server; that runs in a thread."""
         ...
 
     def finish(self) -> None:
@@ -138,9 +138,12 @@ def _copy_shared(bucket: Bucket) -> list[tuple[str, Tensor]]:
     """The tensors as views of one new buffer that another process can map."""
     dtype, device = bucket[0][1].dtype, bucket[0][1].device
     sizes = [tensor.numel() for _, tensor in bucket]
-    buffer = torch.empty(sum(sizes), dtype=dtype, device=device)
     if device.type == "cpu":
-        buffer.share_memory_()
+        # `share_memory_` would move what a usual tensor holds: a copy, and pages of both.
+        storage = torch.UntypedStorage._new_shared(sum(sizes) * dtype.itemsize)
+        buffer = torch.empty(0, dtype=dtype).set_(storage)
+    else:
+        buffer = torch.empty(sum(sizes), dtype=dtype, device=device)
     views = buffer.split(sizes)
     named = []
     for (name, tensor), view in zip(bucket, views, strict=True):
@@ -215,21 +218,24 @@ class DistributedTransfer:
         self._store = store
 
     def send(self, bucket: Bucket) -> Callable[[], None]:
-        flat = torch.cat([tensor.detach().reshape(-1).view(torch.uint8) for _, tensor in bucket])
+        named = [(name, tensor.detach().contiguous()) for name, tensor in bucket]
+        # Tensor by tensor: for a flattened bucket the server would make the flat buffer by joining empty
+        # tensors, which is another copy, and this side one more.
         body: dict[str, Any] = {
-            "names": [name for name, _ in bucket],
-            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
-            "shapes": [list(tensor.shape) for _, tensor in bucket],
+            "names": [name for name, _ in named],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in named],
+            "shapes": [list(tensor.shape) for _, tensor in named],
             "group_name": GROUP,
-            "load_format": "flattened_bucket",
             "flush_cache": False,
         }
 
-        def work(flat: Tensor = flat) -> None:
+        def work(named: list[tuple[str, Tensor]] = named) -> None:
             with ThreadPoolExecutor(1) as thread:
                 answer = thread.submit(self._client.post, "/update_weights_from_distributed", **body)
                 try:
-                    self._group.broadcast([flat], _from_first()).wait()
+                    under_way = [self._group.broadcast([tensor], _from_first()) for _, tensor in named]
+                    for broadcast in under_way:
+                        broadcast.wait()
                 except RuntimeError as error:
                     raise EngineFailure(f"the broadcast to {self._client.url} broke off: {error}") from error
                 check_success(answer.result(), "a bucket of weights")
