@@ -127,8 +127,11 @@ class TensorInfo:
 class FileWriter:
     """One file, to which its tensors are written in the order in which they were announced."""
 
-    def __init__(self, path: Path, tensors: Iterable[TensorInfo]) -> None:
-        self.path, self.expected = path, list(tensors)
+    def __init__(self, path: Path, tensors: Iterable[TensorInfo], is_durable: bool = True) -> None:
+        """Args:
+        is_durable: whether `close` waits for the disk.
+        """
+        self.path, self.expected, self._is_durable = path, list(tensors), is_durable
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for info in self.expected:
@@ -158,10 +161,10 @@ class FileWriter:
         return self._next == len(self.expected)
 
     def close(self) -> None:
-        """Bring the file to the disk; one that is incomplete is only closed."""
+        """Bring the file to the disk; one that is incomplete or need not last is only closed."""
         if not self._file.closed:
             with self._file:
-                if self.is_complete:
+                if self.is_complete and self._is_durable:
                     os.fsync(self._file.fileno())
 
 

@@ -29,11 +29,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from safetensors.torch import save_file
 from torch import Tensor
 
 from opo_megatron.errors import EngineFailure, UserError
 from opo_megatron.rollout.sglang.client import Client
+from opo_megatron.weights.safetensors_file import FileWriter, TensorInfo
 
 Bucket = Sequence[tuple[str, Tensor]]
 GROUP = "opo_weights"
@@ -271,10 +271,12 @@ class DiskTransfer:
             self._folder.mkdir(parents=True)
         self._files += 1
         path = self._folder / f"model-{self._files:05d}.safetensors"
-        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in bucket}
+        infos = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in bucket]
 
-        def work(copies: dict[str, Tensor] = copies) -> None:
-            save_file(copies, path)
+        def work() -> None:
+            with contextlib.closing(FileWriter(path, infos, is_durable=False)) as writer:
+                for name, tensor in bucket:
+                    writer.write(name, tensor)
 
         return work
 
