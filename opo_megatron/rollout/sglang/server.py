@@ -33,6 +33,7 @@ _CPU_OPTIONS = {
     "sampling-backend": "pytorch",
     "grammar-backend": "none",
     "disable-overlap-schedule": True,
+    "sleep-on-idle": True,  # an idle server would keep a core busy
     "mem-fraction-static": 0.8,  # may hold weights and cache; what it takes is max-total-tokens
 }
 
