@@ -25,6 +25,7 @@ from opo_megatron.rollout.exact_check import check_device, check_exact
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.server import write_model_config
+from opo_megatron.rollout.turns import Turns
 from opo_megatron.run import Run
 from opo_megatron.tasks import TASKS, Task
 from opo_megatron.weights.hf_folder import read_weights
@@ -90,10 +91,24 @@ def _build(config: Config, parallel: Parallel, display: Display) -> Run:
     files = RunFiles(config, parallel.rank == 0, progress, checkpoint)
     if start_weights is not None and checkpoint is not None and not in_warm_start:
         start_weights.take_over(run_of(checkpoint))
+    takes_turns = shares_memory(config, parallel)
+    if takes_turns:  # a server takes what it finds free when it starts
+        policy.memory.free_gradients()
+        policy.memory.offload_optimizer()
     engine = _start_engine(config, parallel, policy, display)
+    turns = Turns(policy, engine, parallel, takes_turns)
+    turns.before_training()
     step = -1 if in_warm_start else progress.step
     warm_step = progress.step if in_warm_start else config.warm_start.steps
-    return Run(config, parallel, task, policy, engine, files, display, start_weights, step, warm_step)
+    return Run(config, parallel, task, policy, engine, turns, files, display, start_weights, step, warm_step)
+
+
+def shares_memory(config: Config, parallel: Parallel) -> bool:
+    """Whether policy and engine use the same memory and take turns with it."""
+    settings = config.rollout.sglang
+    if config.rollout.engine is not EngineName.sglang or settings.urls:
+        return False
+    return parallel.device.type == "cuda" if settings.share_memory is None else settings.share_memory
 
 
 def vocabulary_of(config: Config, task: Task) -> int:

@@ -25,6 +25,7 @@ from opo_megatron.rollout.batch import gather_on_first
 from opo_megatron.rollout.engine import Progress, Request, RolloutEngine, Sampling
 from opo_megatron.rollout.recovery import draw, synchronize
 from opo_megatron.rollout.rollouts import Rollouts
+from opo_megatron.rollout.turns import Turns
 from opo_megatron.tasks import Prompt, Task
 from opo_megatron.tasks.base import PromptOrder, Split
 from opo_megatron.weights.start_weights import StartWeights
@@ -42,6 +43,8 @@ class Run:
     task: Task
     policy: Policy
     engine: RolloutEngine
+    turns: Turns
+    """With memory, between policy and engine."""
     files: RunFiles
     display: Display
     start_weights: StartWeights | None = None
@@ -127,7 +130,8 @@ class Run:
         every = self.config.checkpoint.every_steps
         if progress.step == last or (every > 0 and progress.step % every == 0):
             self.display.status(f"saving {progress.folder}")
-            save(self.policy, self.config, progress)
+            with self.turns.saving():
+                save(self.policy, self.config, progress)
 
     def summarize(self) -> None:
         """Write summary.json and show the closing table."""

@@ -60,6 +60,7 @@ def opo_step(run: Run, step: int) -> None:
         rollouts.advantages = advantage[own_block(parallel, len(advantage))]
 
     with timer.phase("train"):
+        run.turns.before_training()
         plan = policy.plan(batch.sequence_lengths, silent=advantage == 0)
         samples = exchange(parallel, rollouts, plan, len(advantage))
         normalizer = loss_normalizer(config.algorithm, batch.response_lengths)

@@ -215,6 +215,8 @@ class SglangConfig:
     """A server that gives no answer for so long counts as hung."""
     restarts: int = 3
     """How often in a row a step is drawn again after a failure, before the run ends."""
+    share_memory: bool | None = None
+    """Policy and servers give up memory in turns; default where the run's own servers use its GPUs."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further options of sglang.launch_server, by its own names."""
 

@@ -162,6 +162,11 @@ def check_engine(config: Config) -> None:
     if config.rollout.engine is not EngineName.sglang:
         return
     _require(
+        not (config.rollout.sglang.share_memory and config.rollout.sglang.urls),
+        "rollout.sglang.share_memory=true with rollout.sglang.urls, but only the run's own servers give up "
+        "memory for it; remove one",
+    )
+    _require(
         config.policy.model.num_moe_experts is None,
         f"policy.model.num_moe_experts is {config.policy.model.num_moe_experts} with rollout.engine=sglang, "
         "but engine and policy would route tokens to different experts; set rollout.engine=local",

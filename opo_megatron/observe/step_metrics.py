@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 
-import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.advantages import without_signal
@@ -50,11 +49,8 @@ def step_row(
 
 
 def memory_metrics() -> Row:
-    """Peak memory of this process so far, and of its GPU."""
-    row: Row = {"memory/peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-    if torch.cuda.is_available():
-        row["memory/peak_gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return row
+    """Peak memory of this process so far; that of its GPU is measured by phase."""
+    return {"memory/peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
 def throughput_metrics(row: Row) -> Row:

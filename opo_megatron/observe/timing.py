@@ -1,4 +1,4 @@
-"""Seconds per phase of a step."""
+"""Seconds per phase of a step, and GPU memory."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ class PhaseTimer:
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self._seconds: dict[str, float] = {}
+        self._peaks: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
         try:
             yield
         finally:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()  # a phase ends when its kernels have
+                peak = torch.cuda.max_memory_allocated() / 2**30
+                self._peaks[f"memory/{name}_peak_gpu_gib"] = peak
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
     def metrics(self) -> dict[str, float]:
-        """`time/<phase>` of each phase, and `time/step` since the timer was made."""
+        """`time/<phase>` of each phase, `time/step` since the timer was made; on GPUs peaks of memory."""
         phases = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
-        return phases | {"time/step": time.perf_counter() - self._started}
+        return phases | self._peaks | {"time/step": time.perf_counter() - self._started}

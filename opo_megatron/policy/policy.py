@@ -34,6 +34,7 @@ from opo_megatron.algorithm.objective import Objective
 from opo_megatron.config.schema import Config, Dtype, OptimizerConfig
 from opo_megatron.errors import UserError
 from opo_megatron.policy.head_gradient import Head, HeadLoss, log_probs
+from opo_megatron.policy.memory import PolicyMemory
 from opo_megatron.policy.microbatch import MicroBatch, Plan, build_micro_batches, plan_micro_batches
 from opo_megatron.policy.model import build_chunks, head_shares_embedding, head_weight, padded_vocab_size
 from opo_megatron.policy.parallel import Parallel, all_reduce
@@ -95,6 +96,7 @@ class Policy:
         )
         self.ddp_chunks = [self._wrap(chunk) for chunk in self.chunks]
         self.megatron_config.finalize_model_grads_func = _reduce_gradients
+        self.memory = PolicyMemory(self)
         self.optimizer: MegatronOptimizer | Any = None
         self.start_optimizer(optimizer)
 
@@ -127,6 +129,7 @@ class Policy:
 
     def start_optimizer(self, config: OptimizerConfig) -> None:
         """Begin anew: moments at zero, steps at zero, master weights from the current weights."""
+        self.memory.reload()
         self.optimizer_config = config
         self.optimizer = None  # its state is freed before the next one is allocated
         self.optimizer = get_megatron_optimizer(
@@ -216,6 +219,7 @@ class Policy:
         """Forward and backward over all micro-batches; gradients end up reduced in `main_grad`."""
         if batch.is_demonstration != objective.learns_from_demonstrations:
             raise ValueError(f"{type(objective).__name__} cannot learn from these rollouts")
+        self.memory.reload()
         self.zero_gradients()
         measured = batch.engine_log_prob is not None
         columns = dict.fromkeys((*objective.columns, *(["engine_log_prob"] if measured else [])))
@@ -326,7 +330,7 @@ class Policy:
     def stream_weights(self, to: Receivers = "all") -> Iterator[Bucket]:
         """Buckets of (Hugging Face name, full tensor), on every rank or on rank 0; a collective of all.
 
-        Tensors are to be read only, and until the next bucket is asked for.
+        Tensors are to be read only, and before the next optimizer step.
         """
         limit = int(self.config.weight_bucket_mib * 2**20)
         return stream_weights(ModelShards(self.chunks), self.table, self.parallel, limit, to)

@@ -66,6 +66,14 @@ class RolloutEngine(Protocol):
         """The same requests answered by every copy of the weights that this rank feeds, by name."""
         ...
 
+    def sleep(self, keeps_weights: bool = False) -> None:
+        """Give up memory that the policy needs: that of keys and values, and of weights."""
+        ...
+
+    def wake(self) -> None:
+        """Take memory again for all that was given up; weights come with the next update."""
+        ...
+
     def recover(self) -> None:
         """Make the engine usable after an EngineFailure, without weights; a collective of all ranks."""
         ...

@@ -33,7 +33,12 @@ def synchronize(run: Run) -> None:
     requests = probe_requests(run.config.policy.model, run.policy.vocab_size)
 
     def send() -> dict[str, Rollouts]:
-        run.engine.update_weights(run.policy.stream_weights(), run.policy.version)
+        run.turns.before_update()
+        try:
+            run.engine.update_weights(run.policy.stream_weights(), run.policy.version)
+        finally:
+            run.turns.after_update()
+        run.turns.before_drawing()
         return run.engine.probe(requests, PROBE_SAMPLING)
 
     probes = _until_it_works(run, send, run.engine.recover, "weights could not be sent")

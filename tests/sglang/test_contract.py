@@ -34,6 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         f"rollout.sglang.python={sglang_python()}",
         "rollout.sglang.max_running_requests=32",
         "rollout.sglang.timeout_seconds=60",
+        "rollout.sglang.share_memory=true",  # the order is the same on a CPU, where nothing is gained
         "rollout.prompts_per_step=4",
         "rollout.sglang.restarts=1",
         "warm_start.steps=0",
@@ -163,6 +164,45 @@ def test_a_server_that_died_is_started_again_and_the_whole_step_is_drawn(run: Ru
     assert len(rollouts) == 6 and run.engine_failures == 1 and server.pid != first
     assert rollouts.weight_versions is not None
     assert rollouts.weight_versions.unique().tolist() == [run.policy.version]
+
+
+def test_policy_and_engine_take_turns_with_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    post, memory = Client.post, run.policy.memory
+
+    def watched(self: Client, path: str, *args: object, **body: object) -> object:
+        tags = " ".join(body.get("tags", []))  # type: ignore[arg-type]
+        names = {"/release_memory_occupation": f"release {tags}", "/resume_memory_occupation": f"resume {tags}"}
+        events.append(names.get(path, path.split("?")[0]))
+        return post(self, path, *args, **body)  # type: ignore[arg-type]
+
+    for name in ("free_gradients", "offload_optimizer", "reload"):
+        done = getattr(memory, name)
+        monkeypatch.setattr(memory, name, lambda name=name, done=done: (events.append(name), done()))
+    monkeypatch.setattr(Client, "post", watched)
+    run.turns.before_training()
+    assert memory.is_complete and events == ["release kv_cache weights", "reload"]
+    events.clear()
+    run.synchronize()
+    kept = [event for event in events if "pause" not in event and "flush" not in event]
+    assert kept == [
+        "free_gradients",
+        "resume weights",
+        "/begin_weight_update",
+        "/update_weights_from_tensor",
+        "/end_weight_update",
+        "/update_weight_version",
+        "/continue_generation",
+        "offload_optimizer",
+        "resume kv_cache",
+        "/generate",
+    ]
+    events.clear()
+    with run.turns.saving():
+        assert memory.is_complete
+    assert not memory.is_complete
+    assert events == ["release kv_cache", "reload", "free_gradients", "offload_optimizer", "resume kv_cache"]
+    assert len(run.draw(requests(4), Sampling(6, (), (1,)), "test")) == 4
 
 
 def test_an_engine_without_whole_weights_does_not_generate(run: Run) -> None:

@@ -64,6 +64,11 @@ class LocalEngine:
         """This rank's copy is the only one that it feeds."""
         return {"the local engine": self.generate(requests, sampling)}
 
+    def sleep(self, keeps_weights: bool = False) -> None:
+        """It keeps what it has: one decoder and the cache of a step."""
+
+    def wake(self) -> None: ...
+
     def recover(self) -> None:
         """Nothing here outlives a failure of this process."""
 

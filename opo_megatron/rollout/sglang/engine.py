@@ -64,6 +64,7 @@ class SglangEngine:
         self._server: Server | None = None
         self._owner = 0
         self._transfers: dict[str, Transfer] = {}
+        self._released: set[str] = set()
         if not self.settings.urls:
             group = server_group(
                 all_gather_objects(parallel, socket.gethostname()), parallel.rank, self._servers_per_node()
@@ -113,6 +114,7 @@ class SglangEngine:
                     raise UserError(f"the SGLang server {client.url} of rollout.sglang.urls does not answer")
             return
         if self._server is not None and not self._server.is_alive():
+            self._released = set()
             self._server.stop()
             self._server.start(self.say)
         urls = all_gather_objects(self.parallel, self._server.url if self._server else None)
@@ -132,6 +134,30 @@ class SglangEngine:
             transfer.close()
         self._transfers = {}
 
+    # ------------------------------------------------------------------ memory
+
+    def sleep(self, keeps_weights: bool = False) -> None:
+        """Let the servers that this rank feeds give up their memory; weights are then lost."""
+        parts = {"kv_cache"} if keeps_weights else {"kv_cache", "weights"}
+        if not keeps_weights:
+            self.version = None
+        wanted = sorted(parts - self._released)
+        if self._feeds and wanted:
+            for client in self._clients:
+                client.post("/release_memory_occupation", tags=wanted)
+            self._released |= parts
+
+    def wake(self) -> None:
+        """Give the servers all of their memory again."""
+        self._resume(set(self._released))
+
+    def _resume(self, parts: set[str]) -> None:
+        wanted = sorted(parts & self._released)
+        if self._feeds and wanted:
+            for client in self._clients:
+                client.post("/resume_memory_occupation", tags=wanted)
+            self._released -= parts
+
     # ------------------------------------------------------------------ weights
 
     def update_weights(self, buckets: NamedTensors, version: int) -> None:
@@ -144,6 +170,7 @@ class SglangEngine:
         failure: EngineFailure | UserError | None = None
         senders: list[Sender] = []
         try:
+            self._resume({"weights"})
             if self._feeds:
                 for client in self._clients:
                     self._open_update(client)
