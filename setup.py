@@ -44,6 +44,7 @@ setup(
             "pytest-xdist==3.8.0",
             "reasoning-gym==0.1.25",
             "ruff==0.17.5",
+            "scipy==1.17.1",
             "transformers==5.12.1",  # an independent implementation to compare with
             WANDB,
         ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.multiprocessing import reductions
 
 from opo_megatron.cli import main
 from opo_megatron.errors import EngineFailure, UserError
@@ -19,6 +23,7 @@ from opo_megatron.rollout.rollouts import FINISH_LENGTH, FINISH_STOP
 from opo_megatron.rollout.sglang.answers import UNKNOWN_VERSION, rollouts_of, sampling_params
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.engine import server_group
+from opo_megatron.rollout.sglang.transfer import _handle, _pickled, check_allocator
 
 STOP = 7
 SAMPLING = Sampling(max_tokens=3, stop_tokens=(STOP,), seed=(1,), temperature=0.7)
@@ -168,3 +173,35 @@ def test_a_missing_environment_is_said_before_anything_is_written(
     error = capsys.readouterr().err
     assert "rollout.sglang.python=/no/python does not exist; make that environment with" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_is_named_by_its_uuid_in_a_handle(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        uuid = "0123-4567"
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    handle = (torch.Tensor, (3,), (1,), 0, torch.UntypedStorage, torch.float32, 5, b"handle")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+
+    monkeypatch.setattr(reductions, "reduce_tensor", lambda tensor: (print, handle))
+    _, arguments = _handle(torch.zeros(3).as_subclass(OnGpu))
+    assert arguments == (*handle[:6], "0123-4567", b"handle")
+    _, arguments = _handle(torch.zeros(3))
+    assert arguments == handle
+
+
+def test_shared_tensors_travel_by_name_of_their_memory() -> None:
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    shared = torch.arange(4.0).share_memory_()
+    ((name, found),) = pickle.loads(base64.b64decode(_pickled([("weight", shared.view(2, 2))])))
+    assert name == "weight" and found.shape == (2, 2)
+    shared[0] = 9
+    assert found[0, 0] == 9  # the same memory
+
+
+def test_memory_that_cannot_be_shared_is_refused() -> None:
+    check_allocator({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"})
+    with pytest.raises(UserError, match="expandable_segments"):
+        check_allocator({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64,expandable_segments: True"})

@@ -172,8 +172,8 @@ def test_policy_and_engine_take_turns_with_memory(run: Run, monkeypatch: pytest.
 
     def watched(self: Client, path: str, *args: object, **body: object) -> object:
         tags = " ".join(body.get("tags", []))  # type: ignore[arg-type]
-        names = {"/release_memory_occupation": f"release {tags}", "/resume_memory_occupation": f"resume {tags}"}
-        events.append(names.get(path, path.split("?")[0]))
+        about_memory = path.endswith("_memory_occupation")
+        events.append(f"{path[1:].split('_')[0]} {tags}" if about_memory else path.split("?")[0])
         return post(self, path, *args, **body)  # type: ignore[arg-type]
 
     for name in ("free_gradients", "offload_optimizer", "reload"):

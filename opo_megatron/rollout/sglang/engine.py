@@ -88,14 +88,14 @@ class SglangEngine:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return self.settings.servers or max(1, local // self.settings.tensor_parallel_size)
 
-    def _gpus(self, ranks: int) -> list[int] | None:
-        """The devices of this rank's group, as this process numbers them."""
+    def _gpus(self, ranks: int) -> list[str] | None:
+        """The devices of this rank's group, as CUDA_VISIBLE_DEVICES names them."""
         if self.parallel.device.type == "cpu":
             return None
         first = self.parallel.device.index or 0
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        numbers = [int(n) for n in visible.split(",")] if visible else list(range(first + ranks))
-        return numbers[first : first + ranks]
+        names = visible.split(",") if visible else [str(number) for number in range(first + ranks)]
+        return names[first : first + ranks]
 
     # ------------------------------------------------------------------ life
 
@@ -197,7 +197,7 @@ class SglangEngine:
         if client.url not in self._transfers:
             ranks, kind = self.settings.tensor_parallel_size, self.settings.transport
             if kind is Transport.tensor:
-                made: Transfer = TensorTransfer(client, ranks)
+                made: Transfer = TensorTransfer(client, ranks, self.parallel.device)
             elif kind is Transport.distributed:
                 made = DistributedTransfer(client, ranks, free_port(), self.parallel.device)
             else:

@@ -71,7 +71,7 @@ def interpreter(settings: SglangConfig) -> Path:
 class Server:
     """One server process and how to reach it."""
 
-    def __init__(self, config: Config, model_dir: Path, log: Path, name: str, gpus: list[int] | None) -> None:
+    def __init__(self, config: Config, model_dir: Path, log: Path, name: str, gpus: list[str] | None) -> None:
         """Args:
         model_dir: folder with the model's `config.json`.
         log: file that takes what the server prints, of all its starts.
@@ -159,7 +159,7 @@ class Server:
             # The C library would map fresh pages for every bucket, which takes longer than filling them.
             kept |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
         else:
-            kept["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
+            kept["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
         return kept
 
     def _wait_until_ready(self, say: Callable[[str], None]) -> None:

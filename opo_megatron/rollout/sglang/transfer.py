@@ -19,7 +19,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
+from torch.multiprocessing import reductions
 
 from opo_megatron.errors import EngineFailure, UserError
 from opo_megatron.rollout.sglang.client import Client
@@ -110,8 +111,16 @@ def check_success(answer: Any, what: str) -> None:
 class TensorTransfer:
     """By shared memory on one machine."""
 
-    def __init__(self, client: Client, engine_ranks: int) -> None:
+    def __init__(self, client: Client, engine_ranks: int, device: torch.device) -> None:
+        """Args:
+        device: where the policy's weights are.
+
+        Raises:
+            UserError: where memory of that device cannot be shared.
+        """
         self._client, self._engine_ranks = client, engine_ranks
+        if device.type == "cuda":
+            check_allocator(os.environ)
         torch.multiprocessing.set_sharing_strategy("file_system")  # descriptors would need a common secret
         with _without_output():
             self._first = torch.zeros(1).share_memory_()  # starts torch's shared-memory helper
@@ -132,6 +141,20 @@ class TensorTransfer:
 
     def close(self) -> None:
         pass
+
+
+def check_allocator(environment: Mapping[str, str]) -> None:
+    """Refuse an allocator whose memory has no CUDA IPC handle.
+
+    Raises:
+        UserError: naming the variable.
+    """
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "expandable_segments:true" in environment.get(name, "").replace(" ", "").lower():
+            raise UserError(
+                f"{name}={environment[name]} allocates memory that CUDA IPC cannot share; take "
+                "expandable_segments out of it, or set rollout.sglang.transport=distributed"
+            )
 
 
 def _copy_shared(bucket: Bucket) -> list[tuple[str, Tensor]]:
@@ -176,8 +199,27 @@ def _without_output() -> Iterator[None]:
 
 def _pickled(named: list[tuple[str, Tensor]]) -> str:
     data = io.BytesIO()
-    ForkingPickler(data).dump(named)
+    pickler = ForkingPickler(data)
+    pickler.dispatch_table[Tensor] = _handle  # type: ignore[attr-defined]  # of this pickler alone
+    pickler.dump(named)
     return base64.b64encode(data.getbuffer()).decode()
+
+
+def _handle(tensor: Tensor) -> Any:
+    """torch's handle of a shared tensor, with a GPU named by its UUID.
+
+    Its number differs between processes that see other devices, or the same in another order; SGLang
+    takes either.
+    """
+    rebuild, arguments = reductions.reduce_tensor(tensor)
+    if tensor.is_cuda:
+        device = str(torch.cuda.get_device_properties(tensor.device).uuid)
+        arguments = (*arguments[:_DEVICE], device, *arguments[_DEVICE + 1 :])
+    return rebuild, arguments
+
+
+_DEVICE = 6
+"""Place of the device among the arguments of torch's `rebuild_cuda_tensor`."""
 
 
 class DistributedTransfer:
