@@ -1,0 +1,187 @@
+"""Does everything that needs a GPU work here, and how fast?  One JSON, at most ten minutes.
+
+    python tools/check_gpu.py                   # all sections → records/gpu.json
+    python tools/check_gpu.py --device cpu      # the same sections as far as a CPU can; writes nothing
+
+Every section runs in processes of its own and has a share of the time: one that fails says so and
+leaves the others alone.  Training sections are runs of the real command; their figures are those that
+the run itself wrote, medians of the steps after the first.  Exit code 1 where a section failed, 2
+without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench_sync import SIZES
+from record import write_record
+
+ROOT = Path(__file__).parent.parent
+SECTION_SECONDS = 120
+STEPS = 4
+OPTIONAL = ("transformer-engine", "triton", "apex", "flash-attn", "nvidia-modelopt")
+
+TRAINING = {
+    "policy, local layer spec, local engine": ("rollout.engine=local",),
+    "shared GPU, SGLang by CUDA IPC": ("rollout.engine=sglang", "rollout.sglang.transport=tensor"),
+    "shared GPU, SGLang by broadcast": ("rollout.engine=sglang", "rollout.sglang.transport=distributed"),
+}
+FIGURES = (
+    "time/rollout", "time/train", "time/sync", "time/step", "throughput/train_tokens_per_second",
+    "throughput/rollout_tokens_per_second", "on_policy/sync_diff_max", "on_policy/logprob_diff_max",
+    "on_policy/logprob_diff_mean", "on_policy/k3", "on_policy/ess", "memory/rollout_peak_gpu_gib",
+    "memory/train_peak_gpu_gib", "memory/sync_peak_gpu_gib",
+)  # fmt: skip
+MODEL = SIZES["200M"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--section", choices=list(LIBRARIES), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.section:
+        print(json.dumps(LIBRARIES[options.section]()))
+        return 0
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "error: torch sees no GPU here; run this on one, or try the sections with --device cpu",
+            file=sys.stderr,
+        )
+        return 2
+    results: dict[str, Any] = {"versions": versions(), "sections": {}}
+    for name in LIBRARIES:
+        results["sections"][name] = section(name, lambda name=name: in_a_process(name))  # type: ignore[misc]
+    for name, overrides in TRAINING.items():
+        results["sections"][name] = section(name, lambda o=overrides: run(o, options.device))  # type: ignore[misc]
+    print(json.dumps(results, indent=2))
+    if options.device == "cuda":
+        print(f"written to {write_record('gpu', results)}")
+    failed = [name for name, found in results["sections"].items() if "failed" in found]
+    for name in failed:
+        print(f"FAILED: {name}: {results['sections'][name]['failed']}")
+    return 1 if failed else 0
+
+
+def section(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Its figures, or why there are none."""
+    print(f"{name} …", flush=True)
+    started = time.monotonic()
+    try:
+        found = work()
+    except subprocess.TimeoutExpired:
+        found = {"failed": f"no end after {SECTION_SECONDS} seconds"}
+    except subprocess.CalledProcessError as error:
+        lines = (error.stderr or error.stdout or "").strip().splitlines()
+        found = {"failed": lines[-1] if lines else f"exit code {error.returncode}", "last lines": lines[-20:]}
+    return found | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def in_a_process(name: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--section", name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECTION_SECONDS, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+# ---------------------------------------------------------------------- what is installed
+
+
+def versions() -> dict[str, Any]:
+    """Of both environments; None where a package is missing."""
+    import torch
+
+    found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    for package in OPTIONAL:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"] = f"{torch.cuda.device_count()} × {properties.name}"
+        found["gpu memory, GiB"] = round(properties.total_memory / 2**30, 1)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+    python = ROOT / ".venv-sglang" / "bin" / "python"
+    found["sglang"] = None
+    if python.exists():
+        ask = "import importlib.metadata as m; print(m.version('sglang'), m.version('torch'))"
+        answer = subprocess.run([str(python), "-c", ask], capture_output=True, text=True).stdout.split()
+        found["sglang"] = dict(zip(("sglang", "torch"), answer, strict=False))
+    return found
+
+
+def transformer_engine() -> dict[str, Any]:
+    """One linear layer in bf16 against torch, and which FP8 the GPU has."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return {"missing": "transformer_engine is not installed; policies use the local layer spec"}
+    import torch
+    import transformer_engine.pytorch as te
+
+    layer = te.Linear(256, 256, bias=False, params_dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    difference = (layer(x).float() - x.float() @ layer.weight.float().T).abs().max()
+    fp8, reason = te.fp8.check_fp8_support()
+    return {"largest difference": float(difference), "fp8": bool(fp8), "reason": reason}
+
+
+def triton() -> dict[str, Any]:
+    """Whether Triton compiles and runs a kernel."""
+    if importlib.util.find_spec("triton") is None:
+        return {"missing": "triton is not installed; kernels run as torch code"}
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"missing": "no GPU to run a kernel on"}
+
+    @torch.compile
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(x) * 2 + 1
+
+    x = torch.randn(2**20, device="cuda")
+    return {"largest difference": float((scaled(x) - (torch.sin(x) * 2 + 1)).abs().max())}
+
+
+LIBRARIES: dict[str, Callable[[], dict[str, Any]]] = {
+    "transformer engine": transformer_engine,
+    "triton": triton,
+}
+
+# ---------------------------------------------------------------------- runs of the real command
+
+
+def run(overrides: tuple[str, ...], device: str) -> dict[str, Any]:
+    """A few steps in bf16 on a model of 200 million parameters (on a CPU: the quickstart's)."""
+    recipe = ROOT / "recipes" / "quickstart_sglang.yaml"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "opo_megatron", "train", str(recipe)]
+        command += [f"run.dir={folder}/run", f"policy.device={device}", "policy.dtype=bf16", *overrides]
+        command += ["warm_start.steps=20", f"train.steps={STEPS}", "eval.every_steps=0", "eval.problems=16"]
+        # bf16 rounds in two ways here: the figures say how much, and a run is not to end for it.
+        command += ["on_policy.action=warn", "on_policy.tolerance=1.0"]
+        if device == "cuda":
+            command += [f"policy.model.{key}={value}" for key, value in MODEL.items() if key != "vocab_size"]
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECTION_SECONDS, check=True)
+        rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+    rows = rows[2:]
+    return {name: statistics.median(row[name] for row in rows) for name in FIGURES if name in rows[0]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
