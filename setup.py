@@ -45,6 +45,7 @@ setup(
             "reasoning-gym==0.1.25",
             "ruff==0.17.5",
             "scipy==1.17.1",
+            "triton>=3.6,<4",  # a range: CUDA builds of torch pin their own
             "transformers==5.12.1",  # an independent implementation to compare with
             WANDB,
         ],

@@ -56,7 +56,9 @@ def opo_step(run: Run, step: int) -> None:
     with timer.phase("reward"):
         rollouts.rewards = rewards_of(run.task, prompts, rollouts)
         batch = gather_summary(parallel, rollouts)
-        advantage = advantages(config.algorithm, batch.rewards, batch.response_lengths, batch.groups)
+        advantage = advantages(
+            config.algorithm, batch.rewards, batch.response_lengths, batch.groups, parallel.device
+        )
         rollouts.advantages = advantage[own_block(parallel, len(advantage))]
 
     with timer.phase("train"):

@@ -23,6 +23,8 @@ advantage 0, and so has a group whose rewards all agree, exactly.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -43,39 +45,100 @@ def baseline_weights(config: AlgorithmConfig, lengths: Tensor) -> Tensor:
     raise ValueError(f"weight {config.weight} needs sums that were not measured")
 
 
-def advantages(config: AlgorithmConfig, rewards: Tensor, lengths: Tensor, groups: Tensor) -> Tensor:
-    """[n] float64 advantages of all samples of a batch.
+def advantages(
+    config: AlgorithmConfig,
+    rewards: Tensor,
+    lengths: Tensor,
+    groups: Tensor,
+    device: torch.device | None = None,
+) -> Tensor:
+    """[n] float64 advantages of all samples of a batch, on the device of the rewards.
 
     Args:
         rewards: [n] reward of each sample.
         lengths: [n] response tokens of each sample.
         groups: [n] int64, which samples share a prompt.
+        device: which computes them; default that of the rewards.
     """
-    rewards = rewards.double()
-    weights = baseline_weights(config, lengths)
     scope = _scope(config, groups)
-    centred = rewards - _baseline(rewards, weights, scope, leave_one_out=bool(config.leave_one_out))
-    # Rounding must not give a gradient to a scope whose rewards all agree.
-    centred = torch.where(_agrees(rewards, scope), torch.zeros_like(centred), centred)
-    if config.scale is Scale.std:
-        centred = centred / (_std(rewards, scope) + STD_EPSILON)
-    return centred
+    order = torch.argsort(scope, stable=True)
+    offsets = torch.nn.functional.pad(torch.bincount(scope).cumsum(0), (1, 0))
+    weights = baseline_weights(config, lengths)
+    epsilon = STD_EPSILON if config.scale is Scale.std else None
+    device, compute = device or rewards.device, group_advantages
+    if device.type == "cuda":
+        from opo_megatron.kernels.group_advantages import group_advantages as compute
+    _, found = compute(
+        rewards.double()[order].to(device),
+        weights[order].to(device),
+        offsets.to(device),
+        bool(config.leave_one_out),
+        epsilon,
+    )
+    return torch.empty_like(rewards, dtype=found.dtype).scatter_(0, order, found.to(rewards.device))
 
 
-def _baseline(rewards: Tensor, weights: Tensor, scope: Tensor, leave_one_out: bool) -> Tensor:
-    total = _sum_over(weights, scope)
+@dataclass(frozen=True)
+class PackedTokens:
+    """Where advantages are spread over the tokens of all responses, one behind the other."""
+
+    offsets: Tensor
+    """[n + 1] int64: first token of each sample, and the end."""
+    advantages: Tensor
+    """[tokens] float32, written."""
+    longest_group: int
+    """Most tokens of a group, or an upper bound; on the host, so that nothing waits for a device."""
+
+
+def group_advantages(
+    rewards: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    leave_one_out: bool,
+    epsilon: float | None,
+    tokens: PackedTokens | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Baselines [G], with every sample in its own, and advantages [n], both float64, of adjacent groups.
+
+    Args:
+        rewards: [n], group by group.
+        weights: [n] wᵢ ≥ 0.
+        offsets: [G + 1] int64: first sample of each group, and the end.
+        epsilon: divide by the group's standard deviation plus this; None leaves advantages as they are.
+        tokens: also spread over tokens.
+
+    On GPUs `kernels/group_advantages.py` does all of this in one launch.
+    """
+    rewards, weights = rewards.double(), weights.double()
+    sizes = offsets.diff()
+    scope = torch.repeat_interleave(torch.arange(len(sizes), device=rewards.device), sizes)
+    count = len(sizes)
     # A scope without any weight is a scope of equals.
-    weights = torch.where(total == 0, torch.ones_like(weights), weights)
-    total = _sum_over(weights, scope)
-    weighted = _sum_over(weights * rewards, scope)
-    if not leave_one_out:
-        return weighted / total
+    weights = torch.where(_sum_over(weights, scope, count)[scope] == 0, torch.ones_like(weights), weights)
+    total, weighted = _sum_over(weights, scope, count), _sum_over(weights * rewards, scope, count)
+    baselines = torch.where(total > 0, weighted / total, 0.0)
+    own = _without_itself(rewards, weights, scope, total, weighted) if leave_one_out else baselines[scope]
+    # Rounding must not give a gradient to a scope whose rewards all agree.
+    found = torch.where(_agrees(rewards, scope), 0.0, rewards - own)
+    if epsilon is not None:
+        found = found / (_std(rewards, scope, count)[scope] + epsilon)
+    if tokens is not None:
+        tokens.advantages.copy_(torch.repeat_interleave(found, tokens.offsets.diff()))
+    return baselines, found
+
+
+def _without_itself(
+    rewards: Tensor, weights: Tensor, scope: Tensor, total: Tensor, weighted: Tensor
+) -> Tensor:
+    """[n]: each sample's baseline from the others; its own reward where the others weigh nothing."""
     # At most one sample carries more than half of the weight.  A difference would lose the digits of
     # what the others carry, and would not tell nearly nothing from exactly nothing.
-    heavy = weights > total / 2
-    others = torch.where(heavy, _sum_over(weights.masked_fill(heavy, 0.0), scope), total - weights)
-    values = weights * rewards
-    others_weighted = torch.where(heavy, _sum_over(values.masked_fill(heavy, 0.0), scope), weighted - values)
+    count, values = len(total), weights * rewards
+    heavy = weights > total[scope] / 2
+    light = _sum_over(weights.masked_fill(heavy, 0.0), scope, count)[scope]
+    light_values = _sum_over(values.masked_fill(heavy, 0.0), scope, count)[scope]
+    others = torch.where(heavy, light, total[scope] - weights)
+    others_weighted = torch.where(heavy, light_values, weighted[scope] - values)
     return torch.where(others > 0, others_weighted / others, rewards)
 
 
@@ -97,13 +160,13 @@ def _agrees(values: Tensor, scope: Tensor) -> Tensor:
     return (low == high)[scope]
 
 
-def _std(values: Tensor, scope: Tensor) -> Tensor:
-    count = _sum_over(torch.ones_like(values), scope)
-    centred = values - _sum_over(values, scope) / count
-    return (_sum_over(centred**2, scope) / (count - 1).clamp(min=1)).sqrt()
+def _std(values: Tensor, scope: Tensor, count: int) -> Tensor:
+    """[G]: sample standard deviation of each scope; 0 for one sample."""
+    size = _sum_over(torch.ones_like(values), scope, count)
+    centred = values - (_sum_over(values, scope, count) / size)[scope]
+    return (_sum_over(centred**2, scope, count) / (size - 1).clamp(min=1)).sqrt()
 
 
-def _sum_over(values: Tensor, scope: Tensor) -> Tensor:
-    """Σ over each sample's scope, spread back to the samples."""
-    size = int(scope.max()) + 1 if scope.numel() else 0
-    return values.new_zeros(size).scatter_add(0, scope, values)[scope]
+def _sum_over(values: Tensor, scope: Tensor, count: int) -> Tensor:
+    """[G]: Σ over each scope."""
+    return values.new_zeros(count).scatter_add(0, scope, values)

@@ -1,0 +1,154 @@
+"""Baseline and advantages of every group in one launch (Triton); the torch twin, with the formula in
+words, is `algorithm/advantages.py::group_advantages`.
+
+One program per group, and per slice of the group's tokens where advantages are also spread over packed
+tokens: each reads its group's rewards and weights (K of them, from cache after the first), so nothing
+waits for anything else.  Sums are in float64, like the twin's: a group has few samples, and the launch
+costs more than they do.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton's functions take pointers and numbers; their types are those of the launch.
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from opo_megatron.algorithm.advantages import PackedTokens
+
+BLOCK = 64
+"""Samples that a program takes at a time; the usual group is one block."""
+TOKEN_BLOCK = 1024
+SLICE = 16384
+"""Tokens of a group that one program writes."""
+
+
+@triton.jit
+def _statistics(rewards, weights, begin, end, BLOCK: tl.constexpr):
+    """Of one group: whether all weights are 0, W, Σ wr, the same without a sample of more than half of W,
+    whether all rewards agree, and the sample standard deviation."""
+    lanes = tl.arange(0, BLOCK)
+    total, plain = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    low = tl.full([BLOCK], float("inf"), tl.float64)
+    high = tl.full([BLOCK], float("-inf"), tl.float64)
+    for start in range(begin, end, BLOCK):
+        place = start + lanes
+        inside = place < end
+        r = tl.load(rewards + place, mask=inside, other=0.0).to(tl.float64)
+        total += tl.load(weights + place, mask=inside, other=0.0).to(tl.float64)
+        plain += r
+        low = tl.minimum(low, tl.where(inside, r, float("inf")))
+        high = tl.maximum(high, tl.where(inside, r, float("-inf")))
+    count = (end - begin).to(tl.float64)
+    mean = tl.sum(plain, 0) / tl.maximum(count, 1.0)
+    all_zero = tl.sum(total, 0) == 0
+    whole = tl.where(all_zero, count, tl.sum(total, 0))
+    weighted, squares = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    light, light_weighted = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    for start in range(begin, end, BLOCK):
+        place = start + lanes
+        inside = place < end
+        r = tl.load(rewards + place, mask=inside, other=0.0).to(tl.float64)
+        w = tl.load(weights + place, mask=inside, other=0.0).to(tl.float64)
+        w = tl.where(all_zero, tl.where(inside, 1.0, 0.0), w)
+        is_light = w <= whole / 2
+        weighted += w * r
+        light += tl.where(is_light, w, 0.0)
+        light_weighted += tl.where(is_light, w * r, 0.0)
+        squares += tl.where(inside, (r - mean) * (r - mean), 0.0)
+    deviation = tl.sqrt(tl.sum(squares, 0) / tl.maximum(count - 1, 1.0))
+    agrees = tl.min(low, 0) == tl.max(high, 0)
+    return (
+        all_zero, whole, tl.sum(weighted, 0), tl.sum(light, 0), tl.sum(light_weighted, 0), agrees, deviation,
+    )  # fmt: skip
+
+
+@triton.jit
+def _advantage(
+    r, w, all_zero, whole, weighted, light, light_weighted, agrees, deviation, epsilon,
+    LEAVE_ONE_OUT: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """Of samples with rewards r and weights w in a group of these statistics."""
+    w = tl.where(all_zero, 1.0, w)
+    if LEAVE_ONE_OUT:
+        heavy = w > whole / 2
+        others = tl.where(heavy, light, whole - w)
+        others_weighted = tl.where(heavy, light_weighted, weighted - w * r)
+        baseline = tl.where(others > 0, others_weighted / tl.where(others > 0, others, 1.0), r)
+    else:
+        baseline = weighted / whole
+    advantage = tl.where(agrees, 0.0, r - baseline)
+    if SCALE:
+        advantage = advantage / (deviation + epsilon)
+    return advantage
+
+
+@triton.jit
+def _kernel(
+    rewards, weights, offsets, token_offsets, baselines, advantages, token_advantages, epsilon,
+    LEAVE_ONE_OUT: tl.constexpr, SCALE: tl.constexpr, SPREAD: tl.constexpr,
+    BLOCK: tl.constexpr, TOKEN_BLOCK: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    group, part = tl.program_id(0), tl.program_id(1)
+    begin, end = tl.load(offsets + group), tl.load(offsets + group + 1)
+    all_zero, whole, weighted, light, light_weighted, agrees, deviation = _statistics(
+        rewards, weights, begin, end, BLOCK
+    )
+    if part == 0:
+        tl.store(baselines + group, weighted / tl.where(whole > 0, whole, 1.0))
+        for start in range(begin, end, BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            inside = place < end
+            r = tl.load(rewards + place, mask=inside, other=0.0).to(tl.float64)
+            w = tl.load(weights + place, mask=inside, other=0.0).to(tl.float64)
+            found = _advantage(
+                r, w, all_zero, whole, weighted, light, light_weighted, agrees, deviation, epsilon,
+                LEAVE_ONE_OUT, SCALE,
+            )  # fmt: skip
+            tl.store(advantages + place, found, mask=inside)
+    if SPREAD:
+        first = tl.load(token_offsets + begin) + part * SLICE
+        last = tl.minimum(first + SLICE, tl.load(token_offsets + end))
+        for sample in range(begin, end):
+            low = tl.maximum(tl.load(token_offsets + sample), first)
+            high = tl.minimum(tl.load(token_offsets + sample + 1), last)
+            r = tl.load(rewards + sample).to(tl.float64)
+            w = tl.load(weights + sample).to(tl.float64)
+            found = _advantage(
+                r, w, all_zero, whole, weighted, light, light_weighted, agrees, deviation, epsilon,
+                LEAVE_ONE_OUT, SCALE,
+            )  # fmt: skip
+            for start in range(low, high, TOKEN_BLOCK):
+                place = start + tl.arange(0, TOKEN_BLOCK)
+                values = tl.zeros([TOKEN_BLOCK], tl.float64) + found
+                tl.store(token_advantages + place, values, mask=place < high)
+
+
+def group_advantages(
+    rewards: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    leave_one_out: bool,
+    epsilon: float | None,
+    tokens: PackedTokens | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`algorithm/advantages.py::group_advantages` on a GPU, in one launch."""
+    groups = offsets.numel() - 1
+    baselines = rewards.new_empty(groups, dtype=torch.float64)
+    advantages = rewards.new_empty(rewards.numel(), dtype=torch.float64)
+    if groups:
+        slices = 1 if tokens is None else max(1, triton.cdiv(tokens.longest_group, SLICE))
+        _kernel[(groups, slices)](
+            rewards, weights, offsets,
+            None if tokens is None else tokens.offsets, baselines, advantages,
+            None if tokens is None else tokens.advantages, 0.0 if epsilon is None else epsilon,
+            LEAVE_ONE_OUT=leave_one_out, SCALE=epsilon is not None, SPREAD=tokens is not None,
+            BLOCK=BLOCK, TOKEN_BLOCK=TOKEN_BLOCK, SLICE=SLICE,
+        )  # fmt: skip
+    return baselines, advantages
