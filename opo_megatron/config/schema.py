@@ -338,8 +338,8 @@ class PolicyConfig:
     """Shard the optimizer's state over data-parallel ranks."""
     max_tokens_per_micro_batch: int = 4096
     """Rows × padded length of one micro-batch (one longer sequence still makes a micro-batch)."""
-    head_chunk_tokens: int = 1024
-    """Tokens whose logits exist at one time."""
+    head_chunk_tokens: int | None = None
+    """Tokens whose logits exist at one time; default as many as fit in 64 MiB (512 MiB on a GPU)."""
     weight_bucket_mib: float = 256.0
     """Size of the buckets in which weights travel to the engine."""
     megatron: dict[str, Any] = field(default_factory=dict)

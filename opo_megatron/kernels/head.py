@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,6 +58,19 @@ class VocabularyShard:
     """Tensor-parallel process group; None where the vocabulary is whole."""
 
 
+ROOM_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+FEWEST_TOKENS, MOST_TOKENS = 128, 1024
+
+
+def default_chunk_tokens(rows: int, device: torch.device) -> int:
+    """Tokens of a chunk for `rows` of the vocabulary on this rank: what fits in `ROOM_BYTES`.
+
+    With fewer than 128 the matrix products get slow; with more than 1024 they do not get faster.
+    """
+    fitting = ROOM_BYTES.get(device.type, ROOM_BYTES["cpu"]) // (2 * 4 * rows)
+    return min(MOST_TOKENS, max(FEWEST_TOKENS, fitting))
+
+
 def sweep(
     hidden: Tensor,
     weight: Tensor,
@@ -83,20 +97,19 @@ def sweep(
     if coefficient is not None:
         output.loss = hidden.new_empty(n, dtype=torch.float32)
         output.d_hidden = torch.empty_like(hidden)
+    room = hidden.new_empty(2, 0 if exact else min(n, chunk_tokens), weight.shape[0], dtype=torch.float32)
+    softmax = _exact_softmax if exact else partial(_softmax, room)
     for begin in range(0, n, chunk_tokens):
         part = slice(begin, min(begin + chunk_tokens, n))
-        softmax = _exact_softmax if exact else _softmax
-        probabilities, local_target, owned = softmax(
+        exponentials, total, local_target, owned = softmax(
             output, part, hidden, weight, targets, vocabulary, temperature
         )
         if coefficient is None or output.loss is None or output.d_hidden is None:
             continue
         output.loss[part], d_log_prob = coefficient(output.log_prob[part], part)
-        scaled = (d_log_prob / temperature).unsqueeze(1)
-        d_logits = probabilities.mul_(-scaled)
-        d_logits.scatter_add_(
-            1, local_target.unsqueeze(1), torch.where(owned, scaled[:, 0], 0.0).unsqueeze(1)
-        )
+        scaled = d_log_prob / temperature
+        d_logits = exponentials.mul_((-scaled / total).unsqueeze(1))
+        d_logits.scatter_add_(1, local_target.unsqueeze(1), torch.where(owned, scaled, 0.0).unsqueeze(1))
         d_logits = d_logits.to(weight.dtype)
         torch.mm(d_logits, weight, out=output.d_hidden[part])
         if d_weight is not None:
@@ -105,6 +118,7 @@ def sweep(
 
 
 def _softmax(
+    room: Tensor,
     output: HeadOutput,
     part: slice,
     hidden: Tensor,
@@ -112,9 +126,21 @@ def _softmax(
     targets: Tensor,
     vocabulary: VocabularyShard,
     temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill `output[part]`; returns π of this shard [m, V], the target's local row and whether it is here."""
-    logits = torch.mm(hidden[part], weight.t()).float()
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fill `output[part]`.
+
+    Args:
+        room: [2, ≥ m, V] float32, written over: all that is as large as a chunk's logits.
+
+    Returns:
+        e^(z − max z) of this shard [m, V], its sum over the whole vocabulary [m], the target's local row
+        and whether it is here.
+    """
+    logits = room[0, : part.stop - part.start]
+    if weight.dtype == logits.dtype:
+        torch.mm(hidden[part], weight.t(), out=logits)
+    else:
+        logits.copy_(torch.mm(hidden[part], weight.t()))
     if temperature != 1.0:
         logits.div_(temperature)
     rows = weight.shape[0]
@@ -125,13 +151,13 @@ def _softmax(
     _reduce(highest, vocabulary, dist.ReduceOp.MAX)
     logits.sub_(highest.unsqueeze(1))
     target_logit = torch.where(owned, logits.gather(1, local_target.unsqueeze(1))[:, 0], 0.0)
-    exponentials = logits.exp()
+    exponentials = torch.exp(logits, out=room[1, : logits.shape[0]])
     sums = torch.stack(
         (
             exponentials.sum(1),
             target_logit,
-            (exponentials * logits).sum(1),
-            exponentials.square().sum(1),
+            logits.mul_(exponentials).sum(1),
+            torch.linalg.vector_norm(exponentials, dim=1).square_(),
         )
     )
     _reduce(sums, vocabulary, dist.ReduceOp.SUM)
@@ -140,7 +166,7 @@ def _softmax(
     output.log_prob[part] = target_logit - log_total
     output.entropy[part] = log_total - weighted / total
     output.sum_squares[part] = squares / total.square()
-    return exponentials.div_(total.unsqueeze(1)), local_target, owned
+    return exponentials, total, local_target, owned
 
 
 def _exact_softmax(
@@ -151,14 +177,15 @@ def _exact_softmax(
     targets: Tensor,
     vocabulary: VocabularyShard,
     temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_softmax` by the product and the logarithm that the engine uses in exact mode."""
     log_probs = log_softmax(linear(hidden[part], weight), temperature)
     probabilities, target = log_probs.exp(), targets[part]
     output.log_prob[part] = log_probs.gather(1, target.unsqueeze(1))[:, 0]
     output.entropy[part] = -(probabilities * log_probs).sum(1)
     output.sum_squares[part] = probabilities.square().sum(1)
-    return probabilities, target, torch.ones_like(target, dtype=torch.bool)
+    total = torch.ones_like(output.log_prob[part])
+    return probabilities, total, target, torch.ones_like(target, dtype=torch.bool)
 
 
 def _reduce(values: Tensor, vocabulary: VocabularyShard, operation: Any) -> None:

@@ -33,6 +33,7 @@ from torch import Tensor
 from opo_megatron.algorithm.objective import Objective
 from opo_megatron.config.schema import Config, Dtype, OptimizerConfig
 from opo_megatron.errors import UserError
+from opo_megatron.kernels.head import default_chunk_tokens
 from opo_megatron.policy.head_gradient import Head, HeadLoss, log_probs
 from opo_megatron.policy.memory import PolicyMemory
 from opo_megatron.policy.microbatch import MicroBatch, Plan, build_micro_batches, plan_micro_batches
@@ -90,7 +91,8 @@ class Policy:
         self.head = Head(
             parallel,
             vocab_size,
-            self.config.head_chunk_tokens,
+            self.config.head_chunk_tokens
+            or default_chunk_tokens(padded // parallel.tp_size, parallel.device),
             self.megatron_config.sequence_parallel,
             config.rollout.local.exact,
         )
