@@ -32,7 +32,7 @@ from record import write_record
 
 SIZES = ("2048x32768x512", "2048x65536x1024")
 ARMS = ("ours", "megatron", "autograd")
-ROUNDS = 7
+ROUNDS = 5
 LARGEST_MEMORY = 0.15
 """Times autograd's."""
 LARGEST_TIME = 1.0

@@ -59,13 +59,13 @@ class VocabularyShard:
 
 
 ROOM_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-FEWEST_TOKENS, MOST_TOKENS = 128, 1024
+FEWEST_TOKENS, MOST_TOKENS = 256, 1024
 
 
 def default_chunk_tokens(rows: int, device: torch.device) -> int:
     """Tokens of a chunk for `rows` of the vocabulary on this rank: what fits in `ROOM_BYTES`.
 
-    With fewer than 128 the matrix products get slow; with more than 1024 they do not get faster.
+    With fewer than 256 the matrix products get slow; with more than 1024 they do not get faster.
     """
     fitting = ROOM_BYTES.get(device.type, ROOM_BYTES["cpu"]) // (2 * 4 * rows)
     return min(MOST_TOKENS, max(FEWEST_TOKENS, fitting))
