@@ -136,7 +136,7 @@ Work = Callable[[], tuple[Any, Any]]
 def ours(hidden: Any, weight: Any, targets: Any, coefficients: Any, d_weight: Any) -> Work:
     from opo_megatron.kernels.head import VocabularyShard, default_chunk_tokens, sweep
 
-    chunk = default_chunk_tokens(weight.shape[0], weight.device)
+    chunk = default_chunk_tokens(weight.shape[0])
 
     def coefficient(log_prob: Any, part: slice) -> tuple[Any, Any]:
         return coefficients[part] * log_prob, coefficients[part]

@@ -58,17 +58,18 @@ class VocabularyShard:
     """Tensor-parallel process group; None where the vocabulary is whole."""
 
 
-ROOM_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-FEWEST_TOKENS, MOST_TOKENS = 256, 1024
+ROOM_BYTES = 64 * 2**20
+FEWEST_TOKENS, MOST_TOKENS = 512, 1024
+CACHED_BYTES = 2**22
+"""On a CPU exponentials are computed so many bytes at a time, which stay in its cache."""
 
 
-def default_chunk_tokens(rows: int, device: torch.device) -> int:
-    """Tokens of a chunk for `rows` of the vocabulary on this rank: what fits in `ROOM_BYTES`.
+def default_chunk_tokens(rows: int) -> int:
+    """Tokens of a chunk for `rows` of the vocabulary on this rank: as many logits as `ROOM_BYTES` hold.
 
-    With fewer than 256 the matrix products get slow; with more than 1024 they do not get faster.
+    With fewer than 512 the matrix products get slow; with more than 1024 they do not get faster.
     """
-    fitting = ROOM_BYTES.get(device.type, ROOM_BYTES["cpu"]) // (2 * 4 * rows)
-    return min(MOST_TOKENS, max(FEWEST_TOKENS, fitting))
+    return min(MOST_TOKENS, max(FEWEST_TOKENS, ROOM_BYTES // (4 * rows)))
 
 
 def sweep(
@@ -97,7 +98,7 @@ def sweep(
     if coefficient is not None:
         output.loss = hidden.new_empty(n, dtype=torch.float32)
         output.d_hidden = torch.empty_like(hidden)
-    room = hidden.new_empty(2, 0 if exact else min(n, chunk_tokens), weight.shape[0], dtype=torch.float32)
+    room = hidden.new_empty(0 if exact else min(n, chunk_tokens), weight.shape[0], dtype=torch.float32)
     softmax = _exact_softmax if exact else partial(_softmax, room)
     for begin in range(0, n, chunk_tokens):
         part = slice(begin, min(begin + chunk_tokens, n))
@@ -130,13 +131,13 @@ def _softmax(
     """Fill `output[part]`.
 
     Args:
-        room: [2, ≥ m, V] float32, written over: all that is as large as a chunk's logits.
+        room: [≥ m, V] float32, written over: on a CPU all that is as large as a chunk's logits.
 
     Returns:
         e^(z − max z) of this shard [m, V], its sum over the whole vocabulary [m], the target's local row
         and whether it is here.
     """
-    logits = room[0, : part.stop - part.start]
+    logits = room[: part.stop - part.start]
     if weight.dtype == logits.dtype:
         torch.mm(hidden[part], weight.t(), out=logits)
     else:
@@ -149,24 +150,30 @@ def _softmax(
     local_target = local_target.clamp(0, rows - 1)
     highest = logits.amax(1)
     _reduce(highest, vocabulary, dist.ReduceOp.MAX)
-    logits.sub_(highest.unsqueeze(1))
-    target_logit = torch.where(owned, logits.gather(1, local_target.unsqueeze(1))[:, 0], 0.0)
-    exponentials = torch.exp(logits, out=room[1, : logits.shape[0]])
-    sums = torch.stack(
-        (
-            exponentials.sum(1),
-            target_logit,
-            logits.mul_(exponentials).sum(1),
-            torch.linalg.vector_norm(exponentials, dim=1).square_(),
-        )
-    )
+    target_logit = logits.gather(1, local_target.unsqueeze(1))[:, 0] - highest
+    sums = torch.cat((torch.where(owned, target_logit, 0.0).unsqueeze(0), _exponentiate(logits, highest)))
     _reduce(sums, vocabulary, dist.ReduceOp.SUM)
-    total, target_logit, weighted, squares = sums
+    target_logit, total, weighted, squares = sums
     log_total = total.log()
     output.log_prob[part] = target_logit - log_total
     output.entropy[part] = log_total - weighted / total
     output.sum_squares[part] = squares / total.square()
-    return exponentials, total, local_target, owned
+    return logits, total, local_target, owned
+
+
+def _exponentiate(logits: Tensor, highest: Tensor) -> Tensor:
+    """z [m, V] → e^(z − max z) in place; returns Σ e, Σ e·(z − max z) and Σ e² [3, m] of each row."""
+    rows, width = logits.shape
+    block = max(1, rows if logits.is_cuda else CACHED_BYTES // (4 * width))
+    sums, scratch = logits.new_empty(3, rows), logits.new_empty(min(block, rows), width)
+    for z, high, found in zip(logits.split(block), highest.split(block), sums.split(block, 1), strict=True):
+        z.sub_(high.unsqueeze(1))
+        e = torch.exp(z, out=scratch[: z.shape[0]])
+        torch.sum(e, 1, out=found[0])
+        torch.sum(z.mul_(e), 1, out=found[1])
+        torch.linalg.vector_norm(e, dim=1, out=found[2]).square_()
+        z.copy_(e)
+    return sums
 
 
 def _exact_softmax(
