@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import pickle
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import small_config
 from torch.multiprocessing import reductions
 
 from opo_megatron.cli import main
@@ -23,6 +25,7 @@ from opo_megatron.rollout.rollouts import FINISH_LENGTH, FINISH_STOP
 from opo_megatron.rollout.sglang.answers import UNKNOWN_VERSION, rollouts_of, sampling_params
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.engine import server_group
+from opo_megatron.rollout.sglang.server import Server
 from opo_megatron.rollout.sglang.transfer import _handle, _pickled, check_allocator
 
 STOP = 7
@@ -199,6 +202,36 @@ def test_shared_tensors_travel_by_name_of_their_memory() -> None:
     assert name == "weight" and found.shape == (2, 2)
     shared[0] = 9
     assert found[0, 0] == 9  # the same memory
+
+
+LATECOMER = """#!{python}
+import http.server, pathlib, sys, time
+first = pathlib.Path({marker!r})
+if not first.exists():
+    first.touch()
+    print("ERROR: [Errno 98] error while attempting to bind on address: address already in use", flush=True)
+    time.sleep(60)
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Healthy).serve_forever()
+"""
+
+
+def test_a_server_whose_port_was_taken_starts_on_another(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(LATECOMER.format(python=sys.executable, marker=str(tmp_path / "started")))
+    python.chmod(0o755)
+    config = small_config("rollout.engine=sglang", f"rollout.sglang.python={python}")
+    server = Server(config, tmp_path, tmp_path / "server.log", "server", None)
+    server.start(lambda line: None)
+    try:
+        assert (tmp_path / "started").exists() and server.is_alive()
+        assert 20000 <= int(server.url.rsplit(":", 1)[1]) < 32768
+    finally:
+        server.stop()
 
 
 def test_memory_that_cannot_be_shared_is_refused() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -26,6 +27,10 @@ SERVE = Path(__file__).parent / "serve.py"
 CONTEXT_MARGIN = 8
 """SGLang keeps some positions of the context length for itself."""
 STOP_SECONDS = 10.0
+PORTS = (20000, 32768)
+PORT_ATTEMPTS = 3
+PORT_IS_TAKEN = b"address already in use"
+"""What the server's log says where it could not have its port."""
 _OF_THE_TRAINER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CPU_OPTIONS = {
     "device": "cpu",
@@ -68,6 +73,10 @@ def interpreter(settings: SglangConfig) -> Path:
     return python
 
 
+class _PortTaken(UserError):
+    """Another process took the port that was free when the server began to start."""
+
+
 class Server:
     """One server process and how to reach it."""
 
@@ -95,11 +104,20 @@ class Server:
         Raises:
             UserError: where its environment is missing or it ends before it is ready.
         """
+        for attempt in range(1, PORT_ATTEMPTS + 1):
+            try:
+                return self._start_on(free_port(), say)
+            except _PortTaken:
+                self.stop()
+                if attempt == PORT_ATTEMPTS:
+                    raise
+
+    def _start_on(self, port: int, say: Callable[[str], None]) -> None:
         python = interpreter(self.settings)
-        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
+            begin = log.tell()
             self._process = subprocess.Popen(
                 [str(python.absolute()), str(SERVE), *self.arguments(port)],
                 stdin=subprocess.DEVNULL,
@@ -110,7 +128,7 @@ class Server:
             )
         # Also that of its process group: what a user may end by hand.
         self.log.with_suffix(".pid").write_text(f"{self._process.pid}\n")
-        self._wait_until_ready(say)
+        self._wait_until_ready(say, begin)
 
     def arguments(self, port: int) -> list[str]:
         """Options of `sglang.launch_server`; the recipe's come last and win."""
@@ -162,9 +180,17 @@ class Server:
             kept["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
         return kept
 
-    def _wait_until_ready(self, say: Callable[[str], None]) -> None:
+    def _wait_until_ready(self, say: Callable[[str], None], begin: int) -> None:
+        """Args:
+        begin: where this start's part of the log begins.
+        """
         started, client = time.monotonic(), self.client()
-        while not client.is_healthy():
+        while True:
+            if PORT_IS_TAKEN in self.log.read_bytes()[begin:]:
+                # It goes on without serving, and who has the port may answer in its place.
+                raise _PortTaken(f"{self.url} was taken before the SGLang server had it; start again")
+            if client.is_healthy():
+                return
             seconds = time.monotonic() - started
             if self._process is None or self._process.poll() is not None:
                 code = None if self._process is None else self._process.returncode
@@ -208,8 +234,12 @@ def _signal_group(group: int, number: int) -> None:
 
 
 def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that is free now, and below those that outgoing connections are given.
+
+    A server binds it only many seconds later.
+    """
+    while True:
+        port = random.SystemRandom().randrange(*PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
