@@ -205,6 +205,22 @@ def test_policy_and_engine_take_turns_with_memory(run: Run, monkeypatch: pytest.
     assert len(run.draw(requests(4), Sampling(6, (), (1,)), "test")) == 4
 
 
+def test_a_server_that_keeps_its_memory_is_ended(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    post, server = Client.post, engine_of(run)._server
+
+    def refusing(self: Client, path: str, *args: object, **body: object) -> object:
+        if path == "/release_memory_occupation":
+            raise EngineFailure("not idle")
+        return post(self, path, *args, **body)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "post", refusing)
+        run.turns.before_training()
+    assert server is not None and not server.is_alive() and run.policy.memory.is_complete
+    run.synchronize()
+    assert server.is_alive() and run.sync_difference < 1e-4
+
+
 def test_an_engine_without_whole_weights_does_not_generate(run: Run) -> None:
     engine = engine_of(run)
     engine.version = None

@@ -143,8 +143,13 @@ class SglangEngine:
             self.version = None
         wanted = sorted(parts - self._released)
         if self._feeds and wanted:
-            for client in self._clients:
-                client.post("/release_memory_occupation", tags=wanted)
+            try:
+                for client in self._clients:
+                    client.post("/release_memory_occupation", tags=wanted)
+            except EngineFailure:
+                if self._server is not None:
+                    self._server.stop()  # it keeps memory otherwise; the next update starts it again
+                raise
             self._released |= parts
 
     def wake(self) -> None:

@@ -33,13 +33,14 @@ def lend_cpu_names() -> None:
     SGLang takes names from vllm's operators where it finds no kernel library of its own.
     """
     import torch
+    from torch import library
 
     if torch.version.cuda is not None:
         return
-    library = torch.library.Library("torchvision", "DEF")
+    definitions = library.Library("torchvision", "DEF")
     for operator in ("nms", "qnms"):
-        library.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    lend_cpu_names.library = library  # type: ignore[attr-defined]  # it is undone when collected
+        definitions.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    lend_cpu_names.kept = definitions  # type: ignore[attr-defined]  # it is undone when collected
 
     def never(*args: object, **kwargs: object) -> None:
         raise RuntimeError("this operator has no CPU kernel")
