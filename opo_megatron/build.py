@@ -75,7 +75,7 @@ def _build(config: Config, parallel: Parallel, display: Display) -> Run:
     warms_up = in_warm_start and config.warm_start.steps > 0
     vocab_size = vocabulary_of(config, task)
     start_weights = None
-    if config.observe.kl is Kl.eval:
+    if config.observe.kl is Kl.eval or config.algorithm.kl_coefficient:
         start_weights = StartWeights(Path(config.run.dir), parallel, config.policy.model, vocab_size)
     optimizer = config.warm_start if warms_up else config.optimizer
     policy = start_policy(config, parallel, vocab_size, optimizer, checkpoint is None)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from opo_megatron.algorithm.on_policy import k3
 from opo_megatron.config import Config
+from opo_megatron.config.schema import Kl
 from opo_megatron.observe.rows import Row
 from opo_megatron.policy.parallel import all_reduce
 from opo_megatron.rollout.batch import Summary, exchange, gather_summary, requests_for, rewards_of
@@ -41,7 +42,7 @@ def evaluate(run: Run) -> Row:
         "eval/response_length/mean": float(sampled.response_lengths.double().mean()),
         "eval/response_length/truncated": sampled.truncated,
     }
-    if run.start_weights is not None:
+    if run.config.observe.kl is Kl.eval and run.start_weights is not None:
         row |= kl_to_start(run, answers, sampled, run.start_weights)
     if settings.greedy:
         _, greedy = _answer(run, 1, replace(sampling, greedy=True, temperature=1.0, top_p=1.0, top_k=0))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from opo_megatron.algorithm.energy import needs_energies
+from opo_megatron.algorithm.fitted_weights import FittedWeights
 from opo_megatron.algorithm.on_policy import check_mismatch
 from opo_megatron.config import Config
 from opo_megatron.errors import OnPolicyError
@@ -18,10 +20,11 @@ from opo_megatron.policy.checkpoint import (
     RunProgress,
     save,
 )
+from opo_megatron.policy.measure import measure_energies
 from opo_megatron.policy.parallel import Parallel
-from opo_megatron.policy.policy import Policy
+from opo_megatron.policy.policy import OwnShards, Policy
 from opo_megatron.policy.step_sums import StepMetrics
-from opo_megatron.rollout.batch import gather_on_first
+from opo_megatron.rollout.batch import Summary, exchange, gather_on_first
 from opo_megatron.rollout.engine import Progress, Request, RolloutEngine, Sampling
 from opo_megatron.rollout.recovery import draw, synchronize
 from opo_megatron.rollout.rollouts import Rollouts
@@ -57,6 +60,10 @@ class Run:
     """Largest |Δ log-probability| of the probe after the last sync."""
     engine_failures: int = 0
     """Of this attempt."""
+    reference: OwnShards | None = None
+    """This rank's part of the start weights, where the objective has a KL to them."""
+    fitted_weights: FittedWeights = field(default_factory=FittedWeights)
+    """What `baseline=auto` has learned."""
     started: float = field(default_factory=time.monotonic)
     _orders: dict[tuple[int, int], PromptOrder] = field(default_factory=dict)
 
@@ -80,6 +87,7 @@ class Run:
             temperature=settings.temperature,
             top_p=settings.top_p,
             top_k=settings.top_k,
+            energies=needs_energies(self.config.algorithm),
         )
 
     def progress(self, what: str) -> Progress:
@@ -100,6 +108,21 @@ class Run:
     def draw(self, requests: Sequence[Request], sampling: Sampling, what: str) -> Rollouts:
         """One response per request of this rank, from the engine's current weights; a collective."""
         return draw(self, requests, sampling, self.progress(what))
+
+    def with_energies(self, rollouts: Rollouts, batch: Summary) -> Summary:
+        """The step's summary with the energies that the baseline needs: by a forward-only pass where the
+        engine returned none; a collective.
+
+        Args:
+            rollouts: this rank's part.
+        """
+        if batch.energies is not None or not needs_energies(self.config.algorithm):
+            return batch
+        self.turns.before_training()
+        total, temperature = len(batch.groups), self.config.rollout.temperature
+        plan = self.policy.plan(batch.sequence_lengths)
+        samples = exchange(self.parallel, rollouts, plan, total)
+        return replace(batch, energies=measure_energies(self.policy, samples, plan, total, temperature))
 
     def keep_start_weights(self) -> None:
         """Write the weights that OPO begins with, where the KL to them is measured."""

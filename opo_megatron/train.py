@@ -16,17 +16,32 @@ from __future__ import annotations
 
 from functools import partial
 
+from torch import Tensor
+
 from opo_megatron.algorithm.advantages import advantages
-from opo_megatron.algorithm.objective import PolicyGradient, loss_normalizer
+from opo_megatron.algorithm.objective import opo_objective
 from opo_megatron.algorithm.on_policy import check_versions
 from opo_megatron.build import open_run
+from opo_megatron.clipped import clipped_updates
 from opo_megatron.config import Config
+from opo_megatron.config.schema import ObjectiveName
 from opo_megatron.evaluate import evaluate, evaluation_is_due
+from opo_megatron.observe.rows import Row
 from opo_megatron.observe.step_metrics import step_row
 from opo_megatron.observe.timing import PhaseTimer
 from opo_megatron.policy.schedule import learning_rate
-from opo_megatron.rollout.batch import exchange, gather_summary, own_block, requests_for, rewards_of
+from opo_megatron.policy.step_sums import StepMetrics
+from opo_megatron.rollout.batch import (
+    Summary,
+    exchange,
+    gather_summary,
+    own_block,
+    requests_for,
+    rewards_of,
+)
+from opo_megatron.rollout.rollouts import Rollouts
 from opo_megatron.run import Run, accept_on_policy
+from opo_megatron.variance_report import report_is_due, variance_report
 from opo_megatron.warm_start import warm_start
 
 
@@ -55,26 +70,44 @@ def opo_step(run: Run, step: int) -> None:
 
     with timer.phase("reward"):
         rollouts.rewards = rewards_of(run.task, prompts, rollouts)
-        batch = gather_summary(parallel, rollouts)
+        batch = run.with_energies(rollouts, gather_summary(parallel, rollouts))
         advantage = advantages(
-            config.algorithm, batch.rewards, batch.response_lengths, batch.groups, parallel.device
-        )
+            config.algorithm, batch.rewards, batch.response_lengths, batch.groups, parallel.device,
+            batch.energies, run.fitted_weights,
+        )  # fmt: skip
         rollouts.advantages = advantage[own_block(parallel, len(advantage))]
+
+    report: Row = {}
+    if report_is_due(config, step):
+        with timer.phase("variance"):
+            report = variance_report(run, step, rollouts, batch, advantage)
 
     with timer.phase("train"):
         run.turns.before_training()
-        plan = policy.plan(batch.sequence_lengths, silent=advantage == 0)
-        samples = exchange(parallel, rollouts, plan, len(advantage))
-        normalizer = loss_normalizer(config.algorithm, batch.response_lengths)
-        objective = PolicyGradient(normalizer, config.rollout.temperature)
         rate = learning_rate(config.optimizer, step, config.train.steps)
-        metrics = policy.train_step(samples, plan, objective, rate, partial(accept_on_policy, run))
+        metrics = UPDATES[config.algorithm.objective](run, step, rollouts, batch, advantage, rate)
 
     with timer.phase("sync"):
         run.synchronize()
 
-    row = step_row(config, step, batch, advantage, metrics, rate)
+    row = step_row(config, step, batch, advantage, metrics, rate) | report
     if evaluation_is_due(config, step):
         with timer.phase("eval"):
             row |= evaluate(run)
     run.finish_step(row | timer.metrics(), rollouts=rollouts)
+
+
+def opo_update(
+    run: Run, step: int, rollouts: Rollouts, batch: Summary, advantage: Tensor, rate: float
+) -> StepMetrics:
+    """The one optimizer step of `step`; samples without an advantage run forward only."""
+    config, policy = run.config, run.policy
+    plan = policy.plan(batch.sequence_lengths, silent=advantage == 0)
+    samples = exchange(run.parallel, rollouts, plan, len(advantage))
+    objective = opo_objective(
+        config.algorithm, config.on_policy, batch.response_lengths, config.rollout.temperature
+    )
+    return policy.train_step(samples, plan, objective, rate, partial(accept_on_policy, run))
+
+
+UPDATES = {ObjectiveName.policy_gradient: opo_update, ObjectiveName.clipped: clipped_updates}

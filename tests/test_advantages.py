@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 import random
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.advantages import STD_EPSILON, advantages, without_signal
-from opo_megatron.config.load import PRESETS
+from opo_megatron.algorithm.energy import EnergySums
+from opo_megatron.algorithm.fitted_weights import FittedWeights
+from opo_megatron.config.presets import PRESETS
 from opo_megatron.config.schema import AlgorithmConfig, Baseline, Scope, Weight
 
-BUILT = [preset for preset in Baseline if preset is not Baseline.energy]
 SEEDS = range(5)
+MIXTURE = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 4))
+"""Of 1, length and energy, in the weights of `auto`."""
 
 
 def setting(baseline: Baseline, **switches: object) -> AlgorithmConfig:
@@ -32,8 +36,18 @@ def ragged(seed: int, prompts: int = 12) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor(rewards), torch.tensor(lengths), torch.tensor(groups)
 
 
-def weight_in_fractions(preset: Baseline, length: int) -> Fraction:
-    return Fraction(1) if PRESETS[preset].weight is Weight.one else Fraction(length)
+def sums_of(lengths: Tensor) -> dict[str, Any]:
+    """Energies (eighths) that are no function of the length alone, and weights that mix them."""
+    energy = (lengths * 3 + torch.arange(len(lengths)) % 5 * (lengths > 0)).double() / 8
+    fitted = FittedWeights()
+    fitted.coefficients = torch.tensor([float(c) for c in MIXTURE], dtype=torch.float64)
+    return {"energies": EnergySums(energy, 2 * energy), "fitted": fitted}
+
+
+def weight_in_fractions(preset: Baseline, length: int, energy: float) -> Fraction:
+    known = {Weight.one: Fraction(1), Weight.length: Fraction(length), Weight.energy: Fraction(energy)}
+    known[Weight.fitted] = sum((c * x for c, x in zip(MIXTURE, known.values(), strict=True)), Fraction(0))
+    return known[PRESETS[preset].weight]
 
 
 def mean_in_fractions(weights: list[Fraction], rewards: list[Fraction]) -> Fraction | None:
@@ -48,7 +62,8 @@ def mean_in_fractions(weights: list[Fraction], rewards: list[Fraction]) -> Fract
 def by_loop(preset: Baseline, rewards: Tensor, lengths: Tensor, groups: Tensor) -> list[float]:
     """The definition, sample by sample."""
     exact = [Fraction(r) for r in rewards.double().tolist()]
-    weights = [weight_in_fractions(preset, length) for length in lengths.tolist()]
+    energies = sums_of(lengths)["energies"].energy.tolist()
+    weights = [weight_in_fractions(preset, *one) for one in zip(lengths.tolist(), energies, strict=True)]
     ids = groups.tolist()
     result = []
     for i, group in enumerate(ids):
@@ -76,12 +91,13 @@ def by_loop(preset: Baseline, rewards: Tensor, lengths: Tensor, groups: Tensor) 
     return result
 
 
-@pytest.mark.parametrize("preset", BUILT)
+@pytest.mark.parametrize("preset", Baseline)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_preset_equals_the_definition_in_fractions(preset: Baseline, seed: int) -> None:
     batch = ragged(seed)
     expected = torch.tensor(by_loop(preset, *batch), dtype=torch.float64)
-    torch.testing.assert_close(advantages(setting(preset), *batch), expected, rtol=1e-12, atol=1e-12)
+    found = advantages(setting(preset), *batch, **sums_of(batch[1]))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 1.6])
@@ -127,9 +143,12 @@ def test_opo_is_its_leave_one_out_form_times_a_factor_of_the_sample(seed: int) -
         assert float(plain[i]) == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-@pytest.mark.parametrize("preset", [p for p in BUILT if p is not Baseline.batch_length])
+@pytest.mark.parametrize("preset", [p for p in Baseline if p is not Baseline.batch_length])
 def test_a_group_of_one_has_advantage_zero(preset: Baseline) -> None:
-    got = advantages(setting(preset), torch.tensor([0.7, 3.0]), torch.tensor([4, 0]), torch.tensor([5, 1]))
+    lengths = torch.tensor([4, 0])
+    got = advantages(
+        setting(preset), torch.tensor([0.7, 3.0]), lengths, torch.tensor([5, 1]), **sums_of(lengths)
+    )
     assert got.tolist() == [0.0, 0.0]
 
 
@@ -152,12 +171,13 @@ def test_a_sample_with_all_the_weight_is_its_own_baseline() -> None:
     assert advantages(setting(Baseline.opo_loo), rewards, lengths, groups).tolist() == [0, -0.75, -0.5]
 
 
-@pytest.mark.parametrize("preset", BUILT)
+@pytest.mark.parametrize("preset", Baseline)
 def test_rewards_that_agree_give_exactly_zero_although_sums_round(preset: Baseline) -> None:
     lengths = torch.arange(21) * 13 % 17
     for reward in (0.0, 0.1, 1 / 3, -0.7, 1e-300, 1e15 + 0.3):
         rewards = torch.full((21,), reward, dtype=torch.float64)
-        assert not advantages(setting(preset), rewards, lengths, torch.arange(21) // 7).any()
+        found = advantages(setting(preset), rewards, lengths, torch.arange(21) // 7, **sums_of(lengths))
+        assert not found.any()
 
 
 def test_without_signal_are_those_whose_rewards_agree() -> None:

@@ -12,8 +12,8 @@ from opo_megatron.config import Config, load_config, to_yaml
 from opo_megatron.config.arithmetic import describe_batch, smallest_world
 from opo_megatron.config.compare import changed_settings
 from opo_megatron.config.keys import key_types, nearest
-from opo_megatron.config.load import PRESETS
 from opo_megatron.config.megatron_fields import MANAGED_FIELDS, megatron_field_names
+from opo_megatron.config.presets import PRESETS
 from opo_megatron.config.schema import Baseline, ModelConfig, Scale, Scope, Weight
 from opo_megatron.config.validate import TASKS, validate
 from opo_megatron.errors import UserError
@@ -75,7 +75,7 @@ def test_none_is_a_choice_of_scale_and_null_asks_for_the_preset(recipe: Path):
 
 def test_every_preset_fills_the_four_switches_and_a_set_switch_overrides_it(recipe: Path):
     assert set(PRESETS) == set(Baseline)
-    for baseline in set(Baseline) - {Baseline.energy}:
+    for baseline in Baseline:
         algorithm = load_config(recipe, [f"algorithm.baseline={baseline.value}"]).algorithm
         switches = (algorithm.weight, algorithm.leave_one_out, algorithm.scale, algorithm.scope)
         assert switches == PRESETS[baseline]
@@ -91,6 +91,29 @@ def test_presets_are_the_published_estimators():
     assert PRESETS[Baseline.rloo] == (Weight.one, True, none, group)
     assert PRESETS[Baseline.grpo] == (Weight.one, False, Scale.std, group)
     assert PRESETS[Baseline.batch_length] == (Weight.length, False, none, Scope.batch)
+
+
+def test_only_auto_asks_for_variance_reports_by_itself(recipe: Path):
+    for baseline in Baseline:
+        every = load_config(recipe, [f"algorithm.baseline={baseline.value}"]).algorithm.variance_every
+        assert every == (10 if baseline is Baseline.auto else 0)
+    own = ["algorithm.baseline=auto", "algorithm.variance_every=3"]
+    assert load_config(recipe, own).algorithm.variance_every == 3
+
+
+def test_passes_besides_the_update_are_announced(recipe: Path):
+    def told(*overrides: str) -> str:
+        return describe_batch(load_config(recipe, overrides), 1)
+
+    assert "more forward pass" not in told()
+    energy = "algorithm.baseline=energy"
+    assert "energies are summed up by the engine while it draws" in told(energy)
+    assert "energies take one more forward pass per step" in told(energy, "rollout.engine=sglang")
+    clipped = ("algorithm.objective=clipped", "algorithm.updates_per_batch=4")
+    assert "log-probabilities of π_old take one more forward pass" in told(*clipped)
+    assert "take two more forward passes" in told(*clipped, "algorithm.kl_coefficient=0.1")
+    assert "4 optimizer steps, each on its own part of the prompts" in told(*clipped)
+    assert "every 10 steps the gradient's variance" in told("algorithm.baseline=auto")
 
 
 def test_shapes_that_follow_from_others_are_filled(recipe: Path):
@@ -227,9 +250,10 @@ def test_layouts_that_fit_are_accepted(recipe: Path):
     )
 
 
-def test_a_group_of_one_is_accepted_where_its_advantage_is_defined(recipe: Path):
+def test_a_group_of_one_is_accepted_where_it_is_not_its_own_baseline(recipe: Path):
     one = "rollout.samples_per_prompt=1"
-    load_config(recipe, [one])
+    with pytest.raises(UserError, match="every advantage is 0"):
+        load_config(recipe, [one])
     load_config(recipe, [one, "algorithm.baseline=batch_length", "algorithm.leave_one_out=true"])
 
 

@@ -55,7 +55,7 @@ OVERRIDE_MISTAKES = [
         "algorithm.baseline=ppo",
         "algorithm.baseline is 'ppo'; it must be one of opo, opo_loo, group_mean, rloo",
     ),
-    ("algorithm.weight=None", "it must be one of one, length, length_power, energy, energy_hidden or null"),
+    ("algorithm.weight=None", "one of one, length, length_power, energy, energy_hidden, fitted or null"),
     ("rollout=3", "rollout is 3, but it is a section; set one of its keys, like rollout.engine"),
     ("policy.megatron=3", "policy.megatron is 3, but it is a section"),
     ("run.dir=???", "run.dir is not set; add run.dir=VALUE"),
@@ -94,7 +94,16 @@ OVERRIDE_MISTAKES = [
     ("rollout.top_k=5", "rollout.top_k is 5, which samples another distribution than the policy"),
     ("rollout.max_response_tokens=2048", "policy.model.max_sequence_length=2048; lower the first"),
     ("algorithm.updates_per_batch=2", "OPO takes exactly one optimizer step per batch"),
-    ("algorithm.baseline=opo_loo rollout.samples_per_prompt=1", "leave_one_out needs another sample"),
+    ("algorithm.kl_coefficient=0.1", "algorithm.kl_coefficient is 0.1, but OPO has no KL term"),
+    ("algorithm.objective=clipped algorithm.updates_per_batch=5", "not divisible by algorithm.updates_per"),
+    ("algorithm.objective=clipped on_policy.action=correct", "set on_policy.action to refuse or warn"),
+    ("algorithm.objective=ppo", "it must be one of policy_gradient, clipped"),
+    ("algorithm.clip_low=1", "algorithm.clip_low is 1.0; it must be above 0 and below 1"),
+    ("algorithm.clip_high=0", "algorithm.clip_high is 0.0; it must be above 0"),
+    ("algorithm.baseline=auto algorithm.variance_every=0", "algorithm.baseline=auto learns its weights from"),
+    ("algorithm.variance_prompts=1", "algorithm.variance_prompts is 1; it must be at least 2"),
+    ("algorithm.variance_of=one", "it must be one of output_layer, all_parameters"),
+    ("rollout.samples_per_prompt=1", "where each answer is its own baseline and every advantage is 0"),
     ("algorithm.loss_constant=5", "used only with algorithm.loss_normalizer=constant"),
     # engines
     (
@@ -105,8 +114,6 @@ OVERRIDE_MISTAKES = [
     ("rollout.sglang.timeout_seconds=0", "rollout.sglang.timeout_seconds is 0.0; it must be above 0"),
     ("on_policy.max_importance_weight=-1", "on_policy.max_importance_weight is -1.0; it must be above 0"),
     # not built yet
-    ("algorithm.baseline=energy", "algorithm.baseline=energy is not built yet"),
-    ("algorithm.weight=energy_hidden", "algorithm.weight=energy_hidden is not built yet"),
     ("policy.context_parallel_size=2", "needs Transformer Engine's attention, not built yet; set 1"),
     # model and layout
     (

@@ -7,6 +7,9 @@ import pytest
 from opo_megatron.cli import main
 
 
+SECTIONS = ("policy.", "rollout.", "observe.", "task.", "algorithm.", "on_policy.")
+
+
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The one line that a refused command prints."""
     capsys.readouterr()
@@ -20,7 +23,7 @@ def split(overrides: str) -> list[str]:
     """Overrides are apart by a space before the next key; values keep theirs."""
     parts: list[str] = []
     for piece in overrides.split(" ") if overrides else []:
-        if parts and not piece.startswith(("policy.", "rollout.", "observe.", "task.")):
+        if parts and not piece.startswith(SECTIONS):
             parts[-1] += " " + piece
         else:
             parts.append(piece)

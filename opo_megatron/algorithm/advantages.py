@@ -12,6 +12,8 @@ For sample i of a scope S (the K responses of one prompt, or the whole batch), w
     rloo         w = 1, leave-one-out
     grpo         w = 1, s = std + 1e-6
     batch_length w = length over the whole batch
+    energy(_loo) w = Σ energy of the tokens (`energy.py`), which stands for ‖∇log π‖²
+    auto         w = what had least noise in earlier steps (`fitted_weights.py`), leave-one-out: unbiased
 
 With its own reward in the baseline, Aᵢ = (1 − wᵢ/W)(rᵢ − b₋ᵢ): a factor that depends on the
 sample, hence a bias of O(1/K) unless all weights agree.  Leave-one-out has none.
@@ -28,13 +30,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opo_megatron.algorithm.energy import EnergySums
+from opo_megatron.algorithm.fitted_weights import FittedWeights
 from opo_megatron.config.schema import AlgorithmConfig, Scale, Scope, Weight
 
 STD_EPSILON = 1e-6
 
 
-def baseline_weights(config: AlgorithmConfig, lengths: Tensor) -> Tensor:
-    """[n] float64: wᵢ of each sample from its response length (stop token included)."""
+def baseline_weights(
+    config: AlgorithmConfig,
+    lengths: Tensor,
+    energies: EnergySums | None = None,
+    fitted: FittedWeights | None = None,
+) -> Tensor:
+    """[n] float64: wᵢ of each sample from its response length (stop token included) or its energies."""
     lengths = lengths.double()
     if config.weight is Weight.length:
         return lengths
@@ -42,7 +51,14 @@ def baseline_weights(config: AlgorithmConfig, lengths: Tensor) -> Tensor:
         return lengths**config.length_exponent
     if config.weight is Weight.one:
         return torch.ones_like(lengths)
-    raise ValueError(f"weight {config.weight} needs sums that were not measured")
+    if energies is None:
+        raise ValueError(f"weight {config.weight} needs energies, which were not measured")
+    if config.weight is Weight.energy:
+        return energies.energy
+    if config.weight is Weight.energy_hidden:
+        return energies.energy_hidden
+    assert fitted is not None
+    return fitted(lengths, energies)
 
 
 def advantages(
@@ -51,6 +67,8 @@ def advantages(
     lengths: Tensor,
     groups: Tensor,
     device: torch.device | None = None,
+    energies: EnergySums | None = None,
+    fitted: FittedWeights | None = None,
 ) -> Tensor:
     """[n] float64 advantages of all samples of a batch, on the device of the rewards.
 
@@ -59,11 +77,13 @@ def advantages(
         lengths: [n] response tokens of each sample.
         groups: [n] int64, which samples share a prompt.
         device: which computes them; default that of the rewards.
+        energies: of each sample, where the weights are made of them.
+        fitted: how `weight=fitted` mixes them.
     """
     scope = _scope(config, groups)
     order = torch.argsort(scope, stable=True)
     offsets = torch.nn.functional.pad(torch.bincount(scope).cumsum(0), (1, 0))
-    weights = baseline_weights(config, lengths)
+    weights = baseline_weights(config, lengths, energies, fitted)
     epsilon = STD_EPSILON if config.scale is Scale.std else None
     device, compute = device or rewards.device, group_advantages
     if device.type == "cuda":

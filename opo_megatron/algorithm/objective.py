@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from opo_megatron.config.schema import AlgorithmConfig, LossNormalizer
+from opo_megatron.config.schema import AlgorithmConfig, LossNormalizer, MismatchAction, OnPolicyConfig
 
 
 class Objective(Protocol):
@@ -61,6 +62,49 @@ class PolicyGradient:
             ratio = (log_prob - columns["engine_log_prob"]).exp()
             coefficient = coefficient * ratio.clamp(max=self.max_importance_weight)
         return coefficient * log_prob, coefficient
+
+
+def opo_objective(
+    algorithm: AlgorithmConfig, on_policy: OnPolicyConfig, lengths: Tensor, temperature: float
+) -> PolicyGradient:
+    """OPO's objective for a batch with response lengths [n], of all of its samples."""
+    corrects = on_policy.action is MismatchAction.correct
+    cap = on_policy.max_importance_weight if corrects else None
+    return PolicyGradient(loss_normalizer(algorithm, lengths), temperature, cap)
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """The objective of PPO and GRPO: with ρ = π(y)/π_old(y) and δ = log π_reference(y) − log π(y),
+
+        (1/N) Σᵢ Σₜ [ −min(ρ A, clip(ρ, 1 − low, 1 + high) A) + β (exp(δ) − 1 − δ) ]
+
+    Where π is still the policy that drew the samples and β is 0, its gradient is `PolicyGradient`'s.
+    """
+
+    normalizer: float
+    temperature: float
+    low: float
+    high: float
+    kl_coefficient: float = 0.0
+    """β."""
+    learns_from_demonstrations: bool = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("advantages", "old_log_prob", *(("reference_log_prob",) if self.kl_coefficient else ()))
+
+    def __call__(self, log_prob: Tensor, columns: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        advantages = columns["advantages"]
+        ratio = (log_prob - columns["old_log_prob"]).exp()
+        free, cut = ratio * advantages, ratio.clamp(1 - self.low, 1 + self.high) * advantages
+        loss = -torch.minimum(free, cut)
+        coefficient = torch.where(free <= cut, -free, 0.0)
+        if self.kl_coefficient:
+            delta = columns["reference_log_prob"] - log_prob
+            loss = loss + self.kl_coefficient * (torch.expm1(delta) - delta)
+            coefficient = coefficient - self.kl_coefficient * torch.expm1(delta)
+        return loss / self.normalizer, coefficient / self.normalizer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from math import ceil, lcm
 from opo_megatron.config.schema import (
     AlgorithmConfig,
     Config,
+    EngineName,
     LossNormalizer,
+    ObjectiveName,
     PolicyConfig,
     Scale,
     Scope,
@@ -24,6 +26,7 @@ _WEIGHTS = {
     Weight.length_power: "(number of tokens of answer j) to the power {exponent:g}",
     Weight.energy: "logit energy of answer j",
     Weight.energy_hidden: "logit energy of answer j, times ‖h‖²",
+    Weight.fitted: "mixture of 1, length and logit energy of answer j that had least noise in earlier steps",
 }
 
 
@@ -77,7 +80,10 @@ def _step_lines(config: Config, world_size: int) -> list[str]:
         f"micro-batches of at most {budget} tokens: {fewest} per data-parallel rank if every answer were "
         f"1 token long, {most} if {longest};",
         f"  the tokens of prompts come on top, so the number follows the lengths, never above {per_rank}",
-        "gradients of all micro-batches on all ranks are summed into ONE optimizer step",
+        "gradients of all micro-batches on all ranks are summed into ONE optimizer step"
+        if config.algorithm.updates_per_batch == 1
+        else f"{config.algorithm.updates_per_batch} optimizer steps, each on its own part of the prompts: "
+        "after the first the samples are no longer the policy's",
     ]
 
 
@@ -89,10 +95,48 @@ def _loss_lines(config: Config) -> list[str]:
         LossNormalizer.constant: f"the constant {algorithm.loss_constant or 0:g}",
     }[algorithm.loss_normalizer]
     return [
-        "−(1/N) Σᵢ Aᵢ Σₜ log π(yᵢₜ) over answers i and their tokens t",
+        *_objective_lines(algorithm),
         f"N = {normalizer}; π = softmax(logits / {config.rollout.temperature:g})",
         *_advantage_lines(algorithm),
+        *_pass_lines(config),
     ]
+
+
+def _objective_lines(algorithm: AlgorithmConfig) -> list[str]:
+    if algorithm.objective is ObjectiveName.policy_gradient:
+        return ["−(1/N) Σᵢ Aᵢ Σₜ log π(yᵢₜ) over answers i and their tokens t"]
+    low, high = 1 - algorithm.clip_low, 1 + algorithm.clip_high
+    lines = [
+        f"−(1/N) Σᵢ Σₜ min(ρᵢₜ Aᵢ, clip(ρᵢₜ, {low:g}, {high:g}) Aᵢ) over answers i and their tokens t",
+        "ρ = π(yᵢₜ) / π_old(yᵢₜ), π_old the policy before the step's first update",
+    ]
+    if algorithm.kl_coefficient:
+        lines.append(f"plus {algorithm.kl_coefficient:g} times the KL to the start weights per token")
+    return lines
+
+
+def _pass_lines(config: Config) -> list[str]:
+    """Forward passes that the recipe asks for besides the one of the update."""
+    algorithm = config.algorithm
+    lines = []
+    if algorithm.weight in (Weight.energy, Weight.energy_hidden, Weight.fitted):
+        lines.append(
+            "energies are summed up by the engine while it draws"
+            if config.rollout.engine is EngineName.local
+            else "energies take one more forward pass per step, because SGLang returns none"
+        )
+    if algorithm.objective is ObjectiveName.clipped:
+        lines.append(
+            "log-probabilities of π_old and of the start weights take two more forward passes per step"
+            if algorithm.kl_coefficient
+            else "log-probabilities of π_old take one more forward pass per step"
+        )
+    if algorithm.variance_every:
+        lines.append(
+            f"every {_count(algorithm.variance_every, 'step')} the gradient's variance under every baseline "
+            f"is measured on {_count(algorithm.variance_prompts, 'prompt')}"
+        )
+    return lines
 
 
 def _advantage_lines(algorithm: AlgorithmConfig) -> list[str]:

@@ -19,32 +19,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opo_megatron.config.architecture import adopt_architecture
 from opo_megatron.config.keys import describe_type, key_types, unknown
-from opo_megatron.config.schema import Baseline, Config, LossNormalizer, Scale, Scope, Weight
+from opo_megatron.config.presets import PRESETS
+from opo_megatron.config.schema import Config, LossNormalizer, Weight
 from opo_megatron.config.validate import validate
 from opo_megatron.errors import UserError
 
 FREE_SECTION = "policy.megatron"
 """The one mapping whose keys are not in the schema; `validate` checks them against Megatron's source."""
-
-
-class Preset(NamedTuple):
-    """The four switches of the advantage formula; the names are those of `AlgorithmConfig`."""
-
-    weight: Weight
-    leave_one_out: bool
-    scale: Scale
-    scope: Scope
-
-
-PRESETS = {
-    Baseline.opo: Preset(Weight.length, False, Scale.none, Scope.group),
-    Baseline.opo_loo: Preset(Weight.length, True, Scale.none, Scope.group),
-    Baseline.group_mean: Preset(Weight.one, False, Scale.none, Scope.group),
-    Baseline.rloo: Preset(Weight.one, True, Scale.none, Scope.group),
-    Baseline.grpo: Preset(Weight.one, False, Scale.std, Scope.group),
-    Baseline.batch_length: Preset(Weight.length, False, Scale.none, Scope.batch),
-    Baseline.energy: Preset(Weight.energy, False, Scale.none, Scope.group),
-}
 
 
 class Entry(NamedTuple):
@@ -103,6 +84,8 @@ def resolve(config: Config) -> None:
     for switch, value in PRESETS[algorithm.baseline]._asdict().items():
         if getattr(algorithm, switch) is None:
             setattr(algorithm, switch, value)
+    if algorithm.variance_every is None:
+        algorithm.variance_every = 10 if algorithm.weight is Weight.fitted else 0
     if algorithm.loss_normalizer is LossNormalizer.constant and algorithm.loss_constant is None:
         rollouts = rollout.prompts_per_step * rollout.samples_per_prompt
         algorithm.loss_constant = float(rollouts * rollout.max_response_tokens)

@@ -12,22 +12,19 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from opo_megatron.config.algorithm_rules import check_algorithm
 from opo_megatron.config.arithmetic import expert_parallel_size, model_parallel_size, smallest_world
 from opo_megatron.config.exact import check_exact
 from opo_megatron.config.megatron_fields import MANAGED_FIELDS, check_megatron_fields
+from opo_megatron.config.rules import divides, require
 from opo_megatron.config.schema import (
-    Baseline,
     Config,
     EngineName,
     Kl,
-    LossNormalizer,
     PolicyConfig,
     RopeScalingConfig,
     RopeType,
-    Scope,
-    Weight,
 )
-from opo_megatron.errors import UserError
 
 __all__ = ["MANAGED_FIELDS", "TASKS", "validate"]
 
@@ -41,7 +38,6 @@ def validate(config: Config, world_size: int | None) -> None:
         world_size: number of ranks; None takes the fewest that the layout needs.
     """
     check_fields(config)
-    check_not_built(config)
     check_engine(config)
     check_exact(config)
     check_run(config)
@@ -78,20 +74,23 @@ _FIELD_RULES: tuple[Rule, ...] = (
         "run.seed train.steps warm_start.steps optimizer.warmup_steps warm_start.warmup_steps "
         "optimizer.lr warm_start.lr optimizer.weight_decay warm_start.weight_decay optimizer.clip "
         "warm_start.clip rollout.top_k eval.top_k eval.every_steps checkpoint.every_steps "
-        "on_policy.tolerance algorithm.length_exponent rollout.sglang.restarts",
+        "on_policy.tolerance algorithm.length_exponent rollout.sglang.restarts algorithm.kl_coefficient "
+        "algorithm.variance_every",
         lambda value: value >= 0,
         "0 or more",
     ),
     (
         "rollout.temperature eval.temperature optimizer.eps warm_start.eps run.distributed_timeout_minutes "
         "algorithm.loss_constant rollout.sglang.start_timeout_seconds rollout.sglang.timeout_seconds "
-        "on_policy.max_importance_weight policy.weight_bucket_mib policy.model.rotary_base "
-        "policy.model.layernorm_epsilon policy.model.rope_scaling.factor "
+        "on_policy.max_importance_weight algorithm.clip_high policy.weight_bucket_mib "
+        "policy.model.rotary_base policy.model.layernorm_epsilon policy.model.rope_scaling.factor "
         "policy.model.rope_scaling.low_freq_factor policy.model.rope_scaling.high_freq_factor",
         lambda value: value > 0,
         "above 0",
     ),
     ("rollout.top_p eval.top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    ("algorithm.clip_low", lambda value: 0 < value < 1, "above 0 and below 1"),
+    ("algorithm.variance_prompts", lambda value: value >= 2, "at least 2, between which there is a variance"),
     ("optimizer.min_lr_ratio warm_start.min_lr_ratio", lambda value: 0 <= value <= 1, "between 0 and 1"),
     (
         "optimizer.betas warm_start.betas",
@@ -113,11 +112,11 @@ _FIELD_RULES: tuple[Rule, ...] = (
 def check_fields(config: Config) -> None:
     """Each field by itself; None stands for 'not used' and passes."""
     for key, value in _leaves(config):
-        _require(not _is_not_finite(value), f"{key} is {value}; it must be a finite number")
+        require(not _is_not_finite(value), f"{key} is {value}; it must be a finite number")
     for keys, holds, words in _FIELD_RULES:
         for key in keys.split():
             value = reduce(getattr, key.split("."), config)
-            _require(value is None or holds(value), f"{key} is {value!r}; it must be {words}")
+            require(value is None or holds(value), f"{key} is {value!r}; it must be {words}")
 
 
 def check_task(config: Config) -> None:
@@ -125,20 +124,20 @@ def check_task(config: Config) -> None:
     task, rollout, model = config.task, config.rollout, config.policy.model
     if task.name == "lift":
         return
-    _require(
+    require(
         config.warm_start.steps == 0,
         f"warm_start.steps is {config.warm_start.steps}, but task.name={task.name} has no demonstrations to "
         "learn from; set warm_start.steps=0",
     )
-    _require(
+    require(
         task.name != "text" or task.data is not None,
         "task.name is text, but task.data is null; name a JSONL or Parquet file",
     )
-    _require(
+    require(
         task.name != "reasoning_gym" or task.generator is not None,
         "task.name is reasoning_gym, but task.generator is null; name a generator, such as chain_sum",
     )
-    _require(
+    require(
         task.max_prompt_tokens + rollout.max_response_tokens <= model.max_sequence_length,
         f"task.max_prompt_tokens={task.max_prompt_tokens} and rollout.max_response_tokens="
         f"{rollout.max_response_tokens} are more than policy.model.max_sequence_length="
@@ -146,27 +145,16 @@ def check_task(config: Config) -> None:
     )
 
 
-def check_not_built(config: Config) -> None:
-    """Values that the schema names and no code serves yet."""
-    asked = (
-        ("algorithm.baseline", config.algorithm.baseline, (Baseline.energy,), "opo"),
-        ("algorithm.weight", config.algorithm.weight, (Weight.energy, Weight.energy_hidden), "length"),
-    )
-    for key, value, missing, instead in asked:
-        name = value.value if value is not None else None
-        _require(value not in missing, f"{key}={name} is not built yet; set {key} to {instead}")
-
-
 def check_engine(config: Config) -> None:
     """What an SGLang engine cannot serve."""
     if config.rollout.engine is not EngineName.sglang:
         return
-    _require(
+    require(
         not (config.rollout.sglang.share_memory and config.rollout.sglang.urls),
         "rollout.sglang.share_memory=true with rollout.sglang.urls, but only the run's own servers give up "
         "memory for it; remove one",
     )
-    _require(
+    require(
         config.policy.model.num_moe_experts is None,
         f"policy.model.num_moe_experts is {config.policy.model.num_moe_experts} with rollout.engine=sglang, "
         "but engine and policy would route tokens to different experts; set rollout.engine=local",
@@ -175,7 +163,7 @@ def check_engine(config: Config) -> None:
 
 def check_run(config: Config) -> None:
     resume = config.resume
-    _require(
+    require(
         resume in ("never", "auto") or Path(resume).is_dir(),
         f"resume is {resume!r}; it must be never, auto or the existing folder of a checkpoint",
     )
@@ -185,43 +173,21 @@ def check_sampling(config: Config) -> None:
     """Training rollouts come from the policy itself, and fit into its context."""
     rollout, longest = config.rollout, config.policy.model.max_sequence_length
     for key, value, neutral in (("top_p", config.eval.top_p, 1), ("top_k", config.eval.top_k, 0)):
-        _require(
+        require(
             value == neutral or config.observe.kl is Kl.off,
             f"eval.{key} is {value}, which samples another distribution than the policy whose KL "
             f"observe.kl=eval measures; set it to {neutral}, or observe.kl=off",
         )
     for key, value, neutral in (("top_p", rollout.top_p, 1), ("top_k", rollout.top_k, 0)):
-        _require(
+        require(
             value == neutral or config.algorithm.off_policy_sampling,
             f"rollout.{key} is {value}, which samples another distribution than the policy; set it to "
             f"{neutral}, or accept off-policy rollouts with algorithm.off_policy_sampling=true",
         )
-    _require(
+    require(
         rollout.max_response_tokens < longest,
         f"rollout.max_response_tokens is {rollout.max_response_tokens}, but prompt and response share "
         f"policy.model.max_sequence_length={longest}; lower the first or raise the second",
-    )
-
-
-def check_algorithm(config: Config) -> None:
-    algorithm, rollout = config.algorithm, config.rollout
-    _require(
-        algorithm.updates_per_batch == 1,
-        f"algorithm.updates_per_batch is {algorithm.updates_per_batch}, but OPO takes exactly one optimizer "
-        f"step per batch and an objective for more is not built yet; set it to 1",
-    )
-    samples = rollout.samples_per_prompt
-    if algorithm.scope is Scope.batch:
-        samples *= rollout.prompts_per_step
-    _require(
-        samples > 1 or not algorithm.leave_one_out,
-        "algorithm.leave_one_out needs another sample to make a baseline of, but rollout.samples_per_prompt "
-        "is 1; raise it or set algorithm.leave_one_out=false",
-    )
-    _require(
-        algorithm.loss_constant is None or algorithm.loss_normalizer is LossNormalizer.constant,
-        f"algorithm.loss_constant is {algorithm.loss_constant}, but it is used only with "
-        f"algorithm.loss_normalizer=constant; set that, or loss_constant to null",
     )
 
 
@@ -229,25 +195,25 @@ def check_model(policy: PolicyConfig) -> None:
     """Shapes that attention, RoPE and the router accept."""
     model = policy.model
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
-    _divides("policy.model.num_query_groups", groups, "policy.model.num_attention_heads", heads)
+    divides("policy.model.num_query_groups", groups, "policy.model.num_attention_heads", heads)
     for key, width in (("hidden_size", model.hidden_size), ("kv_channels", model.kv_channels)):
-        _require(
+        require(
             width is None or width % 2 == 0,
             f"policy.model.{key} is {width}; it must be even, because rotary embeddings turn pairs",
         )
     check_rope_scaling(model.rope_scaling)
     experts, active = model.num_moe_experts, model.moe_router_topk
-    _require(
+    require(
         experts is None or active <= experts,
         f"policy.model.moe_router_topk is {active}, more than policy.model.num_moe_experts={experts}; "
         f"lower the first",
     )
-    _require(
+    require(
         experts is None or active > 1 or model.moe_router_pre_softmax,
         "policy.model.moe_router_topk is 1, where the softmax over the chosen expert is always 1 and teaches "
         "the router nothing; raise it or set policy.model.moe_router_pre_softmax=true",
     )
-    _require(
+    require(
         experts is not None or model.moe_ffn_hidden_size is None,
         f"policy.model.moe_ffn_hidden_size is {model.moe_ffn_hidden_size}, but the model has no experts; "
         f"set policy.model.num_moe_experts or remove it",
@@ -255,12 +221,12 @@ def check_model(policy: PolicyConfig) -> None:
 
 
 def check_rope_scaling(scaling: RopeScalingConfig) -> None:
-    _require(
+    require(
         scaling.type is not RopeType.none or scaling == RopeScalingConfig(),
         "policy.model.rope_scaling has values, but its type is none; set policy.model.rope_scaling.type to "
         "linear or llama3, or remove them",
     )
-    _require(
+    require(
         scaling.low_freq_factor < scaling.high_freq_factor,
         f"policy.model.rope_scaling.low_freq_factor is {scaling.low_freq_factor:g}, which must be below "
         f"high_freq_factor={scaling.high_freq_factor:g}; lower it",
@@ -271,25 +237,25 @@ def check_layout(policy: PolicyConfig) -> None:
     """Tensor, pipeline, sequence and context parallelism against the model's shape."""
     model, tensor = policy.model, policy.tensor_model_parallel_size
     stages, chunks = policy.pipeline_model_parallel_size, policy.virtual_pipeline_model_parallel_size
-    _require(
+    require(
         policy.context_parallel_size == 1,
         f"policy.context_parallel_size is {policy.context_parallel_size}, but context parallelism needs "
         f"Transformer Engine's attention, not built yet; set 1",
     )
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        _divides("policy.tensor_model_parallel_size", tensor, f"policy.model.{name}", getattr(model, name))
-    _require(
+        divides("policy.tensor_model_parallel_size", tensor, f"policy.model.{name}", getattr(model, name))
+    require(
         tensor > 1 or not policy.sequence_parallel,
         "policy.sequence_parallel=true needs policy.tensor_model_parallel_size above 1; raise that or set it "
         "to false",
     )
-    _require(
+    require(
         chunks is None or stages > 1,
         f"policy.virtual_pipeline_model_parallel_size is {chunks}, but there is one pipeline stage; "
         f"raise policy.pipeline_model_parallel_size or set it to null",
     )
     slices = "policy.pipeline_model_parallel_size" + (" × virtual stages" if chunks else "")
-    _divides(slices, stages * (chunks or 1), "policy.model.num_layers", model.num_layers)
+    divides(slices, stages * (chunks or 1), "policy.model.num_layers", model.num_layers)
 
 
 def check_experts(policy: PolicyConfig) -> None:
@@ -297,33 +263,33 @@ def check_experts(policy: PolicyConfig) -> None:
     model, experts = policy.model, policy.model.num_moe_experts
     for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
         size = getattr(policy, name)
-        _require(
+        require(
             size == 1 or experts is not None,
             f"policy.{name} is {size}, but the model has no experts; set it to 1, or "
             f"policy.model.num_moe_experts",
         )
     if experts is None:
         return
-    _divides(
+    divides(
         "policy.expert_model_parallel_size",
         policy.expert_model_parallel_size,
         "policy.model.num_moe_experts",
         experts,
     )
-    _divides(
+    divides(
         "policy.expert_tensor_parallel_size",
         policy.expert_tensor_parallel_size or 1,
         "policy.model.moe_ffn_hidden_size",
         model.moe_ffn_hidden_size or model.ffn_hidden_size,
     )
-    _require(
+    require(
         policy.expert_model_parallel_size > 1
         or policy.expert_tensor_parallel_size == policy.tensor_model_parallel_size,
         f"policy.expert_tensor_parallel_size is {policy.expert_tensor_parallel_size} where "
         f"policy.tensor_model_parallel_size is {policy.tensor_model_parallel_size} and experts are not "
         "parallel: Megatron then sums expert gradients over too few ranks; set both to the same",
     )
-    _require(
+    require(
         policy.tensor_model_parallel_size == 1 or policy.sequence_parallel,
         "a model with experts at policy.tensor_model_parallel_size above 1 needs sequence parallelism; "
         "set policy.sequence_parallel=true",
@@ -334,14 +300,14 @@ def check_world(config: Config, world_size: int) -> None:
     """Whether this many ranks divide into whole copies of the model, and of its experts."""
     policy, fewest = config.policy, smallest_world(config)
     start = f"start a multiple of {fewest} ranks (--nproc {fewest}) or change the layout"
-    _require(world_size >= 1, f"the number of ranks is {world_size}; it must be at least 1")
-    _require(
+    require(world_size >= 1, f"the number of ranks is {world_size}; it must be at least 1")
+    require(
         world_size % model_parallel_size(policy) == 0,
         f"{world_size} ranks cannot be split into copies of the model of "
         f"{policy.tensor_model_parallel_size} tensor × {policy.pipeline_model_parallel_size} pipeline × "
         f"{policy.context_parallel_size} context parallel ranks; {start}",
     )
-    _require(
+    require(
         world_size % expert_parallel_size(policy) == 0,
         f"{world_size} ranks cannot be split by policy.expert_model_parallel_size="
         f"{policy.expert_model_parallel_size} × {policy.expert_tensor_parallel_size} expert tensor × "
@@ -367,15 +333,3 @@ def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def _divides(name: str, divisor: int, total_name: str, total: int) -> None:
-    _require(
-        total % divisor == 0,
-        f"{total_name} is {total}, which is not divisible by {name}={divisor}; change one of them",
-    )
-
-
-def _require(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise UserError(sentence)

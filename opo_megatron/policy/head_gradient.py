@@ -46,6 +46,10 @@ class Head:
         dist.all_gather(parts, hidden.contiguous(), group=self.parallel.tp_group)
         return torch.cat(parts, 1)
 
+    def select(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
+        """[b, s, H] → [n, H]: the hidden states that predict response tokens, without a gradient."""
+        return self.gather(hidden.detach()).flatten(0, 1)[micro.places]
+
     def reduce(self, d_hidden: Tensor) -> Tensor:
         """Sum the vocabulary shards' parts of the gradient [b, s, H], once, and keep this rank's part."""
         if self.parallel.tp_size == 1:
@@ -61,7 +65,7 @@ def log_probs(
 ) -> HeadOutput:
     """The sweep without gradients, over the response tokens of a micro-batch."""
     vocabulary, rows = head.vocabulary(weight)
-    flat = head.gather(hidden.detach()).flatten(0, 1)[micro.places].to(weight.dtype)
+    flat = head.select(hidden, micro).to(weight.dtype)
     return sweep(flat, rows, micro.targets, vocabulary, temperature, head.chunk_tokens, exact=head.exact)
 
 

@@ -9,14 +9,13 @@ gradients are summed over data-parallel ranks and never rescaled.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -35,6 +34,7 @@ from opo_megatron.config.schema import Config, Dtype, OptimizerConfig
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.head import default_chunk_tokens
 from opo_megatron.policy.head_gradient import Head, HeadLoss, log_probs
+from opo_megatron.policy.measure import measure_tokens
 from opo_megatron.policy.memory import PolicyMemory
 from opo_megatron.policy.microbatch import MicroBatch, Plan, build_micro_batches, plan_micro_batches
 from opo_megatron.policy.model import build_chunks, head_shares_embedding, head_weight, padded_vocab_size
@@ -51,6 +51,13 @@ from opo_megatron.weights.stream import (
     stream_weights,
 )
 from opo_megatron.weights.table import Stages, parameters
+
+
+@dataclass(frozen=True)
+class OwnShards:
+    """One rank's part of a set of weights, parameter by parameter."""
+
+    tensors: list[Tensor]
 
 
 class Policy:
@@ -158,25 +165,32 @@ class Policy:
 
     # ------------------------------------------------------------------ training
 
-    def plan(self, lengths: Tensor, silent: Tensor | None = None) -> Plan:
+    def plan(self, lengths: Tensor, silent: Tensor | None = None, only: Sequence[int] | None = None) -> Plan:
         """Micro-batches for sequences of `lengths` [n], the whole batch's, the same on every rank.
 
         Args:
+            only: the samples that are planned for; default all.
             silent: [n] bool, samples whose coefficients are all exactly 0.  Their gradient is exactly 0,
                 so they run forward only: the same step in less time.
         """
+        samples = range(lengths.numel()) if only is None else only
         if silent is None or not bool(silent.any()):
-            return self._plan_of(lengths, list(range(lengths.numel())))
-        silent_plan = self._plan_of(lengths, silent.nonzero()[:, 0].tolist())
-        return replace(
-            self._plan_of(lengths, (~silent).nonzero()[:, 0].tolist()), without_gradient=silent_plan
-        )
+            return self._plan_of(lengths, samples, self.parallel.dp_size)
+        known = silent.tolist()
+        learned, measured = [i for i in samples if not known[i]], [i for i in samples if known[i]]
+        silent_plan = self._plan_of(lengths, measured, self.parallel.dp_size)
+        return replace(self._plan_of(lengths, learned, self.parallel.dp_size), without_gradient=silent_plan)
 
-    def _plan_of(self, lengths: Tensor, samples: list[int]) -> Plan:
+    def plan_for_all(self, lengths: Tensor, samples: Sequence[int]) -> Plan:
+        """Micro-batches of `samples` that every data-parallel replica runs alike."""
+        plan = self._plan_of(lengths, samples, replicas=1)
+        return replace(plan, rows=plan.rows * self.parallel.dp_size)
+
+    def _plan_of(self, lengths: Tensor, samples: Sequence[int], replicas: int) -> Plan:
         interleaved = self.parallel.vpp_size > 1
         plan = plan_micro_batches(
             [int(lengths[i]) for i in samples],
-            self.parallel.dp_size,
+            replicas,
             self.config.max_tokens_per_micro_batch,
             fixed_shape=interleaved,
             multiple=self.parallel.pp_size if interleaved else 1,
@@ -273,20 +287,19 @@ class Policy:
     def log_probs(self, batch: Rollouts, plan: Plan, temperature: float) -> Tensor:
         """log π_T of every response token of `batch` [Σl] float32, by a full forward pass, on every rank
         of the data-parallel replica."""
-        parts: list[Tensor] = []
+        return measure_tokens(self, batch, plan, temperature).log_prob
 
-        def collect(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            output = log_probs(self.head, hidden, head_weight(chunk), micro, temperature)
-            parts.append(output.log_prob.cpu())
+    def run_forward(
+        self, batch: Rollouts, plan: Plan, visit: Callable[[GPTModel, MicroBatch, Tensor], None]
+    ) -> None:
+        """A forward pass without gradients; on the last pipeline stage `visit` is called with the model's
+        last chunk, each micro-batch of this data-parallel rank and its hidden states [b, s, H]."""
+
+        def look(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            visit(chunk, micro, hidden)
             return _no_loss(hidden)
 
-        self._run(batch, plan, (), collect, forward_only=True)
-        result = torch.cat(parts) if parts else torch.empty(int(batch.response_lengths.sum()))
-        if self.parallel.pp_size > 1:
-            last = dist.get_global_rank(self.parallel.pp_group, self.parallel.pp_size - 1)
-            result = result.to(self.parallel.device)
-            dist.broadcast(result, last, group=self.parallel.pp_group)
-        return result.cpu()
+        self._run(batch, plan, (), look, forward_only=True)
 
     def _run(
         self, batch: Rollouts, plan: Plan, columns: Iterable[str], loss: _Loss, forward_only: bool
@@ -307,15 +320,16 @@ class Policy:
 
         iterators = [iter(micro_batches) for _ in self.ddp_chunks]
         rows, width = micro_batches[0].tokens.shape
-        get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.ddp_chunks if len(self.ddp_chunks) > 1 else self.ddp_chunks[0],
-            num_microbatches=plan.count,
-            seq_length=width,
-            micro_batch_size=rows,
-            forward_only=forward_only,
-        )
+        with torch.set_grad_enabled(not forward_only):
+            get_forward_backward_func()(
+                forward_step_func=forward,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.ddp_chunks if len(self.ddp_chunks) > 1 else self.ddp_chunks[0],
+                num_microbatches=plan.count,
+                seq_length=width,
+                micro_batch_size=rows,
+                forward_only=forward_only,
+            )
 
     # ------------------------------------------------------------------ weights
 
@@ -337,20 +351,34 @@ class Policy:
         return stream_weights(ModelShards(self.chunks), self.table, self.parallel, limit, to)
 
     @contextmanager
-    def weights_from(self, source: WeightSource) -> Iterator[None]:
-        """Within this context the model computes with the full tensors of `source`, forward only.
+    def weights_from(self, source: WeightSource | OwnShards) -> Iterator[None]:
+        """Within this context the model computes with the full tensors of `source`, or with what
+        `shards_of` kept of them, forward only.
 
         Its own weights come back bit for bit, whatever happens; they cost one copy of this rank's part.
         """
-        parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
-        own = [parameter.detach().clone() for parameter in parameters]
+        own = OwnShards([parameter.detach().clone() for parameter in self._parameters()])
         try:
-            load_weights(self.chunks, self.table, self.parallel, source)
+            if isinstance(source, OwnShards):
+                self._put(source)
+            else:
+                load_weights(self.chunks, self.table, self.parallel, source)
             yield
         finally:
-            with torch.no_grad():
-                for parameter, kept in zip(parameters, own, strict=True):
-                    parameter.copy_(kept)
+            self._put(own)
+
+    def shards_of(self, source: WeightSource) -> OwnShards:
+        """This rank's part of the full tensors of `source`, in the host's memory."""
+        with self.weights_from(source):
+            return OwnShards([parameter.detach().to("cpu", copy=True) for parameter in self._parameters()])
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+
+    def _put(self, shards: OwnShards) -> None:
+        with torch.no_grad():
+            for parameter, tensor in zip(self._parameters(), shards.tensors, strict=True):
+                parameter.copy_(tensor)
 
 
 _Loss = Callable[[GPTModel, MicroBatch, Tensor], tuple[Tensor, Tensor, Tensor]]

@@ -8,12 +8,13 @@ its own samples only.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.errors import UserError
 from opo_megatron.policy.microbatch import Plan
 from opo_megatron.policy.parallel import Parallel, all_gather_objects, all_to_all_objects, share_of
@@ -73,6 +74,8 @@ class Summary:
     response_lengths: Tensor
     finish_reasons: Tensor
     rewards: Tensor
+    energies: EnergySums | None = None
+    """None where the engine returned none."""
 
     @property
     def sequence_lengths(self) -> Tensor:
@@ -95,8 +98,18 @@ def gather_summary(parallel: Parallel, rollouts: Rollouts) -> Summary:
         rollouts.finish_reasons,
         rollouts.rewards,
     )
-    gathered = all_gather_objects(parallel, columns)
-    return Summary(*(torch.cat(parts) for parts in zip(*gathered, strict=True)))
+    energies = None if rollouts.energy is None else (rollouts.energy, rollouts.energy_hidden)
+    gathered = all_gather_objects(parallel, (columns, energies))
+    groups, prompts, responses, reasons, rewards = _joined(known for known, _ in gathered)
+    summary = Summary(groups, prompts, responses, reasons, rewards)
+    if energies is None:
+        return summary
+    return replace(summary, energies=EnergySums(*_joined(found for _, found in gathered)))
+
+
+def _joined(ranks: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    """Each column of all ranks, one behind the other."""
+    return [torch.cat(parts) for parts in zip(*ranks, strict=True)]
 
 
 def own_block(parallel: Parallel, total: int) -> slice:

@@ -37,6 +37,8 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     greedy: bool = False
+    energies: bool = False
+    """Also return each response's Σ energy and Σ energy·‖h‖², where the engine can."""
 
 
 Progress = Callable[[int, int, int], None]

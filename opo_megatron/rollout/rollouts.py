@@ -22,7 +22,9 @@ FINISH_STOP = 0
 FINISH_LENGTH = 1
 
 _PER_PROMPT_TOKEN = ("prompt_tokens",)
-_PER_RESPONSE_TOKEN = ("response_tokens", "weight_versions", "engine_log_prob")
+_PER_RESPONSE_TOKEN = (
+    "response_tokens", "weight_versions", "engine_log_prob", "old_log_prob", "reference_log_prob",
+)  # fmt: skip
 
 
 @dataclass
@@ -56,6 +58,14 @@ class Rollouts:
     """[n] float64."""
     advantages: Tensor | None = None
     """[n] float64."""
+    energy: Tensor | None = None
+    """[n] float64: Σ of the tokens' energies (`algorithm/energy.py`)."""
+    energy_hidden: Tensor | None = None
+    """[n] float64: Σ of the tokens' energies times ‖h‖²."""
+    old_log_prob: Tensor | None = None
+    """[Σl] float32: log π_T of each token by a forward pass before the step's first update."""
+    reference_log_prob: Tensor | None = None
+    """[Σl] float32: the same under the start weights."""
     is_demonstration: bool = False
     """Written by the task, not drawn by an engine: only the supervised objective takes them."""
 

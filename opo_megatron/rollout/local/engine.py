@@ -157,6 +157,7 @@ class _Batch:
         self.tokens = torch.zeros(n, sampling.max_tokens, dtype=torch.int64, device=self.device)
         self.log_probs = torch.zeros(n, sampling.max_tokens, device=self.device)
         self.lengths = torch.zeros(n, dtype=torch.int64, device=self.device)
+        self.energies = torch.zeros(2, n if sampling.energies else 0, dtype=torch.float64, device=self.device)
         self.stopped = torch.zeros(n, dtype=torch.bool, device=self.device)
         none = torch.empty(0, dtype=torch.int64, device=self.device)
         self.rows = _Rows(none, none, none, none, none)
@@ -213,7 +214,10 @@ class _Batch:
     def _draw(self, rows: _Rows, hidden: Tensor) -> None:
         """Draw the token that follows `hidden` in each row and record it."""
         uniform = uniforms(rows.key, rows.count)
-        rows.token, log_prob = draw(self.decoder.logits(hidden), uniform, self.sampling)
+        rows.token, log_prob, energy = draw(self.decoder.logits(hidden), uniform, self.sampling)
+        if energy is not None:
+            energy = energy.double()
+            self.energies[:, rows.request] += torch.stack((energy, energy * hidden.float().square().sum(1)))
         self.tokens[rows.request, rows.count] = rows.token
         self.log_probs[rows.request, rows.count] = log_prob
         rows.count = rows.count + 1
@@ -254,4 +258,6 @@ class _Batch:
             finish_reasons=torch.where(self.stopped.cpu(), FINISH_STOP, FINISH_LENGTH),
             weight_versions=torch.full((int(lengths.sum()),), version, dtype=torch.int64),
             engine_log_prob=self.log_probs.cpu()[drawn],
+            energy=self.energies[0].cpu() if self.sampling.energies else None,
+            energy_hidden=self.energies[1].cpu() if self.sampling.energies else None,
         )

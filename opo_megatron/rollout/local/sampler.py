@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from opo_megatron.algorithm.energy import energy
 from opo_megatron.kernels.exact import log_softmax
 from opo_megatron.rollout.engine import Sampling
 
@@ -50,11 +51,12 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Next tokens [n] and their log π_T [n] from logits [n, V].
+def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Next tokens, their log π_T and, where asked for, their energies ‖onehot − π_T‖², each [n], from
+    logits [n, V].
 
-    The log-probability is the policy's at temperature T, also where top_k, top_p or greedy choice
-    made the token likelier than that.
+    Log-probability and energy are the policy's at temperature T, also where top_k, top_p or greedy
+    choice made the token likelier than that.
     """
     log_probs = log_softmax(logits, sampling.temperature)
     if sampling.greedy:
@@ -64,7 +66,10 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
         threshold = uniform.unsqueeze(1) * cumulative[:, -1:]
         # The first token whose cumulative probability exceeds the threshold: never one of probability 0.
         tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=logits.shape[1] - 1)
-    return tokens, log_probs.gather(1, tokens.unsqueeze(1))[:, 0]
+    log_prob = log_probs.gather(1, tokens.unsqueeze(1))[:, 0]
+    if not sampling.energies:
+        return tokens, log_prob, None
+    return tokens, log_prob, energy(log_prob, log_probs.exp().square_().sum(1))
 
 
 def _truncate(probabilities: Tensor, sampling: Sampling) -> Tensor:

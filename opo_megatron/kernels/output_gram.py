@@ -1,0 +1,98 @@
+"""Inner products of per-sample gradients with respect to the output matrix, without storing a gradient.
+
+For token t with hidden state h_t the gradient of log π_T(y_t) with respect to the output matrix is
+d_t h_tᵀ / T with d_t = onehot(y_t) − π_t, and a sample's gradient is the sum over its tokens, so
+
+    ⟨g_i, g_j⟩ = Σ_{t∈i} Σ_{s∈j} (d_t · d_s) (h_t · h_s) / T²
+
+is made of two small matrix products per pair of token blocks: N² (V + H) multiply-adds for N tokens,
+where n gradients of V × H numbers would not fit into memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opo_megatron.kernels.head import VocabularyShard
+
+
+@dataclass
+class OutputGram:
+    """Sums over this rank's vocabulary shard and this rank's blocks: to be summed over all of them."""
+
+    gram: Tensor
+    """[n, n] float64 ⟨g_i, g_j⟩."""
+    energy: Tensor
+    """[n] float64 Σ_t ‖d_t‖²."""
+    energy_hidden: Tensor
+    """[n] float64 Σ_t ‖d_t‖² ‖h_t‖²."""
+
+
+def output_gram(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    owners: Tensor,
+    count: int,
+    vocabulary: VocabularyShard,
+    temperature: float,
+    chunk_tokens: int,
+    part: tuple[int, int] = (0, 1),
+) -> OutputGram:
+    """This rank's share of the inner products between `count` samples.
+
+    Args:
+        hidden: [N, H] hidden states that predict `targets`.
+        weight: [V, H] this rank's valid rows of the output matrix.
+        targets: [N] token ids of the whole vocabulary.
+        owners: [N] which sample each token is of.
+        part: (i, of n): blocks i, i + n, … of rows are this rank's.
+    """
+    total = OutputGram(
+        torch.zeros(count, count, dtype=torch.float64, device=hidden.device),
+        *(torch.zeros(count, dtype=torch.float64, device=hidden.device) for _ in range(2)),
+    )
+    blocks = [slice(b, min(b + chunk_tokens, len(hidden))) for b in range(0, len(hidden), chunk_tokens)]
+    for i in range(part[0], len(blocks), part[1]):
+        rows = blocks[i]
+        left = _logit_gradients(hidden[rows], weight, targets[rows], vocabulary, temperature)
+        size = left.double().square().sum(1)
+        total.energy.index_add_(0, owners[rows], size)
+        total.energy_hidden.index_add_(0, owners[rows], size * hidden[rows].double().square().sum(1))
+        for j in range(i, len(blocks)):
+            columns = blocks[j]
+            right = left
+            if j > i:
+                right = _logit_gradients(hidden[columns], weight, targets[columns], vocabulary, temperature)
+            products = (left @ right.T).mul_(hidden[rows].float() @ hidden[columns].float().T).double()
+            by_row = products.new_zeros(count, products.shape[1]).index_add_(0, owners[rows], products)
+            block = torch.zeros_like(total.gram).index_add_(1, owners[columns], by_row)
+            total.gram += block if j == i else block + block.T
+    total.gram /= temperature**2
+    return total
+
+
+def _logit_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: VocabularyShard, temperature: float
+) -> Tensor:
+    """[m, V] float32: onehot(y) − π_T, this shard's columns."""
+    logits = (hidden.to(weight.dtype) @ weight.t()).float().div_(temperature)
+    highest = logits.amax(1, keepdim=True)
+    _reduce(highest, vocabulary, dist.ReduceOp.MAX)
+    found = logits.sub_(highest).exp_()
+    total = found.sum(1, keepdim=True)
+    _reduce(total, vocabulary, dist.ReduceOp.SUM)
+    found.div_(-total)
+    local = targets - vocabulary.start
+    here = (local >= 0) & (local < weight.shape[0])
+    place = local.clamp(0, weight.shape[0] - 1).unsqueeze(1)
+    return found.scatter_add_(1, place, here.to(found.dtype).unsqueeze(1))
+
+
+def _reduce(values: Tensor, vocabulary: VocabularyShard, operation: dist.ReduceOp.RedOpType) -> None:
+    if vocabulary.group is not None:
+        dist.all_reduce(values, op=operation, group=vocabulary.group)

@@ -1,0 +1,72 @@
+"""Forward-only passes of the policy over rollouts: what is known of every sampled token.
+
+No gradient is computed, and the head stores no logits.  A pass is needed only where the engine cannot
+say: old and reference log-probabilities, and energies with an engine that returns none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opo_megatron.algorithm.energy import EnergySums, energy, sums_over
+from opo_megatron.policy.head_gradient import log_probs
+from opo_megatron.policy.microbatch import MicroBatch, Plan
+from opo_megatron.policy.model import head_weight
+from opo_megatron.policy.parallel import all_reduce
+from opo_megatron.rollout.rollouts import Rollouts
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+    from opo_megatron.policy.policy import Policy
+
+
+@dataclass(frozen=True)
+class TokenMeasures:
+    """Of every response token of a data-parallel replica's batch, [Σl] float32 on the CPU."""
+
+    log_prob: Tensor
+    """log π_T."""
+    energy: Tensor
+    """e = ‖onehot − π_T‖²."""
+    energy_hidden: Tensor
+    """e·‖h‖²."""
+
+
+def measure_energies(
+    policy: Policy, batch: Rollouts, plan: Plan, total: int, temperature: float
+) -> EnergySums:
+    """Of all `total` samples of a step, on every rank, from this replica's part of them."""
+    measured = measure_tokens(policy, batch, plan, temperature)
+    sums = torch.zeros(2, total, dtype=torch.float64)
+    if policy.parallel.reports:
+        place = torch.tensor(plan.samples_of(policy.parallel.dp_rank), dtype=torch.int64)
+        sums[0, place] = sums_over(measured.energy, batch.response_lengths)
+        sums[1, place] = sums_over(measured.energy_hidden, batch.response_lengths)
+    return EnergySums(*all_reduce(policy.parallel, sums))
+
+
+def measure_tokens(policy: Policy, batch: Rollouts, plan: Plan, temperature: float) -> TokenMeasures:
+    """One pass over `batch`, ordered as `plan` has it; every rank of the replica gets the result."""
+    parts: list[Tensor] = []
+
+    def collect(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> None:
+        output = log_probs(policy.head, hidden, head_weight(chunk), micro, temperature)
+        size = energy(output.log_prob, output.sum_squares)
+        squares = policy.head.select(hidden, micro).float().square().sum(1)
+        parts.append(torch.stack((output.log_prob, size, size * squares)).cpu())
+
+    policy.run_forward(batch, plan, collect)
+    tokens = int(batch.response_lengths.sum())
+    found = torch.cat(parts, 1) if parts else torch.empty(3, tokens)
+    parallel = policy.parallel
+    if parallel.pp_size > 1:
+        last = dist.get_global_rank(parallel.pp_group, parallel.pp_size - 1)
+        found = found.to(parallel.device)
+        dist.broadcast(found, last, group=parallel.pp_group)
+    return TokenMeasures(*found.cpu())

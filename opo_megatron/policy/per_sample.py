@@ -1,0 +1,102 @@
+"""Inner products of the gradients ∇log π_T(y) of single samples, and the samples' energies.
+
+Of the output layer for one forward pass, under any layout; or of all parameters, by one backward pass
+per sample, whose gradients are kept side by side: for small models only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opo_megatron.algorithm.energy import EnergySums
+from opo_megatron.algorithm.objective import PolicyGradient
+from opo_megatron.kernels.output_gram import output_gram
+from opo_megatron.policy.microbatch import MicroBatch, Plan
+from opo_megatron.policy.model import head_weight
+from opo_megatron.policy.parallel import all_reduce
+from opo_megatron.rollout.rollouts import Rollouts
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+    from opo_megatron.policy.policy import Policy
+
+COLUMNS = 2**20
+"""Of the gradients, multiplied at a time in float64."""
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """Of n samples, float64, on the CPU of every rank."""
+
+    gram: Tensor
+    """[n, n] ⟨∇log π(y_i), ∇log π(y_j)⟩."""
+    energies: EnergySums
+
+
+def output_layer(policy: Policy, batch: Rollouts, plan: Plan, temperature: float) -> PerSample:
+    """Gradients with respect to the output matrix of the samples of `batch`, which every data-parallel
+    replica holds in the order of `plan`; the blocks of the inner products are shared out among replicas."""
+    hidden_parts: list[Tensor] = []
+    target_parts: list[Tensor] = []
+    matrix: list[Tensor] = []
+
+    def collect(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> None:
+        hidden_parts.append(policy.head.select(hidden, micro))
+        target_parts.append(micro.targets)
+        matrix[:] = [head_weight(chunk)]
+
+    policy.run_forward(batch, plan, collect)
+    parallel, n = policy.parallel, len(batch)
+    sums = torch.zeros(n * n + 2 * n, dtype=torch.float64)
+    if matrix:
+        vocabulary, rows = policy.head.vocabulary(matrix[0])
+        owners = torch.repeat_interleave(torch.arange(n), batch.response_lengths).to(parallel.device)
+        found = output_gram(
+            torch.cat(hidden_parts),
+            rows,
+            torch.cat(target_parts),
+            owners,
+            n,
+            vocabulary,
+            temperature,
+            policy.head.chunk_tokens,
+            (parallel.dp_rank, parallel.dp_size),
+        )
+        sums = torch.cat((found.gram.flatten(), found.energy, found.energy_hidden)).cpu()
+    all_reduce(parallel, sums)
+    gram, energy, energy_hidden = sums.split([n * n, n, n])
+    return PerSample(gram.view(n, n), EnergySums(energy, energy_hidden))
+
+
+def all_parameters(policy: Policy, batch: Rollouts, plan: Plan, temperature: float) -> PerSample:
+    """The same with respect to every parameter; gradients are left at zero."""
+    objective = PolicyGradient(-float(policy.parallel.dp_size), temperature)  # the replicas' sum is ∇log π
+    optimizers = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    gradients: list[list[Tensor]] = [[] for _ in optimizers]
+    for i in range(len(batch)):
+        one = batch.select([i])
+        one.advantages = torch.ones(1, dtype=torch.float64)
+        alone = policy.plan_for_all(one.sequence_lengths, [0])
+        policy.accumulate_gradients(one, alone, objective)
+        policy.optimizer.prepare_grads()
+        for kept, optimizer in zip(gradients, optimizers, strict=True):
+            # Megatron's own choice of what counts once, over the ranks of that optimizer's group.
+            parts = [gradient.flatten().float() for gradient in optimizer.get_main_grads_for_grad_norm()]
+            kept.append(torch.cat(parts).cpu() if parts else torch.empty(0))
+    policy.zero_gradients()
+    gram = torch.zeros(len(batch), len(batch), dtype=torch.float64)
+    for kept, optimizer in zip(gradients, optimizers, strict=True):
+        own = torch.zeros_like(gram)
+        for columns in torch.stack(kept).split(COLUMNS, 1):
+            own += columns.double() @ columns.double().T
+        own = own.to(policy.parallel.device)
+        if policy.parallel.world_size > 1:
+            dist.all_reduce(own, group=optimizer.get_grad_stats_parallel_group())
+        gram += own.cpu()
+    return PerSample(gram, output_layer(policy, batch, plan, temperature).energies)
