@@ -6,7 +6,6 @@ import pytest
 
 from opo_megatron.cli import main
 
-
 SECTIONS = ("policy.", "rollout.", "observe.", "task.", "algorithm.", "on_policy.")
 
 
