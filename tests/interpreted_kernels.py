@@ -6,25 +6,14 @@ Whether Triton interprets is decided when it is imported, hence a process of its
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import pytest
 import torch
+from kernel_probes import Counted, poison_new_memory
 from torch import Tensor
 
 from opo_megatron.algorithm.advantages import STD_EPSILON, PackedTokens, group_advantages
 from opo_megatron.kernels import group_advantages as kernels
-
-
-class Counted:
-    """A kernel that counts its launches."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel, self.launches = kernel, 0
-
-    def __getitem__(self, grid: Any) -> Any:
-        self.launches += 1
-        return self.kernel[grid]
 
 
 @pytest.fixture
@@ -64,13 +53,7 @@ def test_group_advantages_equal_float64(
     total = int(token_offsets[-1])
     spread = [PackedTokens(token_offsets, torch.full((total,), float("nan")), longest) for _ in range(2)]
     expected = group_advantages(rewards, lengths, offsets, leave_one_out, epsilon, spread[0])
-    new_empty = Tensor.new_empty
-
-    def poisoned_empty(self: Tensor, *shape: Any, **about: Any) -> Tensor:
-        made = new_empty(self, *shape, **about)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned_empty)
+    poison_new_memory(monkeypatch)
     found = kernels.group_advantages(rewards, lengths, offsets, leave_one_out, epsilon, spread[1])
     assert kernel.launches == 1
     for ours, theirs in zip(found, expected, strict=True):

@@ -2,52 +2,83 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import triton
 
-from opo_megatron.kernels import group_advantages
+from opo_megatron.algorithm.on_policy import HISTOGRAM
+from opo_megatron.kernels import group_advantages, token_pass
 
-INTERPRETED = Path(__file__).parent / "interpreted_kernels.py"
+INTERPRETED = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 
 
 def test_kernels_equal_their_twins_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, INTERPRETED)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-KERNELS = {"group_advantages": group_advantages._kernel}
-POINTERS = {
-    "group_advantages": {
-        "rewards": "*fp64", "weights": "*fp64", "offsets": "*i64", "token_offsets": "*i64",
-        "baselines": "*fp64", "advantages": "*fp64", "token_advantages": "*fp32", "epsilon": "fp32",
-    },
+GROUP_ADVANTAGES = {
+    "rewards": "*fp64", "weights": "*fp64", "offsets": "*i64", "token_offsets": "*i64",
+    "baselines": "*fp64", "advantages": "*fp64", "token_advantages": "*fp32", "epsilon": "fp32",
 }  # fmt: skip
-CONSTANTS = {
+TOKEN_PASS = {
+    "log_prob": "*fp32", "advantages": "*fp32", "engine_log_prob": "*fp32", "edges": "*fp64",
+    "loss": "*fp32", "coefficient": "*fp32", "partial": "*fp64", "tokens": "i32", "normalizer": "fp32",
+    "cap": "fp32",
+}  # fmt: skip
+
+
+def both(*names: str) -> list[dict[str, bool]]:
+    """Every setting of these switches."""
+    settings = itertools.product((False, True), repeat=len(names))
+    return [dict(zip(names, values, strict=True)) for values in settings]
+
+
+CASES: dict[str, list[tuple[Any, dict[str, str], dict[str, Any], int]]] = {
     "group_advantages": [
-        {
-            "LEAVE_ONE_OUT": loo, "SCALE": scale, "SPREAD": True,
-            "BLOCK": group_advantages.BLOCK, "TOKEN_BLOCK": group_advantages.TOKEN_BLOCK,
-            "SLICE": group_advantages.SLICE,
-        }
-        for loo in (False, True)
-        for scale in (False, True)
+        (
+            group_advantages._kernel,
+            GROUP_ADVANTAGES,
+            switches
+            | {
+                "SPREAD": True,
+                "BLOCK": group_advantages.BLOCK,
+                "TOKEN_BLOCK": group_advantages.TOKEN_BLOCK,
+                "SLICE": group_advantages.SLICE,
+            },
+            4,
+        )
+        for switches in both("LEAVE_ONE_OUT", "SCALE")
     ],
-}  # fmt: skip
+    "token_pass": [
+        (
+            token_pass._kernel,
+            TOKEN_PASS,
+            switches | {"EDGES": len(HISTOGRAM) * switches["MEASURES"], "BLOCK": token_pass.BLOCK},
+            4,
+        )
+        for switches in both("LEARNS", "CAPPED", "MEASURES")
+        if switches["LEARNS"] or (switches["MEASURES"] and not switches["CAPPED"])
+    ],
+}
+"""Kernel, types of its arguments, constants, warps."""
 
 
-@pytest.mark.parametrize("name", POINTERS)
+@pytest.mark.parametrize("name", CASES)
 def test_kernels_compile_for_hopper(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel, target = KERNELS[name], triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    for constants in CONSTANTS[name]:
-        signature = POINTERS[name] | dict.fromkeys(constants, "constexpr")
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    for kernel, pointers, constants, warps in CASES[name]:
+        signature = pointers | dict.fromkeys(constants, "constexpr")
         source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        compiled = triton.compile(source, target=target, options={"num_warps": 4})
+        compiled = triton.compile(source, target=target, options={"num_warps": warps})
         assert ".target sm_90" in compiled.asm["ptx"] and len(compiled.asm["cubin"]) > 0
+        assert compiled.metadata.shared <= 48 * 1024

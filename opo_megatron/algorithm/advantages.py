@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opo_megatron import kernels
 from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.fitted_weights import FittedWeights
 from opo_megatron.config.schema import AlgorithmConfig, Scale, Scope, Weight
@@ -86,7 +87,7 @@ def advantages(
     weights = baseline_weights(config, lengths, energies, fitted)
     epsilon = STD_EPSILON if config.scale is Scale.std else None
     device, compute = device or rewards.device, group_advantages
-    if device.type == "cuda":
+    if kernels.uses_triton(device):
         from opo_megatron.kernels.group_advantages import group_advantages as compute
     _, found = compute(
         rewards.double()[order].to(device),

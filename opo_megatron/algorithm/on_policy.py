@@ -49,7 +49,7 @@ class MismatchSums:
     def __init__(self, device: torch.device) -> None:
         self.values = torch.zeros(4 + len(HISTOGRAM), dtype=torch.float64, device=device)
         self.highest = torch.zeros((), dtype=torch.float64, device=device)
-        self._edges = torch.tensor(HISTOGRAM, dtype=torch.float64, device=device)
+        self.edges = torch.tensor(HISTOGRAM, dtype=torch.float64, device=device)
 
     def add(self, delta: Tensor) -> None:
         """Δ = log π_policy − log π_engine of some tokens [n]."""
@@ -57,10 +57,19 @@ class MismatchSums:
         size, weight = delta.abs(), delta.exp()
         sums = torch.stack((size.sum(), k3(delta).sum(), weight.sum(), weight.square().sum()))
         # The number above an edge is what `bucketize` puts behind it.
-        place = torch.bucketize(size, self._edges)
+        place = torch.bucketize(size, self.edges)
         above = torch.bincount(place, minlength=len(HISTOGRAM) + 1).flip(0).cumsum(0).flip(0)[1:]
         self.values += torch.cat((sums, above.double()))
         torch.maximum(self.highest, size.max(), out=self.highest)
+
+    def add_partial(self, partial: Tensor) -> None:
+        """The same from parts that a kernel has summed already.
+
+        Args:
+            partial: [4 + len(HISTOGRAM) + 1, parts] float64, the rows as in `values`, then the largest |Δ|.
+        """
+        self.values += partial[:-1].sum(1)
+        torch.maximum(self.highest, partial[-1].max(), out=self.highest)
 
     @staticmethod
     def result(values: list[float], highest: float, tokens: float) -> Mismatch:

@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opo_megatron.algorithm.objective import Objective
-from opo_megatron.kernels.head import HeadOutput, VocabularyShard, sweep
+from opo_megatron.kernels.head import Coefficient, HeadOutput, VocabularyShard, sweep
 from opo_megatron.policy.microbatch import MicroBatch
 from opo_megatron.policy.parallel import Parallel
 
@@ -83,7 +82,8 @@ class HeadLoss(torch.autograd.Function):
         weight: Tensor,
         head: Head,
         micro: MicroBatch,
-        objective: Objective,
+        coefficient: Coefficient,
+        temperature: float,
         keep: Callable[[HeadOutput], None],
         shares_embedding: bool,
     ) -> Tensor:
@@ -91,16 +91,12 @@ class HeadLoss(torch.autograd.Function):
         whole = head.gather(hidden.detach())
         selected = whole.flatten(0, 1)[micro.places].to(weight.dtype)
 
-        def coefficient(log_prob: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-            columns = {name: micro.columns[name][part] for name in objective.columns}
-            return objective(log_prob, columns)
-
         output = sweep(
             selected,
             rows,
             micro.targets,
             vocabulary,
-            objective.temperature,
+            temperature,
             head.chunk_tokens,
             coefficient,
             d_weight=weight.main_grad[: rows.shape[0]],  # type: ignore[attr-defined]
@@ -121,4 +117,4 @@ class HeadLoss(torch.autograd.Function):
         # embedding, the same hook has the embedding's gradient to add.
         ctx.weight.grad_added_to_main_grad = not ctx.shares_embedding
         placeholder = ctx.weight.new_zeros(()).expand_as(ctx.weight)
-        return ctx.d_hidden, placeholder, None, None, None, None, None
+        return ctx.d_hidden, placeholder, None, None, None, None, None, None

@@ -241,16 +241,17 @@ class Policy:
         sums = StepSums(self.parallel, measured)
 
         def learn(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            tokens = sums.tokens(micro, objective)
             value = HeadLoss.apply(
-                hidden, head_weight(chunk), self.head, micro, objective, partial(sums.add, micro),
-                head_shares_embedding(chunk),
+                hidden, head_weight(chunk), self.head, micro, tokens, objective.temperature,
+                partial(sums.add, tokens), head_shares_embedding(chunk),
             )  # fmt: skip
             # The schedule changes the loss that it is given in place.
             return value, torch.tensor(micro.targets.numel(), dtype=torch.int), value.detach().clone()
 
         def measure(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             output = log_probs(self.head, hidden, head_weight(chunk), micro, objective.temperature)
-            sums.add(micro, output)
+            sums.add(sums.tokens(micro, None), output)
             return _no_loss(hidden)
 
         learned, silent = self._parts(batch, plan)

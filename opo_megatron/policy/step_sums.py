@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from opo_megatron.algorithm.objective import Objective
 from opo_megatron.algorithm.on_policy import Mismatch, MismatchSums
+from opo_megatron.algorithm.token_pass import TokenPass
 from opo_megatron.kernels.head import HeadOutput
 from opo_megatron.policy.microbatch import MicroBatch
 from opo_megatron.policy.parallel import Parallel, all_reduce
@@ -36,13 +38,16 @@ class StepSums:
         self._sums = torch.zeros(2, dtype=torch.float64, device=parallel.device)
         self._mismatch = MismatchSums(parallel.device) if measures_mismatch else None
 
-    def add(self, micro: MicroBatch, output: HeadOutput) -> None:
+    def tokens(self, micro: MicroBatch, objective: Objective | None) -> TokenPass:
+        """What the head asks for coefficients, and what adds the mismatch; None: only measured."""
+        return TokenPass(objective, micro.columns, self._mismatch)
+
+    def add(self, tokens: TokenPass, output: HeadOutput) -> None:
         """One micro-batch, learned from or only measured."""
         entropy = output.entropy.double().sum()
         loss = torch.zeros_like(entropy) if output.loss is None else output.loss.double().sum()
         self._sums += torch.stack((entropy, loss))
-        if self._mismatch is not None and micro.targets.numel():
-            self._mismatch.add(output.log_prob - micro.columns["engine_log_prob"])
+        tokens.finish(output.log_prob)
 
     def total(self, response_lengths: Tensor) -> StepMetrics:
         """Over all ranks; a collective.
