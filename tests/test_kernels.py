@@ -13,7 +13,7 @@ import pytest
 import triton
 
 from opo_megatron.algorithm.on_policy import HISTOGRAM
-from opo_megatron.kernels import group_advantages, token_pass
+from opo_megatron.kernels import group_advantages, head_softmax, token_pass
 
 INTERPRETED = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 
@@ -34,6 +34,16 @@ TOKEN_PASS = {
     "loss": "*fp32", "coefficient": "*fp32", "partial": "*fp64", "tokens": "i32", "normalizer": "fp32",
     "cap": "fp32",
 }  # fmt: skip
+LOGITS = {
+    "targets": "*i64", "rows": "i32", "stride": "i32", "start": "i32", "inverse_temperature": "fp32",
+}  # fmt: skip
+HEAD = {
+    "head_statistics": (head_softmax._statistics_kernel, {"statistics": "*fp32", "tokens": "i32"}),
+    "head_gradient": (
+        head_softmax._gradient_kernel,
+        {"highest": "*fp32", "total": "*fp32", "d_log_prob": "*fp32"},
+    ),
+}
 
 
 def both(*names: str) -> list[dict[str, bool]]:
@@ -70,6 +80,13 @@ CASES: dict[str, list[tuple[Any, dict[str, str], dict[str, Any], int]]] = {
     ],
 }
 """Kernel, types of its arguments, constants, warps."""
+CASES |= {
+    name: [
+        (kernel, types | LOGITS | {"logits": logits}, {"BLOCK": head_softmax.BLOCK}, head_softmax.WARPS)
+        for logits in ("*fp32", "*bf16")
+    ]
+    for name, (kernel, types) in HEAD.items()
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -77,7 +94,8 @@ def test_kernels_compile_for_hopper(name: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
     for kernel, pointers, constants, warps in CASES[name]:
-        signature = pointers | dict.fromkeys(constants, "constexpr")
+        types = pointers | dict.fromkeys(constants, "constexpr")
+        signature = {argument: types[argument] for argument in kernel.arg_names}
         source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
         compiled = triton.compile(source, target=target, options={"num_warps": warps})
         assert ".target sm_90" in compiled.asm["ptx"] and len(compiled.asm["cubin"]) > 0

@@ -13,19 +13,25 @@ reduced over the tensor-parallel group; dh is left for the caller to reduce, onc
 come from the same sums.  Rows of a padded vocabulary are not part of W.
 
 Only response tokens are passed in: prompts and padding have no loss.
+
+On GPUs softmax and gradient are two passes of Triton over the logits (`kernels/head_softmax.py`), which
+are held in the weight's type: in bf16 a logit takes 2 bytes and is rounded as the engine rounds it.
+Elsewhere they are float32.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from opo_megatron import kernels
 from opo_megatron.kernels.exact import linear, log_softmax
 
 Coefficient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
@@ -58,18 +64,32 @@ class VocabularyShard:
     """Tensor-parallel process group; None where the vocabulary is whole."""
 
 
+Gradient = Callable[[Tensor], Tensor]
+"""∂loss/∂log π [m] → ∂loss/∂z [m, V] of this shard, in the weight's type."""
+
 ROOM_BYTES = 64 * 2**20
 FEWEST_TOKENS, MOST_TOKENS = 512, 1024
 CACHED_BYTES = 2**22
 """On a CPU exponentials are computed so many bytes at a time, which stay in its cache."""
+GPU_ROOM_BYTES = 480 * 10**6
+GPU_MOST_TOKENS, GPU_MULTIPLE = 8192, 128
+LINE_BYTES = 128
+"""On a GPU rows of logits begin at a multiple of this, without which matrix products are slow."""
 
 
-def default_chunk_tokens(rows: int) -> int:
-    """Tokens of a chunk for `rows` of the vocabulary on this rank: as many logits as `ROOM_BYTES` hold.
+def default_chunk_tokens(
+    rows: int, weight_type: torch.dtype = torch.float32, device: torch.device | None = None
+) -> int:
+    """Tokens of a chunk for `rows` of the vocabulary on this rank: as many logits as there is room for.
 
-    With fewer than 512 the matrix products get slow; with more than 1024 they do not get faster.
+    On a CPU, with fewer than 512 the matrix products get slow; with more than 1024 they do not get
+    faster.  On a GPU every chunk reads and writes all of the weight's gradient, so chunks are as large
+    as memory allows, in whole tiles of the product.
     """
-    return min(MOST_TOKENS, max(FEWEST_TOKENS, ROOM_BYTES // (4 * rows)))
+    if device is None or not kernels.uses_triton(device):
+        return min(MOST_TOKENS, max(FEWEST_TOKENS, ROOM_BYTES // (4 * rows)))
+    fits = GPU_ROOM_BYTES // (weight_type.itemsize * rows) // GPU_MULTIPLE * GPU_MULTIPLE
+    return min(GPU_MOST_TOKENS, max(FEWEST_TOKENS, fits))
 
 
 def sweep(
@@ -98,24 +118,70 @@ def sweep(
     if coefficient is not None:
         output.loss = hidden.new_empty(n, dtype=torch.float32)
         output.d_hidden = torch.empty_like(hidden)
-    room = hidden.new_empty(0 if exact else min(n, chunk_tokens), weight.shape[0], dtype=torch.float32)
-    softmax = _exact_softmax if exact else partial(_softmax, room)
+    if exact:
+        softmax: Callable[..., Gradient] = _exact_softmax
+    elif kernels.uses_triton(hidden.device):
+        softmax = partial(_triton_softmax, _aligned_room(min(n, chunk_tokens), weight))
+    else:
+        room = hidden.new_empty(min(n, chunk_tokens), weight.shape[0], dtype=torch.float32)
+        softmax = partial(_softmax, room)
     for begin in range(0, n, chunk_tokens):
         part = slice(begin, min(begin + chunk_tokens, n))
-        exponentials, total, local_target, owned = softmax(
-            output, part, hidden, weight, targets, vocabulary, temperature
-        )
+        gradient = softmax(output, part, hidden, weight, targets, vocabulary, temperature)
         if coefficient is None or output.loss is None or output.d_hidden is None:
             continue
         output.loss[part], d_log_prob = coefficient(output.log_prob[part], part)
-        scaled = d_log_prob / temperature
-        d_logits = exponentials.mul_((-scaled / total).unsqueeze(1))
-        d_logits.scatter_add_(1, local_target.unsqueeze(1), torch.where(owned, scaled, 0.0).unsqueeze(1))
-        d_logits = d_logits.to(weight.dtype)
+        d_logits = gradient(d_log_prob)
         torch.mm(d_logits, weight, out=output.d_hidden[part])
         if d_weight is not None:
             _add_product(d_weight, d_logits, hidden[part])
     return output
+
+
+def _aligned_room(tokens: int, weight: Tensor) -> Tensor:
+    """[tokens, V] in the weight's type, whose rows begin at multiples of `LINE_BYTES`."""
+    multiple = LINE_BYTES // weight.dtype.itemsize
+    rows = weight.shape[0]
+    return weight.new_empty(tokens, -(-rows // multiple) * multiple)[:, :rows]
+
+
+def _triton_softmax(
+    room: Tensor,
+    output: HeadOutput,
+    part: slice,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocabulary: VocabularyShard,
+    temperature: float,
+) -> Gradient:
+    """`_softmax` in one launch, and its gradient in another, over the logits; `room` is in weight's type."""
+    from opo_megatron.kernels.head_softmax import gradient_in_place, row_statistics
+
+    logits = torch.mm(hidden[part], weight.t(), out=room[: part.stop - part.start])
+    found = row_statistics(logits, targets[part], vocabulary.start, temperature)
+    highest, sums = found.highest, torch.stack((found.target, found.total, found.weighted, found.squares))
+    if vocabulary.group is not None:
+        highest = found.highest.clone()
+        _reduce(highest, vocabulary, dist.ReduceOp.MAX)
+        shift = (found.highest - highest) / temperature
+        scale = shift.exp()
+        sums[2] = scale * (found.weighted + shift * found.total)
+        sums[1].mul_(scale)
+        sums[3].mul_(scale.square())
+        _reduce(sums, vocabulary, dist.ReduceOp.SUM)
+    _fill(output, part, (sums[0] - highest) / temperature, *sums[1:])
+    return partial(gradient_in_place, logits, targets[part], vocabulary.start, temperature, highest, sums[1])
+
+
+def _fill(
+    output: HeadOutput, part: slice, target: Tensor, total: Tensor, weighted: Tensor, squares: Tensor
+) -> None:
+    """What is asked of each token, from x_y, Σ e, Σ e·x and Σ e² with x = (z − max z)/T, e = exp x."""
+    log_total = total.log()
+    output.log_prob[part] = target - log_total
+    output.entropy[part] = log_total - weighted / total
+    output.sum_squares[part] = squares / total.square()
 
 
 def _softmax(
@@ -127,15 +193,14 @@ def _softmax(
     targets: Tensor,
     vocabulary: VocabularyShard,
     temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Gradient:
     """Fill `output[part]`.
 
     Args:
         room: [≥ m, V] float32, written over: on a CPU all that is as large as a chunk's logits.
 
     Returns:
-        e^(z − max z) of this shard [m, V], its sum over the whole vocabulary [m], the target's local row
-        and whether it is here.
+        What writes the chunk's gradient, over `room`.
     """
     logits = room[: part.stop - part.start]
     if weight.dtype == logits.dtype:
@@ -153,12 +218,30 @@ def _softmax(
     target_logit = logits.gather(1, local_target.unsqueeze(1))[:, 0] - highest
     sums = torch.cat((torch.where(owned, target_logit, 0.0).unsqueeze(0), _exponentiate(logits, highest)))
     _reduce(sums, vocabulary, dist.ReduceOp.SUM)
-    target_logit, total, weighted, squares = sums
-    log_total = total.log()
-    output.log_prob[part] = target_logit - log_total
-    output.entropy[part] = log_total - weighted / total
-    output.sum_squares[part] = squares / total.square()
-    return logits, total, local_target, owned
+    _fill(output, part, *sums)
+    return partial(_gradient, logits, sums[1], local_target, owned, temperature, weight.dtype)
+
+
+def _gradient(
+    exponentials: Tensor,
+    total: Tensor,
+    local_target: Tensor,
+    owned: Tensor,
+    temperature: float,
+    result_type: torch.dtype,
+    d_log_prob: Tensor,
+) -> Tensor:
+    """c/T ⊙ (onehot(y) − π) [m, V], over the exponentials.
+
+    Args:
+        exponentials: e^(z − max z) of this shard [m, V].
+        total: its sum over the whole vocabulary [m].
+        local_target, owned: the target's row here, and whether it is here, [m].
+    """
+    scaled = d_log_prob / temperature
+    d_logits = exponentials.mul_((-scaled / total).unsqueeze(1))
+    d_logits.scatter_add_(1, local_target.unsqueeze(1), torch.where(owned, scaled, 0.0).unsqueeze(1))
+    return d_logits.to(result_type)
 
 
 def _exponentiate(logits: Tensor, highest: Tensor) -> Tensor:
@@ -184,7 +267,7 @@ def _exact_softmax(
     targets: Tensor,
     vocabulary: VocabularyShard,
     temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Gradient:
     """`_softmax` by the product and the logarithm that the engine uses in exact mode."""
     log_probs = log_softmax(linear(hidden[part], weight), temperature)
     probabilities, target = log_probs.exp(), targets[part]
@@ -192,7 +275,8 @@ def _exact_softmax(
     output.entropy[part] = -(probabilities * log_probs).sum(1)
     output.sum_squares[part] = probabilities.square().sum(1)
     total = torch.ones_like(output.log_prob[part])
-    return probabilities, total, target, torch.ones_like(target, dtype=torch.bool)
+    owned = torch.ones_like(target, dtype=torch.bool)
+    return partial(_gradient, probabilities, total, target, owned, temperature, weight.dtype)
 
 
 def _reduce(values: Tensor, vocabulary: VocabularyShard, operation: Any) -> None:
@@ -204,7 +288,29 @@ def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
     """total += d_logitsᵀ · hidden, summed in total's own precision."""
     if total.dtype == d_logits.dtype:
         total.addmm_(d_logits.t(), hidden)
-    elif total.device.type == "cuda":
-        total.add_(torch.mm(d_logits.t(), hidden, out_dtype=total.dtype))
-    else:
+    elif total.device.type != "cuda":
         total.addmm_(d_logits.t().to(total.dtype), hidden.to(total.dtype))
+    elif _adds_in_float32(total.device, d_logits.dtype):
+        torch.addmm(total, d_logits.t(), hidden, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(torch.mm(d_logits.t(), hidden, out_dtype=total.dtype))
+
+
+@cache
+def _adds_in_float32(device: torch.device, factors: torch.dtype) -> bool:
+    """Whether this torch adds products of `factors` to float32 in place; older ones take memory for both."""
+    total, factor = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device, dtype=factors)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error)
+    else:
+        if bool((total == 17).all()):
+            return True
+        reason = "its sum is wrong"
+    warnings.warn(
+        f"torch {torch.__version__} cannot add a product of {factors} to float32 in place ({reason}), so the "
+        "head's gradient takes another buffer of its size",
+        stacklevel=2,
+    )
+    return False

@@ -98,7 +98,10 @@ class Policy:
         self.head = Head(
             parallel,
             vocab_size,
-            self.config.head_chunk_tokens or default_chunk_tokens(padded // parallel.tp_size),
+            self.config.head_chunk_tokens
+            or default_chunk_tokens(
+                padded // parallel.tp_size, self.megatron_config.params_dtype, parallel.device
+            ),
             self.megatron_config.sequence_parallel,
             config.rollout.local.exact,
         )
