@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.objective import PolicyGradient, Supervised
-from opo_megatron.kernels.head import HeadOutput, VocabularyShard, sweep
+from opo_megatron.kernels.head import (
+    HeadOutput,
+    VocabularyShard,
+    _adds_in_float32,
+    default_chunk_tokens,
+    sweep,
+)
 
 SHAPES = [(1, 4, 5), (7, 8, 21), (64, 16, 33), (129, 24, 300)]
 WHOLE = VocabularyShard(0)
@@ -184,3 +190,26 @@ def test_the_projects_objectives_are_minus_weighted_mean_log_probs() -> None:
         assert output.loss is not None
         assert float(output.loss.double().sum()) == pytest.approx(float(truth.detach()), rel=1e-5)
         assert_near(output.d_hidden, torch.autograd.grad(truth, hidden, retain_graph=True)[0])
+
+
+def test_a_chunk_on_a_cpu_has_512_to_1024_tokens() -> None:
+    assert [default_chunk_tokens(rows) for rows in (100, 16384, 20000, 150000)] == [1024, 1024, 838, 512]
+
+
+@pytest.mark.parametrize("rows", [100, 16384, 32000, 131072, 151936])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chunk_on_a_gpu_fills_480_mb_in_whole_tiles(rows: int, dtype: torch.dtype) -> None:
+    tokens = default_chunk_tokens(rows, dtype, torch.device("cuda"))
+    assert 512 <= tokens <= 8192 and tokens % 128 == 0
+    assert tokens * rows * dtype.itemsize <= 480e6
+    assert tokens == 8192 or (tokens + 128) * rows * dtype.itemsize > 480e6
+
+
+def test_a_chunk_on_a_gpu_has_512_tokens_at_least() -> None:
+    assert default_chunk_tokens(10**6, torch.bfloat16, torch.device("cuda")) == 512
+
+
+def test_a_torch_that_cannot_add_products_to_float32_in_place_says_so() -> None:
+    """As is so of every torch on a CPU."""
+    with pytest.warns(UserWarning, match="cannot add a product of torch.bfloat16 to float32 in place"):
+        assert not _adds_in_float32(torch.device("cpu"), torch.bfloat16)

@@ -1,0 +1,57 @@
+"""A whole step's gradient and sums with every kernel in Triton's interpreter, against torch.
+
+Run by test_kernels.py, which sets TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_probes import Counted
+from small import ragged_rollouts
+from test_policy import gradients_of, make_policy
+from test_policy import parallel as parallel
+
+from opo_megatron import kernels
+from opo_megatron.algorithm.objective import PolicyGradient
+from opo_megatron.kernels import head_softmax, token_pass
+from opo_megatron.policy.parallel import Parallel
+from opo_megatron.policy.step_sums import StepMetrics
+
+
+def test_a_step_by_kernels_is_a_step_by_torch(parallel: Parallel, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, _ = make_policy(parallel)
+    rollouts = ragged_rollouts(12)
+    generator = torch.Generator().manual_seed(1)
+    rollouts.advantages = torch.randn(len(rollouts), generator=generator, dtype=torch.float64)
+    rollouts.advantages[:4] = 0
+    rollouts.engine_log_prob = -3 * torch.rand(rollouts.response_tokens.numel(), generator=generator)
+    plan = policy.plan(rollouts.sequence_lengths, rollouts.advantages == 0)
+    batch = rollouts.select(plan.samples_of(0))
+    counted = {}
+    for file, name in (
+        (token_pass, "_kernel"),
+        (head_softmax, "_statistics_kernel"),
+        (head_softmax, "_gradient_kernel"),
+    ):
+        counted[name] = Counted(getattr(file, name))
+        monkeypatch.setattr(file, name, counted[name])
+    monkeypatch.setattr(head_softmax, "BLOCK", 16)
+    monkeypatch.setattr(token_pass, "BLOCK", 16)
+    found: list[tuple[StepMetrics, dict[str, torch.Tensor]]] = []
+    for triton in (False, True):
+        monkeypatch.setattr(kernels, "uses_triton", lambda device, triton=triton: triton)
+        metrics = policy.accumulate_gradients(batch, plan, PolicyGradient(100.0, 0.7, 2.0))
+        found.append((metrics, {name: value.clone() for name, value in gradients_of(policy).items()}))
+        assert all(bool(kernel.launches) == triton for kernel in counted.values())
+    # A chunk with gradient launches each once; a micro-batch without measures its tokens all at once.
+    assert counted["_kernel"].launches > counted["_gradient_kernel"].launches
+    (expected, gradients), (ours, others) = found
+    assert expected.mismatch is not None and ours.mismatch is not None
+    assert ours.tokens == expected.tokens
+    assert [ours.loss, ours.entropy] == pytest.approx([expected.loss, expected.entropy], rel=1e-5)
+    assert ours.mismatch.above == expected.mismatch.above
+    for name in ("max", "mean", "k3", "ess"):
+        assert getattr(ours.mismatch, name) == pytest.approx(getattr(expected.mismatch, name), rel=1e-5)
+    for name, gradient in gradients.items():
+        assert float((others[name] - gradient).norm() / gradient.norm()) <= 1e-5, name
