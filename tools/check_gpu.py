@@ -4,9 +4,9 @@
     python tools/check_gpu.py --device cpu      # the same sections as far as a CPU can; writes nothing
 
 Every section runs in processes of its own and has a share of the time: one that fails says so and
-leaves the others alone.  Training sections are runs of the real command; their figures are those that
-the run itself wrote, medians of the steps after the first.  Exit code 1 where a section failed, 2
-without a GPU.
+leaves the others alone.  The kernels' sections (gpu_kernels.py) have goals.  Training sections are runs
+of the real command; their figures are those that the run itself wrote, medians of the steps after the
+first.  Exit code 1 where a section failed or a goal is not met, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from bench_sync import SIZES
+from gpu_kernels import KERNELS
 from record import write_record
 
 ROOT = Path(__file__).parent.parent
 SECTION_SECONDS = 120
 STEPS = 4
-OPTIONAL = ("transformer-engine", "triton", "apex", "flash-attn", "nvidia-modelopt")
+OPTIONAL = ("transformer-engine", "triton", "apex", "flash-attn", "nvidia-modelopt", "liger-kernel")
 
 TRAINING = {
     "policy, local layer spec, local engine": ("rollout.engine=local",),
@@ -75,7 +76,10 @@ def main() -> int:
     failed = [name for name, found in results["sections"].items() if "failed" in found]
     for name in failed:
         print(f"FAILED: {name}: {results['sections'][name]['failed']}")
-    return 1 if failed else 0
+    missed = {name: found["not met"] for name, found in results["sections"].items() if "not met" in found}
+    for name, lines in missed.items():
+        print(f"NOT MET: {name}: {'; '.join(lines)}")
+    return 1 if failed or missed else 0
 
 
 def section(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -161,6 +165,7 @@ def triton() -> dict[str, Any]:
 LIBRARIES: dict[str, Callable[[], dict[str, Any]]] = {
     "transformer engine": transformer_engine,
     "triton": triton,
+    **KERNELS,
 }
 
 # ---------------------------------------------------------------------- runs of the real command

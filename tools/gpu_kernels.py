@@ -1,0 +1,258 @@
+"""The kernels on a GPU: are they right there, and how fast?  Sections of check_gpu.py, one process each.
+
+Times are medians of `ROUNDS` after two that do not count, by CUDA events.  Every section returns its
+figures and, under "not met", those that miss their goal; without a GPU it returns {"missing": why}.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+Figures = dict[str, Any]
+
+ROUNDS = 9
+LARGEST_ADVANTAGE_US = 5.0
+LARGEST_COPIES = 1.25
+LARGEST_HEAD_MS = 50.0
+LARGEST_HEAD_BYTES = 0.5e9
+"""Besides dW and what the head returns; cuBLAS's workspace, which the process shares, left out."""
+PACKED_TOKENS = 2**25
+HEAD = {"tokens": 8192, "hidden": 4096, "rows": 131072}
+
+
+def on_a_gpu(section: Callable[[], Figures]) -> Callable[[], Figures]:
+    """The section, or what it needs."""
+
+    @functools.wraps(section)
+    def work() -> Figures:
+        import torch
+
+        if not torch.cuda.is_available():
+            return {"missing": "no GPU to run a kernel on"}
+        if importlib.util.find_spec("triton") is None:
+            return {"missing": "triton is not installed; training on this GPU needs it"}
+        return section()
+
+    return work
+
+
+def milliseconds(work: Callable[[], Any], repeats: int = 1) -> float:
+    """Of one call, median; short ones are repeated, so that the GPU does not wait for their launch."""
+    import torch
+
+    found = []
+    for _ in range(ROUNDS + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):
+            work()
+        end.record()
+        end.synchronize()
+        found.append(begin.elapsed_time(end) / repeats)
+    return statistics.median(found[2:])
+
+
+def relative(found: Any, truth: Any) -> float:
+    """Largest error as a share of the largest value."""
+    return float((found.double() - truth.double()).abs().max() / truth.double().abs().max())
+
+
+def judged(figures: Figures, limits: dict[str, float]) -> Figures:
+    """The figures, and which are above their limits (NaN is)."""
+    missed = [
+        f"{name} is {figures[name]:.4g}, at most {limit:g}"
+        for name, limit in limits.items()
+        if not figures[name] <= limit
+    ]
+    return figures | ({"not met": missed} if missed else {})
+
+
+@on_a_gpu
+def group_advantage() -> Figures:
+    """4,096 samples in 256 groups, replayed as a CUDA graph: the GPU's time, without the launch by Python."""
+    import torch
+
+    from opo_megatron.algorithm.advantages import group_advantages as twin
+    from opo_megatron.kernels.group_advantages import group_advantages
+
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.rand(4096, generator=generator, dtype=torch.float64)
+    lengths = torch.randint(1, 8192, (4096,), generator=generator).double()
+    offsets = torch.arange(0, 4097, 16)
+    given = (rewards.cuda(), lengths.cuda(), offsets.cuda(), False, None)
+    group_advantages(*given)  # compiled before the graph is captured
+    graph, repeats = torch.cuda.CUDAGraph(), 100
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            baselines, advantages = group_advantages(*given)
+    per_call = 1e3 * milliseconds(graph.replay) / repeats
+    expected = twin(rewards, lengths, offsets, False, None)
+    figures = {
+        "microseconds": per_call,
+        "largest relative error": max(
+            relative(baselines.cpu(), expected[0]), relative(advantages.cpu(), expected[1])
+        ),
+    }
+    return judged(figures, {"microseconds": LARGEST_ADVANTAGE_US, "largest relative error": 1e-9})
+
+
+@on_a_gpu
+def token_kernel() -> Figures:
+    """Loss, coefficient and mismatch of 33.5 million tokens, against a copy that moves as many bytes."""
+    import torch
+
+    from opo_megatron.algorithm.objective import PolicyGradient
+    from opo_megatron.algorithm.on_policy import MismatchSums
+    from opo_megatron.algorithm.token_pass import TokenPass
+    from opo_megatron.kernels.token_pass import token_pass
+
+    device, n = torch.device("cuda"), PACKED_TOKENS
+    generator = torch.Generator(device).manual_seed(0)
+    log_prob = -5 * torch.rand(n, generator=generator, device=device)
+    engine = log_prob + 0.05 * torch.randn(n, generator=generator, device=device)
+    columns = {
+        "advantages": torch.randn(n, generator=generator, device=device),
+        "engine_log_prob": engine,
+    }
+    objective, sums = PolicyGradient(float(n), 1.0, 2.0), MismatchSums(device)
+    work = TokenPass(objective, columns, sums)
+    loss, coefficient = work(log_prob, slice(0, n))
+    expected, double = MismatchSums(device), {name: values.double() for name, values in columns.items()}
+    expected.add(log_prob - engine)
+    truth = objective(log_prob.double(), double)
+    errors = [relative(loss, truth[0]), relative(coefficient, truth[1])]
+    first = sums.values.clone()
+    errors.append(float((first / expected.values - 1).abs().max()))
+    del truth, double
+    columns_moved = 5  # three are read and two written
+    source = torch.empty(columns_moved * n // 2, device=device)
+    target = torch.empty_like(source)
+    given = (log_prob, objective, columns["advantages"], engine)
+    copy = milliseconds(lambda: target.copy_(source), repeats=10)
+    ours = milliseconds(lambda: token_pass(*given, sums), repeats=10)
+    again = MismatchSums(device)
+    others = token_pass(*given, again)
+    figures = {
+        "microseconds": 1e3 * ours,
+        "microseconds, copy of the same bytes": 1e3 * copy,
+        "ours / copy": ours / copy,
+        "largest relative error": max(errors),
+        "numbers that differ in a second run": sum(
+            int((one != other).sum())
+            for one, other in zip((loss, coefficient, first), (*others, again.values), strict=True)
+        ),
+    }
+    limits: dict[str, float] = {"ours / copy": LARGEST_COPIES, "largest relative error": 1e-6}
+    return judged(figures, limits | {"numbers that differ in a second run": 0})
+
+
+@on_a_gpu
+def head() -> Figures:
+    """Log-probabilities and both gradients of 8,192 tokens × 4,096 × 131,072 in bf16, dW added in float32."""
+    import torch
+
+    from opo_megatron.kernels.head import VocabularyShard, default_chunk_tokens, sweep
+
+    device, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    hidden, weight = normal(HEAD["tokens"], HEAD["hidden"]), normal(HEAD["rows"], HEAD["hidden"]).mul_(0.03)
+    targets = torch.randint(HEAD["rows"], (HEAD["tokens"],), generator=generator, device=device)
+    c = torch.randn(HEAD["tokens"], generator=generator, device=device)
+    d_weight = torch.zeros(HEAD["rows"], HEAD["hidden"], device=device)
+    chunk = default_chunk_tokens(HEAD["rows"], weight.dtype, device)
+
+    def work(learns: bool = True) -> Any:
+        coefficient = (lambda log_prob, part: (c[part] * log_prob, c[part])) if learns else None
+        return sweep(hidden, weight, targets, VocabularyShard(0), 1.0, chunk, coefficient, d_weight)
+
+    work()  # compiles, and lets cuBLAS take its workspace
+    d_weight.zero_()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    output = work()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    results = sum(values.nbytes for values in vars(output).values())
+    figures: Figures = {
+        "chunk tokens": chunk,
+        "extra MB": (peak - results) / 1e6,
+        "extra MB with what is returned": peak / 1e6,
+        **head_errors(hidden, weight, targets, c, d_weight, output),
+    }
+    del output
+    figures["milliseconds"] = milliseconds(work)
+    figures["milliseconds, log-probabilities alone"] = milliseconds(lambda: work(False))
+    figures["milliseconds, three matrix products alone"] = milliseconds(
+        functools.partial(products, hidden, weight, chunk)
+    )
+    figures |= liger(hidden, weight, targets)
+    limits: dict[str, float] = {"milliseconds": LARGEST_HEAD_MS, "extra MB": LARGEST_HEAD_BYTES / 1e6}
+    limits |= {"largest error of log π": 0.05, "dH": 0.03, "dW": 0.03, "numbers that are not finite": 0}
+    return judged(figures, limits)
+
+
+def head_errors(hidden: Any, weight: Any, targets: Any, c: Any, d_weight: Any, output: Any) -> Figures:
+    """On slices against float64: 64 tokens of log π and dH, 64 rows of dW (relative to the largest value)."""
+    import torch
+
+    few = slice(0, 64)
+    w = weight.double()
+    log_pi = (hidden[few].double() @ w.T).log_softmax(1)
+    own = log_pi.gather(1, targets[few].unsqueeze(1))[:, 0]
+    dz = -log_pi.exp() * c[few].double().unsqueeze(1)
+    dz.scatter_add_(1, targets[few].unsqueeze(1), c[few].double().unsqueeze(1))
+    d_hidden = dz @ w
+    del w, log_pi, dz
+    rows = targets[few].unique()  # of tokens that were drawn, so that both terms of dz count
+    h = hidden.double()
+    log_total = (h * weight[targets].double()).sum(1) - output.log_prob.double()
+    dz = -(h @ weight[rows].double().T - log_total.unsqueeze(1)).exp() + (targets.unsqueeze(1) == rows)
+    return {
+        "largest error of log π": float((output.log_prob[few].double() - own).abs().max()),
+        "dH": relative(output.d_hidden[few], d_hidden),
+        "dW": relative(d_weight[rows], (dz * c.double().unsqueeze(1)).T @ h),
+        "numbers that are not finite": sum(
+            int((~torch.isfinite(values)).sum()) for values in (d_weight, output.d_hidden)
+        ),
+    }
+
+
+def products(hidden: Any, weight: Any, chunk: int) -> None:
+    """z = H Wᵀ, dH = z W and z ᵀH, chunk by chunk, the last not added up: what no head can go below."""
+    import torch
+
+    for part in hidden.split(chunk):
+        logits = torch.mm(part, weight.t())
+        torch.mm(logits, weight)
+        torch.mm(logits.t(), part)
+
+
+def liger(hidden: Any, weight: Any, targets: Any) -> Figures:
+    """Liger's fused linear cross entropy on the same numbers, forward and backward, where it is installed."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return {"liger": "liger_kernel is not installed; pip install liger-kernel to compare with it"}
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss()
+    leaf, matrix = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+
+    def work() -> None:
+        leaf.grad = matrix.grad = None
+        loss(matrix, leaf, targets).backward()
+
+    return {"milliseconds, liger": milliseconds(work)}
+
+
+KERNELS: dict[str, Callable[[], Figures]] = {
+    "kernel: group advantages": group_advantage,
+    "kernel: tokens": token_kernel,
+    "kernel: head": head,
+}
