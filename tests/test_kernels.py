@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import triton
 
+from opo_megatron import kernels
 from opo_megatron.algorithm.on_policy import HISTOGRAM
 from opo_megatron.kernels import group_advantages, head_softmax, token_pass
 
@@ -23,6 +25,11 @@ def test_kernels_equal_their_twins_in_the_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kernels_run_on_gpus_and_their_twins_elsewhere() -> None:
+    assert kernels.uses_triton(torch.device("cuda", 1))
+    assert not kernels.uses_triton(torch.device("cpu")) and not kernels.uses_triton(torch.device("meta"))
 
 
 GROUP_ADVANTAGES = {
