@@ -132,7 +132,7 @@ def gradient_in_place(
     """
     tokens, rows = logits.shape
     _gradient_kernel[(tokens, triton.cdiv(rows, BLOCK))](
-        logits, targets, highest, total, d_log_prob, rows, logits.stride(0), start, 1.0 / temperature,
-        BLOCK=BLOCK, num_warps=WARPS,
+        logits, targets, highest, total, d_log_prob.contiguous(), rows, logits.stride(0), start,
+        1.0 / temperature, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return logits
