@@ -1,0 +1,177 @@
+"""What does a training step of OPO take beside GRPO's, and what does skipping save?  → records/step.json
+
+    python tools/bench_step.py                  # one thread, about five minutes
+    python tools/bench_step.py --no-record --rounds 2
+
+Same model, same samples, same Megatron, one process; rollouts and weight sync, which all share, are left
+out.  `usual GRPO` runs a pass for old log-probabilities, one for those of the start weights, and one
+clipped update with a KL; `GRPO, one update, no KL` leaves out the second; `the same, old log-probabilities
+free` also the first, as implementations do that take them from the update itself.  All in turns, the
+least of each.  Then OPO with growing shares of samples whose advantage is 0, which run forward only, one
+of them as found in the quickstart where its reward is about 0.9.  Exit code 1 where a limit is not kept.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from record import write_record
+
+from opo_megatron.algorithm.objective import Clipped, PolicyGradient
+from opo_megatron.config import load_config
+from opo_megatron.policy.parallel import initialize, leave
+from opo_megatron.policy.policy import Policy
+from opo_megatron.rollout.rollouts import Rollouts
+from opo_megatron.weights.random import random_weights
+
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "recipes" / "quickstart.yaml"
+MODEL = {"num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 704, "max_sequence_length": 512}
+VOCABULARY, SAMPLES, PROMPT, LONGEST = 8192, 32, 32, 160
+SHARES = (0.0, 0.25, 0.5, 0.75)
+LIMITS = {"OPO / usual GRPO": 0.65, "OPO / GRPO, one update, no KL": 1.0}
+QUICKSTART_STEPS = 100
+NEAR = (0.87, 0.93)
+"""Rewards that count as about 0.9."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="of each arm (default 5)")
+    parser.add_argument("--no-record", action="store_true", help="print only")
+    options = parser.parse_args()
+    found_share = share_without_signal()
+    print(f"quickstart at a reward of 0.9: {found_share:.0%} of the samples have no signal", flush=True)
+    seconds = time_arms(options.rounds, (*SHARES, found_share))
+    opo = seconds["OPO"]
+    results: dict[str, Any] = {
+        "model": MODEL | {"vocabulary": VOCABULARY},
+        "samples": SAMPLES,
+        "seconds": seconds,
+        **{f"OPO / {name}": opo / seconds[name] for name in seconds if "GRPO" in name},
+        "share without signal at a reward of 0.9": found_share,
+        "with skipping at a reward of 0.9 / usual GRPO": seconds[skipping(found_share)]
+        / seconds["usual GRPO"],
+        "time by share skipped, of OPO's without": {
+            f"{share:.2f}": seconds[skipping(share)] / opo for share in (*SHARES[1:], found_share)
+        },
+    }
+    print(json.dumps(results, indent=2))
+    if not options.no_record:
+        print(f"written to {write_record('step', results)}")
+    missed = [f"{name} is {results[name]:.3f}, at most {limit}" for name, limit in LIMITS.items()
+              if results[name] > limit]  # fmt: skip
+    for line in missed:
+        print(f"NOT MET: {line}")
+    return 1 if missed else 0
+
+
+def share_without_signal() -> float:
+    """Of a quickstart's samples, over its steps with a mean reward of about 0.9."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "opo_megatron", "train", str(RECIPE), f"run.dir={folder}/run"]
+        command += [f"train.steps={QUICKSTART_STEPS}", "eval.every_steps=0", "eval.problems=16"]
+        print("quickstart …", flush=True)
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines][1:]
+    near = [row["groups/without_signal"] for row in rows if NEAR[0] <= row["reward/mean"] <= NEAR[1]]
+    return round(fmean(near), 2)
+
+
+def skipping(share: float) -> str:
+    """Name of the arm."""
+    return f"OPO, {share:.0%} without signal" if share else "OPO"
+
+
+def time_arms(rounds: int, shares: tuple[float, ...]) -> dict[str, float]:
+    """Least seconds of every arm's step."""
+    overrides = [f"policy.model.{key}={value}" for key, value in MODEL.items()]
+    config = load_config(RECIPE, ["run.dir=unused", "policy.device=cpu", *overrides])
+    parallel = initialize(config)
+    weights = random_weights(config.policy.model, VOCABULARY, config.run.seed)
+    policy = Policy(config, VOCABULARY, parallel, config.optimizer, weights)
+    arms = grpo_arms(policy, policy.shards_of(weights)) | {
+        skipping(share): opo_arm(policy, share) for share in shares
+    }
+    least = dict.fromkeys(arms, float("inf"))
+    for number in range(rounds):
+        for name, step in arms.items():
+            started = time.perf_counter()
+            step()
+            least[name] = min(least[name], time.perf_counter() - started)
+            print(f"round {number + 1}  {name}: {least[name]:.2f} s", flush=True)
+    leave()
+    return least
+
+
+def opo_arm(policy: Policy, share: float) -> Callable[[], object]:
+    """OPO's one update, where `share` of the samples have advantage 0."""
+    batch = samples()
+    assert batch.advantages is not None
+    batch.advantages[: round(share * SAMPLES)] = 0
+    silent = batch.advantages == 0
+
+    def step() -> None:
+        plan = policy.plan(batch.sequence_lengths, silent)
+        policy.train_step(batch.select(plan.samples_of(0)), plan, PolicyGradient(1000.0, 1.0), 1e-5)
+
+    return step
+
+
+def grpo_arms(policy: Policy, start: Any) -> dict[str, Callable[[], object]]:
+    """The clipped update, with the passes that it takes."""
+    batch = samples()
+    plan = policy.plan(batch.sequence_lengths)
+    batch = batch.select(plan.samples_of(0))
+    batch.old_log_prob = policy.log_probs(batch, plan, 1.0)
+
+    def update(kl_coefficient: float) -> None:
+        policy.train_step(batch, plan, Clipped(1000.0, 1.0, 0.2, 0.2, kl_coefficient), 1e-5)
+
+    def one_update() -> None:
+        batch.old_log_prob = policy.log_probs(batch, plan, 1.0)
+        update(0.0)
+
+    def usual() -> None:
+        batch.old_log_prob = policy.log_probs(batch, plan, 1.0)
+        with policy.weights_from(start):
+            batch.reference_log_prob = policy.log_probs(batch, plan, 1.0)
+        update(0.1)
+
+    return {
+        "usual GRPO": usual,
+        "GRPO, one update, no KL": one_update,
+        "GRPO, the same, old log-probabilities free": lambda: update(0.0),
+    }
+
+
+def samples() -> Rollouts:
+    """Random tokens; every second sample is rewarded, so that all have an advantage; shuffled lengths."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(LONGEST // 2, LONGEST + 1, (SAMPLES,), generator=generator).tolist()
+    tokens = [torch.randint(VOCABULARY, (PROMPT + n,), generator=generator).tolist() for n in lengths]
+    rollouts = Rollouts.from_demonstrations([t[:PROMPT] for t in tokens], [t[PROMPT:] for t in tokens])
+    rollouts.is_demonstration = False
+    rollouts.advantages = torch.where(torch.arange(SAMPLES) % 2 == 0, 0.5, -0.5).double()
+    return rollouts
+
+
+if __name__ == "__main__":
+    sys.exit(main())
