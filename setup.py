@@ -7,6 +7,7 @@ environment of their own, which `rollout.sglang.python` names.
 from setuptools import find_packages, setup
 
 MODELOPT = "nvidia-modelopt==0.45.0"  # never its extras, which bring CUDA packages
+MATPLOTLIB = "matplotlib==3.11.2"
 WANDB = "wandb==0.31.0"
 
 setup(
@@ -33,9 +34,11 @@ setup(
         "modelopt": [MODELOPT, "transformers==5.12.1"],
         "reasoning-gym": ["reasoning-gym==0.1.25"],
         "wandb": [WANDB],
+        "report": [MATPLOTLIB],
         "data": ["transformers==5.12.1", "datasets==5.2.0", "pyarrow==26.0.1"],
         "dev": [
             "accelerate==1.15.0",  # without it transformers loads no FP8 weights
+            MATPLOTLIB,
             "mypy==2.4.1",
             MODELOPT,
             "pyarrow==26.0.1",
