@@ -20,7 +20,8 @@ def report(step: int, scale: float) -> dict[str, float]:
 
 
 def plot(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, check=False)
+    command = [sys.executable, str(TOOL), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_noise_is_a_ratio_of_sums_without_the_prompts_part() -> None:
@@ -43,6 +44,7 @@ def test_a_run_with_reports_becomes_a_picture(tmp_path: Path) -> None:
 def test_a_run_without_reports_is_refused_in_a_sentence(tmp_path: Path) -> None:
     require("matplotlib", "pip install -e '.[report]'")
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
-    for folder, reason in ((tmp_path, "holds no variance report"), (tmp_path / "none", "is no folder of a run")):
+    reasons = {tmp_path: "holds no variance report", tmp_path / "none": "is no folder of a run"}
+    for folder, reason in reasons.items():
         done = plot(str(folder))
         assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1

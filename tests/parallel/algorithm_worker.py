@@ -30,7 +30,7 @@ from opo_megatron.weights.stream import ModelShards, stream_weights
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 TEMPERATURE = 0.7
-HEAD_SHAPES = ((1, 4, 8), (37, 16, 44), (130, 24, 600))
+HEAD_SHAPES = ((1, 4, 7), (37, 16, 43), (130, 24, 599))
 """(tokens, hidden, vocabulary); the vocabulary is cut over ranks, unevenly where the last part is padding."""
 
 
@@ -100,7 +100,7 @@ def head_inputs(shape: tuple[int, int, int]) -> dict[str, Tensor]:
 def head(shape: tuple[int, int, int], parallel: Parallel) -> dict[str, Tensor]:
     """The sweep over this rank's part of the vocabulary; d_hidden and d_weight put together."""
     inputs = head_inputs(shape)
-    rows = shape[2] // parallel.tp_size + 1  # the last rank has fewer
+    rows = -(-shape[2] // parallel.tp_size)  # the last rank has fewer
     start = rows * parallel.tp_rank
     weight = inputs["weight"][start : start + rows]
     d_weight = torch.zeros_like(weight)
