@@ -15,7 +15,14 @@ from opo_megatron.rollout.rollouts import Rollouts
 
 WARM_STEPS, STEPS = 40, 3
 RECIPE = ROOT / "recipes" / "quickstart_sglang.yaml"
-SMALL = (f"warm_start.steps={WARM_STEPS}", "eval.problems=48", "eval.greedy=false", "observe.kl=off")
+SMALL = (
+    f"warm_start.steps={WARM_STEPS}",
+    "eval.problems=48",
+    "eval.greedy=false",
+    "observe.kl=off",
+    "algorithm.baseline=energy_loo",
+    "algorithm.variance_every=2",
+)
 
 
 def opo_train(run_dir: Path, *overrides: str) -> None:
@@ -69,6 +76,14 @@ def test_responses_end_by_the_tasks_stop_token_or_the_limit(run_dir: Path) -> No
     ]
     assert len(set(stopped)) == 1 and len(stopped) > 0
     assert int(rollouts.response_lengths.max()) <= 24
+
+
+def test_energies_that_the_server_does_not_return_come_from_a_forward_pass(run_dir: Path) -> None:
+    """The report measures them once more: both must give the same advantages."""
+    assert Rollouts.load(run_dir / "rollouts" / "step_00000001.safetensors").energy is None
+    row = rows_of(run_dir)[1]
+    assert row["variance/this_run"] == pytest.approx(row["variance/energy_loo"], rel=1e-4)
+    assert row["variance/this_run"] != pytest.approx(row["variance/opo_loo"], rel=1e-3)
 
 
 def test_nothing_is_left_running(run_dir: Path) -> None:
