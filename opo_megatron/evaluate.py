@@ -34,6 +34,7 @@ def evaluate(run: Run) -> Row:
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=settings.top_k,
+        energies=False,
     )
     answers, sampled = _answer(run, settings.samples_per_problem, sampling)
     row: Row = {
