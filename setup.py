@@ -7,6 +7,7 @@ environment of their own, which `rollout.sglang.python` names.
 from setuptools import find_packages, setup
 
 MODELOPT = "nvidia-modelopt==0.45.0"  # never its extras, which bring CUDA packages
+MATH_VERIFY = "math-verify[antlr4-13-2]==0.9.0"
 MATPLOTLIB = "matplotlib==3.11.2"
 WANDB = "wandb==0.31.0"
 
@@ -35,10 +36,12 @@ setup(
         "reasoning-gym": ["reasoning-gym==0.1.25"],
         "wandb": [WANDB],
         "report": [MATPLOTLIB],
+        "math": [MATH_VERIFY],
         "data": ["transformers==5.12.1", "datasets==5.2.0", "pyarrow==26.0.1"],
         "dev": [
             "accelerate==1.15.0",  # without it transformers loads no FP8 weights
             MATPLOTLIB,
+            MATH_VERIFY,
             "mypy==2.4.1",
             MODELOPT,
             "pyarrow==26.0.1",
