@@ -43,6 +43,7 @@ setup(
             MATPLOTLIB,
             MATH_VERIFY,
             "mypy==2.4.1",
+            "nltk==3.10.4",  # an independent BLEU
             MODELOPT,
             "pyarrow==26.0.1",
             "pytest==9.2.0",
