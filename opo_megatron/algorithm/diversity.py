@@ -49,7 +49,7 @@ def _bleu(
     lengths: Sequence[int],
 ) -> float:
     """Of answer i against all others."""
-    logs = []
+    logs: list[float] = []
     for own, best in zip(counts, highest, strict=True):
         total = sum(own.values())
         clipped = 0
