@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from opo_megatron.config import Config
-from opo_megatron.config.compare import changed_settings
+from opo_megatron.config.compare import changed_settings, check_resume
 from opo_megatron.config.schema import Dtype, EngineName, Kl, OptimizerConfig
 from opo_megatron.disk import writing
-from opo_megatron.errors import UserError
+from opo_megatron.errors import Preempted, UserError
 from opo_megatron.observe.boards import load_wandb
 from opo_megatron.observe.console import Display
 from opo_megatron.observe.run_files import RunFiles
-from opo_megatron.policy.checkpoint import RunProgress, find_checkpoint, load, read_progress, run_of
+from opo_megatron.policy.checkpoint import (
+    CONFIG_FILE,
+    RunProgress,
+    find_checkpoint,
+    load,
+    read_extra,
+    read_progress,
+    run_of,
+)
 from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize, leave
 from opo_megatron.policy.policy import Policy
+from opo_megatron.policy.retention import Retention
 from opo_megatron.policy.weights_checkpoint import CheckpointShards, holds_weights
 from opo_megatron.rollout.engine import RolloutEngine
 from opo_megatron.rollout.exact_check import check_device, check_exact
@@ -27,6 +36,7 @@ from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.server import write_model_config
 from opo_megatron.rollout.turns import Turns
 from opo_megatron.run import Run
+from opo_megatron.stop import StopRequest
 from opo_megatron.tasks import TASKS, Task
 from opo_megatron.weights.hf_folder import read_weights
 from opo_megatron.weights.random import random_weights
@@ -35,15 +45,29 @@ from opo_megatron.weights.stream import WeightSource
 
 
 @contextmanager
-def open_run(config: Config) -> Iterator[Run]:
-    """Build or resume a run and leave its process groups at the end."""
+def open_run(config: Config, allowed: Sequence[str] = ()) -> Iterator[Run]:
+    """Build or resume a run and leave its process groups at the end.
+
+    Args:
+        allowed: keys that may differ from the run's so far where they must not.
+    """
     parallel = initialize(config)
     display = Display(active=parallel.rank == 0)
+    stop = StopRequest(parallel, config.run.max_minutes)
+    stop.listen()
     run = None
     try:
         with writing(config.run.dir):
-            run = _build(config, parallel, display)
-            yield run
+            run = _build(config, parallel, display, stop, allowed)
+            try:
+                yield run
+            except Preempted as reason:
+                _close(run)
+                display.say(f"ended before its last step ({reason}) and saved; resume=auto goes on from here")
+                leave()
+                raise
+    except Preempted:
+        raise
     except BaseException:
         display.close()
         if run is not None:
@@ -54,13 +78,21 @@ def open_run(config: Config) -> Iterator[Run]:
         if parallel.world_size == 1:
             leave()
         raise
-    run.engine.close()
-    run.files.close()
-    display.close()
+    finally:
+        stop.close()
+    _close(run)
     leave()
 
 
-def _build(config: Config, parallel: Parallel, display: Display) -> Run:
+def _close(run: Run) -> None:
+    run.engine.close()
+    run.files.close()
+    run.display.close()
+
+
+def _build(
+    config: Config, parallel: Parallel, display: Display, stop: StopRequest, allowed: Sequence[str]
+) -> Run:
     if config.observe.wandb_project is not None and parallel.rank == 0:
         load_wandb(config)
     if config.rollout.local.exact:
@@ -68,9 +100,12 @@ def _build(config: Config, parallel: Parallel, display: Display) -> Run:
     task = TASKS[config.task.name](config.task)
     for note in task.notes:
         display.say(note)
-    # Folders can look different from different machines: one rank looks, all follow.
-    checkpoint = all_gather_objects(parallel, find_checkpoint(config) if parallel.rank == 0 else None)[0]
+    checkpoint = find_checkpoint(config, parallel, display.say)
     progress = read_progress(checkpoint) if checkpoint else RunProgress("warm_start", 0)
+    if checkpoint is not None:
+        finished_steps = progress.step if progress.phase == "step" else 0
+        check_resume(config, checkpoint / CONFIG_FILE, finished_steps, allowed)
+    extra = read_extra(checkpoint) if checkpoint else {}
     in_warm_start = progress.phase == "warm_start"
     warms_up = in_warm_start and config.warm_start.steps > 0
     vocab_size = vocabulary_of(config, task)
@@ -84,8 +119,8 @@ def _build(config: Config, parallel: Parallel, display: Display) -> Run:
         if start_weights is not None and not in_warm_start:
             start_weights.check(run_of(checkpoint))
         display.say(f"resumed from {checkpoint}")
-        if changed := changed_settings(config, run_of(checkpoint) / "config.yaml"):
-            display.say(f"other settings than before: {', '.join(changed)}")
+        if changed := changed_settings(config, checkpoint / CONFIG_FILE):
+            display.say(f"other settings than before: {', '.join(map(str, changed))}")
     elif config.policy.init_from is not None:
         display.say(f"starts from the weights of {config.policy.init_from}")
     files = RunFiles(config, parallel.rank == 0, progress, checkpoint)
@@ -100,7 +135,23 @@ def _build(config: Config, parallel: Parallel, display: Display) -> Run:
     turns.before_training()
     step = -1 if in_warm_start else progress.step
     warm_step = progress.step if in_warm_start else config.warm_start.steps
-    return Run(config, parallel, task, policy, engine, turns, files, display, start_weights, step, warm_step)
+    return Run(
+        config,
+        parallel,
+        task,
+        policy,
+        engine,
+        turns,
+        files,
+        display,
+        stop,
+        Retention(config.checkpoint, extra),
+        extra,
+        start_weights,
+        step,
+        warm_step,
+        saved=progress if checkpoint is not None else None,
+    )
 
 
 def shares_memory(config: Config, parallel: Parallel) -> bool:

@@ -1,6 +1,7 @@
 """The command `opo`: reads the command line, prints a user's mistake as one line, chooses exit codes.
 
-Exit codes: 0 done; 2 a mistake that the user can mend (one line on stderr, no traceback); 130
+Exit codes: 0 done; 2 a mistake that the user can mend (one line on stderr, no traceback); 75 told to
+end before the last step, by SIGTERM, SIGUSR1 or run.max_minutes, and saved: resume=auto goes on; 130
 interrupted; with `--nproc`, the code of the first rank that failed.
 
 One mistake, one line: `opo train` checks the recipe before it starts ranks.  What only a rank can
@@ -25,8 +26,9 @@ from typing import Any, NoReturn
 
 from opo_megatron.config import Config, load_config, to_yaml
 from opo_megatron.config.arithmetic import describe_batch, smallest_world
+from opo_megatron.config.keys import key_types, unknown
 from opo_megatron.config.schema import EngineName
-from opo_megatron.errors import EXIT_USER_ERROR, UserError
+from opo_megatron.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, Preempted, UserError
 from opo_megatron.launch import CHILD, ERROR_CLAIM, run_ranks
 from opo_megatron.parts import hidden
 from opo_megatron.rollout.sglang.server import interpreter
@@ -45,8 +47,15 @@ examples:
       task.prompt_field=question task.answer_field=answer task.verifier=number \\
       warm_start.steps=0 policy.model.max_sequence_length=600
       your own problems, one JSON object per line; rewarded where the last number is the answer's
+  opo train recipes/quickstart.yaml run.dir=runs/first resume=auto optimizer.lr=1e-4 --allow optimizer.lr
+      go on with a setting that must not change unless it is meant
   opo config recipes/quickstart.yaml run.dir=runs/first optimizer.lr=1e-4
       print every setting that the run would have, and the arithmetic of its batches
+
+exit codes:
+  0 done    2 a mistake, said in one line    130 interrupted
+  75 ended before its last step by SIGTERM, SIGUSR1 or run.max_minutes, and saved:
+     the same command with resume=auto goes on
 """
 
 _PARSER_STYLE: dict[str, Any] = {
@@ -74,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print_error(error)
         return EXIT_USER_ERROR
+    except Preempted:
+        return EXIT_PREEMPTED
     except KeyboardInterrupt:
         if CHILD not in os.environ:
             print("interrupted; resume=auto goes on from the newest checkpoint of run.dir", file=sys.stderr)
@@ -119,6 +130,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         add("overrides", metavar="key=value", nargs="*", help="replaces a value, e.g. train.steps=10")
         add("--nproc", metavar="N", type=_rank_count, help="number of ranks on this machine")
         add("--debug", action="store_true", help="show the traceback of a user error")
+        if name == "train":
+            add("--allow", metavar="KEY", action="append", default=[], help="may differ in a resumed run")
         command.set_defaults(run=run)
         commands[name] = command
     return parser, commands
@@ -142,18 +155,22 @@ def _config(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     config = load_config(options.recipe, options.overrides, _world_size(options.nproc) or 1)
+    for key in options.allow:
+        if key not in key_types():
+            raise UserError(f"--allow {key}: {unknown(key, key_types())}")
     if CHILD not in os.environ and os.environ.get("RANK", "0") == "0":
         check_run_dir(config)
         if config.rollout.engine is EngineName.sglang and not config.rollout.sglang.urls:
             interpreter(config.rollout.sglang)
     if (options.nproc or 1) > 1:
         command = [sys.executable, "-m", "opo_megatron", "train", options.recipe, *options.overrides]
+        command += [word for key in options.allow for word in ("--allow", key)]
         command += ["--debug"] if options.debug else []
         return run_ranks(command, options.nproc, config.run.threads_per_rank)
     with hidden("wandb"):  # Megatron would import it
         from opo_megatron.train import train  # torch and Megatron take seconds
 
-    train(config)
+    train(config, options.allow)
     return 0
 
 

@@ -1,6 +1,8 @@
 """What a user's mistake looks like: one sentence and exit code 2, never a traceback."""
 
 EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75
+"""EX_TEMPFAIL: the run was told to end before its last step, has saved, and goes on with resume=auto."""
 
 
 class UserError(Exception):
@@ -19,9 +21,17 @@ class UnreadableWeights(UserError):
         self.reason = reason
 
 
+class SaveError(UserError):
+    """A checkpoint that could not be written; those that were there before are as they were."""
+
+
 class OnPolicyError(UserError):
     """A batch that the current weights did not draw, by version or by log-probability."""
 
 
 class EngineFailure(Exception):
     """A rollout engine that died, hung or broke off: nobody's mistake, and it can be started again."""
+
+
+class Preempted(Exception):
+    """The run has to end before its last step, on all ranks; the message says why.  Nothing is lost."""

@@ -76,6 +76,6 @@ def _answer(run: Run, samples: int, sampling: Sampling) -> tuple[Rollouts, Summa
     count = min(run.config.eval.problems, run.task.size("held_out"))
     prompts = run.choose_prompts("held_out", STREAM_EVAL, PROBLEM_SEED, 0, count)
     requests = requests_for(prompts, samples, run.parallel)
-    rollouts = run.draw(requests, sampling, "evaluating")
+    rollouts = run.draw(requests, sampling, "evaluating", may_be_cut=False)
     rollouts.rewards = rewards_of(run.task, prompts, rollouts)
     return rollouts, gather_summary(run.parallel, rollouts)

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+from opo_megatron.errors import EXIT_PREEMPTED
+
 CHILD = "OPO_CHILD"
 """Set in a process that `run_ranks` started."""
 ERROR_CLAIM = "OPO_ERROR_CLAIM"
@@ -144,13 +146,16 @@ def _wait(ranks: Ranks, forwarded: set[int]) -> int:
     # A thread per rank, all asleep: ranks that fail within a millisecond still arrive in order.
     for rank in range(len(ranks)):
         threading.Thread(target=watch, args=(rank,), daemon=True).start()
+    preempted = False
     for _ in ranks:
         rank, code = finished.get()
-        if code > 0:
+        if code == EXIT_PREEMPTED:  # they have agreed to end, so the others are about to
+            preempted = True
+        elif code > 0:
             return code
         if code < 0:
             if -code not in forwarded:
                 name = signal.Signals(-code).name
                 print(f"error: rank {rank} was ended by {name}; the other ranks are stopped", file=sys.stderr)
             return 128 - code
-    return 0
+    return EXIT_PREEMPTED if preempted else 0

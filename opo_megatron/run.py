@@ -5,30 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from opo_megatron.algorithm.energy import needs_energies
 from opo_megatron.algorithm.fitted_weights import FittedWeights
 from opo_megatron.algorithm.on_policy import check_mismatch
 from opo_megatron.config import Config
-from opo_megatron.errors import OnPolicyError
+from opo_megatron.errors import OnPolicyError, Preempted, SaveError
 from opo_megatron.observe.closing import closing_table
 from opo_megatron.observe.console import Display
 from opo_megatron.observe.rows import Row
 from opo_megatron.observe.run_files import RunFiles
 from opo_megatron.observe.step_metrics import memory_metrics, throughput_metrics
-from opo_megatron.policy.checkpoint import (
-    RunProgress,
-    save,
-)
+from opo_megatron.policy.checkpoint import RunProgress, save
 from opo_megatron.policy.measure import measure_energies
 from opo_megatron.policy.parallel import Parallel
 from opo_megatron.policy.policy import OwnShards, Policy
+from opo_megatron.policy.retention import Retention
 from opo_megatron.policy.step_sums import StepMetrics
 from opo_megatron.rollout.batch import Summary, exchange, gather_on_first
 from opo_megatron.rollout.engine import Progress, Request, RolloutEngine, Sampling
 from opo_megatron.rollout.recovery import draw, synchronize
 from opo_megatron.rollout.rollouts import Rollouts
 from opo_megatron.rollout.turns import Turns
+from opo_megatron.stop import StopRequest
 from opo_megatron.tasks import Prompt, Task
 from opo_megatron.tasks.base import PromptOrder, Split
 from opo_megatron.weights.start_weights import StartWeights
@@ -50,6 +51,11 @@ class Run:
     """With memory, between policy and engine."""
     files: RunFiles
     display: Display
+    stop: StopRequest
+    retention: Retention
+    extra_state: dict[str, Any]
+    """What estimators remember beyond the weights, name → JSON value: it goes into every checkpoint and
+    comes back from it."""
     start_weights: StartWeights | None = None
     """Those of step 0, where the KL to them is measured."""
     step: int = -1
@@ -64,6 +70,8 @@ class Run:
     """This rank's part of the start weights, where the objective has a KL to them."""
     fitted_weights: FittedWeights = field(default_factory=FittedWeights)
     """What `baseline=auto` has learned."""
+    saved: RunProgress | None = None
+    """The last checkpoint, of this attempt or the one that it went on from."""
     started: float = field(default_factory=time.monotonic)
     _orders: dict[tuple[int, int], PromptOrder] = field(default_factory=dict)
 
@@ -105,9 +113,25 @@ class Run:
         """Send the policy's weights to the engine and prove that they arrived."""
         synchronize(self)
 
-    def draw(self, requests: Sequence[Request], sampling: Sampling, what: str) -> Rollouts:
-        """One response per request of this rank, from the engine's current weights; a collective."""
-        return draw(self, requests, sampling, self.progress(what))
+    def draw(
+        self, requests: Sequence[Request], sampling: Sampling, what: str, may_be_cut: bool = True
+    ) -> Rollouts:
+        """One response per request of this rank, from the engine's current weights; a collective.
+
+        Raises:
+            Preempted: on all ranks where the run has to end; it is saved then.
+        """
+        show = self.progress(what)
+
+        def show_or_stop(done: int, total: int, tokens: int) -> None:
+            show(done, total, tokens)
+            self.stop.cut_if_heard()
+
+        try:
+            return draw(self, requests, sampling, show_or_stop if may_be_cut else show)
+        except Preempted:
+            self._save_before_leaving(RunProgress("step", self.step))
+            raise
 
     def with_energies(self, rollouts: Rollouts, batch: Summary) -> Summary:
         """The step's summary with the energies that the baseline needs: by a forward-only pass where the
@@ -136,7 +160,7 @@ class Run:
         """Write a warm-start step, then save where it is time to."""
         self.files.write_warm_start(row)
         self.warm_step = row["step"]
-        self._save_if_due(RunProgress("warm_start", self.warm_step), self.config.warm_start.steps)
+        self._save_or_leave(RunProgress("warm_start", self.warm_step), self.config.warm_start.steps, {})
 
     def finish_step(self, row: Row, rollouts: Rollouts | None = None) -> None:
         """Write an OPO step, then save where it is time to."""
@@ -146,15 +170,42 @@ class Run:
         self.files.write_step(row | throughput_metrics(row) | memory_metrics())
         self.display.row(row)
         self.step = row["step"]
-        if self.step > 0:
-            self._save_if_due(RunProgress("step", self.step), self.config.train.steps)
+        self._save_or_leave(RunProgress("step", self.step), self.config.train.steps, row)
 
-    def _save_if_due(self, progress: RunProgress, last: int) -> None:
-        every = self.config.checkpoint.every_steps
-        if progress.step == last or (every > 0 and progress.step % every == 0):
-            self.display.status(f"saving {progress.folder}")
+    def _save_or_leave(self, progress: RunProgress, last: int, row: Row) -> None:
+        """Save where it is due; where any rank was told to stop, save and leave.
+
+        Raises:
+            Preempted: on all ranks, once everything is saved.
+        """
+        reason, (minutes_are_over,) = self.stop.agree(self.retention.minutes_are_over())
+        # Step 0 has the weights of the warm start's last step, or those of the beginning.
+        has_weights = progress.step > 0
+        is_best = has_weights and self.retention.note_best(row, progress)
+        is_done = progress.phase == "step" and progress.step >= last
+        if has_weights and self.retention.is_due(progress.step, last, minutes_are_over, is_best):
+            self._save(progress, must_succeed=progress.step == last)
+        if reason is not None and not is_done:
+            self._save_before_leaving(progress)
+            raise Preempted(reason)
+
+    def _save_before_leaving(self, progress: RunProgress) -> None:
+        if progress.step > 0 and progress != self.saved:
+            self._save(progress, must_succeed=True)
+
+    def _save(self, progress: RunProgress, must_succeed: bool) -> None:
+        self.display.status(f"saving {progress.folder}")
+        try:
             with self.turns.saving():
-                save(self.policy, self.config, progress)
+                save(self.policy, self.config, progress, self.extra_state)
+        except SaveError as error:
+            if must_succeed or self.config.checkpoint.on_failure == "stop":
+                raise
+            self.retention.failed(progress)
+            self.display.say(f"warning: {error}; the run goes on without it")
+            return
+        self.saved = progress
+        self.retention.saved(Path(self.config.run.dir), self.files.writes)
 
     def summarize(self) -> None:
         """Write summary.json and show the closing table."""

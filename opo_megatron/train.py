@@ -14,6 +14,7 @@ bonus, no critic, no reference model, no second update on old samples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
@@ -45,9 +46,13 @@ from opo_megatron.variance_report import report_is_due, variance_report
 from opo_megatron.warm_start import warm_start
 
 
-def train(config: Config) -> None:
-    """Train by OPO as the recipe says, resuming where it asks for that."""
-    with open_run(config) as run:
+def train(config: Config, allowed: Sequence[str] = ()) -> None:
+    """Train by OPO as the recipe says, resuming where it asks for that.
+
+    Args:
+        allowed: keys that a resumed run may have otherwise than before.
+    """
+    with open_run(config, allowed) as run:
         warm_start(run)
         run.synchronize()
         if run.step < 0:

@@ -322,5 +322,5 @@ def test_a_resumed_run_names_the_settings_that_changed(tmp_path: Path):
     assert changed_settings(same, recipe) == []
     other = load_config(quickstart, ["run.dir=a", "rollout.prompts_per_step=8"])
     changes = ["rollout.prompts_per_step 48 → 8", "optimizer.lr 0.0002 → 0.0003"]
-    assert changed_settings(other, recipe) == changes
+    assert list(map(str, changed_settings(other, recipe))) == changes
     assert changed_settings(other, tmp_path / "missing.yaml") == []

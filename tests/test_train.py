@@ -9,39 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import RECIPE, SMALL_MODEL
+from small import RECIPE
+from tiny_run import STEPS, lasting, rows, train
 
 from opo_megatron.cli import main
 from opo_megatron.config import load_config
 from opo_megatron.rollout.rollouts import Rollouts
 from opo_megatron.tasks.lift import LiftTask
-
-STEPS = 4
-TINY = (
-    *SMALL_MODEL,
-    "warm_start.steps=6",
-    f"train.steps={STEPS}",
-    "rollout.prompts_per_step=6",
-    "rollout.samples_per_prompt=4",
-    "optimizer.schedule=cosine",
-    "eval.every_steps=2",
-    "eval.problems=16",
-    "checkpoint.every_steps=2",
-)
-VOLATILE = ("time/", "memory/", "throughput/", "run/")
-
-
-def train(run_dir: Path, *overrides: str) -> int:
-    return main(["train", str(RECIPE), f"run.dir={run_dir}", *TINY, *overrides])
-
-
-def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
-
-
-def lasting(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
-    """Rows without what may differ between identical runs."""
-    return [{k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in rows(run_dir, name)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -177,10 +151,11 @@ def test_going_back_to_an_older_checkpoint_abandons_the_newer_ones(finished: Pat
     run_dir = tmp_path / "back"
     shutil.copytree(finished, run_dir)
     older = run_dir / "checkpoints" / "step_00000002"
-    assert train(run_dir, f"resume={older}", "train.steps=3", "optimizer.schedule=constant") == 0
+    constant = ("optimizer.schedule=constant", "--allow", "optimizer.schedule")
+    assert train(run_dir, f"resume={older}", "train.steps=3", *constant) == 0
     names = [path.name for path in (run_dir / "checkpoints").iterdir()]
     assert "step_00000004.abandoned-by-attempt-2" in names and "step_00000004" not in names
-    assert train(run_dir, "resume=auto", "train.steps=5", "optimizer.schedule=constant") == 0
+    assert train(run_dir, "resume=auto", "train.steps=5", *constant) == 0
     assert [(row["step"], row["run/attempt"]) for row in rows(run_dir)] == [
         (0, 1), (1, 1), (2, 1), (3, 2), (4, 3), (5, 3),
     ]  # fmt: skip

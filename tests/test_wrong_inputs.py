@@ -250,7 +250,7 @@ def void(_: object) -> None: ...
         (
             void,
             "policy.model.hidden_size=32",
-            "hidden_size=16, but this run's has hidden_size=32; use the recipe",
+            "policy.model.hidden_size is 32 but was 16 when the checkpoint",
         ),
         (void, "policy.distributed_optimizer=false", "set policy.distributed_optimizer and expert"),
     ],

@@ -1,25 +1,101 @@
-"""What a resumed run does otherwise than the run so far."""
+"""What a resumed run may do otherwise than the run so far, key by key.
+
+A setting is fixed where another value would make another curve than that of a run that was never
+interrupted; `--allow KEY` says that it is meant.  All else may change freely: the layout, the device,
+where files lie, how much memory is used, what is measured and saved.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from opo_megatron.config.load import to_yaml
-from opo_megatron.config.schema import Config
+from opo_megatron.config.schema import Config, Schedule
+from opo_megatron.errors import UserError
 
 _OF_EVERY_START = ("run.dir", "resume")
 
+FIXED = (
+    "run.seed",
+    "task",
+    "warm_start",
+    "rollout",
+    "algorithm",
+    "optimizer",
+    "policy.model",
+    "policy.dtype",
+    "on_policy.action",
+    "on_policy.max_importance_weight",
+)
+"""Keys and sections that must not change."""
+FREE = (
+    "rollout.local",
+    "rollout.sglang",
+    "policy.model.max_sequence_length",
+)
+"""Parts of those that may."""
 
-def changed_settings(config: Config, recipe: Path) -> list[str]:
-    """`key old → new` for every key that differs from the resolved recipe of the run so far."""
+
+class Change(NamedTuple):
+    """A key with another value than before."""
+
+    key: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.before} → {self.now}"
+
+
+def check_resume(config: Config, recipe: Path, finished_steps: int, allowed: Sequence[str]) -> None:
+    """Refuse to go on with a fixed setting that differs from the resolved recipe of the run so far.
+
+    Args:
+        finished_steps: OPO steps behind the checkpoint.
+        allowed: keys and sections that may differ all the same.
+    """
+    changes = [change for change in changed_settings(config, recipe) if not _is_in(change.key, allowed)]
+    for change in changes:
+        if _is_in(change.key, FIXED) and not _is_in(change.key, FREE):
+            raise UserError(
+                f"{change.key} is {change.now} but was {change.before} when the checkpoint {recipe.parent} "
+                f"was written; set it back, or say --allow {change.key} if another curve is meant"
+            )
+        if change.key == "train.steps":
+            _check_steps(config, change, finished_steps)
+
+
+def _check_steps(config: Config, change: Change, finished_steps: int) -> None:
+    """More steps, or fewer than planned, are the same curve only where no schedule ends with them."""
+    if change.now < finished_steps:
+        raise UserError(
+            f"train.steps is {change.now}, but the checkpoint has {finished_steps} steps behind it; raise "
+            "it, or resume from an older checkpoint"
+        )
+    schedule = config.optimizer.schedule
+    if schedule is not Schedule.constant:
+        raise UserError(
+            f"train.steps is {change.now} but was {change.before}, and with optimizer.schedule="
+            f"{schedule.value} the learning rates of all steps depend on it; set it back, or say --allow "
+            "train.steps if another curve is meant"
+        )
+
+
+def changed_settings(config: Config, recipe: Path) -> list[Change]:
+    """Every key that differs from a resolved recipe; none where there is no recipe."""
     if not recipe.exists():
         return []
     before, now = _flat(yaml.safe_load(recipe.read_text())), _flat(yaml.safe_load(to_yaml(config)))
     keys = [key for key in now if key not in _OF_EVERY_START and key in before and before[key] != now[key]]
-    return [f"{key} {before[key]} → {now[key]}" for key in keys]
+    return [Change(key, before[key], now[key]) for key in keys]
+
+
+def _is_in(key: str, sections: Sequence[str]) -> bool:
+    return any(key == section or key.startswith(section + ".") for section in sections)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

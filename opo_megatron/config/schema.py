@@ -112,6 +112,11 @@ class MismatchAction(str, Enum):
     correct = "correct"
 
 
+class Better(str, Enum):
+    highest = "highest"
+    lowest = "lowest"
+
+
 @dataclass
 class RunConfig:
     dir: str = MISSING
@@ -122,6 +127,8 @@ class RunConfig:
     """OpenMP threads of each rank on a CPU; more than there are cores makes steps many times slower."""
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run."""
+    max_minutes: float = 0.0
+    """After so long the run saves and ends with exit code 75, to be started again; 0 is no limit."""
 
 
 @dataclass
@@ -420,6 +427,15 @@ class ObserveConfig:
 class CheckpointConfig:
     every_steps: int = 50
     """In warm-start and in OPO steps; the last of each is always saved.  0: only that one."""
+    every_minutes: float = 0.0
+    """Also at the end of the step in which so many minutes since the last one are over; 0 is off."""
+    keep_last: int = 0
+    """Older ones than the newest so many are deleted; 0 keeps all."""
+    keep_best: str | None = None
+    """Metric, such as eval/accuracy, whose best step is saved and kept besides those."""
+    keep_best_is: Better = Better.highest
+    on_failure: str = "stop"
+    """Where one cannot be written: `stop`, or `continue` without it (the last one always stops)."""
 
 
 @dataclass

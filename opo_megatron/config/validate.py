@@ -15,6 +15,7 @@ from typing import Any
 from opo_megatron.config.algorithm_rules import check_algorithm
 from opo_megatron.config.arithmetic import expert_parallel_size, model_parallel_size, smallest_world
 from opo_megatron.config.exact import check_exact
+from opo_megatron.config.fault_rules import check_faults
 from opo_megatron.config.megatron_fields import MANAGED_FIELDS, check_megatron_fields
 from opo_megatron.config.rules import divides, require
 from opo_megatron.config.schema import (
@@ -41,6 +42,7 @@ def validate(config: Config, world_size: int | None) -> None:
     check_engine(config)
     check_exact(config)
     check_run(config)
+    check_faults(config)
     check_sampling(config)
     check_algorithm(config)
     check_task(config)

@@ -55,7 +55,7 @@ class Display:
     def say(self, text: str) -> None:
         """A line that stays."""
         if self.active:
-            self.console.print(text, markup=False)
+            self.console.print(text, markup=False, soft_wrap=True)
 
     def row(self, row: Row) -> None:
         """A finished step."""

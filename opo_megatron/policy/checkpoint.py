@@ -2,7 +2,9 @@
 
 Megatron's `dist_checkpointing` writes them so that any parallel layout can read them back, the
 distributed optimizer's state included.  Random numbers, prompt order and learning rate are functions
-of (seed, step), so the step is all the state there is besides the tensors.
+of (seed, step), so besides the tensors the state is the step, what estimators remember (`extra`) and
+the recipe.  A manifest of checksums is written last: a folder without it, or that differs from it, is
+damaged.
 """
 
 from __future__ import annotations
@@ -11,23 +13,36 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial as partial_call
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import CheckpointException
 
 from opo_megatron import __version__
-from opo_megatron.config import Config
-from opo_megatron.errors import UserError
+from opo_megatron.config import Config, to_yaml
+from opo_megatron.errors import SaveError, UserError
+from opo_megatron.policy.manifest import (
+    Entries,
+    entries_of,
+    find_damage,
+    read_manifest,
+    share_to_check,
+    write_manifest,
+    written_by,
+)
+from opo_megatron.policy.parallel import Parallel, all_gather_objects
 from opo_megatron.policy.policy import Policy
 
 STATE_FILE = "run_state.json"
+CONFIG_FILE = "config.yaml"
+"""The recipe, resolved, of the run that wrote the checkpoint."""
+T = TypeVar("T")
 Phase = Literal["warm_start", "step"]
 PHASES: tuple[Phase, ...] = ("warm_start", "step")
 
@@ -68,25 +83,58 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return [path for _, _, path in sorted(found)]
 
 
-def find_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that `resume` asks for; None where the run starts afresh.
+def find_checkpoint(config: Config, parallel: Parallel, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that `resume` asks for, its files checked; None where the run starts afresh.
+
+    A collective: folders can look different from different machines, so one rank looks and all follow,
+    but all ranks read.  `resume=auto` takes the newest that is whole and says which it passes over.
 
     Raises:
-        UserError: for a path that is none, or one of another run where run.dir already holds a run.
+        UserError: for a path that is none, damaged or one of another run where run.dir already holds a
+            run; for `auto` where there are checkpoints and none is whole.
     """
     if config.resume == "never":
         return None
-    if config.resume == "auto":
-        found = checkpoints(Path(config.run.dir))
-        return found[-1] if found else None
-    path = Path(config.resume)
-    read_progress(path)
     run_dir = Path(config.run.dir)
-    if run_of(path) != run_dir.resolve() and run_dir.is_dir() and any(run_dir.iterdir()):
+    if config.resume != "auto":
+        path = Path(config.resume)
+        if (reason := damage_of(path, parallel)) is not None:
+            raise UserError(f"{path} {reason}; resume from another one (resume=auto takes the newest)")
+        if run_of(path) != run_dir.resolve() and run_dir.is_dir() and any(run_dir.iterdir()):
+            raise UserError(
+                f"run.dir={run_dir} holds another run than the checkpoint resume={path}; choose a new run.dir"
+            )
+        return path
+    found = all_gather_objects(parallel, checkpoints(run_dir) if parallel.rank == 0 else None)[0]
+    for path in reversed(found):
+        if (reason := damage_of(path, parallel)) is None:
+            return Path(path)
+        say(f"warning: {path} {reason}; the one before it is tried")
+    if found:
         raise UserError(
-            f"run.dir={run_dir} holds another run than the checkpoint resume={path}; choose a new run.dir"
+            f"no checkpoint of {run_dir} is whole: {found[0].name} {reason}; choose another run.dir, or "
+            f"move {run_dir / 'checkpoints'} away to start afresh"
         )
-    return path
+    return None
+
+
+def damage_of(path: Path, parallel: Parallel) -> str | None:
+    """What is wrong with a checkpoint, as the end of a sentence; None where it is whole.  A collective."""
+    entries, reason = None, None
+    if parallel.rank == 0:
+        try:
+            _read_state(path)
+            entries = read_manifest(path)
+        except UserError as error:
+            reason = str(error).removeprefix(f"{path} ")
+        except ValueError as error:
+            reason = f"is damaged ({error})"
+    entries, reason = all_gather_objects(parallel, (entries, reason))[0]
+    if entries is None:
+        return str(reason)
+    found = find_damage(path, entries, share_to_check(entries, parallel.rank, parallel.world_size))
+    reasons = [one for one in all_gather_objects(parallel, found) if one is not None]
+    return f"is damaged ({reasons[0]})" if reasons else None
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -94,30 +142,79 @@ def run_of(checkpoint: Path) -> Path:
     return checkpoint.resolve().parent.parent
 
 
-def save(policy: Policy, config: Config, progress: RunProgress) -> None:
-    """Write `<run.dir>/checkpoints/<progress>`; a collective of all ranks."""
+def save(policy: Policy, config: Config, progress: RunProgress, extra: dict[str, Any] | None = None) -> None:
+    """Write `<run.dir>/checkpoints/<progress>`; a collective of all ranks.
+
+    Args:
+        extra: what estimators remember, name → JSON value.
+
+    Raises:
+        SaveError: on all ranks where one cannot write; what was there before stays as it is.
+    """
     _check_buckets(policy)
+    parallel = policy.parallel
     final = Path(config.run.dir) / "checkpoints" / progress.folder
     partial = final.with_name(final.name + ".partial")
-    if policy.parallel.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier(group=policy.parallel.cpu_group)
-    with _failures_named(f"the checkpoint {final} cannot be written", "give the disk space"):
+
+    def make_room() -> None:
+        if parallel.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def write_state() -> None:
+        if parallel.rank == 0:
+            state = _state_of(policy, config, progress) | {"extra": extra or {}}
+            (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+            (partial / CONFIG_FILE).write_text(to_yaml(config))
+
+    def complete(entries: list[Entries]) -> None:
+        if parallel.rank == 0:
+            write_manifest(partial, {name: entry for part in entries for name, entry in part.items()})
+            os.replace(partial, final)
+
+    _together(parallel, final, make_room)
+    named = _failures_named(f"the checkpoint {final} cannot be written", "give the disk space", SaveError)
+    with named, _without_checksums_of_torch():
         dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(partial))
-    if policy.parallel.rank == 0:
-        state = {
-            "progress": asdict(progress),
-            "version": policy.version,
-            "model": _model_of(policy, config),
-            "optimizer": _optimizer_of(config),
-            "versions": {"opo_megatron": __version__, "torch": torch.__version__},
-        }
-        with (partial / STATE_FILE).open("w") as file:
-            file.write(json.dumps(state, indent=2) + "\n")
-            os.fsync(file.fileno())
-        os.replace(partial, final)
-    dist.barrier(group=policy.parallel.cpu_group)
+    _together(parallel, final, write_state)
+    own = written_by(partial, parallel.rank, parallel.world_size)
+    entries = _together(parallel, final, partial_call(entries_of, partial, own))
+    _together(parallel, final, partial_call(complete, entries))
+
+
+def _together(parallel: Parallel, final: Path, work: Callable[[], T]) -> list[T]:
+    """What each rank's `work` returns, by rank; where one cannot write, all are told."""
+    result, failure = None, None
+    try:
+        result = work()
+    except OSError as error:
+        failure = str(error)
+    gathered = all_gather_objects(parallel, (result, failure))
+    for _, reason in gathered:
+        if reason is not None:
+            raise SaveError(f"the checkpoint {final} cannot be written ({reason}); give the disk space")
+    return [value for value, _ in gathered]
+
+
+@contextmanager
+def _without_checksums_of_torch() -> Iterator[None]:
+    """They cost as much as writing, are not asked for when loading, and the manifest has its own."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _state_of(policy: Policy, config: Config, progress: RunProgress) -> dict[str, Any]:
+    return {
+        "progress": asdict(progress),
+        "version": policy.version,
+        "model": _model_of(policy, config),
+        "optimizer": _optimizer_of(config),
+        "versions": {"opo_megatron": __version__, "torch": torch.__version__},
+    }
 
 
 def read_progress(path: Path) -> RunProgress:
@@ -127,6 +224,11 @@ def read_progress(path: Path) -> RunProgress:
         UserError: when `path` is no checkpoint.
     """
     return RunProgress(**_read_state(path)["progress"])
+
+
+def read_extra(path: Path) -> dict[str, Any]:
+    """What estimators remembered when a checkpoint was written."""
+    return dict(_read_state(path)["extra"])
 
 
 def load(policy: Policy, config: Config, path: Path) -> None:
@@ -172,7 +274,7 @@ _quiet_about_optimizer_shards()
 
 
 @contextmanager
-def _failures_named(what: str, remedy: str) -> Iterator[None]:
+def _failures_named(what: str, remedy: str, kind: type[UserError] = UserError) -> Iterator[None]:
     """Megatron and torch raise many kinds of errors for a file that is cut short or cannot be written."""
     try:
         yield
@@ -181,7 +283,7 @@ def _failures_named(what: str, remedy: str) -> Iterator[None]:
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         cause = next((rank[0] for rank in getattr(error, "failures", {}).values()), error)
         reason = next(iter(str(cause).splitlines()), "")[:200]
-        raise UserError(f"{what} ({type(cause).__name__}: {reason}); {remedy}") from error
+        raise kind(f"{what} ({type(cause).__name__}: {reason}); {remedy}") from error
 
 
 def abandon_later(run_dir: Path, progress: RunProgress, attempt: int) -> None:
@@ -231,7 +333,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
         RunProgress(**state["progress"])
-        _ = state["version"] + 1, state["model"]["vocab_size"], dict(state["optimizer"])
+        _ = state["version"] + 1, state["model"]["vocab_size"], dict(state["optimizer"]), dict(state["extra"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not a checkpoint of a run ({error!r}); name a folder of <run.dir>/checkpoints"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from opo_megatron.errors import EngineFailure, UserError
+from opo_megatron.errors import EngineFailure, Preempted, UserError
 from opo_megatron.policy.parallel import all_gather_objects
 from opo_megatron.rollout.engine import Progress, Request, Sampling
 from opo_megatron.rollout.probe import PROBE_SAMPLING, check_sync, largest_difference, probe_requests
@@ -66,12 +66,18 @@ def _until_it_works(run: Run, work: Callable[[], T], mend: Callable[[], None], w
     """`work()` of all ranks, or `mend` and once more."""
     attempts = 1 + run.config.rollout.sglang.restarts
     for attempt in range(1, attempts + 1):
-        result, failure = None, None
+        result, failure, stop = None, None, None
         try:
             result = work()
         except EngineFailure as error:
             failure = str(error)
-        failures = [one for one in all_gather_objects(run.parallel, failure) if one is not None]
+        except Preempted as error:
+            stop = str(error)
+        gathered = all_gather_objects(run.parallel, (failure, stop))
+        for _, reason in gathered:
+            if reason is not None:
+                raise Preempted(reason)
+        failures = [one for one, _ in gathered if one is not None]
         if not failures:
             assert result is not None
             return result
