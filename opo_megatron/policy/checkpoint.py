@@ -18,10 +18,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial as partial_call
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal, TypeVar
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
 from opo_megatron import __version__
@@ -271,6 +273,15 @@ def _quiet_about_optimizer_shards() -> None:
 
 
 _quiet_about_optimizer_shards()
+
+
+def _without_helper_process() -> None:
+    """Megatron's queue of write results is served by a process that outlives a rank that is killed, and
+    keeps its pipes open.  Writers are children of the rank that reads, so a queue in memory is enough."""
+    filesystem_async._results_queue = SimpleQueue()
+
+
+_without_helper_process()
 
 
 @contextmanager
