@@ -101,6 +101,19 @@ def test_of_two_failures_the_earlier_is_reported():
     assert run_ranks([*PYTHON, code], 2) == 2
 
 
+def test_ranks_that_end_as_agreed_are_waited_for_and_a_failure_among_them_is_reported(monkeypatch):
+    monkeypatch.setattr(launch.end_ranks, "__defaults__", (0.2,))
+    code = (
+        "import os, sys, time\n"
+        "if os.environ['RANK'] == '1': sys.exit(75)\n"
+        "time.sleep(0.6); open('0', 'w').write('closed'); sys.exit({})\n"
+    )
+    for last, expected in ((75, 75), (0, 75), (1, 1)):
+        assert run_ranks([*PYTHON, code.format(last)], 2) == expected
+        assert written("0") == "closed"
+        Path("0").unlink()
+
+
 def test_a_rank_that_a_signal_ended_gives_128_and_its_number_and_is_named(capfd):
     assert run_ranks([*PYTHON, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], 1) == 137
     assert capfd.readouterr().err == "error: rank 0 was ended by SIGKILL; the other ranks are stopped\n"
