@@ -25,6 +25,14 @@ class SaveError(UserError):
     """A checkpoint that could not be written; those that were there before are as they were."""
 
 
+class BadNumbers(UserError):
+    """A step with a reward, a loss or a gradient that is not finite, on all ranks; no weight has changed."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}; {remedy}")
+        self.reason, self.remedy = reason, remedy
+
+
 class OnPolicyError(UserError):
     """A batch that the current weights did not draw, by version or by log-probability."""
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from opo_megatron.algorithm.on_policy import k3
 from opo_megatron.config import Config
 from opo_megatron.config.schema import Kl
+from opo_megatron.errors import BadNumbers, UserError
 from opo_megatron.observe.rows import Row
 from opo_megatron.policy.parallel import all_reduce
 from opo_megatron.rollout.batch import Summary, exchange, gather_summary, requests_for, rewards_of
@@ -78,4 +79,7 @@ def _answer(run: Run, samples: int, sampling: Sampling) -> tuple[Rollouts, Summa
     requests = requests_for(prompts, samples, run.parallel)
     rollouts = run.draw(requests, sampling, "evaluating", may_be_cut=False)
     rollouts.rewards = rewards_of(run.task, prompts, rollouts)
-    return rollouts, gather_summary(run.parallel, rollouts)
+    try:
+        return rollouts, gather_summary(run.parallel, rollouts)
+    except BadNumbers as error:  # no step that could be skipped
+        raise UserError(f"in the evaluation {error}") from error

@@ -70,6 +70,8 @@ class Run:
     """This rank's part of the start weights, where the objective has a KL to them."""
     fitted_weights: FittedWeights = field(default_factory=FittedWeights)
     """What `baseline=auto` has learned."""
+    drawn: Rollouts | None = None
+    """This rank's part of the last training batch."""
     saved: RunProgress | None = None
     """The last checkpoint, of this attempt or the one that it went on from."""
     started: float = field(default_factory=time.monotonic)
@@ -118,6 +120,9 @@ class Run:
     ) -> Rollouts:
         """One response per request of this rank, from the engine's current weights; a collective.
 
+        Args:
+            may_be_cut: a training batch, which the next attempt draws again.
+
         Raises:
             Preempted: on all ranks where the run has to end; it is saved then.
         """
@@ -127,8 +132,11 @@ class Run:
             show(done, total, tokens)
             self.stop.cut_if_heard()
 
+        if not may_be_cut:
+            return draw(self, requests, sampling, show)
         try:
-            return draw(self, requests, sampling, show_or_stop if may_be_cut else show)
+            self.drawn = draw(self, requests, sampling, show_or_stop)
+            return self.drawn
         except Preempted:
             self._save_before_leaving(RunProgress("step", self.step))
             raise

@@ -22,6 +22,7 @@ from torch import Tensor
 from opo_megatron.algorithm.advantages import advantages
 from opo_megatron.algorithm.objective import opo_objective
 from opo_megatron.algorithm.on_policy import check_versions
+from opo_megatron.bad_numbers import surviving_bad_numbers
 from opo_megatron.build import open_run
 from opo_megatron.clipped import clipped_updates
 from opo_megatron.config import Config
@@ -59,7 +60,8 @@ def train(config: Config, allowed: Sequence[str] = ()) -> None:
             run.keep_start_weights()
             run.finish_step({"step": 0} | evaluate(run))
         while run.step < config.train.steps:
-            opo_step(run, run.step + 1)
+            with surviving_bad_numbers(run, run.step + 1):
+                opo_step(run, run.step + 1)
         run.summarize()
 
 

@@ -1,11 +1,11 @@
 """Runs that are struck by a signal at a chosen moment, and started again by the same command.
 
-struck_run.py PLANS ARGUMENT...
+struck_run.py PLANS [--real] ARGUMENT...
 
 Each plan of the JSON list `PLANS` is one attempt of `opo ARGUMENT...`: null is left alone, [moment, number]
 sends itself that signal when the moment comes, [moment, number, rank] only on that rank.  A rank runs the
 first plan; else all are run by children, forked once everything is imported, and the list of their exit
-codes (−n for a signal) is printed as the last line.
+codes (−n for a signal) is printed as the last line.  Rewards are easy ones unless they are to be real.
 """
 
 from __future__ import annotations
@@ -106,7 +106,10 @@ MOMENTS = {
 
 def attempt(plan: list[Any] | None, arguments: list[str]) -> int:
     """One run of the command; does not return where a signal ends it."""
-    LiftTask.reward = reward  # type: ignore[method-assign]
+    if arguments[0] == "--real":
+        arguments = arguments[1:]
+    else:
+        LiftTask.reward = reward  # type: ignore[method-assign]
     if plan is not None and (len(plan) < 3 or str(plan[2]) == os.environ.get("RANK", "0")):
         moment, number = plan[:2]
         MOMENTS[moment](lambda: os.kill(os.getpid(), number))

@@ -38,18 +38,21 @@ COMMAND = (
 FILES = ("metrics.jsonl", "warm_start.jsonl")
 
 
-def attempts(run_dir: Path, *plans: Any, command: tuple[str, ...] = COMMAND) -> list[int]:
-    """Exit codes of one attempt per plan, each by the same command."""
-    arguments = ["train", str(RECIPE), f"run.dir={run_dir}", *command]
+def attempts(
+    run_dir: Path, *plans: Any, command: tuple[str, ...] = COMMAND, reward: tuple[str, ...] = ()
+) -> list[int]:
+    """Exit codes of one attempt per plan and a last one that is left alone, each by the same command."""
+    arguments = [*reward, "train", str(RECIPE), f"run.dir={run_dir}", *command]
     line = [sys.executable, str(STRUCK_RUN), json.dumps([*plans, None]), *arguments]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=1000, check=False)
     assert done.returncode == 0, done.stderr
     return list(json.loads(done.stdout.splitlines()[-1]))
 
 
 def last_weights(run_dir: Path) -> dict[str, Any]:
     """What the manifest of the last checkpoint says of all tensors, optimizer state included."""
-    manifest = json.loads((run_dir / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").read_text())
+    newest = max((run_dir / "checkpoints").glob("step_*"))
+    manifest = json.loads((newest / "manifest.json").read_text())
     return {name: entry for name, entry in manifest.items() if name.endswith(".distcp")}
 
 
@@ -119,3 +122,16 @@ def test_minutes_that_are_over_end_the_run_like_a_signal(tmp_path: Path) -> None
     assert codes == [EXIT_PREEMPTED] * 2
     assert [row["run/attempt"] for row in rows(tmp_path / "run", "warm_start.jsonl")] == [1]
     assert [row["run/attempt"] for row in rows(tmp_path / "run")] == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_quickstart_of_30_steps_is_the_same_with_and_without_five_kills(tmp_path: Path) -> None:
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    command = ("resume=auto", "train.steps=30", "eval.every_steps=10", "eval.problems=256")
+    command = (*command, "checkpoint.every_steps=10")
+    assert attempts(calm, command=command, reward=("--real",)) == [0]
+    plans = [[moment, int(SIGKILL)] for moment in MOMENTS]
+    codes = attempts(killed, *plans, command=command, reward=("--real",))
+    assert codes == [-SIGKILL] * len(plans) + [0]
+    assert_same_run(killed, calm)

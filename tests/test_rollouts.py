@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opo_megatron.errors import UserError
+from opo_megatron.errors import BadNumbers
 from opo_megatron.policy.microbatch import plan_micro_batches
 from opo_megatron.policy.parallel import Parallel, share_of
 from opo_megatron.rollout.batch import (
@@ -222,5 +222,7 @@ def test_rewards_are_those_of_each_samples_own_prompt() -> None:
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
 def test_a_reward_that_is_not_finite_is_refused(special: float) -> None:
-    with pytest.raises(UserError, match="must return a finite number"):
-        rewards_of(Lengths(special), [Prompt(0, "", (0,), "")] * 2, random_rollouts(8))  # type: ignore[arg-type]
+    rollouts = random_rollouts(8)
+    rollouts.rewards = rewards_of(Lengths(special), [Prompt(0, "", (0,), "")] * 2, rollouts)  # type: ignore[arg-type]
+    with pytest.raises(BadNumbers, match="must return a finite number"):
+        gather_summary(alone(), rollouts)

@@ -19,6 +19,8 @@ def check_faults(config: Config) -> None:
     ):
         if value < 0:
             raise UserError(f"{key} is {value:g}; it must be 0 or more, and 0 turns it off")
+    if run.on_bad_numbers not in ("stop", "skip"):
+        raise UserError(f"run.on_bad_numbers is {run.on_bad_numbers!r}; it must be stop or skip")
     if checkpoint.on_failure not in ("stop", "continue"):
         raise UserError(f"checkpoint.on_failure is {checkpoint.on_failure!r}; it must be stop or continue")
     if checkpoint.keep_best is not None:

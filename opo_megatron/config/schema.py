@@ -127,6 +127,9 @@ class RunConfig:
     """OpenMP threads of each rank on a CPU; more than there are cores makes steps many times slower."""
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run."""
+    on_bad_numbers: str = "stop"
+    """What an OPO step with a reward, loss or gradient that is not finite does, once its rollouts are in
+    bad_batches/: `stop` the run, or `skip` the step."""
     max_minutes: float = 0.0
     """After so long the run saves and ends with exit code 75, to be started again; 0 is no limit."""
 

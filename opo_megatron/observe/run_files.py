@@ -82,6 +82,13 @@ class RunFiles:
         if self.writes and rollouts is not None:
             rollouts.save(self.dir / "rollouts" / f"step_{step:08d}.safetensors")
 
+    def write_bad_batch(self, step: int, rollouts: Rollouts | None) -> Path:
+        """The samples of a step with bad numbers (given on the writing rank), and where they are."""
+        path = self.dir / "bad_batches" / f"step_{step:08d}.safetensors"
+        if self.writes and rollouts is not None:
+            rollouts.save(path)
+        return path
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """summary.json, replaced as a whole."""
         if not self.writes:

@@ -153,14 +153,31 @@ def save(policy: Policy, config: Config, progress: RunProgress, extra: dict[str,
     Raises:
         SaveError: on all ranks where one cannot write; what was there before stays as it is.
     """
-    _check_buckets(policy)
-    parallel = policy.parallel
     final = Path(config.run.dir) / "checkpoints" / progress.folder
     partial = final.with_name(final.name + ".partial")
+    try:
+        _write(policy, config, progress, extra, final, partial)
+    except SaveError:
+        if policy.parallel.rank == 0:  # what there is of it would fill the disk
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write(
+    policy: Policy,
+    config: Config,
+    progress: RunProgress,
+    extra: dict[str, Any] | None,
+    final: Path,
+    partial: Path,
+) -> None:
+    _check_buckets(policy)
+    parallel = policy.parallel
 
     def make_room() -> None:
         if parallel.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            for torn in final.parent.glob("*.partial"):  # left by attempts that were killed
+                shutil.rmtree(torn)
             partial.mkdir(parents=True)
 
     def write_state() -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from opo_megatron.algorithm.objective import Objective
 from opo_megatron.config.schema import Config, Dtype, OptimizerConfig
-from opo_megatron.errors import UserError
+from opo_megatron.errors import BadNumbers, UserError
 from opo_megatron.kernels.head import default_chunk_tokens
 from opo_megatron.policy.head_gradient import Head, HeadLoss, log_probs
 from opo_megatron.policy.measure import measure_tokens
@@ -283,9 +283,10 @@ class Policy:
         wrong = all_reduce(self.parallel, (~torch.isfinite(norms)).sum().cpu())
         if int(wrong) or not math.isfinite(metrics.loss):
             self.zero_gradients()
-            raise UserError(
+            raise BadNumbers(
                 f"the loss is {metrics.loss:g} and the gradient is {'not ' if int(wrong) else ''}finite, so "
-                "the weights stay as they are; resume from a checkpoint with a smaller optimizer.lr"
+                "the weights stay as they are",
+                "resume from a checkpoint with a smaller optimizer.lr",
             )
 
     def log_probs(self, batch: Rollouts, plan: Plan, temperature: float) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.energy import EnergySums
-from opo_megatron.errors import UserError
+from opo_megatron.errors import BadNumbers, UserError
 from opo_megatron.policy.microbatch import Plan
 from opo_megatron.policy.parallel import Parallel, all_gather_objects, all_to_all_objects, share_of
 from opo_megatron.rollout.engine import Request
@@ -48,21 +48,9 @@ def requests_for(prompts: Sequence[Prompt], samples_per_prompt: int, parallel: P
 
 
 def rewards_of(task: Task, prompts: Sequence[Prompt], rollouts: Rollouts) -> Tensor:
-    """[n] float64: the task's reward of each response.
-
-    Raises:
-        UserError: for a reward that is not a finite number.
-    """
+    """[n] float64: the task's reward of each response; `gather_summary` checks them on all ranks alike."""
     pairs = zip(rollouts.groups.tolist(), rollouts.responses(), strict=True)
-    rewards = torch.tensor([task.reward(prompts[g], response) for g, response in pairs], dtype=torch.float64)
-    wrong = (~torch.isfinite(rewards)).nonzero()
-    if wrong.numel():
-        i = int(wrong[0])
-        raise UserError(
-            f"the reward of prompt {int(rollouts.prompt_ids[i])} is {float(rewards[i])}; "
-            "a verifier must return a finite number"
-        )
-    return rewards
+    return torch.tensor([task.reward(prompts[g], response) for g, response in pairs], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -89,9 +77,14 @@ class Summary:
 
 
 def gather_summary(parallel: Parallel, rollouts: Rollouts) -> Summary:
-    """Lengths and rewards of all ranks' samples."""
+    """Lengths and rewards of all ranks' samples.
+
+    Raises:
+        BadNumbers: on all ranks, for a reward that is not a finite number.
+    """
     assert rollouts.rewards is not None
     columns = (
+        rollouts.prompt_ids,
         rollouts.groups,
         rollouts.prompt_lengths,
         rollouts.response_lengths,
@@ -100,7 +93,14 @@ def gather_summary(parallel: Parallel, rollouts: Rollouts) -> Summary:
     )
     energies = None if rollouts.energy is None else (rollouts.energy, rollouts.energy_hidden)
     gathered = all_gather_objects(parallel, (columns, energies))
-    groups, prompts, responses, reasons, rewards = _joined(known for known, _ in gathered)
+    ids, groups, prompts, responses, reasons, rewards = _joined(known for known, _ in gathered)
+    wrong = (~torch.isfinite(rewards)).nonzero()
+    if wrong.numel():
+        i = int(wrong[0])
+        raise BadNumbers(
+            f"the reward of prompt {int(ids[i])} is {float(rewards[i])}",
+            "a verifier must return a finite number",
+        )
     summary = Summary(groups, prompts, responses, reasons, rewards)
     if energies is None:
         return summary
