@@ -11,6 +11,7 @@ from typing import Any
 from opo_megatron.algorithm.energy import needs_energies
 from opo_megatron.algorithm.fitted_weights import FittedWeights
 from opo_megatron.algorithm.on_policy import check_mismatch
+from opo_megatron.audit import audit_row
 from opo_megatron.config import Config
 from opo_megatron.errors import OnPolicyError, Preempted, SaveError
 from opo_megatron.observe.closing import closing_table
@@ -174,6 +175,11 @@ class Run:
         """Write an OPO step, then save where it is time to."""
         if rollouts is not None and self.config.observe.save_rollouts:
             self.files.write_rollouts(row["step"], gather_on_first(self.parallel, rollouts))
+        if self.config.observe.audit:
+            started = time.perf_counter()
+            audit = audit_row(self.policy, self.config, self.extra_state, row["step"], rollouts)
+            self.files.write_audit(audit)
+            row["time/audit"] = time.perf_counter() - started
         row |= {"on_policy/sync_diff_max": self.sync_difference, "run/engine_failures": self.engine_failures}
         self.files.write_step(row | throughput_metrics(row) | memory_metrics())
         self.display.row(row)

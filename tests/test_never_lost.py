@@ -35,7 +35,7 @@ COMMAND = (
     "eval.problems=16",
     "checkpoint.every_steps=4",
 )
-FILES = ("metrics.jsonl", "warm_start.jsonl")
+FILES = ("metrics.jsonl", "warm_start.jsonl", "audit.jsonl")
 
 
 def attempts(

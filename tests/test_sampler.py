@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from opo_megatron.hashing import hash_of
 from opo_megatron.rollout.engine import Sampling
-from opo_megatron.rollout.local.sampler import draw, request_key, uniforms
+from opo_megatron.rollout.local.sampler import draw, uniforms
 
 ALMOST_ONE = 1 - 2.0**-53
 MASK = (1 << 64) - 1
@@ -74,9 +75,9 @@ def test_neighbouring_numbers_are_uniform_and_uncorrelated(along: str) -> None:
     """Kolmogorov–Smirnov at p = 0.001, and the correlation of neighbours within four standard errors."""
     count = 100_000
     if along == "positions":
-        got = uniforms(torch.full((count,), request_key((1, 2, 3, 4))), torch.arange(count))
+        got = uniforms(torch.full((count,), hash_of((1, 2, 3, 4))), torch.arange(count))
     else:
-        keys = [request_key((1, 2, prompt, sample)) for prompt in range(count // 8) for sample in range(8)]
+        keys = [hash_of((1, 2, prompt, sample)) for prompt in range(count // 8) for sample in range(8)]
         got = uniforms(torch.tensor(keys), torch.zeros(count, dtype=torch.int64))
     assert bool((got >= 0).all()) and bool((got < 1).all())
     ordered, grid = got.sort().values, torch.arange(count + 1, dtype=torch.float64) / count
@@ -92,19 +93,19 @@ def test_keys_are_a_chain_of_splitmix64_and_fit_int64() -> None:
         state = 0
         for part in parts:
             state = splitmix64(state ^ part & MASK)
-        assert request_key(parts) == signed(state)
+        assert hash_of(parts) == signed(state)
 
 
 def test_keys_of_neighbouring_requests_are_distinct() -> None:
     keys = {
-        request_key((seed, step, prompt, sample))
+        hash_of((seed, step, prompt, sample))
         for seed in range(5)
         for step in range(10)
         for prompt in range(250)
         for sample in range(8)
     }
     assert len(keys) == 100_000
-    assert len({request_key((1, 2)), request_key((2, 1)), request_key((1, 2, 0)), request_key((3,))}) == 4
+    assert len({hash_of((1, 2)), hash_of((2, 1)), hash_of((1, 2, 0)), hash_of((3,))}) == 4
 
 
 # ---------------------------------------------------------------------- drawing

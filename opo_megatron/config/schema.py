@@ -422,6 +422,8 @@ class ObserveConfig:
     """Also draw the metrics in this project of Weights & Biases; its own variables say the rest."""
     save_rollouts: bool = True
     """Write every step's rollouts, with rewards and advantages, to rollouts/."""
+    audit: bool = True
+    """Write digests of every step's weights and rollouts to audit.jsonl, for `opo replay`."""
     kl: Kl = Kl.off
     """`eval` measures, at each evaluation, how far the policy is from where OPO began."""
 

@@ -23,6 +23,7 @@ class RunFiles:
         self.dir, self.writes = Path(config.run.dir), writes
         self.metrics = RowFile(self.dir / "metrics.jsonl")
         self.warm_start = RowFile(self.dir / "warm_start.jsonl")
+        self.audit = RowFile(self.dir / "audit.jsonl")
         self._boards: list[Board] = []
         if not writes:
             return
@@ -33,6 +34,8 @@ class RunFiles:
         in_warm_start = progress.phase == "warm_start"
         step = -1 if in_warm_start else progress.step
         self.metrics.cut_after(step)
+        if config.observe.audit:
+            self.audit.cut_after(step)
         if in_warm_start:
             self.warm_start.cut_after(progress.step)
         self._cut_rollouts(step)
@@ -46,9 +49,9 @@ class RunFiles:
 
     def _copy_rows(self, other: Path) -> None:
         """A run that goes on from another's checkpoint begins with that one's rows."""
-        for name in (self.metrics.path.name, self.warm_start.path.name):
-            if (other / name).exists():
-                shutil.copyfile(other / name, self.dir / name)
+        for file in (self.metrics, self.warm_start, self.audit):
+            if (other / file.path.name).exists():
+                shutil.copyfile(other / file.path.name, file.path)
 
     def _count_attempt(self) -> int:
         """1 for the first start in this folder, one more for each later one."""
@@ -65,6 +68,11 @@ class RunFiles:
     def write_step(self, row: Row) -> None:
         """One finished OPO step."""
         self._write(self.metrics, "step", row)
+
+    def write_audit(self, row: Row) -> None:
+        """What a finished OPO step was."""
+        if self.writes:
+            self.audit.append(row)
 
     def write_warm_start(self, row: Row) -> None:
         """One finished warm-start step."""

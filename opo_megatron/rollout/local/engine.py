@@ -15,10 +15,11 @@ from torch import Tensor
 
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
+from opo_megatron.hashing import hash_of
 from opo_megatron.kernels.exact import padded_keys
 from opo_megatron.rollout.engine import NamedTensors, Progress, Request, Sampling
 from opo_megatron.rollout.local.decoder import Decoder, KeyValueCache
-from opo_megatron.rollout.local.sampler import draw, request_key, uniforms
+from opo_megatron.rollout.local.sampler import draw, uniforms
 from opo_megatron.rollout.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
 
 PREFILL_TOKENS = 16384
@@ -148,7 +149,7 @@ class _Batch:
         self.slots = min(engine.slots, n)
         self.cache = engine.cache(self.slots, length)
         self.keys = torch.tensor(
-            [request_key((*sampling.seed, r.prompt_id, r.sample_index)) for r in requests],
+            [hash_of((*sampling.seed, r.prompt_id, r.sample_index)) for r in requests],
             dtype=torch.int64,
             device=self.device,
         )

@@ -11,44 +11,15 @@ import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.energy import energy
+from opo_megatron.hashing import GOLDEN, mix_tensor, shift_right, signed
 from opo_megatron.kernels.exact import log_softmax
 from opo_megatron.rollout.engine import Sampling
-
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-
-
-def request_key(parts: tuple[int, ...]) -> int:
-    """A signed 64-bit key of a tuple of integers: splitmix64 (Steele et al. 2014), chained."""
-    state = 0
-    for part in parts:
-        state = _mix((state ^ (part & _MASK)) + _GOLDEN & _MASK)
-    return state - (1 << 64) if state >> 63 else state
-
-
-def _mix(x: int) -> int:
-    x = (x ^ (x >> 30)) * _FACTORS[0] & _MASK
-    x = (x ^ (x >> 27)) * _FACTORS[1] & _MASK
-    return x ^ (x >> 31)
 
 
 def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
     """[n] float64 in [0, 1): the number of each (key, position), both int64."""
-    x = keys + (positions + 1) * _signed(_GOLDEN)
-    x = (x ^ _shift_right(x, 30)) * _signed(_FACTORS[0])
-    x = (x ^ _shift_right(x, 27)) * _signed(_FACTORS[1])
-    x = x ^ _shift_right(x, 31)
-    return _shift_right(x, 11).double() * 2.0**-53
-
-
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >> 63 else x
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's own copies the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    x = mix_tensor(keys + (positions + 1) * signed(GOLDEN))
+    return shift_right(x, 11).double() * 2.0**-53
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,0 +1,93 @@
+"""What a step was, in a row that another machine can check: `audit.jsonl`.
+
+Each OPO step has a digest of its rollouts, column by column, and of the weights that it made, tensor by
+tensor with its norm, and a chain: a hash of both and of the chain before it, so that one number says
+whether two runs were the same up to here.  Digests are sums over elements and do not depend on how these
+are spread over ranks (`weights/digest.py`); log-probabilities of the engine, which another layout rounds
+otherwise, are left out.  Warm-start steps have none: step 0 has the weights that they made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opo_megatron.config import Config
+from opo_megatron.hashing import MASK, hash_of, mix_tensor
+from opo_megatron.observe.rows import Row
+from opo_megatron.policy.parallel import Parallel, all_reduce
+from opo_megatron.policy.policy import Policy
+from opo_megatron.rollout.rollouts import Rollouts
+from opo_megatron.weights.digest import digest_rows, digest_weights
+
+CHAIN = "audit_chain"
+"""Name of the last chain in the run's state."""
+PER_SAMPLE = ("prompt_ids", "response_lengths", "finish_reasons", "rewards")
+PER_TOKEN = {"prompt_tokens": "prompt_lengths", "response_tokens": "response_lengths"}
+
+
+def audit_row(
+    policy: Policy, config: Config, state: dict[str, Any], step: int, rollouts: Rollouts | None
+) -> Row:
+    """The row of a step, of which `state` gets the chain; a collective of all ranks.
+
+    Args:
+        rollouts: this rank's part; None for a step without any.
+    """
+    weights = digest_weights(policy.chunks, policy.table, policy.parallel)
+    columns = digest_rollouts(policy.parallel, rollouts)
+    of_weights, of_rollouts = (
+        sum(values) & MASK for values in ((one.sum for one in weights.values()), columns.values())
+    )
+    chain = hash_of((int(state.get(CHAIN, "0"), 16), of_weights, of_rollouts))
+    state[CHAIN] = in_hex(chain)
+    return {
+        "step": step,
+        "chain": in_hex(chain),
+        "weights": in_hex(of_weights),
+        "rollouts": in_hex(of_rollouts),
+        "layout": layout_of(config, policy.parallel.world_size),
+        "columns": {name: in_hex(value) for name, value in columns.items()},
+        "tensors": {name: [in_hex(one.sum), one.norm] for name, one in weights.items()},
+    }
+
+
+def layout_of(config: Config, world_size: int) -> str:
+    """All that decides how sums are rounded."""
+    policy = config.policy
+    return (
+        f"{world_size} ranks, tensor {policy.tensor_model_parallel_size}, pipeline "
+        f"{policy.pipeline_model_parallel_size}×{policy.virtual_pipeline_model_parallel_size or 1}, expert "
+        f"{policy.expert_model_parallel_size}×{policy.expert_tensor_parallel_size}, sequence parallel "
+        f"{policy.sequence_parallel}, {policy.max_tokens_per_micro_batch} tokens, head "
+        f"{policy.head_chunk_tokens}, {config.rollout.local.slots} slots, {policy.device.value}"
+    )
+
+
+def digest_rollouts(parallel: Parallel, rollouts: Rollouts | None) -> dict[str, int]:
+    """Signed 64 bits for each column, over all ranks; a collective."""
+    names = (*PER_SAMPLE, *PER_TOKEN)
+    sums = torch.zeros(len(names), dtype=torch.int64)
+    if rollouts is not None and len(rollouts):
+        for i, (name, keys, values) in enumerate(_columns(rollouts)):
+            sums[i] = digest_rows(name, keys, values)
+    return dict(zip(names, all_reduce(parallel, sums).tolist(), strict=True))
+
+
+def _columns(rollouts: Rollouts) -> list[tuple[str, Tensor, Tensor]]:
+    """(name, which element it is wherever its sample lies, value)."""
+    samples = mix_tensor(rollouts.groups * (1 << 32) + rollouts.sample_indices)
+    columns = [(name, samples, getattr(rollouts, name)) for name in PER_SAMPLE]
+    for name, lengths_name in PER_TOKEN.items():
+        lengths = getattr(rollouts, lengths_name)
+        starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+        place = torch.arange(int(lengths.sum())) - starts
+        columns.append((name, torch.repeat_interleave(samples, lengths) + place, getattr(rollouts, name)))
+    return columns
+
+
+def in_hex(value: int) -> str:
+    """16 digits."""
+    return f"{value & MASK:016x}"
