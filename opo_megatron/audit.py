@@ -48,32 +48,34 @@ def audit_row(
         "chain": in_hex(chain),
         "weights": in_hex(of_weights),
         "rollouts": in_hex(of_rollouts),
-        "layout": layout_of(config, policy.parallel.world_size),
+        "layout": layout_of(config, policy.parallel),
         "columns": {name: in_hex(value) for name, value in columns.items()},
         "tensors": {name: [in_hex(one.sum), one.norm] for name, one in weights.items()},
     }
 
 
-def layout_of(config: Config, world_size: int) -> str:
+def layout_of(config: Config, parallel: Parallel) -> str:
     """All that decides how sums are rounded."""
     policy = config.policy
     return (
-        f"{world_size} ranks, tensor {policy.tensor_model_parallel_size}, pipeline "
+        f"{parallel.world_size} ranks, tensor {policy.tensor_model_parallel_size}, pipeline "
         f"{policy.pipeline_model_parallel_size}×{policy.virtual_pipeline_model_parallel_size or 1}, expert "
         f"{policy.expert_model_parallel_size}×{policy.expert_tensor_parallel_size}, sequence parallel "
         f"{policy.sequence_parallel}, {policy.max_tokens_per_micro_batch} tokens, head "
-        f"{policy.head_chunk_tokens}, {config.rollout.local.slots} slots, {policy.device.value}"
+        f"{policy.head_chunk_tokens}, {config.rollout.local.slots} slots, {parallel.device.type}"
     )
 
 
 def digest_rollouts(parallel: Parallel, rollouts: Rollouts | None) -> dict[str, int]:
     """Signed 64 bits for each column, over all ranks; a collective."""
-    names = (*PER_SAMPLE, *PER_TOKEN)
-    sums = torch.zeros(len(names), dtype=torch.int64)
-    if rollouts is not None and len(rollouts):
-        for i, (name, keys, values) in enumerate(_columns(rollouts)):
-            sums[i] = digest_rows(name, keys, values)
-    return dict(zip(names, all_reduce(parallel, sums).tolist(), strict=True))
+    mine = dict.fromkeys((*PER_SAMPLE, *PER_TOKEN), 0) if rollouts is None else sums_of(rollouts)
+    sums = all_reduce(parallel, torch.tensor(list(mine.values()), dtype=torch.int64))
+    return dict(zip(mine, sums.tolist(), strict=True))
+
+
+def sums_of(rollouts: Rollouts) -> dict[str, int]:
+    """Signed 64 bits for each column of these samples."""
+    return {name: digest_rows(name, keys, values) for name, keys, values in _columns(rollouts)}
 
 
 def _columns(rollouts: Rollouts) -> list[tuple[str, Tensor, Tensor]]:

@@ -1,8 +1,8 @@
 """The command `opo`: reads the command line, prints a user's mistake as one line, chooses exit codes.
 
-Exit codes: 0 done; 2 a mistake that the user can mend (one line on stderr, no traceback); 75 told to
-end before the last step, by SIGTERM, SIGUSR1 or run.max_minutes, and saved: resume=auto goes on; 130
-interrupted; with `--nproc`, the code of the first rank that failed.
+Exit codes: 0 done; 2 a mistake that the user can mend (one line on stderr, no traceback); 3 a replayed
+step is not what it was; 75 told to end before the last step, by SIGTERM, SIGUSR1 or run.max_minutes, and
+saved: resume=auto goes on; 130 interrupted; with `--nproc`, the code of the first rank that failed.
 
 One mistake, one line: `opo train` checks the recipe before it starts ranks.  What only a rank can
 find is printed by the first rank that claims the launcher's error file, so that the same mistake on
@@ -28,7 +28,14 @@ from opo_megatron.config import Config, load_config, to_yaml
 from opo_megatron.config.arithmetic import describe_batch, smallest_world
 from opo_megatron.config.keys import key_types, unknown
 from opo_megatron.config.schema import EngineName
-from opo_megatron.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, Preempted, UserError
+from opo_megatron.errors import (
+    EXIT_DIFFERS,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    Preempted,
+    ReplayDiffers,
+    UserError,
+)
 from opo_megatron.launch import CHILD, ERROR_CLAIM, run_ranks
 from opo_megatron.parts import hidden
 from opo_megatron.rollout.sglang.server import interpreter
@@ -49,11 +56,13 @@ examples:
       your own problems, one JSON object per line; rewarded where the last number is the answer's
   opo train recipes/quickstart.yaml run.dir=runs/first resume=auto optimizer.lr=1e-4 --allow optimizer.lr
       go on with a setting that must not change unless it is meant
+  opo replay runs/first --step 20
+      do step 20 again from the checkpoint before it: equal, or what differs is named
   opo config recipes/quickstart.yaml run.dir=runs/first optimizer.lr=1e-4
       print every setting that the run would have, and the arithmetic of its batches
 
 exit codes:
-  0 done    2 a mistake, said in one line    130 interrupted
+  0 done    2 a mistake, said in one line    3 `opo replay`: not what it was    130 interrupted
   75 ended before its last step by SIGTERM, SIGUSR1 or run.max_minutes, and saved:
      the same command with resume=auto goes on
 """
@@ -85,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     except Preempted:
         return EXIT_PREEMPTED
+    except ReplayDiffers as difference:
+        print_error(difference)
+        return EXIT_DIFFERS
     except KeyboardInterrupt:
         if CHILD not in os.environ:
             print("interrupted; resume=auto goes on from the newest checkpoint of run.dir", file=sys.stderr)
@@ -122,11 +134,16 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     commands = {}
     for name, run, summary in (
         ("train", _train, "train by a recipe"),
+        ("replay", _replay, "do a step of a run again and compare it with what it was"),
         ("config", _config, "print the resolved recipe, and what a step does"),
     ):
         command = subparsers.add_parser(name, help=summary, description=summary, **_PARSER_STYLE)
         add = command.add_argument
-        add("recipe", metavar="RECIPE", help="YAML file; its `base:` names one to inherit from")
+        if name == "replay":
+            add("run_dir", metavar="RUN", type=Path, help="the run's folder")
+            add("--step", metavar="K", type=int, required=True, help="OPO step, 1 or more")
+        else:
+            add("recipe", metavar="RECIPE", help="YAML file; its `base:` names one to inherit from")
         add("overrides", metavar="key=value", nargs="*", help="replaces a value, e.g. train.steps=10")
         add("--nproc", metavar="N", type=_rank_count, help="number of ranks on this machine")
         add("--debug", action="store_true", help="show the traceback of a user error")
@@ -174,6 +191,22 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _replay(options: argparse.Namespace) -> int:
+    recipe = options.run_dir / "config.yaml"
+    if not recipe.exists():
+        raise UserError(f"{options.run_dir} is not the folder of a run ({recipe} is missing); name a run.dir")
+    config = load_config(recipe, options.overrides, _world_size(options.nproc) or 1)
+    if (options.nproc or 1) > 1:
+        command = [sys.executable, "-m", "opo_megatron", "replay", str(options.run_dir), *options.overrides]
+        command += ["--step", str(options.step), *(["--debug"] if options.debug else [])]
+        return run_ranks(command, options.nproc, config.run.threads_per_rank)
+    with hidden("wandb"):
+        from opo_megatron.replay import replay
+
+    replay(config, options.run_dir, options.step)
+    return 0
+
+
 def check_run_dir(config: Config) -> None:
     """Refuse a folder that cannot be written or holds something; asked once, before any rank writes."""
     folder = Path(config.run.dir)
@@ -209,7 +242,7 @@ def _is_said() -> bool:
     return claim is not None and Path(claim).exists()
 
 
-def print_error(error: UserError) -> None:
+def print_error(error: UserError | ReplayDiffers) -> None:
     """One line on stderr, once where several ranks make the same mistake."""
     claim, rank = os.environ.get(ERROR_CLAIM), os.environ.get("RANK", "0")
     who = f" (rank {rank})" if claim is None and rank != "0" else ""

@@ -4,6 +4,9 @@ EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL: the run was told to end before its last step, has saved, and goes on with resume=auto."""
 
+EXIT_DIFFERS = 3
+"""`opo replay` found that a step is not what it was."""
+
 
 class UserError(Exception):
     """A mistake that the user can mend.  The message names the thing, its value and the remedy."""
@@ -39,6 +42,10 @@ class OnPolicyError(UserError):
 
 class EngineFailure(Exception):
     """A rollout engine that died, hung or broke off: nobody's mistake, and it can be started again."""
+
+
+class ReplayDiffers(Exception):
+    """A step that was done again is not what the run wrote of it; the message names what differs."""
 
 
 class Preempted(Exception):

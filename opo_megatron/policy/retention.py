@@ -29,6 +29,8 @@ class Retention:
     config: CheckpointConfig
     state: dict[str, Any]
     saved_at: float = field(default_factory=time.monotonic)
+    is_off: bool = False
+    """Nothing is due, ever."""
     _best_before: dict[str, Any] | None = None
 
     def minutes_are_over(self) -> bool:
@@ -39,6 +41,8 @@ class Retention:
     def is_due(self, step: int, last: int, minutes_are_over: bool, is_best: bool) -> bool:
         """Whether the step `step` of `last` ends with a checkpoint."""
         every = self.config.every_steps
+        if self.is_off:
+            return False
         return step == last or (every > 0 and step % every == 0) or minutes_are_over or is_best
 
     def note_best(self, row: dict[str, Any], progress: RunProgress) -> bool:
