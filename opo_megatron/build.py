@@ -38,6 +38,7 @@ from opo_megatron.rollout.turns import Turns
 from opo_megatron.run import Run
 from opo_megatron.stop import StopRequest
 from opo_megatron.tasks import TASKS, Task
+from opo_megatron.watchdog import Watchdog
 from opo_megatron.weights.hf_folder import read_weights
 from opo_megatron.weights.random import random_weights
 from opo_megatron.weights.start_weights import StartWeights
@@ -55,10 +56,11 @@ def open_run(config: Config, allowed: Sequence[str] = ()) -> Iterator[Run]:
     display = Display(active=parallel.rank == 0)
     stop = StopRequest(parallel, config.run.max_minutes)
     stop.listen()
+    watchdog = Watchdog(parallel, Path(config.run.dir), config.run.hang_minutes)
     run = None
     try:
         with writing(config.run.dir):
-            run = _build(config, parallel, display, stop, allowed)
+            run = _build(config, parallel, display, stop, watchdog, allowed)
             try:
                 yield run
             except Preempted as reason:
@@ -79,6 +81,7 @@ def open_run(config: Config, allowed: Sequence[str] = ()) -> Iterator[Run]:
             leave()
         raise
     finally:
+        watchdog.close()
         stop.close()
     _close(run)
     leave()
@@ -91,7 +94,12 @@ def _close(run: Run) -> None:
 
 
 def _build(
-    config: Config, parallel: Parallel, display: Display, stop: StopRequest, allowed: Sequence[str]
+    config: Config,
+    parallel: Parallel,
+    display: Display,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    allowed: Sequence[str],
 ) -> Run:
     if config.observe.wandb_project is not None and parallel.rank == 0:
         load_wandb(config)
@@ -124,6 +132,8 @@ def _build(
     elif config.policy.init_from is not None:
         display.say(f"starts from the weights of {config.policy.init_from}")
     files = RunFiles(config, parallel.rank == 0, progress, checkpoint)
+    watchdog.start()
+    policy.on_micro_batch = watchdog.progress
     if start_weights is not None and checkpoint is not None and not in_warm_start:
         start_weights.take_over(run_of(checkpoint))
     takes_turns = shares_memory(config, parallel)
@@ -145,6 +155,7 @@ def _build(
         files,
         display,
         stop,
+        watchdog,
         Retention(config.checkpoint, extra),
         extra,
         start_weights,

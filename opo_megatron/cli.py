@@ -2,7 +2,8 @@
 
 Exit codes: 0 done; 2 a mistake that the user can mend (one line on stderr, no traceback); 3 a replayed
 step is not what it was; 75 told to end before the last step, by SIGTERM, SIGUSR1 or run.max_minutes, and
-saved: resume=auto goes on; 130 interrupted; with `--nproc`, the code of the first rank that failed.
+saved: resume=auto goes on; 76 hung, ended by its watchdog; 130 interrupted; with `--nproc`, the code of
+the first rank that failed.
 
 One mistake, one line: `opo train` checks the recipe before it starts ranks.  What only a rank can
 find is printed by the first rank that claims the launcher's error file, so that the same mistake on
@@ -65,6 +66,7 @@ exit codes:
   0 done    2 a mistake, said in one line    3 `opo replay`: not what it was    130 interrupted
   75 ended before its last step by SIGTERM, SIGUSR1 or run.max_minutes, and saved:
      the same command with resume=auto goes on
+  76 no progress for run.hang_minutes: ended, with the stacks of all ranks in run.dir/stacks
 """
 
 _PARSER_STYLE: dict[str, Any] = {

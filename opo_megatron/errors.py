@@ -4,6 +4,8 @@ EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL: the run was told to end before its last step, has saved, and goes on with resume=auto."""
 
+EXIT_HUNG = 76
+"""No progress for run.hang_minutes: the run was ended by its watchdog, and goes on with resume=auto."""
 EXIT_DIFFERS = 3
 """`opo replay` found that a step is not what it was."""
 

@@ -19,6 +19,7 @@ from opo_megatron.observe.console import Display
 from opo_megatron.observe.rows import Row
 from opo_megatron.observe.run_files import RunFiles
 from opo_megatron.observe.step_metrics import memory_metrics, throughput_metrics
+from opo_megatron.observe.timing import PhaseTimer
 from opo_megatron.policy.checkpoint import RunProgress, save
 from opo_megatron.policy.measure import measure_energies
 from opo_megatron.policy.parallel import Parallel
@@ -33,6 +34,7 @@ from opo_megatron.rollout.turns import Turns
 from opo_megatron.stop import StopRequest
 from opo_megatron.tasks import Prompt, Task
 from opo_megatron.tasks.base import PromptOrder, Split
+from opo_megatron.watchdog import Watchdog
 from opo_megatron.weights.start_weights import StartWeights
 
 STREAM_TRAIN, STREAM_WARM_START, STREAM_EVAL = range(3)
@@ -53,6 +55,7 @@ class Run:
     files: RunFiles
     display: Display
     stop: StopRequest
+    watchdog: Watchdog
     retention: Retention
     extra_state: dict[str, Any]
     """What estimators remember beyond the weights, name → JSON value: it goes into every checkpoint and
@@ -101,11 +104,17 @@ class Run:
             energies=needs_energies(self.config.algorithm),
         )
 
+    def timer(self, step: int) -> PhaseTimer:
+        """Of a step of either kind, whose phases the watchdog watches from here on."""
+        self.watchdog.enter("warm start" if self.step < 0 else "step", step)
+        return PhaseTimer(self.watchdog.enter)
+
     def progress(self, what: str) -> Progress:
         """Shows an engine's progress under the name `what`."""
         begun = time.monotonic()
 
         def show(done: int, total: int, tokens: int) -> None:
+            self.watchdog.progress()
             rate = tokens / max(1e-9, time.monotonic() - begun)
             text = f"{what}  {done}/{total} responses  {rate:,.0f} tokens/s"
             self.display.status(text, done / max(1, total))
@@ -208,6 +217,7 @@ class Run:
             self._save(progress, must_succeed=True)
 
     def _save(self, progress: RunProgress, must_succeed: bool) -> None:
+        self.watchdog.enter("checkpoint")
         self.display.status(f"saving {progress.folder}")
         try:
             with self.turns.saving():

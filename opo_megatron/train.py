@@ -30,7 +30,6 @@ from opo_megatron.config.schema import ObjectiveName
 from opo_megatron.evaluate import evaluate, evaluation_is_due
 from opo_megatron.observe.rows import Row
 from opo_megatron.observe.step_metrics import step_row
-from opo_megatron.observe.timing import PhaseTimer
 from opo_megatron.policy.schedule import learning_rate
 from opo_megatron.policy.step_sums import StepMetrics
 from opo_megatron.rollout.batch import (
@@ -67,7 +66,7 @@ def train(config: Config, allowed: Sequence[str] = ()) -> None:
 
 def opo_step(run: Run, step: int) -> None:
     """One batch of rollouts, one optimizer step."""
-    config, policy, parallel, timer = run.config, run.policy, run.parallel, PhaseTimer()
+    config, policy, parallel, timer = run.config, run.policy, run.parallel, run.timer(step)
 
     with timer.phase("rollout"):
         prompts = run.prompts(step)

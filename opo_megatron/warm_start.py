@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 
 from opo_megatron.algorithm.objective import Supervised
-from opo_megatron.observe.timing import PhaseTimer
 from opo_megatron.policy.schedule import learning_rate
 from opo_megatron.rollout.rollouts import Rollouts
 from opo_megatron.run import STREAM_WARM_START, Run
@@ -31,7 +30,7 @@ def warm_start(run: Run) -> None:
 
 
 def _supervised_step(run: Run, step: int) -> None:
-    config, timer = run.config.warm_start, PhaseTimer()
+    config, timer = run.config.warm_start, run.timer(step)
     demonstrations = _demonstrations(run, step)
     plan = run.policy.plan(demonstrations.sequence_lengths)
     objective = Supervised(max(1.0, float(demonstrations.response_lengths.sum())))

@@ -16,6 +16,7 @@ def check_faults(config: Config) -> None:
         ("checkpoint.every_minutes", checkpoint.every_minutes),
         ("checkpoint.keep_last", checkpoint.keep_last),
         ("run.max_minutes", run.max_minutes),
+        ("run.hang_minutes", run.hang_minutes),
     ):
         if value < 0:
             raise UserError(f"{key} is {value:g}; it must be 0 or more, and 0 turns it off")

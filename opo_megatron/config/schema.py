@@ -127,6 +127,9 @@ class RunConfig:
     """OpenMP threads of each rank on a CPU; more than there are cores makes steps many times slower."""
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run."""
+    hang_minutes: float = 30.0
+    """A rank that makes no progress in a phase for so long ends the run with exit code 76 and the stacks of
+    all ranks; 0 is off."""
     on_bad_numbers: str = "stop"
     """What an OPO step with a reward, loss or gradient that is not finite does, once its rollouts are in
     bad_batches/: `stop` the run, or `skip` the step."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,13 +12,19 @@ import torch
 class PhaseTimer:
     """Adds up wall-clock seconds by phase name."""
 
-    def __init__(self) -> None:
+    def __init__(self, enter: Callable[[str], None]) -> None:
+        """
+        Args:
+            enter: is told when a phase begins.
+        """
+        self._enter = enter
         self._started = time.perf_counter()
         self._seconds: dict[str, float] = {}
         self._peaks: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        self._enter(name)
         started = time.perf_counter()
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()

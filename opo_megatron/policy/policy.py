@@ -80,6 +80,8 @@ class Policy:
         self._check_vocabulary()
         self.version = 0
         """Number of optimizer steps that made these weights."""
+        self.on_micro_batch: Callable[[], None] = lambda: None
+        """Called when one begins."""
         self.chunks = build_chunks(
             self.config,
             vocab_size,
@@ -320,6 +322,7 @@ class Policy:
 
         def forward(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             micro = next(iterator)
+            self.on_micro_batch()
             output = chunk(micro.tokens, micro.position_ids, None)
             return output, partial(loss, self.chunks[-1], micro)
 

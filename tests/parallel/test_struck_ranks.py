@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from signal import SIGKILL, SIGTERM, SIGUSR1
+from signal import SIGKILL, SIGSTOP, SIGTERM, SIGUSR1
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from small import RECIPE
 from test_never_lost import COMMAND, STRUCK_RUN, assert_same_run
 from tiny_run import lasting, rows
 
-from opo_megatron.errors import EXIT_PREEMPTED
+from opo_megatron.errors import EXIT_HUNG, EXIT_PREEMPTED
 
 TP2 = "policy.tensor_model_parallel_size=2"
 LAUNCH = "from opo_megatron.launch import run_ranks; import sys; n, *command = sys.argv[1:]; "
@@ -23,12 +23,18 @@ LAUNCH += "sys.exit(run_ranks(command, int(n)))"
 
 def attempt(run_dir: Path, nproc: int, plan: list[Any] | None, *overrides: str) -> int:
     """The launcher's exit code."""
+    done = start(run_dir, nproc, plan, *overrides)
+    assert done.returncode in (0, EXIT_PREEMPTED, 128 + SIGKILL), done.stderr
+    return done.returncode
+
+
+def start(
+    run_dir: Path, nproc: int, plan: list[Any] | None, *overrides: str
+) -> subprocess.CompletedProcess[str]:
     arguments = ["train", str(RECIPE), f"run.dir={run_dir}", *COMMAND, *overrides]
     command = [sys.executable, str(STRUCK_RUN), json.dumps([plan]), *arguments]
     line = [sys.executable, "-c", LAUNCH, str(nproc), *command]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode in (0, EXIT_PREEMPTED, 128 + SIGKILL), done.stderr
-    return done.returncode
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.slow
@@ -65,3 +71,25 @@ def test_a_run_goes_on_under_another_layout_within_rounding(tmp_path: Path) -> N
             for key in expected.keys() & {"loss", "grad_norm", "reward/mean", "eval/accuracy", "entropy"}:
                 close = pytest.approx(expected[key], rel=1e-3, abs=1e-6)
                 assert row[key] == close, (row["step"], key)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("stopped", "answers"), [(1, 0), (0, 1)])
+def test_a_rank_that_is_stopped_is_named_with_its_phase_and_all_stacks_are_there(
+    tmp_path: Path, stopped: int, answers: int
+) -> None:
+    minutes = 0.2
+    struck = tmp_path / "struck"
+    done = start(struck, 2, ["training", int(SIGSTOP), stopped], TP2, f"run.hang_minutes={minutes}")
+    assert done.returncode == EXIT_HUNG, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert f"rank {stopped} is stopped or gone in phase train of step 1 (process " in lines[0]
+    assert f"rank {answers} " not in lines[0]
+    waited = float(lines[0].split("since ")[1].split(" s")[0])
+    assert 60 * minutes <= waited < 2 * 60 * minutes
+    stacks = [(struck / "stacks" / f"rank_{rank:05d}.txt").read_text() for rank in (0, 1)]
+    assert all("in opo_step" in one and "in train_step" in one for one in stacks)
+    assert "strike" in stacks[stopped] or "struck" in stacks[stopped], "where it was when it was stopped"
+    assert attempt(struck, 2, None, TP2) == 0
