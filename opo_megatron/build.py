@@ -73,6 +73,7 @@ def open_run(config: Config, allowed: Sequence[str] = ()) -> Iterator[Run]:
     except BaseException:
         display.close()
         if run is not None:
+            run.cancel_pending()
             run.engine.close()
             with suppress(OSError):  # on a full disk as before
                 run.files.close(failed=True)

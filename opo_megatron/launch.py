@@ -98,11 +98,11 @@ def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[
         env=environment,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=_die_with_parent(),
+        preexec_fn=die_with_parent(),
     )
 
 
-def _die_with_parent() -> Callable[[], None] | None:
+def die_with_parent() -> Callable[[], None] | None:
     """What a new child runs so that even a SIGKILL of the parent leaves no rank behind (Linux only)."""
     if sys.platform != "linux":
         return None

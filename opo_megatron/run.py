@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from opo_megatron.observe.rows import Row
 from opo_megatron.observe.run_files import RunFiles
 from opo_megatron.observe.step_metrics import memory_metrics, throughput_metrics
 from opo_megatron.observe.timing import PhaseTimer
-from opo_megatron.policy.checkpoint import RunProgress, save
+from opo_megatron.policy.checkpoint import RunProgress, Saving
 from opo_megatron.policy.measure import measure_energies
 from opo_megatron.policy.parallel import Parallel
 from opo_megatron.policy.policy import OwnShards, Policy
@@ -76,6 +77,8 @@ class Run:
     """What `baseline=auto` has learned."""
     drawn: Rollouts | None = None
     """This rank's part of the last training batch."""
+    pending: Saving | None = None
+    """The checkpoint that is being written."""
     saved: RunProgress | None = None
     """The last checkpoint, of this attempt or the one that it went on from."""
     started: float = field(default_factory=time.monotonic)
@@ -201,7 +204,11 @@ class Run:
         Raises:
             Preempted: on all ranks, once everything is saved.
         """
-        reason, (minutes_are_over,) = self.stop.agree(self.retention.minutes_are_over())
+        is_writing = self.pending is not None and not self.pending.is_written()
+        flags = (self.retention.minutes_are_over(), is_writing)
+        reason, (minutes_are_over, any_is_writing) = self.stop.agree(*flags)
+        if not any_is_writing:
+            self._complete_pending()
         # Step 0 has the weights of the warm start's last step, or those of the beginning.
         has_weights = progress.step > 0
         is_best = has_weights and self.retention.note_best(row, progress)
@@ -213,23 +220,46 @@ class Run:
             raise Preempted(reason)
 
     def _save_before_leaving(self, progress: RunProgress) -> None:
+        self._complete_pending()
         if progress.step > 0 and progress != self.saved:
             self._save(progress, must_succeed=True)
 
     def _save(self, progress: RunProgress, must_succeed: bool) -> None:
+        """Begin a checkpoint when the one before it is complete; what must succeed is waited for."""
+        self._complete_pending()
         self.watchdog.enter("checkpoint")
         self.display.status(f"saving {progress.folder}")
-        try:
+        beside = self.config.checkpoint.asynchronous and not must_succeed
+        with self._failure_survived(progress, must_succeed):
             with self.turns.saving():
-                save(self.policy, self.config, progress, self.extra_state)
+                self.pending = Saving(self.policy, self.config, progress, self.extra_state, beside)
+            if not beside:
+                self._complete_pending(must_succeed)
+
+    def _complete_pending(self, must_succeed: bool = False) -> None:
+        """Give the checkpoint that is being written its name, once it is whole."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        with self._failure_survived(pending.progress, must_succeed):
+            pending.complete()
+            self.saved = pending.progress
+            self.retention.saved(Path(self.config.run.dir), self.files.writes)
+
+    def cancel_pending(self) -> None:
+        """Give up the checkpoint that is being written, where the run has failed."""
+        if self.pending is not None:
+            self.pending.cancel()
+
+    @contextmanager
+    def _failure_survived(self, progress: RunProgress, must_succeed: bool) -> Iterator[None]:
+        try:
+            yield
         except SaveError as error:
             if must_succeed or self.config.checkpoint.on_failure == "stop":
                 raise
             self.retention.failed(progress)
             self.display.say(f"warning: {error}; the run goes on without it")
-            return
-        self.saved = progress
-        self.retention.saved(Path(self.config.run.dir), self.files.writes)
 
     def summarize(self) -> None:
         """Write summary.json and show the closing table."""

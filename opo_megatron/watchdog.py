@@ -46,7 +46,7 @@ class Watchdog:
         self._interval = min(LONGEST_INTERVAL, self._limit / 10)
         self._status_dir, self._stacks_dir = run_dir / "status", run_dir / "stacks"
         self._phase, self._step, self._since, self._count = "start", 0, time.monotonic(), 0
-        self._closed = threading.Event()
+        self._closed, self._lock = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
         self._stacks: TextIO | None = None
 
@@ -65,9 +65,12 @@ class Watchdog:
         self._thread.start()
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """A phase begins."""
-        self._phase, self._since = phase, time.monotonic()
+        """A phase begins; where it is another one, its name is in the file before anything can go wrong."""
+        is_new, self._phase, self._since = phase != self._phase, phase, time.monotonic()
         self._step = self._step if step is None else step
+        if is_new and self._thread is not None:
+            with suppress(OSError):  # a full disk ends the run by itself
+                self._write()
 
     def progress(self) -> None:
         """The phase goes on."""
@@ -102,23 +105,21 @@ class Watchdog:
                 self._end()
 
     def _write(self) -> None:
-        self._count += 1
         path = self._file_of(self.parallel.rank)
         partial = path.with_suffix(".partial")
-        partial.write_text(
-            json.dumps(
-                {
-                    "rank": self.parallel.rank,
-                    "host": socket.gethostname(),
-                    "pid": os.getpid(),
-                    "phase": self._phase,
-                    "step": self._step,
-                    "seconds": round(time.monotonic() - self._since, 1),
-                    "count": self._count,
-                }
-            )
-        )
-        os.replace(partial, path)
+        with self._lock:
+            self._count += 1
+            status: Status = {
+                "rank": self.parallel.rank,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "phase": self._phase,
+                "step": self._step,
+                "seconds": round(time.monotonic() - self._since, 1),
+                "count": self._count,
+            }
+            partial.write_text(json.dumps(status))
+            os.replace(partial, path)
 
     def _end(self) -> None:
         """Write stacks, name who is to blame, and end this process; does not return."""

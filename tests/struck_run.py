@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from opo_megatron.cli import main
-from opo_megatron.policy import checkpoint
+from opo_megatron.policy import checkpoint, checkpoint_writer
 from opo_megatron.policy.policy import Policy
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.rollout.rollouts import Rollouts
@@ -84,15 +84,26 @@ def during_training(strike: Callable[[], None]) -> None:
     Policy.accumulate_gradients = struck
 
 
-def during_saving(strike: Callable[[], None]) -> None:
-    """A checkpoint's tensors are written, it has no name yet."""
-    entries_of = checkpoint.entries_of
+def during_writing(strike: Callable[[], None]) -> None:
+    """The process that writes a checkpoint has written its tensors and would read them back."""
+    entries_of = checkpoint_writer.entries_of
 
     def struck(*arguments: Any) -> Any:
         strike()
         return entries_of(*arguments)
 
-    checkpoint.entries_of = struck
+    checkpoint_writer.entries_of = struck
+
+
+def during_saving(strike: Callable[[], None]) -> None:
+    """A checkpoint's tensors are written, it has no manifest and no name yet."""
+    finish = checkpoint.Saving._finish
+
+    def struck(self: checkpoint.Saving, *arguments: Any) -> Any:
+        strike()
+        return finish(self, *arguments)
+
+    checkpoint.Saving._finish = struck
 
 
 MOMENTS = {
@@ -100,6 +111,7 @@ MOMENTS = {
     "generation": during_generation,
     "training": during_training,
     "evaluation": during_evaluation,
+    "writing": during_writing,
     "saving": during_saving,
 }
 
@@ -112,7 +124,8 @@ def attempt(plan: list[Any] | None, arguments: list[str]) -> int:
         LiftTask.reward = reward  # type: ignore[method-assign]
     if plan is not None and (len(plan) < 3 or str(plan[2]) == os.environ.get("RANK", "0")):
         moment, number = plan[:2]
-        MOMENTS[moment](lambda: os.kill(os.getpid(), number))
+        rank = os.getpid()  # also where a process beside it comes to the moment
+        MOMENTS[moment](lambda: os.kill(rank, number))
     return main(arguments)
 
 

@@ -104,11 +104,11 @@ def test_a_run_that_is_told_to_end_in_every_phase_is_the_run_that_never_was(
     calm: Path, tmp_path: Path
 ) -> None:
     plans = [
+        ["saving", int(SIGTERM)],
         ["warm start", int(SIGTERM)],
         ["evaluation", int(SIGTERM)],
         ["generation", int(SIGUSR1)],
         ["training", int(SIGUSR1)],
-        ["saving", int(SIGTERM)],
     ]
     codes = attempts(tmp_path / "run", *plans)
     assert codes == [EXIT_PREEMPTED] * len(plans) + [0]

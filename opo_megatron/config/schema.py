@@ -442,6 +442,8 @@ class CheckpointConfig:
     keep_best: str | None = None
     """Metric, such as eval/accuracy, whose best step is saved and kept besides those."""
     keep_best_is: Better = Better.highest
+    asynchronous: bool = True
+    """Written by a process beside the training, one at a time; the last of a stage is waited for."""
     on_failure: str = "stop"
     """Where one cannot be written: `stop`, or `continue` without it (the last one always stops)."""
 

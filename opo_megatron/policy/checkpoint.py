@@ -14,21 +14,25 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial as partial_call
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Literal, TypeVar
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
 from opo_megatron import __version__
 from opo_megatron.config import Config, to_yaml
 from opo_megatron.errors import SaveError, UserError
+from opo_megatron.policy.checkpoint_writer import (
+    Writer,
+    WriterBeside,
+    WriterHere,
+    hand_over,
+    keep_results_in_memory,
+)
 from opo_megatron.policy.manifest import (
     Entries,
     entries_of,
@@ -144,61 +148,108 @@ def run_of(checkpoint: Path) -> Path:
     return checkpoint.resolve().parent.parent
 
 
-def save(policy: Policy, config: Config, progress: RunProgress, extra: dict[str, Any] | None = None) -> None:
-    """Write `<run.dir>/checkpoints/<progress>`; a collective of all ranks.
+class Saving:
+    """A checkpoint on its way to `<run.dir>/checkpoints/<progress>`, of the state of this moment."""
 
-    Args:
-        extra: what estimators remember, name → JSON value.
+    def __init__(
+        self,
+        policy: Policy,
+        config: Config,
+        progress: RunProgress,
+        extra: dict[str, Any] | None = None,
+        beside: bool = False,
+    ) -> None:
+        """Take the state and begin; a collective of all ranks.
 
-    Raises:
-        SaveError: on all ranks where one cannot write; what was there before stays as it is.
-    """
-    final = Path(config.run.dir) / "checkpoints" / progress.folder
-    partial = final.with_name(final.name + ".partial")
-    try:
-        _write(policy, config, progress, extra, final, partial)
-    except SaveError:
-        if policy.parallel.rank == 0:  # what there is of it would fill the disk
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+        Args:
+            extra: what estimators remember, name → JSON value.
+            beside: write in a process of its own while training goes on.
 
+        Raises:
+            SaveError: on all ranks where one cannot write; what was there before stays as it is.
+        """
+        _check_buckets(policy)
+        self.parallel, self.progress = policy.parallel, progress
+        self.final = Path(config.run.dir) / "checkpoints" / progress.folder
+        self._partial = self.final.with_name(self.final.name + ".partial")
+        state = _state_of(policy, config, progress) | {"extra": extra or {}}
+        self._texts = {STATE_FILE: json.dumps(state, indent=2) + "\n", CONFIG_FILE: to_yaml(config)}
+        self._writer: Writer | None = None
+        with self._removed_if_it_fails():
+            _together(self.parallel, self.final, self._make_room)
+            with self._failures_named(), _without_checksums_of_torch():
+                self._request = dist_checkpointing.save(
+                    _sharded_state(policy, is_loading=False), str(self._partial), async_sharded_save=True
+                )
+                writer = WriterBeside if beside else WriterHere
+                self._writer = writer(
+                    self._request, self._partial, self.parallel.rank, self.parallel.world_size
+                )
 
-def _write(
-    policy: Policy,
-    config: Config,
-    progress: RunProgress,
-    extra: dict[str, Any] | None,
-    final: Path,
-    partial: Path,
-) -> None:
-    _check_buckets(policy)
-    parallel = policy.parallel
+    def is_written(self) -> bool:
+        """Whether this rank's part is, so that `complete` takes no time."""
+        return self._writer is not None and self._writer.is_done()
 
-    def make_room() -> None:
-        if parallel.rank == 0:
-            for torn in final.parent.glob("*.partial"):  # left by attempts that were killed
+    def complete(self) -> None:
+        """Wait until all is written, and give the checkpoint its name; a collective of all ranks.
+
+        Raises:
+            SaveError: as above.
+        """
+        assert self._writer is not None
+        with self._removed_if_it_fails():
+            with _without_checksums_of_torch():
+                written = self._writer.wait()
+            with self._failures_named():
+                hand_over(written)
+                for finalize in self._request.finalize_fns:
+                    finalize()
+            parts = _together(self.parallel, self.final, lambda: self._finish(written.entries))
+            _together(self.parallel, self.final, lambda: self._name(parts))
+
+    def cancel(self) -> None:
+        """Give it up."""
+        if self._writer is not None:
+            self._writer.cancel()
+
+    def _make_room(self) -> None:
+        if self.parallel.rank == 0:
+            for torn in self.final.parent.glob("*.partial"):  # left by attempts that were killed
                 shutil.rmtree(torn)
-            partial.mkdir(parents=True)
+            self._partial.mkdir(parents=True)
 
-    def write_state() -> None:
-        if parallel.rank == 0:
-            state = _state_of(policy, config, progress) | {"extra": extra or {}}
-            (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
-            (partial / CONFIG_FILE).write_text(to_yaml(config))
+    def _finish(self, entries: Entries) -> Entries:
+        """The small files, and the entries of all that this rank has written."""
+        if self.parallel.rank == 0:
+            for name, text in self._texts.items():
+                (self._partial / name).write_text(text)
+        own = written_by(self._partial, self.parallel.rank, self.parallel.world_size)
+        return entries | entries_of(self._partial, [name for name in own if name not in entries])
 
-    def complete(entries: list[Entries]) -> None:
-        if parallel.rank == 0:
-            write_manifest(partial, {name: entry for part in entries for name, entry in part.items()})
-            os.replace(partial, final)
+    def _name(self, parts: list[Entries]) -> None:
+        if self.parallel.rank == 0:
+            write_manifest(self._partial, {name: entry for part in parts for name, entry in part.items()})
+            os.replace(self._partial, self.final)
 
-    _together(parallel, final, make_room)
-    named = _failures_named(f"the checkpoint {final} cannot be written", "give the disk space", SaveError)
-    with named, _without_checksums_of_torch():
-        dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(partial))
-    _together(parallel, final, write_state)
-    own = written_by(partial, parallel.rank, parallel.world_size)
-    entries = _together(parallel, final, partial_call(entries_of, partial, own))
-    _together(parallel, final, partial_call(complete, entries))
+    def _failures_named(self) -> AbstractContextManager[None]:
+        return _failures_named(
+            f"the checkpoint {self.final} cannot be written", "give the disk space", SaveError
+        )
+
+    @contextmanager
+    def _removed_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except SaveError:
+            self.cancel()
+            if self.parallel.rank == 0:  # what there is of it would fill the disk
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise
+
+
+def save(policy: Policy, config: Config, progress: RunProgress, extra: dict[str, Any] | None = None) -> None:
+    """Write `<run.dir>/checkpoints/<progress>` and wait for it; a collective of all ranks."""
+    Saving(policy, config, progress, extra).complete()
 
 
 def _together(parallel: Parallel, final: Path, work: Callable[[], T]) -> list[T]:
@@ -292,13 +343,7 @@ def _quiet_about_optimizer_shards() -> None:
 _quiet_about_optimizer_shards()
 
 
-def _without_helper_process() -> None:
-    """Megatron's queue of write results is served by a process that outlives a rank that is killed, and
-    keeps its pipes open.  Writers are children of the rank that reads, so a queue in memory is enough."""
-    filesystem_async._results_queue = SimpleQueue()
-
-
-_without_helper_process()
+keep_results_in_memory()
 
 
 @contextmanager

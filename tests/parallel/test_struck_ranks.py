@@ -49,6 +49,7 @@ def test_four_ranks_of_which_one_is_struck_in_every_phase_go_on_as_if_nothing_ha
         (["generation", int(SIGUSR1), 2], EXIT_PREEMPTED),
         (["training", int(SIGTERM), 3], EXIT_PREEMPTED),
         (["evaluation", int(SIGKILL), 1], 128 + SIGKILL),
+        (["writing", int(SIGKILL), 3], 128 + SIGKILL),
         (["saving", int(SIGKILL), 0], 128 + SIGKILL),
     )
     for plan, code in plans:

@@ -1,0 +1,128 @@
+"""Writes this rank's part of a checkpoint, here and now or in a process beside the training.
+
+A forked process has the memory of this moment: what the training overwrites later is copied by the
+kernel, page by page, so tensors on a CPU need no copy of their own.  Those on a GPU are copied to the
+host before.  The process writes, reads back for the checksums, and dies with its rank.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple, Protocol
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+
+from opo_megatron.launch import die_with_parent
+from opo_megatron.policy.manifest import Entries, entries_of, written_by
+
+NICENESS = 10
+"""Training goes first where there are more processes than cores."""
+
+
+class Written(NamedTuple):
+    """What one rank has written."""
+
+    results: Any
+    """For Megatron's metadata; an Exception where it failed, None where there was nothing to write."""
+    entries: Entries
+
+
+class Writer(Protocol):
+    def is_done(self) -> bool:
+        """Whether `wait` returns at once."""
+        ...
+
+    def wait(self) -> Written: ...
+
+    def cancel(self) -> None: ...
+
+
+class WriterHere:
+    """Writes when it is waited for."""
+
+    def __init__(self, request: AsyncRequest, folder: Path, rank: int, world_size: int) -> None:
+        self._arguments = (request, _on_host(request), folder, rank, world_size)
+
+    def is_done(self) -> bool:
+        return False
+
+    def wait(self) -> Written:
+        return _write(*self._arguments)
+
+    def cancel(self) -> None: ...
+
+
+class WriterBeside:
+    """A process that has begun to write."""
+
+    def __init__(self, request: AsyncRequest, folder: Path, rank: int, world_size: int) -> None:
+        context = multiprocessing.get_context("fork")
+        self._receiver, sender = context.Pipe(duplex=False)
+        arguments = (request, _on_host(request), folder, rank, world_size)
+        self._process = context.Process(
+            target=_write_and_send, args=(die_with_parent(), sender, *arguments), name="checkpoint writer"
+        )
+        self._process.start()
+        sender.close()
+
+    def is_done(self) -> bool:
+        return self._receiver.poll()
+
+    def wait(self) -> Written:
+        try:
+            written: Written = self._receiver.recv()
+        except EOFError:
+            self._process.join()
+            error = RuntimeError(f"the process that writes it ended with code {self._process.exitcode}")
+            return Written(error, {})
+        self._process.join()
+        return written
+
+    def cancel(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def keep_results_in_memory() -> None:
+    """Megatron's queue of write results is served by a process that outlives a rank that is killed, and
+    keeps its pipes open.  Results come by a pipe here, or from the same process, so memory is enough."""
+    filesystem_async._results_queue = SimpleQueue()
+
+
+def hand_over(written: Written) -> None:
+    """Give Megatron the results that it will ask for."""
+    if written.results is not None:
+        filesystem_async._results_queue.put(written.results)
+
+
+def _on_host(request: AsyncRequest) -> Any:
+    return request.preload_fn() if request.async_fn is not None else None
+
+
+def _write(request: AsyncRequest, buckets: Any, folder: Path, rank: int, world_size: int) -> Written:
+    results = None
+    if request.async_fn is not None:
+        found: SimpleQueue[Any] = SimpleQueue()
+        request.async_fn(request.async_fn_args[0], buckets, found)
+        results = found.get_nowait()
+    if isinstance(results, Exception):
+        return Written(results, {})
+    try:
+        return Written(results, entries_of(folder, written_by(folder, rank, world_size)))
+    except OSError as error:
+        return Written(error, {})
+
+
+def _write_and_send(bind: Any, sender: Connection, *arguments: Any) -> None:
+    if bind is not None:
+        bind()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # they are the rank's to answer
+        signal.signal(number, signal.SIG_IGN)
+    os.nice(NICENESS)
+    sender.send(_write(*arguments))

@@ -1,0 +1,105 @@
+"""Checkpoints that a process beside the training writes: the same bytes, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from signal import SIGKILL
+from typing import Any
+
+import pytest
+import torch
+from small import small_config, small_policy
+from tiny_run import lasting, train
+
+from opo_megatron.errors import SaveError
+from opo_megatron.policy import checkpoint_writer
+from opo_megatron.policy.checkpoint import RunProgress, Saving, damage_of, load, save
+from opo_megatron.policy.parallel import Parallel, initialize, leave
+from opo_megatron.policy.policy import Policy
+
+PROGRESS = RunProgress("step", 1)
+
+
+def test_a_run_that_waits_for_its_checkpoints_is_the_same(tmp_path: Path) -> None:
+    small = ("warm_start.steps=2", "train.steps=2", "checkpoint.every_steps=1", "eval.greedy=false")
+    for name in ("true", "false"):
+        assert train(tmp_path / name, *small, f"checkpoint.asynchronous={name}") == 0
+    assert lasting(tmp_path / "true") == lasting(tmp_path / "false")
+    first, second = (
+        sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
+        for name in ("true", "false")
+    )
+    assert first == second and len(first) == 4
+
+
+@pytest.fixture(scope="module")
+def parallel() -> Iterator[Parallel]:
+    yield initialize(small_config())
+    leave()
+
+
+@pytest.fixture
+def policy(parallel: Parallel, tmp_path: Path) -> Policy:
+    made = small_policy(small_config(f"run.dir={tmp_path / 'run'}"), parallel)
+    made.allocate_optimizer_state()
+    return made
+
+
+def tensors_of(run_dir: Path) -> dict[str, Any]:
+    manifest = json.loads((run_dir / "checkpoints" / PROGRESS.folder / "manifest.json").read_text())
+    return {name: entry for name, entry in manifest.items() if name.endswith(".distcp")}
+
+
+def test_what_is_written_is_the_state_of_the_beginning(policy: Policy, tmp_path: Path) -> None:
+    here, beside = (small_config(f"run.dir={tmp_path / name}") for name in ("here", "beside"))
+    save(policy, here, PROGRESS)
+    extra = {"note": 1}
+    saving = Saving(policy, beside, PROGRESS, extra, beside=True)
+    extra["note"] = 2
+    with torch.no_grad():
+        for chunk in policy.chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(7.0)
+    policy.version = 99
+    assert not (tmp_path / "beside" / "checkpoints" / PROGRESS.folder).exists()
+    saving.complete()
+    assert tensors_of(tmp_path / "beside") == tensors_of(tmp_path / "here") != {}
+    folder = tmp_path / "beside" / "checkpoints" / PROGRESS.folder
+    assert damage_of(folder, policy.parallel) is None
+    load(policy, beside, folder)
+    assert policy.version == 0
+    assert json.loads((folder / "run_state.json").read_text())["extra"] == {"note": 1}
+
+
+def test_training_does_not_wait_for_the_disk(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint_writer._write
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(2)
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoint_writer, "_write", slow)
+    started = time.monotonic()
+    saving = Saving(policy, small_config(f"run.dir={tmp_path}"), PROGRESS, beside=True)
+    assert time.monotonic() - started < 1.5 and not saving.is_written()
+    while not saving.is_written():
+        time.sleep(0.05)
+    assert time.monotonic() - started >= 2
+    saving.complete()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [PROGRESS.folder]
+
+
+def test_a_writer_that_dies_is_a_sentence_and_leaves_nothing(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_writer, "_write", lambda *arguments: os.kill(os.getpid(), SIGKILL))
+    saving = Saving(policy, small_config(f"run.dir={tmp_path}"), PROGRESS, beside=True)
+    with pytest.raises(SaveError, match=r"cannot be written .*ended with code -9"):
+        saving.complete()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
