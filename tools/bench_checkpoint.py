@@ -1,0 +1,151 @@
+"""What do checkpoints cost a run?  → records/checkpoint.json
+
+    python tools/bench_checkpoint.py             # a policy of 50M parameters, 20 steps, a save every 5
+
+Supervised steps of one process, in turns without saves, with saves beside the training and with saves that
+are waited for: the seconds of a step, and by how much saving lengthens it as a share of the time between
+saves.  Then what the writer makes of the disk: bytes per second of one checkpoint, checksums included,
+beside a plain write of as many bytes with fsync.  Each figure is the median of its rounds.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from record import write_record
+
+from opo_megatron.algorithm.objective import Supervised
+from opo_megatron.config import Config, load_config
+from opo_megatron.policy.checkpoint import RunProgress, Saving
+from opo_megatron.policy.parallel import initialize, leave
+from opo_megatron.policy.policy import Policy
+from opo_megatron.rollout.rollouts import Rollouts
+from opo_megatron.weights.random import random_weights
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+VOCAB_SIZE = 8192
+MODEL = (
+    "policy.model.num_layers=8",
+    "policy.model.hidden_size=640",
+    "policy.model.ffn_hidden_size=1760",
+    "policy.model.num_attention_heads=10",
+    "policy.model.max_sequence_length=512",
+)
+STEPS, EVERY, ROUNDS = 20, 5, 3
+SEQUENCES, TOKENS = 4, 64
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--no-record", action="store_true", help="print only")
+    parser.add_argument("--folder", type=Path, help="where to write; default the system's temporary folder")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        results = measure(Path(folder), options.rounds)
+    print(json.dumps(results, indent=2))
+    if not options.no_record:
+        print(f"written to {write_record('checkpoint', results)}")
+    return 0
+
+
+def measure(folder: Path, rounds: int) -> dict[str, Any]:
+    config = load_config(RECIPE, [f"run.dir={folder / 'run'}", *MODEL])
+    parallel = initialize(config)
+    weights = random_weights(config.policy.model, VOCAB_SIZE, 1)
+    policy = Policy(config, VOCAB_SIZE, parallel, config.optimizer, weights)
+    step(policy, 0)  # allocates
+    ways = (None, True, False)
+    seconds: dict[bool | None, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):  # in turns, so that what the machine does besides meets all alike
+        for way in ways:
+            seconds[way].append(run(policy, config, way))
+    without, beside, here = (median(seconds[way]) for way in ways)
+    between = EVERY * without
+    writes = [write_one(policy, config, folder) for _ in range(rounds)]
+    results = {
+        "parameters": sum(p.numel() for chunk in policy.chunks for p in chunk.parameters()),
+        "steps": STEPS,
+        "save every": EVERY,
+        "seconds per step without saves": without,
+        "seconds per step, saves beside the training": beside,
+        "seconds per step, saves waited for": here,
+        "longer by, of the time between saves (beside)": (beside - without) / between,
+        "longer by, of the time between saves (waited for)": (here - without) / between,
+        "seconds per save that training waits for (beside)": (beside - without) * EVERY,
+        "bytes of a checkpoint": writes[0]["bytes"],
+        "MB/s of the writer, checksums included": median(one["writer"] for one in writes),
+        "MB/s of a plain write": median(one["plain"] for one in writes),
+        "rounds": rounds,
+    }
+    leave()
+    return results
+
+
+def step(policy: Policy, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    tokens = torch.randint(VOCAB_SIZE, (SEQUENCES, TOKENS), generator=generator).tolist()
+    batch = Rollouts.from_demonstrations([row[:16] for row in tokens], [row[16:] for row in tokens])
+    plan = policy.plan(batch.sequence_lengths)
+    policy.train_step(batch, plan, Supervised(float(batch.response_lengths.sum())), lr=1e-4)
+
+
+def run(policy: Policy, config: Config, beside: bool | None) -> float:
+    """Mean seconds of a step, the last save included until it has its name; None saves nothing."""
+    pending: Saving | None = None
+    started = time.perf_counter()
+    for number in range(1, STEPS + 1):
+        step(policy, number)
+        if pending is not None and pending.is_written():
+            pending.complete()
+            pending = None
+        if beside is not None and number % EVERY == 0:
+            if pending is not None:
+                pending.complete()
+            pending = Saving(policy, config, RunProgress("step", number), beside=beside)
+            if not beside:
+                pending.complete()
+                pending = None
+    seconds = time.perf_counter() - started
+    if pending is not None:  # it would overlap with the steps that follow
+        pending.complete()
+    shutil.rmtree(Path(config.run.dir) / "checkpoints", ignore_errors=True)
+    return seconds / STEPS
+
+
+def write_one(policy: Policy, config: Config, folder: Path) -> dict[str, float]:
+    """One checkpoint, and as many bytes from memory, both until they are on the disk."""
+    saving = Saving(policy, config, RunProgress("step", 1))
+    started = time.perf_counter()
+    saving.complete()
+    seconds = time.perf_counter() - started
+    size = sum(path.stat().st_size for path in saving.final.iterdir())
+    shutil.rmtree(saving.final)
+    content = memoryview(bytearray(os.urandom(2**20)) * (size // 2**20))
+    started = time.perf_counter()
+    with (folder / "plain").open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    plain = time.perf_counter() - started
+    (folder / "plain").unlink()
+    return {"bytes": size, "writer": size / seconds / 1e6, "plain": len(content) / plain / 1e6}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
