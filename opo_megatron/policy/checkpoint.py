@@ -30,6 +30,7 @@ from opo_megatron.policy.checkpoint_writer import (
     Writer,
     WriterBeside,
     WriterHere,
+    Written,
     hand_over,
     keep_results_in_memory,
 )
@@ -173,7 +174,13 @@ class Saving:
         self.final = Path(config.run.dir) / "checkpoints" / progress.folder
         self._partial = self.final.with_name(self.final.name + ".partial")
         state = _state_of(policy, config, progress) | {"extra": extra or {}}
-        self._texts = {STATE_FILE: json.dumps(state, indent=2) + "\n", CONFIG_FILE: to_yaml(config)}
+        state_text = json.dumps(state, indent=2) + "\n"  # now: `extra` goes on
+
+        def texts() -> dict[str, str]:
+            if self.parallel.rank > 0:
+                return {}
+            return {STATE_FILE: state_text, CONFIG_FILE: to_yaml(config)}  # which takes half a second
+
         self._writer: Writer | None = None
         with self._removed_if_it_fails():
             _together(self.parallel, self.final, self._make_room)
@@ -182,9 +189,8 @@ class Saving:
                     _sharded_state(policy, is_loading=False), str(self._partial), async_sharded_save=True
                 )
                 writer = WriterBeside if beside else WriterHere
-                self._writer = writer(
-                    self._request, self._partial, self.parallel.rank, self.parallel.world_size
-                )
+                place = (self._partial, self.parallel.rank, self.parallel.world_size)
+                self._writer = writer(self._request, texts, *place)
 
     def is_written(self) -> bool:
         """Whether this rank's part is, so that `complete` takes no time."""
@@ -200,6 +206,7 @@ class Saving:
         with self._removed_if_it_fails():
             with _without_checksums_of_torch():
                 written = self._writer.wait()
+            _together(self.parallel, self.final, lambda: _raise_if_failed(written))
             with self._failures_named():
                 hand_over(written)
                 for finalize in self._request.finalize_fns:
@@ -219,10 +226,7 @@ class Saving:
             self._partial.mkdir(parents=True)
 
     def _finish(self, entries: Entries) -> Entries:
-        """The small files, and the entries of all that this rank has written."""
-        if self.parallel.rank == 0:
-            for name, text in self._texts.items():
-                (self._partial / name).write_text(text)
+        """The entries of all that this rank has written, Megatron's metadata included."""
         own = written_by(self._partial, self.parallel.rank, self.parallel.world_size)
         return entries | entries_of(self._partial, [name for name in own if name not in entries])
 
@@ -250,6 +254,12 @@ class Saving:
 def save(policy: Policy, config: Config, progress: RunProgress, extra: dict[str, Any] | None = None) -> None:
     """Write `<run.dir>/checkpoints/<progress>` and wait for it; a collective of all ranks."""
     Saving(policy, config, progress, extra).complete()
+
+
+def _raise_if_failed(written: Written) -> None:
+    """What Megatron would not be told of where a rank has no tensors to write."""
+    if isinstance(written.results, OSError):
+        raise written.results
 
 
 def _together(parallel: Parallel, final: Path, work: Callable[[], T]) -> list[T]:

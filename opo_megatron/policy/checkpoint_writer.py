@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -33,6 +34,10 @@ class Written(NamedTuple):
     entries: Entries
 
 
+Texts = Callable[[], dict[str, str]]
+"""Small files that this rank writes besides, by name."""
+
+
 class Writer(Protocol):
     def is_done(self) -> bool:
         """Whether `wait` returns at once."""
@@ -46,8 +51,8 @@ class Writer(Protocol):
 class WriterHere:
     """Writes when it is waited for."""
 
-    def __init__(self, request: AsyncRequest, folder: Path, rank: int, world_size: int) -> None:
-        self._arguments = (request, _on_host(request), folder, rank, world_size)
+    def __init__(self, request: AsyncRequest, texts: Texts, folder: Path, rank: int, world_size: int) -> None:
+        self._arguments = (request, _on_host(request), texts, folder, rank, world_size)
 
     def is_done(self) -> bool:
         return False
@@ -61,10 +66,10 @@ class WriterHere:
 class WriterBeside:
     """A process that has begun to write."""
 
-    def __init__(self, request: AsyncRequest, folder: Path, rank: int, world_size: int) -> None:
+    def __init__(self, request: AsyncRequest, texts: Texts, folder: Path, rank: int, world_size: int) -> None:
         context = multiprocessing.get_context("fork")
         self._receiver, sender = context.Pipe(duplex=False)
-        arguments = (request, _on_host(request), folder, rank, world_size)
+        arguments = (request, _on_host(request), texts, folder, rank, world_size)
         self._process = context.Process(
             target=_write_and_send, args=(die_with_parent(), sender, *arguments), name="checkpoint writer"
         )
@@ -105,7 +110,9 @@ def _on_host(request: AsyncRequest) -> Any:
     return request.preload_fn() if request.async_fn is not None else None
 
 
-def _write(request: AsyncRequest, buckets: Any, folder: Path, rank: int, world_size: int) -> Written:
+def _write(
+    request: AsyncRequest, buckets: Any, texts: Texts, folder: Path, rank: int, world_size: int
+) -> Written:
     results = None
     if request.async_fn is not None:
         found: SimpleQueue[Any] = SimpleQueue()
@@ -114,6 +121,8 @@ def _write(request: AsyncRequest, buckets: Any, folder: Path, rank: int, world_s
     if isinstance(results, Exception):
         return Written(results, {})
     try:
+        for name, text in texts().items():
+            (folder / name).write_text(text)
         return Written(results, entries_of(folder, written_by(folder, rank, world_size)))
     except OSError as error:
         return Written(error, {})
