@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opo_megatron.algorithm.energy import needs_energies
-from opo_megatron.algorithm.fitted_weights import FittedWeights
+from opo_megatron.algorithm.fitted_weights import STATE, FittedWeights
 from opo_megatron.algorithm.on_policy import check_mismatch
 from opo_megatron.audit import audit_row
 from opo_megatron.config import Config
@@ -83,6 +83,10 @@ class Run:
     """The last checkpoint, of this attempt or the one that it went on from."""
     started: float = field(default_factory=time.monotonic)
     _orders: dict[tuple[int, int], PromptOrder] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if STATE in self.extra_state:
+            self.fitted_weights.restore(self.extra_state[STATE])
 
     def choose_prompts(self, split: Split, stream: int, seed: int, batch: int, count: int) -> list[Prompt]:
         """Batch 0, 1, 2, … of `count` prompts from a shuffled split; a function of its arguments alone."""

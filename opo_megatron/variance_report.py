@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opo_megatron.algorithm.advantages import advantages
 from opo_megatron.algorithm.energy import EnergySums
-from opo_megatron.algorithm.fitted_weights import FEATURES
+from opo_megatron.algorithm.fitted_weights import FEATURES, STATE
 from opo_megatron.algorithm.variance import (
     Measured,
     between_prompts,
@@ -65,6 +65,7 @@ def variance_report(run: Run, step: int, rollouts: Rollouts, batch: Summary, adv
     row |= {f"variance/{name}": value for name, value in measures.items() if value is not None}
     if run.config.algorithm.weight is Weight.fitted:
         learn(run.fitted_weights, measured)
+        run.extra_state[STATE] = run.fitted_weights.state()
         mixture = zip(FEATURES, run.fitted_weights.coefficients.tolist(), strict=True)
         row |= {f"baseline/auto_{name}": value for name, value in mixture}
     if run.files.writes:

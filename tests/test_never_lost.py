@@ -34,6 +34,8 @@ COMMAND = (
     "eval.every_steps=3",
     "eval.problems=16",
     "checkpoint.every_steps=4",
+    "algorithm.baseline=auto",  # which remembers something
+    "algorithm.variance_every=2",
 )
 FILES = ("metrics.jsonl", "warm_start.jsonl", "audit.jsonl")
 

@@ -23,6 +23,8 @@ from torch import Tensor
 from opo_megatron.algorithm.energy import EnergySums
 
 FEATURES = ("one", "length", "energy")
+STATE = "fitted_weights"
+"""Name of `FittedWeights.state` in what a run remembers."""
 DECAY = 0.9
 PARTS = 4
 CANDIDATES = torch.tensor(
