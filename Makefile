@@ -3,7 +3,8 @@
 PYTHON ?= $(shell for python in python3.11 python3; do $$python -c '' 2>/dev/null && echo $$python && break; done)
 VENV ?= .venv
 # TORCH_INDEX=URL takes torch from another index, for example the one with PyTorch's small CPU builds.
-TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)
+VERSIONS := opo_megatron/versions.toml
+TORCH := torch==$(shell sed -n '/^\[packages.torch\]/,/^version/s/^version = "\(.*\)"/\1/p' $(VERSIONS))
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
 SGLANG_VENV ?= .venv-sglang
@@ -42,7 +43,7 @@ lint: setup-dev  ## style, formatting and types
 	$(VENV)/bin/mypy opo_megatron $(wildcard tools/*.py)
 
 # The stamps are written last, so that an installation that broke off is done again.
-$(VENV)/.setup: setup.py
+$(VENV)/.setup: setup.py $(VERSIONS)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
 	  { echo "Python 3.11 or 3.12 is needed; name one with: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
@@ -54,7 +55,7 @@ $(VENV)/.setup-dev: $(VENV)/.setup
 	$(PIP) install -e '.[dev]'
 	@touch $@
 
-$(SGLANG_VENV)/.setup-%: requirements/sglang-%.txt setup.py
+$(SGLANG_VENV)/.setup-%: requirements/sglang-%.txt $(VERSIONS)
 	$(PYTHON) -m venv $(SGLANG_VENV)
 	$(SGLANG_VENV)/bin/python -m pip --quiet --disable-pip-version-check install \
 	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)

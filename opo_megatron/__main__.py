@@ -1,6 +1,22 @@
-"""`python -m opo_megatron` is `opo`."""
+"""`python -m opo_megatron` is `opo`, and the console script starts here.
 
-from opo_megatron.cli import entry
+`opo doctor` is answered before anything else is imported: it is what is asked where imports fail.
+"""
+
+import sys
+from typing import NoReturn
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    if sys.argv[1:2] == ["doctor"]:
+        from opo_megatron.doctor import main as doctor
+
+        sys.exit(doctor(sys.argv[2:]))
+    from opo_megatron.cli import main
+
+    sys.exit(main())
+
 
 if __name__ == "__main__":
     entry()

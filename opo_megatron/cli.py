@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from opo_megatron import doctor
 from opo_megatron.config import Config, load_config, to_yaml
 from opo_megatron.config.arithmetic import describe_batch, smallest_world
 from opo_megatron.config.keys import key_types, unknown
@@ -61,6 +62,9 @@ examples:
       do step 20 again from the checkpoint before it: equal, or what differs is named
   opo config recipes/quickstart.yaml run.dir=runs/first optimizer.lr=1e-4
       print every setting that the run would have, and the arithmetic of its batches
+  opo doctor --need gpu --need sglang
+      what is installed, what each missing part costs, and how to mend it; exit code 2 where a part that
+      is needed is missing or wrong
 
 exit codes:
   0 done    2 a mistake, said in one line    3 `opo replay`: not what it was    130 interrupted
@@ -110,11 +114,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
-def entry() -> NoReturn:
-    """The console script."""
-    sys.exit(main())
-
-
 def _run(arguments: list[str]) -> int:
     parser, commands = _parsers()
     try:
@@ -153,6 +152,11 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
             add("--allow", metavar="KEY", action="append", default=[], help="may differ in a resumed run")
         command.set_defaults(run=run)
         commands[name] = command
+    summary = "what is installed, what each missing part costs, and how to mend it"
+    command = subparsers.add_parser("doctor", help=summary, description=summary, **_PARSER_STYLE)
+    doctor.add_arguments(command)
+    command.set_defaults(run=doctor.run)
+    commands["doctor"] = command
     return parser, commands
 
 
