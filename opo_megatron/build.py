@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from opo_megatron.config.compare import changed_settings, check_resume
 from opo_megatron.config.schema import Dtype, EngineName, Kl, OptimizerConfig
 from opo_megatron.disk import writing
 from opo_megatron.errors import Preempted, UserError
+from opo_megatron.kernels.fp8 import Scales
 from opo_megatron.observe.boards import load_wandb
 from opo_megatron.observe.console import Display
 from opo_megatron.observe.run_files import RunFiles
@@ -39,6 +41,7 @@ from opo_megatron.run import Run
 from opo_megatron.stop import StopRequest
 from opo_megatron.tasks import TASKS, Task
 from opo_megatron.watchdog import Watchdog
+from opo_megatron.weights.fp8_folder import BlockFp8
 from opo_megatron.weights.hf_folder import read_weights
 from opo_megatron.weights.random import random_weights
 from opo_megatron.weights.start_weights import StartWeights
@@ -220,7 +223,10 @@ def _start_engine(config: Config, parallel: Parallel, policy: Policy, display: D
             )
         return engine
     model_dir = Path(config.run.dir) / "sglang" / "model"
+    fp8 = None
+    if config.rollout.sglang.fp8:  # with Transformer Engine's scales, so that the bytes are the trainer's
+        fp8 = BlockFp8(replace(config.policy.model, vocab_size=policy.vocab_size), Scales.power_of_two)
     if parallel.rank == 0:
-        write_model_config(config, policy.vocab_size, model_dir)
+        write_model_config(config, policy.vocab_size, model_dir, fp8.config if fp8 else None)
     all_gather_objects(parallel, None)  # no server starts before the file is there
-    return SglangEngine(config, parallel, model_dir, display.status)
+    return SglangEngine(config, parallel, model_dir, display.status, fp8)

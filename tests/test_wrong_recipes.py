@@ -170,7 +170,7 @@ OVERRIDE_MISTAKES = [
     ("policy.megatron.num_layers=3", "is set by the project; set policy.model.num_layers instead"),
     ("policy.megatron.bf16=true", "set policy.dtype instead"),
     ("policy.megatron={attention_dropout: 0.1}", "dropout must be 0: the engine samples without it"),
-    ("policy.megatron.fp8=hybrid", "not built yet"),
+    ("policy.megatron.fp8=hybrid", "set policy.fp8 instead"),
     ("policy.megatron.moe_aux_loss_coeff=0.01", "the gradient holds the policy objective and nothing else"),
 ]
 

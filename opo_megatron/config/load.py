@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from opo_megatron.config.architecture import adopt_architecture
 from opo_megatron.config.keys import describe_type, key_types, unknown
 from opo_megatron.config.presets import PRESETS
-from opo_megatron.config.schema import Config, LossNormalizer, Weight
+from opo_megatron.config.schema import Config, EngineName, Fp8, LossNormalizer, Weight
 from opo_megatron.config.validate import validate
 from opo_megatron.errors import UserError
 
@@ -84,6 +84,9 @@ def resolve(config: Config) -> None:
     for switch, value in PRESETS[algorithm.baseline]._asdict().items():
         if getattr(algorithm, switch) is None:
             setattr(algorithm, switch, value)
+    if rollout.sglang.fp8 is None:
+        is_blockwise = config.policy.fp8 is Fp8.blockwise
+        rollout.sglang.fp8 = is_blockwise and rollout.engine is EngineName.sglang
     if algorithm.variance_every is None:
         algorithm.variance_every = 10 if algorithm.weight is Weight.fitted else 0
     if algorithm.loss_normalizer is LossNormalizer.constant and algorithm.loss_constant is None:

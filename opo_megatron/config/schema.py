@@ -81,6 +81,26 @@ class Dtype(str, Enum):
     bf16 = "bf16"
 
 
+class Fp8(str, Enum):
+    """Transformer Engine's recipes: what shares a scale."""
+
+    blockwise = "blockwise"
+    tensorwise = "tensorwise"
+    delayed = "delayed"
+    mxfp8 = "mxfp8"
+
+
+class Recompute(str, Enum):
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class Packing(str, Enum):
+    padded = "padded"
+    thd = "thd"
+
+
 class Device(str, Enum):
     auto = "auto"
     cpu = "cpu"
@@ -245,6 +265,8 @@ class SglangConfig:
     """How often in a row a step is drawn again after a failure, before the run ends."""
     share_memory: bool | None = None
     """Policy and servers give up memory in turns; default where the run's own servers use its GPUs."""
+    fp8: bool | None = None
+    """Servers get weights in FP8, in the trainer's own bytes; default where policy.fp8=blockwise."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further options of sglang.launch_server, by its own names."""
 
@@ -371,6 +393,17 @@ class PolicyConfig:
     """Of weights and activations; master weights and gradient sums are fp32 always."""
     device: Device = Device.auto
     """`auto` takes GPUs where there are any."""
+    fp8: Fp8 | None = None
+    """Products of the layers in FP8, by Transformer Engine: `blockwise` (128×128 blocks of weights, 1×128 of
+    activations) is what an engine can share; `tensorwise`, `delayed`: one scale per tensor, of this step or
+    of earlier ones; `mxfp8` is for Blackwell."""
+    recompute: Recompute = Recompute.none
+    """Activations that are computed again in the backward pass: those of attention (`selective`), or all but
+    each layer's input (`full`)."""
+    packing: Packing = Packing.padded
+    """Rows of a micro-batch are padded on the right; `thd` is not built yet."""
+    optimizer_offload: bool = False
+    """Step the optimizer in host memory; not built yet."""
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None

@@ -16,6 +16,7 @@ from opo_megatron.config.algorithm_rules import check_algorithm
 from opo_megatron.config.arithmetic import expert_parallel_size, model_parallel_size, smallest_world
 from opo_megatron.config.exact import check_exact
 from opo_megatron.config.fault_rules import check_faults
+from opo_megatron.config.gpu_rules import check_gpu_options
 from opo_megatron.config.megatron_fields import MANAGED_FIELDS, check_megatron_fields
 from opo_megatron.config.rules import divides, require
 from opo_megatron.config.schema import (
@@ -51,6 +52,7 @@ def validate(config: Config, world_size: int | None) -> None:
     check_experts(config.policy)
     check_world(config, smallest_world(config) if world_size is None else world_size)
     check_megatron_fields(config.policy)
+    check_gpu_options(config)
 
 
 Rule = tuple[str, Callable[[Any], bool], str]

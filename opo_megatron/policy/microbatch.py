@@ -135,13 +135,15 @@ def build_micro_batches(
     columns: dict[str, Tensor],
     multiple: int,
     device: torch.device,
+    token_multiple: int = 1,
 ) -> list[MicroBatch]:
     """The micro-batches of one rank.
 
     Args:
         batch: exactly `plan.samples_of(dp_rank)`, in that order.
         columns: per-token columns [Σl] in the order of `batch`.
-        multiple: padded lengths are multiples of this.
+        multiple: padded lengths are multiples of this,
+        token_multiple: and rows × padded length of this.
     """
     sequences = batch.sequences()
     lengths = batch.response_lengths.tolist()
@@ -158,7 +160,7 @@ def build_micro_batches(
         if plan.shape is not None:
             height, width = plan.shape[0], plan.shape[1] - 1
         height, width = max(1, height), max(1, width)
-        width += -width % multiple
+        width += -width % math.lcm(multiple, token_multiple // math.gcd(token_multiple, height))
         tokens = torch.zeros(height, width, dtype=torch.int64)
         places = []
         for row, i in enumerate(part):

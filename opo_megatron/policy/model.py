@@ -1,6 +1,7 @@
 """A decoder-only Megatron-Core `GPTModel` of the recipe: RMSNorm, SwiGLU, RoPE, GQA, optionally MoE.
 
-Two places differ from Megatron's local layer spec (and four more in exact mode, see
+Layers are Transformer Engine's where that is installed beside GPUs, else Megatron's local ones (see
+`layer_specs.py`).  Two places differ from Megatron's local layer spec (and four more in exact mode, see
 `exact_layers.py`).  The norm is the project's, because Megatron's
 torch norm refuses sequence parallelism.  The output layer keeps its weight, name and checkpoint
 entry but passes hidden states through: logits exist only inside `kernels/head.py`, chunk by chunk.
@@ -15,28 +16,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
 from opo_megatron.config.schema import Dtype, PolicyConfig
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.rotary import inverse_frequencies
-from opo_megatron.policy.exact_layers import use_exact_layers
+from opo_megatron.policy.layer_specs import device_fields, fp8_fields, layer_spec, recompute_fields, spec_name
 
 BUCKET_MULTIPLE = 128
 """Megatron pads gradient buckets of the distributed optimizer to multiples of this and of the ranks."""
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose weight is marked for sequence parallelism, so that its gradient is summed over TP."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def padded_vocab_size(policy: PolicyConfig, vocab_size: int, dp_size: int) -> int:
@@ -90,13 +80,13 @@ def transformer_config(policy: PolicyConfig, device: torch.device) -> Transforme
         # Interleaved stages cannot announce shapes: Megatron does so by batched p2p, see below.
         "variable_seq_lengths": virtual is None,
         "moe_token_dispatcher_type": "alltoall",
-        "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": False,
         "bias_activation_fusion": False,
         "apply_rope_fusion": False,
     }
+    fields |= device_fields(policy, device) | fp8_fields(policy) | recompute_fields(policy)
     if virtual is not None:
         # Interleaved and batched p2p over two stages is silently wrong: both neighbours are one peer.
         fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -132,13 +122,13 @@ def build_chunks(
     config = transformer_config(policy, device)
     stages = policy.virtual_pipeline_model_parallel_size or 1
     last = policy.pipeline_model_parallel_size - 1
-    spec = _layer_spec(config, exact)
+    spec, norm = layer_spec(config, spec_name(device), exact)
     layers = config.num_layers // (policy.pipeline_model_parallel_size * stages)
     chunks = []
     for stage in range(stages):
         chunk = model(
             config,
-            TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm),
+            TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm),
             vocab_size=padded_vocab_size(policy, vocab_size, dp_size),
             max_sequence_length=policy.model.max_sequence_length,
             pre_process=pp_rank == 0 and stage == 0,
@@ -174,16 +164,3 @@ def _pass_through(
     hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
 ) -> tuple[Tensor, None]:
     return hidden, None
-
-
-def _layer_spec(config: TransformerConfig, exact: bool) -> Any:
-    spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
-    )
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
-    attention = spec.submodules.self_attention.submodules
-    if attention.q_layernorm is not IdentityOp:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if exact:
-        use_exact_layers(spec)
-    return spec

@@ -34,6 +34,7 @@ from opo_megatron.config.schema import Config, Dtype, OptimizerConfig
 from opo_megatron.errors import BadNumbers, UserError
 from opo_megatron.kernels.head import default_chunk_tokens
 from opo_megatron.policy.head_gradient import Head, HeadLoss, log_probs
+from opo_megatron.policy.layer_specs import spec_name, token_multiple
 from opo_megatron.policy.measure import measure_tokens
 from opo_megatron.policy.memory import PolicyMemory
 from opo_megatron.policy.microbatch import MicroBatch, Plan, build_micro_batches, plan_micro_batches
@@ -92,7 +93,8 @@ class Policy:
         )
         stages = Stages(self.config.model.num_layers, parallel.pp_size, parallel.vpp_size)
         padded = padded_vocab_size(self.config, vocab_size, parallel.dp_size)
-        self.table = parameters(self.config.model, vocab_size, stages, parallel.ep_size, padded)
+        spec = spec_name(parallel.device)
+        self.table = parameters(self.config.model, vocab_size, stages, parallel.ep_size, padded, spec)
         if weights is not None:
             load_weights(self.chunks, self.table, parallel, weights)
         self._mark_shards()
@@ -318,6 +320,7 @@ class Policy:
             {name: _per_token(batch, name) for name in columns},
             multiple=self.parallel.tp_size if self.head.sequence_parallel else 1,
             device=self.parallel.device,
+            token_multiple=token_multiple(self.config),
         )
 
         def forward(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:

@@ -32,6 +32,7 @@ from opo_megatron.rollout.sglang.answers import rollouts_of, sampling_params
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.server import Server, free_port
 from opo_megatron.rollout.sglang.transfer import (
+    Bucket,
     DiskTransfer,
     DistributedTransfer,
     Sender,
@@ -39,6 +40,7 @@ from opo_megatron.rollout.sglang.transfer import (
     Transfer,
     check_success,
 )
+from opo_megatron.weights.fp8_folder import BlockFp8
 
 POSTS_PER_CALL = 16
 """A rank's requests travel in this many posts at most, so that progress is seen as they end."""
@@ -50,14 +52,21 @@ class SglangEngine:
     """This rank's view of the servers."""
 
     def __init__(
-        self, config: Config, parallel: Parallel, model_dir: Path, say: Callable[[str], None]
+        self,
+        config: Config,
+        parallel: Parallel,
+        model_dir: Path,
+        say: Callable[[str], None],
+        fp8: BlockFp8 | None = None,
     ) -> None:
         """Find the servers and start the managed ones; a collective of all ranks.
 
         Args:
             model_dir: folder with the `config.json` that managed servers build their model from.
             say: shows a status line.
+            fp8: how weights are quantized on their way; None sends them as they are.
         """
+        self._fp8 = fp8
         self.config, self.settings, self.parallel, self.say = config, config.rollout.sglang, parallel, say
         self.version: int | None = None
         self._folder = Path(config.run.dir) / "sglang"
@@ -183,8 +192,15 @@ class SglangEngine:
         except (EngineFailure, UserError) as error:
             failure, senders = error, []
         for bucket in buckets:  # a collective of all ranks, which no failure may leave
-            for sender in senders:
-                sender.send(bucket)
+            if not senders or failure is not None:
+                continue
+            try:
+                quantized = self._quantized(bucket)
+            except UserError as error:
+                failure = error
+            else:
+                for sender in senders:
+                    sender.send(quantized)
         for sender in senders:
             try:
                 sender.finish()
@@ -196,6 +212,16 @@ class SglangEngine:
             for client in self._clients:
                 self._close_update(client, version)
         self.version = version
+
+    def _quantized(self, bucket: Bucket) -> Bucket:
+        """A bucket as the server's model has it.
+
+        Raises:
+            UserError: for weights that are NaN or infinite, in FP8.
+        """
+        if self._fp8 is None:
+            return bucket
+        return [pair for name, tensor in bucket for pair in self._fp8.tensors(name, tensor)]
 
     def _transfer(self, client: Client) -> Transfer:
         """How this server gets its buckets; made once, as joining a group takes time."""

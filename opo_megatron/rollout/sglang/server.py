@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,14 +43,21 @@ _CPU_OPTIONS = {
 }
 
 
-def write_model_config(config: Config, vocab_size: int, folder: Path) -> None:
+def write_model_config(
+    config: Config, vocab_size: int, folder: Path, quantization: Mapping[str, object] | None = None
+) -> None:
     """The `config.json` that a server builds its model from; it needs nothing else.
 
     No token ends a response by itself: what stops is said with every request.
+
+    Args:
+        quantization: how the weights that the server will get are quantized.
     """
     folder.mkdir(parents=True, exist_ok=True)
     described = hf_config(replace(config.policy.model, vocab_size=vocab_size), _dtype(config))
     described |= {"bos_token_id": None, "eos_token_id": None}
+    if quantization is not None:
+        described["quantization_config"] = dict(quantization)
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
 
 

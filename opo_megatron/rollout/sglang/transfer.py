@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from itertools import accumulate
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Protocol
@@ -158,21 +159,30 @@ def check_allocator(environment: Mapping[str, str]) -> None:
 
 
 def _copy_shared(bucket: Bucket) -> list[tuple[str, Tensor]]:
-    """The tensors as views of one new buffer that another process can map."""
-    dtype, device = bucket[0][1].dtype, bucket[0][1].device
-    sizes = [tensor.numel() for _, tensor in bucket]
+    """The tensors as views of one new buffer that another process can map; types may differ."""
+    device = bucket[0][1].device
+    ends = list(accumulate(_aligned(tensor.nbytes) for _, tensor in bucket))
     if device.type == "cpu":
         # `share_memory_` would move what a usual tensor holds: a copy, and pages of both.
-        storage = torch.UntypedStorage._new_shared(sum(sizes) * dtype.itemsize)
-        buffer = torch.empty(0, dtype=dtype).set_(storage)
+        storage = torch.UntypedStorage._new_shared(ends[-1])
+        buffer = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
     else:
-        buffer = torch.empty(sum(sizes), dtype=dtype, device=device)
-    views = buffer.split(sizes)
+        buffer = torch.empty(ends[-1], dtype=torch.uint8, device=device)
     named = []
-    for (name, tensor), view in zip(bucket, views, strict=True):
-        view.copy_(tensor.reshape(-1))
-        named.append((name, view.view(tensor.shape)))
+    for (name, tensor), begin in zip(bucket, [0, *ends], strict=False):
+        view = buffer[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        view.copy_(tensor)
+        named.append((name, view))
     return named
+
+
+def _aligned(size: int) -> int:
+    """Bytes up to where the next tensor may begin."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+_ALIGNMENT = 16
+"""As SGLang's kernels want their operands, and more than any element."""
 
 
 @contextlib.contextmanager

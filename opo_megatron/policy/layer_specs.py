@@ -1,0 +1,175 @@
+"""What a layer is made of: Megatron's local modules, or Transformer Engine's; and FP8 in Megatron's terms.
+
+Transformer Engine (TE) fuses norms into the linears behind them, has attention without a stored matrix of
+scores, and is the only way to FP8.  It has no use without a GPU.  So it is taken where the device is a GPU
+and it can be imported, and everything else follows from `spec_name`.
+
+The recipes of `policy.fp8`, by what shares a scale (TE's `common/recipe`):
+
+    blockwise    weights 128×128, activations and gradients 1×128, all E4M3, scales of this step that are
+                 powers of two: TE's default, hence `kernels/fp8.py` with `Scales.power_of_two` has its bytes
+    tensorwise   one scale per tensor from this step's largest value; gradients in E5M2
+    delayed      one scale per tensor from the last 1,024 steps' largest values; gradients in E5M2
+    mxfp8        1×32, for Blackwell
+
+Parameters stay in bf16 (`fp8_param` is off): the optimizer, checkpoints and the stream of weights do not
+know of FP8.  Embedding and head stay in bf16 as well.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
+
+from opo_megatron.config.gpu_rules import FP8_BLOCK, FP8_MULTIPLE
+from opo_megatron.config.schema import Fp8, PolicyConfig, Recompute
+from opo_megatron.errors import UserError
+from opo_megatron.policy.exact_layers import use_exact_layers
+from opo_megatron.versions import numbers, read_versions
+from opo_megatron.weights.table import LayerSpec
+
+_LEAST_CAPABILITY = {
+    Fp8.blockwise: ((9, 0), "Hopper"),
+    Fp8.tensorwise: ((8, 9), "Ada or Hopper"),
+    Fp8.delayed: ((8, 9), "Ada or Hopper"),
+    Fp8.mxfp8: ((10, 0), "Blackwell"),
+}
+"""Compute capability from which a recipe works, as TE checks it."""
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose weight is marked for sequence parallelism, so that its gradient is summed over TP."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def spec_name(device: torch.device) -> LayerSpec:
+    """Which of Megatron's layer specs a policy on this device is built of."""
+    has_engine = device.type == "cuda" and find_spec("transformer_engine") is not None
+    return "transformer_engine" if has_engine else "local"
+
+
+def layer_spec(config: TransformerConfig, name: LayerSpec, exact: bool) -> tuple[Any, type]:
+    """The spec of one layer, and the class of the norm behind the last one."""
+    if name == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.num_moe_experts is not None,  # whose names weights/table.py has
+            qk_layernorm=config.qk_layernorm,
+        )
+        return spec, TENorm
+    spec = gpt_layer_specs.get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    attention = spec.submodules.self_attention.submodules
+    if attention.q_layernorm is not IdentityOp:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if exact:
+        use_exact_layers(spec)
+    return spec, RMSNorm
+
+
+def device_fields(policy: PolicyConfig, device: torch.device) -> dict[str, Any]:
+    """Fields of TransformerConfig that follow from what can be imported beside this device.
+
+    Adding weight gradients straight to their fp32 sums takes one extension of Apex, which Megatron's own
+    linear layers ask for (the head's among them) even where all others are TE's.
+    """
+    fused = device.type == "cuda" and find_spec("fused_weight_gradient_mlp_cuda") is not None
+    fields: dict[str, Any] = {"gradient_accumulation_fusion": fused}
+    if policy.model.num_moe_experts is not None and spec_name(device) == "transformer_engine":
+        fields["moe_grouped_gemm"] = True
+    return fields
+
+
+def fp8_fields(policy: PolicyConfig) -> dict[str, Any]:
+    """`policy.fp8` in Megatron's fields."""
+    if policy.fp8 is None:
+        return {}
+    per_tensor = policy.fp8 in (Fp8.tensorwise, Fp8.delayed)
+    fields: dict[str, Any] = {"fp8": "hybrid" if per_tensor else "e4m3", "fp8_recipe": policy.fp8.value}
+    if policy.fp8 is Fp8.delayed:
+        fields |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    return fields
+
+
+def recompute_fields(policy: PolicyConfig) -> dict[str, Any]:
+    """`policy.recompute` in Megatron's fields."""
+    if policy.recompute is Recompute.full:
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if policy.recompute is Recompute.selective:
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
+def token_multiple(policy: PolicyConfig) -> int:
+    """What the number of tokens of a micro-batch (rows × padded length) must be a multiple of.
+
+    TE gathers a blockwise activation over sequence-parallel ranks only where each holds whole blocks.
+    """
+    if policy.fp8 is None:
+        return 1
+    one = FP8_MULTIPLE if policy.fp8 in (Fp8.tensorwise, Fp8.delayed) else FP8_BLOCK
+    return one * (policy.tensor_model_parallel_size if policy.sequence_parallel else 1)
+
+
+def check_fp8_device(policy: PolicyConfig, device: torch.device) -> None:
+    """Refuse FP8 that this machine has not.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    if policy.fp8 is None:
+        return
+    if device.type != "cuda":
+        reason: str | None = "a GPU, and this run is on a CPU; set policy.fp8=null, or run it on GPUs"
+    else:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            engine = version("transformer-engine")
+        except PackageNotFoundError:
+            engine = None
+        reason = fp8_lacks(policy.fp8, torch.cuda.get_device_capability(device), engine, torch.version.cuda)
+    if reason is not None:
+        raise UserError(f"policy.fp8={policy.fp8.value} needs {reason}")
+
+
+def fp8_lacks(fp8: Fp8, capability: tuple[int, int], engine: str | None, cuda: str | None) -> str | None:
+    """What a GPU with these versions lacks for a recipe, with the remedy; None where it has everything.
+
+    Args:
+        capability: compute capability of the device.
+        engine: version of Transformer Engine, None where it is not installed.
+        cuda: version of CUDA that torch was built for.
+    """
+    versions = read_versions()
+    least, generation = _LEAST_CAPABILITY[fp8]
+    if capability < least:
+        other = "policy.fp8=blockwise" if capability >= (9, 0) else "policy.fp8=null"
+        return (
+            f"compute capability {least[0]}.{least[1]} ({generation}), and this GPU has "
+            f"{capability[0]}.{capability[1]}; set {other}"
+        )
+    part = versions.part("transformer-engine")
+    if engine is None:
+        return f"Transformer Engine, which is not installed; install it with: {part.fix}"
+    if not part.accepts(engine):
+        return (
+            f"Transformer Engine {part.wanted}, and {engine} is installed; install another with: {part.fix}"
+        )
+    cuda_least = versions.cuda["blockwise_fp8_at_least"]
+    if fp8 is Fp8.blockwise and numbers(cuda or "0") < numbers(cuda_least):
+        return f"CUDA {cuda_least} or newer, and torch is built for {cuda}; install another build of torch"
+    return None
