@@ -1,0 +1,70 @@
+# opo_megatron for H100 (sm_90): trainer and SGLang, each in an environment of its own.
+#
+#   docker build -t opo .          then, with enroot:  enroot import dockerd://opo:latest
+#   OPO_CONTAINER=pyxis:$PWD/opo+latest.sqsh OPO_PYTHON=/opt/opo/bin/python \
+#       sbatch slurm/opo_70b.sh RECIPE rollout.sglang.python=/opt/sglang/bin/python
+#
+# Versions and their reasons stand in opo_megatron/versions.toml, which is read below.
+#
+# NOT CHECKED, for there was no GPU, no CUDA compiler and no Docker where this was written:
+#   - that the image builds, and that the base image's tag is still served;
+#   - that Transformer Engine's torch extension and Apex compile against torch 2.13.0: Transformer Engine
+#     2.11.0 is the newest that Megatron-Core accepts, and was seen to load beside torch 2.11.0 only;
+#   - that SGLang's CUDA kernels start.
+# Checked: every requirement below resolves for Python 3.12 (torch 2.13.0 to its build for CUDA 13.0), this
+# file is clean under hadolint, and its pins are those of versions.toml.
+
+# CUDA 13.0 for torch's and SGLang's wheels; devel for nvcc and headers; Ubuntu 24.04 for Python 3.12.
+FROM nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04
+
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+
+# Of the distribution's packages the release is the pin: old versions leave its archive.
+# git fetches Apex, curl asks engines for their health.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends curl git python3.12-dev python3.12-venv \
+    && rm -rf /var/lib/apt/lists/*
+
+# Hopper alone: other architectures would only make the build longer.
+ENV TORCH_CUDA_ARCH_LIST=9.0 \
+    NVTE_CUDA_ARCHS=90 \
+    NVTE_FRAMEWORK=pytorch \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1
+ARG BUILD_JOBS=8
+
+WORKDIR /build
+COPY opo_megatron/versions.py opo_megatron/versions.toml requirements/build.txt ./
+RUN python3.12 -m venv /opt/opo && python3.12 versions.py > constraints.txt
+ENV PATH=/opt/opo/bin:$PATH
+
+# torch comes first, and compilers' tools: both extensions are built against what is installed.
+RUN pip install --requirement build.txt \
+    && pip install --constraint constraints.txt torch
+
+# The core library is a wheel that holds sm_90; the part that binds it to torch is compiled.
+RUN MAX_JOBS=${BUILD_JOBS} pip install --no-build-isolation --constraint constraints.txt \
+        'transformer-engine[core_cu13,pytorch]'
+
+# Not from the registry: its `apex` is another package.
+RUN git init --quiet apex \
+    && git -C apex fetch --quiet --depth 1 https://github.com/NVIDIA/apex "$(python3.12 versions.py apex)" \
+    && git -C apex checkout --quiet FETCH_HEAD \
+    && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 APEX_PARALLEL_BUILD=${BUILD_JOBS} \
+        pip install --no-build-isolation ./apex \
+    && rm -rf apex
+
+# SGLang pins many packages for itself, so it never shares an environment with the trainer.
+COPY requirements/sglang-cuda.txt ./
+RUN python3.12 -m venv /opt/sglang && /opt/sglang/bin/pip install --requirement sglang-cuda.txt
+
+COPY . /opt/opo_megatron
+WORKDIR /opt/opo_megatron
+RUN pip install --constraint /build/constraints.txt '.[data,modelopt,reasoning-gym,wandb]' \
+    && opo doctor --sglang-python /opt/sglang/bin/python \
+        --need sglang --need transformer-engine --need apex --need nvidia-modelopt
+
+# One thread per rank: more of them on a busy node make steps many times slower.
+ENV OMP_NUM_THREADS=1
+CMD ["opo", "doctor", "--need", "gpu", "--need", "fp8", "--need", "sglang", "--sglang-python", "/opt/sglang/bin/python"]
