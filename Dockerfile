@@ -10,7 +10,7 @@
 #   - that the image builds, and that the base image's tag is still served;
 #   - that Transformer Engine's torch extension and Apex compile against torch 2.13.0: Transformer Engine
 #     2.11.0 is the newest that Megatron-Core accepts, and was seen to load beside torch 2.11.0 only;
-#   - that SGLang's CUDA kernels start.
+#   - that SGLang's CUDA kernels start, also beside cuda-tile 1.6.0rc7 (see requirements/sglang-cuda.txt).
 # Checked: every requirement below resolves for Python 3.12 (torch 2.13.0 to its build for CUDA 13.0), this
 # file is clean under hadolint, and its pins are those of versions.toml.
 
@@ -55,9 +55,9 @@ RUN git init --quiet apex \
         pip install --no-build-isolation ./apex \
     && rm -rf apex
 
-# SGLang pins many packages for itself, so it never shares an environment with the trainer.
+# SGLang pins many packages for itself, so it never shares an environment with the trainer.  Its list is complete.
 COPY requirements/sglang-cuda.txt ./
-RUN python3.12 -m venv /opt/sglang && /opt/sglang/bin/pip install --requirement sglang-cuda.txt
+RUN python3.12 -m venv /opt/sglang && /opt/sglang/bin/pip install --no-deps --requirement sglang-cuda.txt
 
 COPY . /opt/opo_megatron
 WORKDIR /opt/opo_megatron

