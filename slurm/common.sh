@@ -1,0 +1,117 @@
+# shellcheck shell=bash
+# What a job does around its ranks; sourced by a batch script, in the project's folder.
+#
+#   OPO_RANKS_PER_NODE  default 8              OPO_PYTHON     default .venv/bin/python
+#   OPO_MAX_RESTARTS    default 20             OPO_LOGS       default runs/slurm/JOB: status, attempt_N/*.log
+#   OPO_CONTAINER       pyxis:IMAGE or apptainer:IMAGE; default none      OPO_MOUNTS   as pyxis takes them
+#   OPO_ENGINE_NODES    default 0: so many nodes, the last ones, serve SGLang and do not train
+#
+# The status is one line: running, completed, preempted, oom, timeout or failed, with the reason behind it.
+# Exit code 75 of the ranks means: saved, start me again.
+
+: "${OPO_RANKS_PER_NODE:=8}" "${OPO_MAX_RESTARTS:=20}" "${OPO_ENGINE_NODES:=0}" "${OPO_CONTAINER:=}"
+: "${OPO_PYTHON:=$PWD/.venv/bin/python}" "${OPO_LOGS:=$PWD/runs/slurm/$SLURM_JOB_ID}"
+attempt=${SLURM_RESTART_COUNT:-0}
+logs=$OPO_LOGS/attempt_$attempt
+step='' name='' code=0 limit='' engine_urls='' engines=''
+
+status() {
+    printf '%s\n' "$1" >"$OPO_LOGS/status.new"
+    mv "$OPO_LOGS/status.new" "$OPO_LOGS/status"
+    printf '%(%F %T)T  attempt %s: %s\n' -1 "$attempt" "$1"
+}
+
+begin_attempt() {
+    mkdir -p "$logs"
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    trainers=$((${#nodes[@]} - OPO_ENGINE_NODES))
+    export OPO_RANKS_PER_NODE OPO_PYTHON OPO_NODES=$trainers
+    export OPO_RENDEZVOUS="${nodes[0]}:$((20000 + SLURM_JOB_ID % 10000))"
+    export OPO_RENDEZVOUS_ID="$SLURM_JOB_ID-$attempt"
+    # SLURM signals this shell alone; it passes the signal to srun, that to node.sh, and that to the ranks.
+    trap 'limit=1; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true' USR1 TERM
+    status "running"
+}
+
+# in_step FIRST COUNT LOG COMMAND…: one task on each of COUNT nodes from number FIRST.
+in_step() {
+    local first=$1 count=$2 log=$3 container=() list
+    shift 3
+    case $OPO_CONTAINER in
+    pyxis:*) container=("--container-image=${OPO_CONTAINER#*:}" "--container-mounts=${OPO_MOUNTS:-$PWD:$PWD}"
+        "--container-workdir=$PWD") ;;
+    apptainer:*) export OPO_RUN="apptainer exec --nv ${OPO_CONTAINER#*:}" ;;
+    esac
+    list=$(IFS=, && echo "${nodes[*]:first:count}")
+    exec srun --overlap --nodelist="$list" --nodes="$count" --ntasks="$count" --ntasks-per-node=1 \
+        --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 --output="$log" \
+        ${container[@]+"${container[@]}"} bash slurm/node.sh "$@"
+}
+
+# launch NAME MODULE [ARGUMENTS…]: the module in every rank of all training nodes; sets `code`.
+launch() {
+    name=$1
+    shift
+    export OPO_PREEMPTED="$logs/$name.preempted"
+    (trap - USR1 TERM && in_step 0 "$trainers" "$logs/$name-%n.log" "$@") &
+    step=$!
+    code=0
+    wait "$step" || code=$?
+    while kill -0 "$step" 2>/dev/null; do # a signal had ended the wait
+        wait "$step" || true
+    done
+    [ "$code" -le 128 ] || { code=0 && wait "$step" || code=$?; }
+    [ ! -e "$OPO_PREEMPTED" ] || code=75
+    step=''
+}
+
+# start_engines RECIPE [key=value…]: a server on each of the last OPO_ENGINE_NODES nodes; waits until they answer.
+start_engines() {
+    [ "$OPO_ENGINE_NODES" -gt 0 ] || return 0
+    local port=$((10000 + SLURM_JOB_ID % 10000)) node urls=''
+    (in_step "$trainers" "$OPO_ENGINE_NODES" "$logs/engine-%n.log" \
+        --alone opo_megatron.rollout.sglang.external "$@" --port "$port") &
+    engines=$! name=engine
+    for node in "${nodes[@]:trainers}"; do
+        until curl -fs "http://$node:$port/health" >/dev/null; do
+            sleep 2
+            kill -0 "$engines" 2>/dev/null || { code=1 && finish; }
+            [ -z "$limit" ] || { code=75 && finish; }
+        done
+        urls+=",http://$node:$port"
+    done
+    # shellcheck disable=SC2034 # opo_70b.sh passes it on
+    engine_urls="rollout.sglang.urls=[${urls:1}]"
+}
+
+reason() {
+    local line
+    line=$(grep -hEm1 '^error|^[A-Za-z_.]+(Error|Exception|Failure)\b' "$logs/$name"-*.log 2>/dev/null | head -n 1)
+    printf '%s' "${line:-exit code $code without a message}; see $logs"
+}
+
+finish_unless_ready() {
+    [ -z "$limit" ] || { code=75 && finish; }
+    [ "$code" = 0 ] || { status "failed: preflight: $(reason)" && exit 1; }
+}
+
+finish() {
+    [ -z "$engines" ] || kill "$engines" 2>/dev/null || true
+    if [ "$code" = 0 ]; then
+        status "completed" && exit 0
+    elif [ "$code" = 75 ] && [ "$attempt" -ge "$OPO_MAX_RESTARTS" ]; then
+        status "failed: preempted after $attempt restarts, as many as OPO_MAX_RESTARTS=$OPO_MAX_RESTARTS allows"
+    elif [ "$code" = 75 ]; then
+        status "preempted"
+        trap - USR1 TERM
+        scontrol requeue "$SLURM_JOB_ID" && sleep 60 # SLURM ends this shell meanwhile
+        status "failed: SLURM did not requeue the job; submit it again with the same run.dir"
+    elif [ "$code" = 137 ] || grep -qsE 'OutOfMemoryError|out of memory|oom[-_]kill' "$logs/$name"-*.log; then
+        status "oom: $(reason)"
+    elif [ -n "$limit" ]; then
+        status "timeout: the ranks did not save before the limit; raise the seconds of --signal; see $logs"
+    else
+        status "failed: $(reason)"
+    fi
+    exit 1
+}

@@ -1,0 +1,39 @@
+#!/bin/bash
+# node.sh MODULE [ARGUMENTS…]: the ranks of this node under torchrun; a task of srun.  Where they saved and left
+# before their end it makes the file OPO_PREEMPTED and returns 0, for srun would end nodes that are still
+# leaving; else its exit code is that of the rank which failed first.  With --alone: no torchrun.
+set -uo pipefail
+read -ra container <<<"${OPO_RUN:-}"
+python=(${container[@]+"${container[@]}"} "$OPO_PYTHON")
+if [ "$1" = --alone ]; then
+    shift
+    exec "${python[@]}" -m "$@"
+fi
+ranks=$(mktemp -d)
+trap 'rm -rf "$ranks"' EXIT
+trap : USR1 TERM # ends the wait below
+(
+    trap '' USR1 # SLURM may signal every process of a step: torchrun, which would die, must not hear it
+    exec "${python[@]}" -m torch.distributed.run --nnodes="$OPO_NODES" --nproc-per-node="$OPO_RANKS_PER_NODE" \
+        --max-restarts=0 --rdzv-backend=c10d --rdzv-endpoint="$OPO_RENDEZVOUS" --rdzv-id="$OPO_RENDEZVOUS_ID" \
+        --no-python bash slurm/rank.sh "$ranks" "$OPO_PYTHON" -m "$@"
+) &
+torchrun=$!
+wait "$torchrun"
+while kill -0 "$torchrun" 2>/dev/null; do # told to end: so are the ranks, again while they are starting
+    for file in "$ranks"/*.pid; do
+        [ ! -e "$file" ] || kill -USR1 "$(<"$file")" 2>/dev/null
+    done
+    sleep 2
+done
+wait "$torchrun"
+code=$?
+# Oldest first: the others fail because of the first.
+for file in $(find "$ranks" -name '*.code' -printf '%T@ %p\n' | sort -n | cut -d' ' -f2); do
+    case $(<"$file") in
+    0) ;;
+    75) touch "$OPO_PREEMPTED" ;;
+    *) exit "$(<"$file")" ;;
+    esac
+done
+exit "$code"

@@ -1,0 +1,281 @@
+"""The batch scripts without a cluster: `srun` and `scontrol` are stand-ins, all else is the real thing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cluster import ROOT
+from conftest import program
+
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+FAKES = {
+    # Answers as the test says, by the module that is launched; keeps its words and what it was given.
+    "srun": """
+        printf '%s\\n' "$*" >>"$FAKE/srun.words"
+        for word; do case $word in --output=*) log=${word#--output=} ;; esac; done
+        leave() {
+            code=$(cat "$FAKE/$which.code" 2>/dev/null || echo 0)
+            [ "$code" != 75 ] || { touch "$OPO_PREEMPTED"; code=0; }  # as node.sh does
+            exit "$code"
+        }
+        case "$*" in *preflight*) which=preflight ;; *external*) which=engine ;; *) which=train ;; esac
+        cat "$FAKE/$which.says" >"${log/\\%n/0}" 2>/dev/null
+        [ ! -e "$FAKE/$which.waits" ] || {
+            trap 'sleep 0.2; leave' USR1
+            touch "$FAKE/$which.waiting"
+            while :; do sleep 0.05; done
+        }
+        leave""",
+    # The engine's node answers once the engine runs.
+    "curl": """
+        printf '%s\\n' "$*" >>"$FAKE/curl.words"
+        [ -e "$FAKE/engine.waiting" ]""",
+    "scontrol": """
+        case $1 in
+        show) printf 'node%s\\n' $FAKE_NODES ;;
+        requeue) cp "$OPO_LOGS/status" "$FAKE/status.requeued"; kill -TERM "$PPID" ;;
+        esac""",
+}
+
+
+class Job:
+    """A run of opo_70b.sh with stand-ins."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.logs = folder, folder / "logs"
+        (folder / "bin").mkdir()
+        for name, text in FAKES.items():
+            program = folder / "bin" / name
+            program.write_text("#!/bin/bash\n" + text)
+            program.chmod(0o755)
+
+    def says(self, which: str, text: str = "", code: int = 0) -> None:
+        (self.folder / f"{which}.says").write_text(text)
+        (self.folder / f"{which}.code").write_text(str(code))
+
+    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+        environment = {
+            **os.environ,
+            "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
+            "FAKE": str(self.folder),
+            "FAKE_NODES": "1",
+            "OPO_LOGS": str(self.logs),
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_JOB_ID": "123",
+            "SLURM_JOB_NODELIST": "node1",
+            "SLURM_CPUS_ON_NODE": "16",
+        } | variables
+        return subprocess.Popen(
+            ["bash", str(ROOT / "slurm/opo_70b.sh"), *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        )  # fmt: skip
+
+    def run(self, *arguments: str, **variables: str) -> tuple[int, str]:
+        """Exit code and final status."""
+        process = self.start(*arguments, **variables)
+        self.printed, _ = process.communicate(timeout=30)
+        return process.returncode, (self.logs / "status").read_text().strip()
+
+    @property
+    def words(self) -> list[str]:
+        return (self.folder / "srun.words").read_text().splitlines()
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_clean(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    shellcheck = program("shellcheck", "pip install 'opo-megatron[dev]'")
+    done = subprocess.run([shellcheck, "-x", f"slurm/{script.name}"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stdout.decode()
+
+
+def test_the_scripts_stay_short_and_print_no_environment() -> None:
+    text = {path.name: path.read_text() for path in SCRIPTS}
+    assert sum(len(text[name].splitlines()) for name in ("opo_70b.sh", "common.sh")) < 150
+    for name, lines in text.items():
+        for line in lines.splitlines():
+            code = line.split("#")[0].split()
+            assert "set -x" not in line and "env" not in code and "printenv" not in code, name
+            assert "pkill" not in code and "killall" not in code, name
+
+
+def test_a_job_outside_the_project_is_refused(tmp_path: Path) -> None:
+    environment = {**os.environ, "SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", str(ROOT / "slurm/opo_70b.sh")], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 2 and "submit from the project's folder" in done.stderr
+
+
+def test_preflight_then_training_on_all_nodes_with_one_task_each(job: Job) -> None:
+    code, status = job.run("recipes/quickstart.yaml", "run.seed=2", FAKE_NODES="1 2")
+    assert (code, status) == (0, "completed")
+    preflight, train = job.words
+    assert preflight.endswith(
+        "bash slurm/node.sh opo_megatron.preflight recipes/quickstart.yaml resume=auto run.seed=2"
+    )
+    assert train.endswith(
+        "bash slurm/node.sh opo_megatron train recipes/quickstart.yaml resume=auto run.seed=2"
+    )
+    for words in job.words:
+        assert "--nodelist=node1,node2 --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=16" in words
+    assert f"--output={job.logs}/attempt_0/train-%n.log" in train
+    assert "running" in job.printed and "completed" in job.printed
+
+
+def test_a_preflight_that_fails_stops_the_job_before_training_with_its_reason(job: Job) -> None:
+    job.says("preflight", "noise\nerror: node7: GPU 3 counts 2 uncorrected ECC errors\nmore", 2)
+    code, status = job.run()
+    assert code == 1
+    assert status.startswith("failed: preflight: error: node7: GPU 3 counts 2 uncorrected ECC errors; see ")
+    assert len(job.words) == 1
+
+
+@pytest.mark.parametrize(
+    ("says", "code", "status"),
+    [
+        ("error: run.dir is full\n", 2, "failed: error: run.dir is full; see "),
+        ("Traceback\nValueError: no\n", 1, "failed: ValueError: no; see "),
+        ("nothing to see", 7, "failed: exit code 7 without a message; see "),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried\n", 1, "oom: torch.OutOfMemoryError: CUDA out"),
+        ("Killed\n", 137, "oom: exit code 137"),
+        ("slurmstepd: error: Detected 1 oom_kill event\n", 9, "oom: "),
+    ],
+)
+def test_every_end_has_its_status(job: Job, says: str, code: int, status: str) -> None:
+    job.says("train", says, code)
+    assert job.run()[0] == 1
+    assert (job.logs / "status").read_text().startswith(status)
+
+
+def test_preempted_ranks_requeue_the_job_up_to_the_cap(job: Job) -> None:
+    job.says("train", code=75)
+    assert job.run(SLURM_RESTART_COUNT="1", OPO_MAX_RESTARTS="2")[1] == "preempted"
+    assert (job.folder / "status.requeued").read_text() == "preempted\n"
+    (job.folder / "status.requeued").unlink()
+    code, status = job.run(SLURM_RESTART_COUNT="2", OPO_MAX_RESTARTS="2")
+    assert code == 1 and not (job.folder / "status.requeued").exists()
+    assert status == "failed: preempted after 2 restarts, as many as OPO_MAX_RESTARTS=2 allows"
+    assert {path.name for path in job.logs.glob("attempt_*")} == {"attempt_1", "attempt_2"}
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [(75, "preempted"), (0, "completed"), (1, "timeout: the ranks did not save before")]
+)
+def test_the_signal_before_the_limit_is_passed_on_and_its_end_is_told_apart(
+    job: Job, code: int, status: str
+) -> None:
+    job.says("train", code=code)
+    (job.folder / "train.waits").touch()
+    process = job.start()
+    _until(lambda: (job.folder / "train.waiting").exists())
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=20)
+    assert (job.logs / "status").read_text().startswith(status)
+
+
+def test_a_signal_during_preflight_requeues_without_training(job: Job) -> None:
+    job.says("preflight", code=0)
+    (job.folder / "preflight.waits").touch()
+    process = job.start()
+    _until(lambda: (job.folder / "preflight.waiting").exists())
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=20)
+    assert (job.logs / "status").read_text() == "preempted\n" and len(job.words) == 1
+
+
+def test_the_last_nodes_serve_where_asked_for(job: Job) -> None:
+    (job.folder / "engine.waits").touch()
+    assert job.run(FAKE_NODES="1 2 3", OPO_ENGINE_NODES="1") == (0, "completed")
+    preflight, *rest = job.words
+    engine = next(words for words in rest if "external" in words)
+    train = next(words for words in rest if "external" not in words)
+    assert "--nodelist=node3 --nodes=1" in engine and engine.endswith("--port 10123")
+    assert "--nodelist=node1,node2 --nodes=2" in train and "--nodelist=node1,node2" in preflight
+    assert "rollout.sglang.urls=[http://node3:10123]" in train
+    assert (job.folder / "curl.words").read_text().endswith("http://node3:10123/health\n")
+
+
+def test_servers_that_do_not_start_end_the_job(job: Job) -> None:
+    job.says("engine", "error: rollout.engine is local\n", 2)
+    code, status = job.run(FAKE_NODES="1 2", OPO_ENGINE_NODES="1")
+    assert code == 1 and status.startswith("failed: error: rollout.engine is local")
+    assert not any("opo_megatron train" in words for words in job.words)
+
+
+def test_containers_of_pyxis_and_apptainer(job: Job) -> None:
+    job.run(OPO_CONTAINER="pyxis:/images/opo.sqsh")
+    assert f"--container-image=/images/opo.sqsh --container-mounts={ROOT}:{ROOT}" in job.words[0]
+    job.run(OPO_CONTAINER="apptainer:/images/opo.sif")
+    assert "--container" not in job.words[-1]
+
+
+def test_secrets_are_not_printed(job: Job) -> None:
+    secret = "hunter2-of-the-test"
+    job.run(WANDB_API_KEY=secret, HF_TOKEN=secret, OPO_SGLANG_KEY=secret)
+    files = [path for path in job.folder.rglob("*") if path.is_file()]
+    assert secret not in job.printed + "".join(path.read_text() for path in files)
+
+
+RANK = """
+import os, signal, sys, time
+folder = sys.argv[1]
+name = os.path.join(folder, "rank" + os.environ["RANK"])
+def heard(number, frame):
+    open(name + ".heard", "a").write(signal.Signals(number).name)
+    time.sleep(0.3 * int(os.environ["RANK"]))  # not all at once
+    sys.exit(75)
+signal.signal(signal.SIGUSR1, heard)
+open(name + ".ready", "w").write(str(os.getppid()))
+while True:
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("everyone", [False, True])
+def test_the_signal_reaches_the_ranks_and_torchrun_lives_on(tmp_path: Path, everyone: bool) -> None:
+    """By cgroup SLURM signals the task alone, by other plugins every process of the step: both end alike."""
+    (tmp_path / "a_rank.py").write_text(RANK)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path),
+        "OPO_PYTHON": sys.executable,
+        "OPO_RANKS_PER_NODE": "2",
+        "OPO_NODES": "1",
+        "OPO_RENDEZVOUS": f"127.0.0.1:{29500 + os.getpid() % 1000}",
+        "OPO_RENDEZVOUS_ID": "test",
+        "OPO_PREEMPTED": str(tmp_path / "preempted"),
+    }
+    process = subprocess.Popen(
+        ["bash", "slurm/node.sh", "a_rank", str(tmp_path)],
+        cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        _until(lambda: len(list(tmp_path.glob("*.ready"))) == 2, 60)
+        if everyone:
+            os.killpg(process.pid, signal.SIGUSR1)
+        else:
+            process.send_signal(signal.SIGUSR1)
+        assert process.wait(30) == 0 and (tmp_path / "preempted").exists()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert [path.read_text() for path in sorted(tmp_path.glob("*.heard"))] == ["SIGUSR1", "SIGUSR1"]
+
+
+def _until(condition, seconds: float = 15) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)

@@ -1,0 +1,103 @@
+"""The launcher on a real SLURM of one node, with a CPU recipe: two ranks, real scripts, real signals."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, running, variables
+
+TINY = (
+    "recipes/quickstart.yaml", "warm_start.steps=4", "warm_start.batch_size=16", "eval.problems=32",
+    "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "eval.every_steps=0",
+    "checkpoint.every_steps=0", "observe.kl=off", "observe.tensorboard=false",
+)  # fmt: skip
+OUTSIDE = ("time/", "memory/", "throughput/", "run/")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+def curve(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(OUTSIDE)} for row in rows]
+
+
+def test_slurm_takes_the_job(cluster: Cluster) -> None:
+    done = cluster.attempt("sbatch", "--test-only", "--nodes=1", "--gpus-per-node=0", "slurm/opo_70b.sh")
+    assert done.returncode == 0 and "to start at" in done.stderr, done.stderr
+    done = cluster.attempt("sbatch", "--test-only", "--gpus-per-node=0", "slurm/opo_70b.sh")
+    assert done.returncode != 0, "eight nodes on a cluster of one"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_signalled_and_requeued_it_ends_with_the_curve_of_a_run_that_never_was(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    steps = "train.steps=300"
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    job = cluster.submit(
+        "--time=20", "slurm/opo_70b.sh", *TINY, steps, f"run.dir={whole}",
+        variables=variables(whole.with_suffix(".job")),
+    )  # fmt: skip
+    assert cluster.wait(job, 600) == "COMPLETED"
+    logs = variables(cut.with_suffix(".job"))
+    job = cluster.submit(
+        "--time=3", "--signal=B:USR1@60", "slurm/opo_70b.sh", *TINY, steps, f"run.dir={cut}", variables=logs
+    )
+    assert cluster.wait(job, 900) == "COMPLETED"
+    folder = Path(logs["OPO_LOGS"])
+    assert (folder / "status").read_text() == "completed\n"
+    said = Path(f"{folder}.out").read_text()
+    assert "attempt 0: preempted" in said and "completed" in said.splitlines()[-1]
+    assert len(list(folder.glob("attempt_*"))) > 1
+    assert curve(cut) == curve(whole)
+
+
+@pytest.mark.slow
+def test_a_preflight_failure_stops_before_a_model_is_loaded(cluster: Cluster, tmp_path: Path) -> None:
+    logs = variables(tmp_path, OPO_MIN_FREE_DISK_GB="1e9")
+    started = time.monotonic()
+    job = cluster.submit("slurm/opo_70b.sh", *TINY, f"run.dir={tmp_path}/run", variables=logs)
+    assert cluster.wait(job, 120) == "FAILED"
+    assert time.monotonic() - started < 90
+    status = (tmp_path / "logs/status").read_text()
+    assert status.startswith("failed: preflight: error: ") and "below 1e+09 GB; free some" in status
+    assert not list((tmp_path / "logs").rglob("train*")) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_cap_on_restarts_holds(cluster: Cluster, tmp_path: Path) -> None:
+    logs = variables(tmp_path, OPO_MAX_RESTARTS="1")
+    job = cluster.submit(
+        "--time=30",
+        "slurm/opo_70b.sh",
+        *TINY,
+        "train.steps=100000",
+        f"run.dir={tmp_path}/run",
+        variables=logs,
+    )
+    for attempt in range(2):
+        log = tmp_path / "logs" / f"attempt_{attempt}" / "train-0.log"
+        _until(lambda log=log: log.exists() and "  reward " in log.read_text(), 180)
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
+        _until(lambda: cluster.state(job) != "RUNNING", 60)
+        cluster.attempt("scontrol", "update", f"JobId={job}", "StartTime=now")
+    assert cluster.wait(job, 120) == "FAILED"
+    status = (tmp_path / "logs/status").read_text()
+    assert status == "failed: preempted after 1 restarts, as many as OPO_MAX_RESTARTS=1 allows\n"
+    assert not (tmp_path / "logs/attempt_2").exists()
+
+
+def _until(condition, seconds: float) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.5)
