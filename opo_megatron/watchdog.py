@@ -57,7 +57,8 @@ class Watchdog:
         for folder in (self._status_dir, self._stacks_dir):
             folder.mkdir(parents=True, exist_ok=True)
         self._stacks = self._stacks_of(self.parallel.rank).open("w")
-        faulthandler.register(DUMP_SIGNAL, self._stacks, all_threads=True)
+        # Of the thread that is interrupted, the main one: those of others change while they are read.
+        faulthandler.register(DUMP_SIGNAL, self._stacks, all_threads=False)
         self._write()
         all_gather_objects(self.parallel, None)  # from here on no file is an earlier attempt's
         self._since = time.monotonic()
