@@ -12,6 +12,7 @@ What is left out: a single process whose main thread keeps Python's lock for goo
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import json
 import os
@@ -57,7 +58,7 @@ class Watchdog:
         for folder in (self._status_dir, self._stacks_dir):
             folder.mkdir(parents=True, exist_ok=True)
         self._stacks = self._stacks_of(self.parallel.rank).open("w")
-        # Of the thread that is interrupted, the main one: those of others change while they are read.
+        # Of the thread that gets the signal: those of others change while they are read.
         faulthandler.register(DUMP_SIGNAL, self._stacks, all_threads=False)
         self._write()
         all_gather_objects(self.parallel, None)  # from here on no file is an earlier attempt's
@@ -149,8 +150,9 @@ class Watchdog:
         """Stopped ranks of this machine write their stacks."""
         for status in silent:
             if status["host"] == socket.gethostname() and status["rank"] != self.parallel.rank:
+                # To the main thread, whose number is the process's; others take what goes to the process.
+                ctypes.CDLL(None).tgkill(status["pid"], status["pid"], int(DUMP_SIGNAL))
                 with suppress(ProcessLookupError):
-                    os.kill(status["pid"], DUMP_SIGNAL)
                     os.kill(status["pid"], signal.SIGCONT)
         deadline = time.monotonic() + STACKS_SECONDS
         paths = [self._stacks_of(status["rank"]) for status in silent]

@@ -39,7 +39,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """Stands for `opo_megatron.train`: the configurations that training was called with."""
     calls: list[Config] = []
     module = ModuleType("opo_megatron.train")
-    module.train = calls.append  # type: ignore[attr-defined]
+    module.train = lambda config, allowed: calls.append(config)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "opo_megatron.train", module)
     return calls
 
@@ -152,7 +152,7 @@ def test_debug_shows_the_traceback_of_a_user_error(capsys, recipe):
 
 
 def test_an_interrupted_training_returns_130(monkeypatch, recipe, trained):
-    def interrupt(_config: Config) -> None:
+    def interrupt(_config: Config, _allowed: list[str]) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["opo_megatron.train"], "train", interrupt)
@@ -160,7 +160,7 @@ def test_an_interrupted_training_returns_130(monkeypatch, recipe, trained):
 
 
 def test_a_bug_is_not_dressed_as_a_user_error(monkeypatch, recipe, trained):
-    def fail(_config: Config) -> None:
+    def fail(_config: Config, _allowed: list[str]) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(sys.modules["opo_megatron.train"], "train", fail)
@@ -171,7 +171,7 @@ def test_a_bug_is_not_dressed_as_a_user_error(monkeypatch, recipe, trained):
 def test_a_rank_that_loses_its_peers_is_silent_where_one_of_them_has_said_why(
     monkeypatch, capsys, recipe, trained, tmp_path
 ):
-    def lose(_config: Config) -> None:
+    def lose(_config: Config, _allowed: list[str]) -> None:
         raise RuntimeError("connection closed by peer")
 
     monkeypatch.setattr(sys.modules["opo_megatron.train"], "train", lose)
@@ -194,15 +194,16 @@ def test_help_teaches_by_example(capsys):
 def test_every_example_of_the_help_is_a_recipe_that_holds(monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
     commands = re.findall(r"^  opo (?:train|config) (.+)$", EXAMPLES.replace("\\\n", ""), re.MULTILINE)
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
+        command = command.split(" --allow ")[0]  # `opo config` compares with nothing
         assert main(["config", *command.split()]) == 0, capsys.readouterr().err
 
 
 def test_a_mistake_under_torchrun_is_printed_with_the_number_of_the_rank(
     monkeypatch, capsys, recipe, trained
 ):
-    def refuse(_config: Config) -> None:
+    def refuse(_config: Config, _allowed: list[str]) -> None:
         raise UserError("a sentence\nover two lines")
 
     monkeypatch.setattr(sys.modules["opo_megatron.train"], "train", refuse)
@@ -239,7 +240,7 @@ RANK_SCRIPT = """
 import os, sys, types
 from opo_megatron.cli import EXAMPLES, main
 from opo_megatron.errors import UserError
-def train(config):
+def train(config, allowed):
     if {condition}:
         raise UserError("the reward of prompt 7 is nan")
     import time; time.sleep(30)
