@@ -151,7 +151,8 @@ def test_another_warm_start_makes_other_start_weights(measured: tuple[Path, Seen
     run_dir = tmp_path / "back"
     shutil.copytree(measured[0], run_dir)
     older = run_dir / "checkpoints" / "warm_start_00000001"
-    assert train(run_dir, f"resume={older}", "warm_start.lr=0.05", "train.steps=0") == 0
+    changes = ("warm_start.lr=0.05", "--allow", "warm_start.lr", "train.steps=0")
+    assert train(run_dir, f"resume={older}", *changes) == 0
     assert rows(run_dir)[0]["eval/kl"] < 1e-10
     before, now = start_weights(measured[0]), start_weights(run_dir)
     assert not all(torch.equal(before[name], now[name]) for name in before)
