@@ -40,6 +40,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "run",
         *SMALL,
         f"resume={checkpoint}",
+        "--allow",
+        "rollout.engine",
         f"train.steps={STEPS}",
         f"rollout.sglang.python={python}",
         "rollout.sglang.timeout_seconds=120",
