@@ -78,6 +78,7 @@ def open_run(config: Config, allowed: Sequence[str] = ()) -> Iterator[Run]:
         if run is not None:
             run.cancel_pending()
             run.engine.close()
+            run.task.close()
             with suppress(OSError):  # on a full disk as before
                 run.files.close(failed=True)
         # Leaving waits for ranks that may be waiting for this one; what went wrong must be said first.
@@ -93,6 +94,7 @@ def open_run(config: Config, allowed: Sequence[str] = ()) -> Iterator[Run]:
 
 def _close(run: Run) -> None:
     run.engine.close()
+    run.task.close()
     run.files.close()
     run.display.close()
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from opo_megatron.algorithm.energy import needs_energies
 from opo_megatron.algorithm.fitted_weights import STATE, FittedWeights
 from opo_megatron.algorithm.on_policy import check_mismatch
@@ -23,7 +25,7 @@ from opo_megatron.observe.step_metrics import memory_metrics, throughput_metrics
 from opo_megatron.observe.timing import PhaseTimer
 from opo_megatron.policy.checkpoint import RunProgress, Saving
 from opo_megatron.policy.measure import measure_energies
-from opo_megatron.policy.parallel import Parallel
+from opo_megatron.policy.parallel import Parallel, all_reduce
 from opo_megatron.policy.policy import OwnShards, Policy
 from opo_megatron.policy.retention import Retention
 from opo_megatron.policy.step_sums import StepMetrics
@@ -197,6 +199,7 @@ class Run:
             self.files.write_audit(audit)
             row["time/audit"] = time.perf_counter() - started
         row |= {"on_policy/sync_diff_max": self.sync_difference, "run/engine_failures": self.engine_failures}
+        row["run/verifier_failures"] = int(all_reduce(self.parallel, torch.tensor(self.task.failures)))
         self.files.write_step(row | throughput_metrics(row) | memory_metrics())
         self.display.row(row)
         self.step = row["step"]

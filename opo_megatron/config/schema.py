@@ -197,9 +197,16 @@ class TaskConfig:
     max_prompt_tokens: int = 512
     """Longer prompts are dropped, and their number is said."""
     verifier: str = "exact"
-    """text: exact | number | regex | package.module:function."""
+    """text: exact | number | regex | math | package.module:function."""
     verifier_pattern: str | None = None
     """Regular expression whose last match (first group) in a response is its answer."""
+    verifier_workers: int = 2
+    """math: grading processes of each rank."""
+    verifier_seconds: float = 5.0
+    """math: a response that takes longer gets `verifier_default`, and is counted."""
+    verifier_memory_mib: int = 4096
+    """math: address space of a grading process."""
+    verifier_default: float = 0.0
 
 
 @dataclass

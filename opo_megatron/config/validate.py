@@ -69,6 +69,7 @@ _FIELD_RULES: tuple[Rule, ...] = (
         "policy.pipeline_model_parallel_size policy.context_parallel_size "
         "policy.expert_model_parallel_size policy.expert_tensor_parallel_size "
         "policy.max_tokens_per_micro_batch policy.head_chunk_tokens task.max_prompt_tokens "
+        "task.verifier_workers "
         "task.generator_size rollout.sglang.servers rollout.sglang.tensor_parallel_size "
         "rollout.sglang.max_running_requests",
         lambda value: value >= 1,
@@ -87,6 +88,7 @@ _FIELD_RULES: tuple[Rule, ...] = (
         "rollout.temperature eval.temperature optimizer.eps warm_start.eps run.distributed_timeout_minutes "
         "algorithm.loss_constant rollout.sglang.start_timeout_seconds rollout.sglang.timeout_seconds "
         "on_policy.max_importance_weight algorithm.clip_high policy.weight_bucket_mib "
+        "task.verifier_seconds task.verifier_memory_mib "
         "policy.model.rotary_base policy.model.layernorm_epsilon policy.model.rope_scaling.factor "
         "policy.model.rope_scaling.low_freq_factor policy.model.rope_scaling.high_freq_factor",
         lambda value: value > 0,

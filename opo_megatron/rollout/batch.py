@@ -49,8 +49,8 @@ def requests_for(prompts: Sequence[Prompt], samples_per_prompt: int, parallel: P
 
 def rewards_of(task: Task, prompts: Sequence[Prompt], rollouts: Rollouts) -> Tensor:
     """[n] float64: the task's reward of each response; `gather_summary` checks them on all ranks alike."""
-    pairs = zip(rollouts.groups.tolist(), rollouts.responses(), strict=True)
-    return torch.tensor([task.reward(prompts[g], response) for g, response in pairs], dtype=torch.float64)
+    asked = [prompts[group] for group in rollouts.groups.tolist()]
+    return torch.tensor(task.rewards(asked, rollouts.responses()), dtype=torch.float64)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ used is a pure function of (seed, epoch) and nothing about it has to be saved.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -43,6 +44,17 @@ class Task(Protocol):
         """Reward of a response, stop token included where it has one."""
         ...
 
+    def rewards(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[float]:
+        """Reward of each response to the prompt at the same place."""
+        ...
+
+    failures: int
+    """Responses so far that no verifier could judge; they got a default."""
+
+    def close(self) -> None:
+        """End what the task has started."""
+        ...
+
     def demonstration(self, prompt: Prompt, rng: random.Random) -> list[int]:
         """A response to learn from before the first step, stop token included."""
         ...
@@ -50,6 +62,20 @@ class Task(Protocol):
     def decode(self, tokens: list[int]) -> str:
         """Text for people."""
         ...
+
+
+class OneByOne:
+    """What a task does that judges responses one by one, in this process."""
+
+    failures = 0
+
+    def reward(self, prompt: Prompt, response: list[int]) -> float:
+        raise NotImplementedError
+
+    def rewards(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[float]:
+        return [self.reward(*pair) for pair in zip(prompts, responses, strict=True)]
+
+    def close(self) -> None: ...
 
 
 class PromptOrder:

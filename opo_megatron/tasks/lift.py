@@ -16,7 +16,7 @@ import random
 import zlib
 from itertools import product
 
-from opo_megatron.tasks.base import Prompt, Split
+from opo_megatron.tasks.base import OneByOne, Prompt, Split
 
 SYMBOLS = (*"$#=+-,?", *"0123456789")
 STOP = 0
@@ -32,7 +32,7 @@ HELD_OUT_IN = 10
 _TOKEN = {symbol: token for token, symbol in enumerate(SYMBOLS)}
 
 
-class LiftTask:
+class LiftTask(OneByOne):
     """The task of the quickstart: 327,680 problems, no files."""
 
     vocab_size = len(SYMBOLS)

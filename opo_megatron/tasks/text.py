@@ -11,22 +11,23 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
 from opo_megatron.parts import load_part
-from opo_megatron.tasks.base import Prompt, Split
+from opo_megatron.tasks.base import OneByOne, Prompt, Split
+from opo_megatron.tasks.math_answers import reference
 from opo_megatron.tasks.tokenizers import Tokenizer, open_tokenizer
-from opo_megatron.tasks.verifiers import compile_pattern, find_verifier, last_match
+from opo_megatron.tasks.verifiers import MATH, compile_pattern, find_verifier, grading_workers, last_match
 
 HELD_OUT_IN = 10
 SLOT = "{prompt}"
 
 
-class TextTask:
+class TextTask(OneByOne):
     """The task `text`."""
 
     def __init__(self, config: TaskConfig) -> None:
@@ -34,6 +35,8 @@ class TextTask:
             raise UserError("task.name=text needs task.data; name a JSONL or Parquet file")
         self.tokenizer = open_tokenizer(config.tokenizer)
         self.vocab_size, self.stop_tokens = self.tokenizer.vocab_size, self.tokenizer.stop_tokens
+        self._workers = grading_workers(config)
+        self._default = config.verifier_default
         self._verify = find_verifier(config.verifier, config.verifier_pattern)
         self._prompts: dict[Split, list[Prompt]] = {"train": [], "held_out": []}
         self.dropped = 0
@@ -77,7 +80,21 @@ class TextTask:
         return self._prompts[split][index]
 
     def reward(self, prompt: Prompt, response: list[int]) -> float:
+        if self._workers is not None:
+            return self.rewards([prompt], [response])[0]
         return self._verify(prompt.text, self.tokenizer.decode(response), prompt.answer)
+
+    def rewards(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[float]:
+        if self._workers is None:
+            return super().rewards(prompts, responses)
+        pairs = zip(prompts, responses, strict=True)
+        found = self._workers.grade([(self.tokenizer.decode(r), p.answer) for p, r in pairs])
+        self.failures += found.count(None)
+        return [self._default if reward is None else reward for reward in found]
+
+    def close(self) -> None:
+        if self._workers is not None:
+            self._workers.close()
 
     def demonstration(self, prompt: Prompt, rng: random.Random) -> list[int]:
         raise UserError("task.name=text has no demonstrations; set warm_start.steps=0")
@@ -104,7 +121,8 @@ def read_problems(path: Path, config: TaskConfig) -> Iterator[tuple[str, str]]:
     for row_number, row in _rows(path):
         prompt = _field(path, row_number, row, config.prompt_field, "task.prompt_field")
         answer = _field(path, row_number, row, config.answer_field, "task.answer_field")
-        yield prompt, answer if pattern is None else _extract(path, row_number, pattern, answer)
+        answer = answer if pattern is None else _extract(path, row_number, pattern, answer)
+        yield prompt, reference(answer) if config.verifier == MATH else answer
 
 
 def _rows(path: Path) -> Iterable[tuple[int, Any]]:

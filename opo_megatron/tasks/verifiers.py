@@ -3,6 +3,8 @@
 exact       the response is the answer, white space around it aside
 number      the last number of the response equals the answer's last number, in value
 regex       the last match of task.verifier_pattern in the response (its first group) is the answer
+math        the response's last \\boxed{…} equals the answer (or the last box of a reference solution, or what
+            follows its ####) as an expression, by math-verify in worker processes
 package.module:function   one's own: function(prompt, response, answer) -> float
 """
 
@@ -16,8 +18,12 @@ import sys
 from collections.abc import Callable
 from decimal import Decimal
 
+from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
+from opo_megatron.parts import load_part
+from opo_megatron.tasks.worker_pool import WorkerPool
 
+MATH = "math"
 Verifier = Callable[[str, str, str], float]
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
@@ -79,16 +85,30 @@ def find_verifier(name: str, pattern: str | None) -> Verifier:
         if pattern is None:
             raise UserError("task.verifier=regex needs task.verifier_pattern; give the regular expression")
         return regex(pattern)
+    if name == MATH:
+
+        def in_workers(prompt: str, response: str, answer: str) -> float:
+            raise RuntimeError("graded by worker processes")
+
+        return in_workers
     if name in ("exact", "number"):
         return {"exact": exact, "number": number}[name]
     return _own(name)
+
+
+def grading_workers(config: TaskConfig) -> WorkerPool | None:
+    """The processes that grade mathematical answers; None for verifiers that run in this process."""
+    if config.verifier != MATH:
+        return None
+    load_part("math_verify", "task.verifier=math", "math")
+    return WorkerPool(config.verifier_workers, config.verifier_seconds, config.verifier_memory_mib)
 
 
 def _own(path: str) -> Verifier:
     module, _, function = path.partition(":")
     if not module or not function:
         raise UserError(
-            f"task.verifier={path!r} is unknown; choose exact, number, regex or package.module:function"
+            f"task.verifier={path!r} is unknown; choose exact, number, regex, math or package.module:function"
         )
     if os.getcwd() not in sys.path:  # `python -m` looks there, the command `opo` does not
         sys.path.append(os.getcwd())
