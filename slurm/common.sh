@@ -13,7 +13,8 @@
 : "${OPO_PYTHON:=$PWD/.venv/bin/python}" "${OPO_LOGS:=$PWD/runs/slurm/$SLURM_JOB_ID}"
 attempt=${SLURM_RESTART_COUNT:-0}
 logs=$OPO_LOGS/attempt_$attempt
-step='' name='' code=0 limit='' engine_urls='' engines=''
+step='' name='' code=0 limit='' engines=''
+engine_keys=()
 
 status() {
     printf '%s\n' "$1" >"$OPO_LOGS/status.new"
@@ -81,7 +82,7 @@ start_engines() {
         urls+=",http://$node:$port"
     done
     # shellcheck disable=SC2034 # opo_70b.sh passes it on
-    engine_urls="rollout.sglang.urls=[${urls:1}]"
+    engine_keys=("rollout.sglang.urls=[${urls:1}]" rollout.sglang.transport=distributed)
 }
 
 reason() {

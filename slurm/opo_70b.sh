@@ -24,5 +24,5 @@ begin_attempt
 launch preflight opo_megatron.preflight "$recipe" resume=auto "$@"
 finish_unless_ready
 start_engines "$recipe" "$@"
-launch train opo_megatron train "$recipe" resume=auto ${engine_urls:+"$engine_urls"} "$@"
+launch train opo_megatron train "$recipe" resume=auto ${engine_keys[@]+"${engine_keys[@]}"} "$@"
 finish

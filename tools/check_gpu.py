@@ -34,7 +34,8 @@ STEPS = 4
 OPTIONAL = ("transformer-engine", "triton", "apex", "flash-attn", "nvidia-modelopt", "liger-kernel")
 
 TRAINING = {
-    "policy, local layer spec, local engine": ("rollout.engine=local",),
+    "policy in bf16, local engine": ("rollout.engine=local",),
+    "policy in FP8 by Transformer Engine, local engine": ("rollout.engine=local", "policy.fp8=blockwise"),
     "shared GPU, SGLang by CUDA IPC": ("rollout.engine=sglang", "rollout.sglang.transport=tensor"),
     "shared GPU, SGLang by broadcast": ("rollout.engine=sglang", "rollout.sglang.transport=distributed"),
 }
@@ -45,6 +46,8 @@ FIGURES = (
     "memory/train_peak_gpu_gib", "memory/sync_peak_gpu_gib",
 )  # fmt: skip
 MODEL = SIZES["200M"]
+PEAK_TFLOPS = 989.0
+"""An H100's (SXM) dense bf16 products, by its data sheet; FP8's MFU is against the same number."""
 
 
 def main() -> int:
@@ -69,6 +72,9 @@ def main() -> int:
     for name in LIBRARIES:
         results["sections"][name] = section(name, lambda name=name: in_a_process(name))  # type: ignore[misc]
     for name, overrides in TRAINING.items():
+        if any("fp8" in key for key in overrides) and (reason := without_fp8(options.device)):
+            results["sections"][name] = {"missing": reason}
+            continue
         results["sections"][name] = section(name, lambda o=overrides: run(o, options.device))  # type: ignore[misc]
     print(json.dumps(results, indent=2))
     if options.device == "cuda":
@@ -171,6 +177,25 @@ LIBRARIES: dict[str, Callable[[], dict[str, Any]]] = {
 # ---------------------------------------------------------------------- runs of the real command
 
 
+def without_fp8(device: str) -> str | None:
+    """Why there is no FP8 here."""
+    if device == "cpu":
+        return "a CPU has no FP8"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "transformer_engine is not installed"
+    return None
+
+
+def mfu(config: Path, tokens_per_second: float) -> float:
+    """6 × parameters × tokens/s over the peak: a lower bound, for attention's products are left out."""
+    from opo_megatron.config import load_config
+    from opo_megatron.weights.table import Stages, parameters
+
+    model = load_config(config).policy.model
+    numbers = parameters(model, model.vocab_size or 0, Stages(model.num_layers))
+    return 6 * sum(parameter.numel for parameter in numbers) * tokens_per_second / (PEAK_TFLOPS * 1e12)
+
+
 def run(overrides: tuple[str, ...], device: str) -> dict[str, Any]:
     """A few steps in bf16 on a model of 200 million parameters (on a CPU: the quickstart's)."""
     recipe = ROOT / "recipes" / "quickstart_sglang.yaml"
@@ -184,8 +209,13 @@ def run(overrides: tuple[str, ...], device: str) -> dict[str, Any]:
             command += [f"policy.model.{key}={value}" for key, value in MODEL.items() if key != "vocab_size"]
         subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECTION_SECONDS, check=True)
         rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
-    rows = rows[2:]
-    return {name: statistics.median(row[name] for row in rows) for name in FIGURES if name in rows[0]}
+        rows = rows[2:]
+        found = {name: statistics.median(row[name] for row in rows) for name in FIGURES if name in rows[0]}
+        if device == "cuda":
+            found["mfu"] = mfu(
+                Path(folder, "run", "config.yaml"), found["throughput/train_tokens_per_second"]
+            )
+    return found
 
 
 if __name__ == "__main__":

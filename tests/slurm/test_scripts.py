@@ -203,7 +203,7 @@ def test_the_last_nodes_serve_where_asked_for(job: Job) -> None:
     train = next(words for words in rest if "external" not in words)
     assert "--nodelist=node3 --nodes=1" in engine and engine.endswith("--port 10123")
     assert "--nodelist=node1,node2 --nodes=2" in train and "--nodelist=node1,node2" in preflight
-    assert "rollout.sglang.urls=[http://node3:10123]" in train
+    assert "rollout.sglang.urls=[http://node3:10123] rollout.sglang.transport=distributed" in train
     assert (job.folder / "curl.words").read_text().endswith("http://node3:10123/health\n")
 
 

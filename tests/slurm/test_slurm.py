@@ -13,7 +13,7 @@ from cluster import Cluster, running, variables
 TINY = (
     "recipes/quickstart.yaml", "warm_start.steps=4", "warm_start.batch_size=16", "eval.problems=32",
     "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "eval.every_steps=0",
-    "checkpoint.every_steps=0", "observe.kl=off", "observe.tensorboard=false",
+    "checkpoint.every_steps=0", "optimizer.lr=3e-5", "observe.kl=off", "observe.tensorboard=false",
 )  # fmt: skip
 OUTSIDE = ("time/", "memory/", "throughput/", "run/")
 
