@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
+def train_through(cluster: Cluster, run: Path, *overrides: str) -> list[dict]:
+    """The rows of a run that is not interrupted."""
+    job = cluster.submit(
+        "--time=20", "slurm/opo_70b.sh", *TINY, *overrides, f"run.dir={run}",
+        variables=variables(run.with_suffix(".job")),
+    )  # fmt: skip
+    assert cluster.wait(job, 600) == "COMPLETED"
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def curve(run: Path) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith(OUTSIDE)} for row in rows]
@@ -41,16 +52,20 @@ def test_slurm_takes_the_job(cluster: Cluster) -> None:
 def test_signalled_and_requeued_it_ends_with_the_curve_of_a_run_that_never_was(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    steps = "train.steps=300"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    job = cluster.submit(
-        "--time=20", "slurm/opo_70b.sh", *TINY, steps, f"run.dir={whole}",
-        variables=variables(whole.with_suffix(".job")),
-    )  # fmt: skip
-    assert cluster.wait(job, 600) == "COMPLETED"
+    first, steps = train_through(cluster, whole, "train.steps=40"), 40
+    # Long enough that the signal, 45 to 75 seconds before the end of two minutes, comes in between.
+    steps = max(steps, round(150 / statistics.median(row["time/step"] for row in first[1:])))
+    train_through(cluster, whole, f"train.steps={steps}")
     logs = variables(cut.with_suffix(".job"))
     job = cluster.submit(
-        "--time=3", "--signal=B:USR1@60", "slurm/opo_70b.sh", *TINY, steps, f"run.dir={cut}", variables=logs
+        "--time=2",
+        "--signal=B:USR1@45",
+        "slurm/opo_70b.sh",
+        *TINY,
+        f"train.steps={steps}",
+        f"run.dir={cut}",
+        variables=logs,
     )
     assert cluster.wait(job, 900) == "COMPLETED"
     folder = Path(logs["OPO_LOGS"])
