@@ -3,7 +3,7 @@
 #
 #   OPO_RANKS_PER_NODE  default 8              OPO_PYTHON     default .venv/bin/python
 #   OPO_MAX_RESTARTS    default 20             OPO_LOGS       default runs/slurm/JOB: status, attempt_N/*.log
-#   OPO_CONTAINER       pyxis:IMAGE or apptainer:IMAGE; default none      OPO_MOUNTS   as pyxis takes them
+#   OPO_CONTAINER       pyxis:IMAGE or apptainer:IMAGE; default none      OPO_MOUNTS     as pyxis takes them; with OPO_LOGS
 #   OPO_ENGINE_NODES    default 0: so many nodes, the last ones, serve SGLang and do not train
 #
 # The status is one line: running, completed, preempted, oom, timeout or failed, with the reason behind it.
