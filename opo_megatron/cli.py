@@ -40,6 +40,7 @@ from opo_megatron.errors import (
 )
 from opo_megatron.launch import CHILD, ERROR_CLAIM, run_ranks
 from opo_megatron.parts import hidden
+from opo_megatron.plan import command as plan
 from opo_megatron.rollout.sglang.server import interpreter
 
 EXIT_INTERRUPTED = 130
@@ -62,6 +63,8 @@ examples:
       do step 20 again from the checkpoint before it: equal, or what differs is named
   opo config recipes/quickstart.yaml run.dir=runs/first optimizer.lr=1e-4
       print every setting that the run would have, and the arithmetic of its batches
+  opo plan recipes/quickstart.yaml
+      memory of every rank, the weight sync and the time of a step on GPUs, counted here without one
   opo doctor --need gpu --need sglang
       what is installed, what each missing part costs, and how to mend it; exit code 2 where a part that
       is needed is missing or wrong
@@ -157,6 +160,14 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     doctor.add_arguments(command)
     command.set_defaults(run=doctor.run)
     commands["doctor"] = command
+    style = {**_PARSER_STYLE, "epilog": plan.EPILOG}
+    command = subparsers.add_parser("plan", help=plan.SUMMARY, description=plan.SUMMARY, **style)
+    command.add_argument("recipe", metavar="RECIPE", help="YAML file; its `base:` names one to inherit from")
+    command.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a value")
+    command.add_argument("--debug", action="store_true", help="show the traceback of a user error")
+    plan.add_arguments(command)
+    command.set_defaults(run=plan.run)
+    commands["plan"] = command
     return parser, commands
 
 

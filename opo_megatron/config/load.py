@@ -8,7 +8,7 @@ its value and the file that it stands in.  What is derived from other fields is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -36,13 +36,19 @@ class Entry(NamedTuple):
     file: str
 
 
-def load_config(recipe: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> Config:
+def load_config(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    world_size: int | None = None,
+    locate: Callable[[str], str] | None = None,
+) -> Config:
     """Read, merge, resolve and validate a recipe.
 
     Args:
         recipe: a YAML file.  Its optional key `base` names another one, relative to its own folder.
         overrides: `key=value` with full keys; the value is read as YAML.
         world_size: number of ranks that will run; None takes the fewest that the layout needs.
+        locate: `policy.init_from` → the folder whose architecture is read in its place.
 
     Raises:
         UserError: one sentence that names the key, its value and the remedy.
@@ -53,6 +59,8 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = (), world_size: i
         _store(tree, entry)
     config = _to_dataclasses(tree)
     if config.policy.init_from is not None:
+        if locate is not None:
+            config.policy.init_from = locate(config.policy.init_from)
         adopt_architecture(config, {entry.key for entry in entries if entry.value is not None})
     resolve(config)
     validate(config, world_size)

@@ -88,7 +88,7 @@ def initialize(config: Config) -> Parallel:
     logging.getLogger("megatron").setLevel(logging.WARNING)
     if not dist.is_initialized():
         _join(device, timedelta(minutes=config.run.distributed_timeout_minutes))
-    return _megatron_groups(config, device)
+    return megatron_groups(config, device)
 
 
 def _check_cpu_layout(policy: PolicyConfig) -> None:
@@ -107,7 +107,11 @@ def _join(device: torch.device, timeout: timedelta) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def _megatron_groups(config: Config, device: torch.device) -> Parallel:
+def megatron_groups(config: Config, device: torch.device) -> Parallel:
+    """Megatron's groups over all ranks of the process group that this process is in.
+
+    Meta tensors stand for ranks that are not there: none of their groups is of gloo, which would wait.
+    """
     from megatron.core import parallel_state as state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -120,6 +124,7 @@ def _megatron_groups(config: Config, device: torch.device) -> Parallel:
         expert_model_parallel_size=policy.expert_model_parallel_size,
         expert_tensor_parallel_size=policy.expert_tensor_parallel_size,
         distributed_timeout_minutes=max(1, round(config.run.distributed_timeout_minutes)),
+        create_gloo_process_groups=device.type != "meta",
     )
     model_parallel_cuda_manual_seed(config.run.seed)
     timeout = timedelta(minutes=config.run.distributed_timeout_minutes)
@@ -143,7 +148,7 @@ def _megatron_groups(config: Config, device: torch.device) -> Parallel:
         pp_group=state.get_pipeline_model_parallel_group(),
         ep_group=state.get_expert_model_parallel_group(),
         etp_group=state.get_expert_tensor_parallel_group(),
-        cpu_group=dist.new_group(backend="gloo", timeout=timeout),
+        cpu_group=dist.new_group(backend=None if device.type == "meta" else "gloo", timeout=timeout),
     )
 
 

@@ -161,6 +161,7 @@ class Policy:
                 use_distributed_optimizer=self.config.distributed_optimizer,
             ),
             self.ddp_chunks,
+            use_gloo_process_groups=self.parallel.device.type != "meta",
         )
 
     def allocate_optimizer_state(self) -> None:
@@ -243,9 +244,16 @@ class Policy:
             raise ValueError(f"{type(objective).__name__} cannot learn from these rollouts")
         self.memory.reload()
         self.zero_gradients()
+        sums = StepSums(self.parallel, batch.engine_log_prob is not None)
+        self.run_backward(batch, plan, objective, sums)
+        metrics = sums.total(batch.response_lengths)
+        self._check_finite(metrics)
+        return metrics
+
+    def run_backward(self, batch: Rollouts, plan: Plan, objective: Objective, sums: StepSums) -> None:
+        """What of `accumulate_gradients` needs no value of a tensor: all micro-batches, and the reduction."""
         measured = batch.engine_log_prob is not None
         columns = dict.fromkeys((*objective.columns, *(["engine_log_prob"] if measured else [])))
-        sums = StepSums(self.parallel, measured)
 
         def learn(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             tokens = sums.tokens(micro, objective)
@@ -265,9 +273,6 @@ class Policy:
         self._run(learned, plan, columns, learn, forward_only=False)
         if plan.without_gradient is not None:
             self._run(silent, plan.without_gradient, columns, measure, forward_only=True)
-        metrics = sums.total(batch.response_lengths)
-        self._check_finite(metrics)
-        return metrics
 
     def _parts(self, batch: Rollouts, plan: Plan) -> tuple[Rollouts, Rollouts]:
         """The samples with a gradient and those without, which stand behind them."""

@@ -1,0 +1,94 @@
+"""What a rollout engine holds on each GPU: its copy of the weights, and keys and values.
+
+    keys and values per token = 2 · layers · max(1, groups / TP) · width · bytes of the type
+
+SGLang's own arithmetic (0.5.21): of the memory that is free when it starts it takes the share
+`mem-fraction-static` for weights and cache together.  The local engine holds all on every rank, always.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from opo_megatron.config.schema import Config, Dtype, EngineName
+from opo_megatron.plan.hardware import Gpu, constant
+from opo_megatron.plan.lengths import Lengths
+from opo_megatron.weights.table import EMBEDDING, HEAD, hf_shapes
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """Per GPU, in bytes unless it says otherwise."""
+
+    engines: int
+    tensor_parallel_size: int
+    weights: int
+    token: int
+    """Keys and values of one token."""
+    cache: int
+    """Keys and values that there is room for."""
+    working: int
+    """What it needs besides, while it draws."""
+    running: int
+    """Responses that one engine draws at once."""
+    always: bool = False
+    """Held while the policy trains, too."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """That fit into an engine's cache."""
+        return self.cache // self.token if self.token else 0
+
+
+def draws_in_fp8(config: Config) -> bool:
+    return bool(getattr(config.rollout.sglang, "fp8", False)) and config.rollout.engine is EngineName.sglang
+
+
+def kv_bytes_per_token(config: Config, tensor_parallel_size: int) -> int:
+    """On each GPU of an engine."""
+    model = config.policy.model
+    assert model.num_query_groups is not None and model.kv_channels is not None
+    groups = max(1, model.num_query_groups // tensor_parallel_size)
+    return 2 * model.num_layers * groups * model.kv_channels * _itemsize(config)
+
+
+def weight_bytes(config: Config, vocab_size: int, tensor_parallel_size: int) -> int:
+    """On each GPU of an engine; vectors are on all, matrices are cut."""
+    fp8, total = draws_in_fp8(config), 0
+    for name, shape in hf_shapes(config.policy.model, vocab_size).items():
+        itemsize = 1 if fp8 and len(shape) == 2 and name not in (EMBEDDING, HEAD) else _itemsize(config)
+        size = math.prod(shape) * itemsize
+        total += size // tensor_parallel_size if len(shape) == 2 else size
+    return total
+
+
+def plan_engine(
+    config: Config, vocab_size: int, lengths: Lengths, gpus: int, gpu: Gpu, policy_parameters: int
+) -> EnginePlan:
+    """The engine of a recipe beside a policy that holds `policy_parameters` bytes while it draws."""
+    settings = config.rollout.sglang
+    if config.rollout.engine is EngineName.local:
+        token = kv_bytes_per_token(config, 1)
+        running = min(config.rollout.local.slots, math.ceil(lengths.samples / gpus))
+        longest = lengths.longest_prompt + lengths.longest_response
+        weights = weight_bytes(config, vocab_size, 1)
+        return EnginePlan(gpus, 1, weights, token, running * longest * token, 0, running, always=True)
+    size = settings.tensor_parallel_size
+    engines = max(1, gpus // size)
+    running = min(settings.max_running_requests or lengths.samples, math.ceil(lengths.samples / engines))
+    token = kv_bytes_per_token(config, size)
+    if settings.urls:
+        return EnginePlan(len(settings.urls), size, 0, token, 0, 0, running)
+    weights = weight_bytes(config, vocab_size, size)
+    free = gpu.memory - constant("reserved") - policy_parameters
+    working = int((512 + 1.5 * constant("engine_working_tokens") + size / 8 * 1024) * 2**20)
+    share = settings.options.get("mem-fraction-static", settings.options.get("mem_fraction_static"))
+    pool = free - working if share is None else free * float(share)
+    needed = running * (lengths.longest_prompt + lengths.longest_response) * token
+    cache = max(0, int(min(pool - weights, needed) if share is None else pool - weights))
+    return EnginePlan(engines, size, weights, token, cache, working, running)
+
+
+def _itemsize(config: Config) -> int:
+    return 2 if config.policy.dtype is Dtype.bf16 else 4

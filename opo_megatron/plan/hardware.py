@@ -1,0 +1,92 @@
+"""The constants behind every second and every limit of a plan: one table, each with its source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from opo_megatron.errors import UserError
+
+GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU."""
+
+    name: str
+    memory: float
+    """Bytes."""
+    bandwidth: float
+    """Bytes per second of its memory."""
+    bf16: float
+    """Dense operations per second in bf16,"""
+    fp8: float
+    """and in FP8."""
+
+
+GPUS = {
+    "h100": Gpu("h100", 80e9, 3.35e12, 989.4e12, 1978.9e12),
+    "h200": Gpu("h200", 141e9, 4.8e12, 989.4e12, 1978.9e12),
+}
+"""Source: NVIDIA's data sheets of H100 SXM and H200 SXM, without sparsity."""
+
+
+class Constant(NamedTuple):
+    """A number, and where it is from."""
+
+    value: float
+    unit: str
+    source: str
+
+
+CONSTANTS = {
+    "training_efficiency": Constant(
+        0.41,
+        "of the dense peak",
+        "Megatron-LM's README: 41 to 48 % of the peak over model sizes on H100s; its lowest",
+    ),
+    "memory_efficiency": Constant(
+        3.0 / 3.35, "of the data sheet", "3.0 TB/s measured on an H100 whose data sheet says 3.35"
+    ),
+    "nvlink": Constant(450e9, "bytes/s", "data sheet of H100 SXM: 900 GB/s in both directions"),
+    "network": Constant(50e9, "bytes/s", "DGX H100: one 400 Gbit/s adapter per GPU"),
+    "link_efficiency": Constant(0.8, "of the data sheet", "assumed: usual bus bandwidth of large NCCL calls"),
+    "host_link": Constant(50e9, "bytes/s", "PCIe 5.0 x16: 64 GB/s each way; pinned copies 50 (assumed)"),
+    "decode_launch": Constant(
+        10e-6, "s per layer and tensor-parallel all-reduce", "assumed: latency of small NCCL calls in a node"
+    ),
+    "bucket_latency": Constant(
+        16e-3, "s per bucket", "SGLang's update of a tiny bucket took 9 to 16 ms on a CPU; the larger"
+    ),
+    "step_overhead": Constant(
+        1.47,
+        "times what is counted",
+        "fitted (tools/bench_plan.py) to one published run: Llama-3.1-8B, 16 H100s, 1,581 tokens/s/GPU",
+    ),
+    "reserved": Constant(
+        4e9, "bytes", "assumed: CUDA contexts of two processes, NCCL's buffers, fragmentation"
+    ),
+    "engine_working_tokens": Constant(
+        8192, "tokens × 1.5 MiB", "SGLang 0.5.21, memory_hook.py: what it leaves beside weights and cache"
+    ),
+    "mean_response": Constant(
+        0.5, "of the longest", "assumed where the command does not say; answers end by chance, see times.py"
+    ),
+}
+"""Everything that is not counted."""
+
+
+def constant(name: str) -> float:
+    return CONSTANTS[name].value
+
+
+def gpu_of(name: str) -> Gpu:
+    """The GPU that a user names.
+
+    Raises:
+        UserError: for one that is not in the table.
+    """
+    if name.lower() not in GPUS:
+        raise UserError(f"--gpu {name} is not known; name one of {', '.join(GPUS)}")
+    return GPUS[name.lower()]

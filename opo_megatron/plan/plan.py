@@ -1,0 +1,345 @@
+"""A recipe → its plan: what every rank holds and when, what moves, how long a step takes, whether it fits.
+
+The order of phases, and who holds memory in each, is that of `rollout/turns.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from opo_megatron.config import Config, load_config
+from opo_megatron.config.arithmetic import model_parallel_size, smallest_world
+from opo_megatron.config.schema import Dtype, EngineName, ObjectiveName, Weight
+from opo_megatron.errors import UserError
+from opo_megatron.kernels.head import default_chunk_tokens
+from opo_megatron.plan.activations import activation_peak, textbook_activations
+from opo_megatron.plan.engine import EnginePlan, plan_engine
+from opo_megatron.plan.hardware import GPUS_PER_NODE, Gpu, constant
+from opo_megatron.plan.lengths import Lengths
+from opo_megatron.plan.models import folder_of
+from opo_megatron.plan.ranks import RankBytes, fake_rank, meta_policy, rank_bytes, use_meta_device
+from opo_megatron.plan.sync import RankStream, SyncPlan, check_cover, combine, rank_stream
+from opo_megatron.plan.times import Times, Work, step_times, sync_seconds
+from opo_megatron.policy.microbatch import plan_micro_batches
+from opo_megatron.policy.model import padded_vocab_size
+from opo_megatron.tasks import TASKS
+from opo_megatron.weights.stream import buckets
+from opo_megatron.weights.table import Stages, parameters
+
+Say = Callable[[str, float], None]
+"""Shows what is going on, and how much of it is done (0 to 1)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned: a recipe on GPUs of one kind."""
+
+    config: Config
+    vocab_size: int
+    gpus: int
+    gpu: Gpu
+    lengths: Lengths
+
+    @property
+    def data_parallel(self) -> int:
+        return self.gpus // model_parallel_size(self.config.policy)
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether policy and engine take turns with memory, as `build.shares_memory` says of GPUs."""
+        settings = self.config.rollout.sglang
+        own = self.config.rollout.engine is EngineName.sglang and not settings.urls
+        return own and settings.share_memory is not False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Activations of a pipeline stage, in bytes."""
+
+    peak: int
+    textbook: int
+    """By the formula, for comparison."""
+    is_counted: bool
+    """False where routing to experts depends on values, so that the formula stands in."""
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The most bytes of a GPU that one rank's part of a phase takes, everything included."""
+
+    sync: int
+    drawing: int
+    training: int
+
+    @property
+    def most(self) -> int:
+        return max(self.sync, self.drawing, self.training)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All of it."""
+
+    job: Job
+    ranks: list[RankBytes]
+    stages: list[Stage]
+    """By pipeline rank."""
+    engine: EnginePlan
+    sync: SyncPlan
+    phases: list[Phases]
+    """By rank."""
+    times: Times
+    micro_batches: int
+    """Per data-parallel rank."""
+    padding: float
+    """Share of the trained tokens that is padding."""
+    problem: str | None
+    """Why it does not fit, in words."""
+
+    @property
+    def parameters(self) -> int:
+        return sum(rank.own_parameters for rank in self.ranks)
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.times.step * self.job.config.train.steps * self.job.gpus / 3600
+
+
+def load_job(
+    recipe: str, overrides: Sequence[str], gpus: int | None, gpu: Gpu, mean_response: float | None
+) -> Job:
+    """Read a recipe for planning; of a model that is known by name no folder is needed.
+
+    Raises:
+        UserError: for a recipe that `opo train` would refuse, or a number of GPUs that does not divide.
+    """
+    with tempfile.TemporaryDirectory(prefix="opo-") as scratch:
+        config = load_config(recipe, overrides, None, lambda name: folder_of(name, Path(scratch)))
+    fewest = smallest_world(config)
+    if gpus is not None and gpus % fewest:
+        nearest = max(1, round(gpus / fewest)) * fewest
+        policy = config.policy
+        raise UserError(
+            f"--gpus {gpus} cannot be split into copies of the model of {fewest} GPUs "
+            f"({policy.tensor_model_parallel_size} tensor × {policy.pipeline_model_parallel_size} pipeline "
+            f"parallel); the nearest number that can is --gpus {nearest}"
+        )
+    rows = config.policy.model.vocab_size
+    if rows is None:
+        rows = TASKS[config.task.name](config.task).vocab_size
+    return Job(config, rows, gpus or fewest, gpu, _lengths(config, mean_response))
+
+
+def _lengths(config: Config, mean_response: float | None) -> Lengths:
+    rollout, longest = config.rollout, config.policy.model.max_sequence_length
+    response = rollout.max_response_tokens
+    prompt = max(1, min(config.task.max_prompt_tokens, longest - response))
+    mean = response * constant("mean_response") if mean_response is None else mean_response
+    if not 0 < mean <= response:
+        raise UserError(
+            f"--mean-response {mean:g} is not above 0 and at most rollout.max_response_tokens={response}; "
+            "give a number that is"
+        )
+    samples = rollout.prompts_per_step * rollout.samples_per_prompt
+    return Lengths(samples, prompt / 2, mean, prompt, response)
+
+
+def trains_in_fp8(config: Config) -> bool:
+    return getattr(config.policy, "fp8", None) is not None
+
+
+def counted_config(job: Job) -> Config:
+    """The recipe with what differs on a GPU settled: the local layers count for all, and have no FP8."""
+    config = copy.deepcopy(job.config)
+    policy = config.policy
+    if trains_in_fp8(config):
+        policy.fp8 = None  # type: ignore[attr-defined]  # weights and what is kept of bf16 layers stay bf16
+    if policy.head_chunk_tokens is None:
+        rows = padded_vocab_size(policy, job.vocab_size, job.data_parallel)
+        dtype = torch.bfloat16 if policy.dtype is Dtype.bf16 else torch.float32
+        here = rows // policy.tensor_model_parallel_size
+        policy.head_chunk_tokens = default_chunk_tokens(here, dtype, torch.device("cuda"))
+    return config
+
+
+def longest_samples(job: Job) -> list[tuple[int, int]]:
+    """(prompt, response) tokens of so many longest samples that every stage is as full as it gets."""
+    policy, lengths = job.config.policy, job.lengths
+    rows = max(1, policy.max_tokens_per_micro_batch // (lengths.longest_prompt + lengths.longest_response))
+    stages = policy.pipeline_model_parallel_size
+    interleaved = policy.virtual_pipeline_model_parallel_size is not None
+    enough = 2 * stages if interleaved else stages + 1
+    there = math.ceil(lengths.samples / job.data_parallel / rows)
+    count = min(enough, there + (-there % stages if interleaved else 0))
+    return [(lengths.longest_prompt, lengths.longest_response)] * (rows * count * job.data_parallel)
+
+
+def count_stage(job: Job, config: Config, rank: int) -> tuple[RankBytes, Stage]:
+    """Build one rank and run a step's forward and backward on it."""
+    with fake_rank(config, rank, job.gpus) as parallel:
+        policy = meta_policy(config, job.vocab_size, parallel)
+        held = rank_bytes(policy)
+        samples = longest_samples(job)
+        textbook = textbook_activations(config.policy, samples, parallel)
+        if config.policy.model.num_moe_experts is not None:
+            return held, Stage(textbook, textbook, is_counted=False)
+        return held, Stage(activation_peak(policy, samples, on_gpus=True), textbook, is_counted=True)
+
+
+def make_plan(job: Job, say: Say) -> RunPlan:
+    """Count every rank, then put the phases together."""
+    use_meta_device()
+    config = counted_config(job)
+    ranks: list[RankBytes] = []
+    streams: list[RankStream] = []
+    tensors = 0
+    for rank in range(job.gpus):
+        say(f"rank {rank} of {job.gpus}: weights, optimizer, weight stream", 0.6 * rank / job.gpus)
+        with fake_rank(config, rank, job.gpus) as parallel:
+            policy = meta_policy(config, job.vocab_size, parallel)
+            stream = rank_stream(policy, GPUS_PER_NODE)
+            tensors = check_cover(stream, policy)
+            ranks.append(rank_bytes(policy))
+            streams.append(stream)
+    pipeline = config.policy.pipeline_model_parallel_size
+    stages = []
+    for stage in range(pipeline):
+        say(f"activations of pipeline stage {stage} of {pipeline}", 0.6 + 0.4 * stage / pipeline)
+        first = next(r.rank for r in ranks if (r.pp_rank, r.tp_rank, r.dp_rank) == (stage, 0, 0))
+        stages.append(count_stage(job, config, first)[1])
+    return assemble(job, ranks, stages, combine(streams, tensors))
+
+
+def assemble(job: Job, ranks: list[RankBytes], stages: list[Stage], sync: SyncPlan) -> RunPlan:
+    """What follows from the counts."""
+    engine = plan_engine(
+        job.config, job.vocab_size, job.lengths, job.gpus, job.gpu, max(rank.parameters for rank in ranks)
+    )
+    phases = [phases_of(job, rank, stages[rank.pp_rank], engine) for rank in ranks]
+    count, padded = _micro_batches(job)
+    work = Work(
+        model=job.config.policy.model,
+        vocab_size=job.vocab_size,
+        gpus=job.gpus,
+        gpu=job.gpu,
+        lengths=job.lengths,
+        trained_tokens=padded,
+        bubble=_bubble(job.config, count),
+        engine_tp=engine.tensor_parallel_size,
+        engine_weights=engine.weights,
+        engine_token=engine.token,
+        running=_running(job, engine),
+        engines=engine.engines,
+        passes=_passes(job.config),
+        recomputes=recomputes(job.config),
+        trains_in_fp8=trains_in_fp8(job.config),
+    )
+    moved = max(rank.optimizer for rank in ranks) if job.shares_memory else 0
+    times = step_times(work, sync_seconds(sync, job.gpu), moved)
+    padding = 1 - job.lengths.tokens / padded
+    return RunPlan(
+        job, ranks, stages, engine, sync, phases, times, count, padding, problem_of(job, phases, engine)
+    )
+
+
+def phases_of(job: Job, rank: RankBytes, stage: Stage, engine: EnginePlan) -> Phases:
+    """What one GPU holds when it holds most, phase by phase."""
+    reserved = int(constant("reserved"))
+    in_flight = 3 * largest_bucket(job)  # gathered, joined and handed over
+    if job.shares_memory:
+        return Phases(
+            sync=reserved + rank.parameters + rank.optimizer + engine.weights + in_flight,
+            drawing=reserved + rank.parameters + engine.weights + engine.cache + engine.working,
+            training=reserved + rank.static + stage.peak,
+        )
+    always = reserved + rank.static + engine.weights + engine.cache + engine.working
+    return Phases(always + in_flight, always, always + stage.peak)
+
+
+def largest_bucket(job: Job) -> int:
+    """Bytes of the largest bucket of the stream: the recipe's limit, or one parameter that is larger."""
+    policy = job.config.policy
+    stages = Stages(
+        policy.model.num_layers,
+        policy.pipeline_model_parallel_size,
+        policy.virtual_pipeline_model_parallel_size or 1,
+    )
+    table = parameters(policy.model, job.vocab_size, stages, policy.expert_model_parallel_size)
+    dtype = torch.bfloat16 if policy.dtype is Dtype.bf16 else torch.float32
+    limit = int(policy.weight_bucket_mib * 2**20)
+    return max(
+        sum(parameter.numel for parameter in bucket) * dtype.itemsize
+        for bucket in buckets(table, limit, lambda parameter: dtype)
+    )
+
+
+def problem_of(job: Job, phases: Sequence[Phases], engine: EnginePlan) -> str | None:
+    """Why this does not fit; None where it does."""
+    for name, words in (("training", "training"), ("sync", "the weight sync"), ("drawing", "drawing")):
+        sizes = [getattr(phase, name) for phase in phases]
+        if max(sizes) > job.gpu.memory:
+            return (
+                f"{words} takes {max(sizes) / 1e9:.1f} GB on rank {sizes.index(max(sizes))}, and an "
+                f"{job.gpu.name.upper()} has {job.gpu.memory / 1e9:.0f} GB"
+            )
+    longest = job.lengths.longest_prompt + job.lengths.longest_response
+    if engine.token and job.shares_memory and engine.cached_tokens < longest:
+        return f"the engine's cache has room for {engine.cached_tokens} tokens, and one sample has {longest}"
+    return None
+
+
+def recomputes(config: Config) -> bool:
+    """Whether the backward pass runs all layers forward again."""
+    chosen = getattr(config.policy, "recompute", None)
+    return "full" in (getattr(chosen, "value", None), config.policy.megatron.get("recompute_granularity"))
+
+
+def _passes(config: Config) -> float:
+    """Forward passes besides that of the update, as `config.arithmetic` announces them."""
+    algorithm, passes = config.algorithm, 0.0
+    energies = algorithm.weight in (Weight.energy, Weight.energy_hidden, Weight.fitted)
+    if energies and config.rollout.engine is EngineName.sglang:
+        passes += 1
+    if algorithm.objective is ObjectiveName.clipped:
+        passes += 2 if algorithm.kl_coefficient else 1
+    return passes
+
+
+def _running(job: Job, engine: EnginePlan) -> int:
+    """Responses at once: as many as the engine may, and its cache holds at their mean length."""
+    if not engine.cache:
+        return engine.running
+    mean = job.lengths.prompt + job.lengths.response
+    return max(1, min(engine.running, int(engine.cached_tokens / mean)))
+
+
+def _micro_batches(job: Job) -> tuple[int, float]:
+    """Micro-batches per data-parallel rank, and trained tokens with padding, over all ranks."""
+    policy = job.config.policy
+    stages = policy.pipeline_model_parallel_size
+    interleaved = policy.virtual_pipeline_model_parallel_size is not None
+    lengths = [round(job.lengths.prompt) + response for response in job.lengths.responses()]
+    multiple = stages if interleaved else 1
+    plan = plan_micro_batches(
+        lengths, job.data_parallel, policy.max_tokens_per_micro_batch, interleaved, multiple
+    )
+    if plan.shape is not None:
+        return plan.count, float(plan.count * plan.shape[0] * plan.shape[1] * job.data_parallel)
+    most = max(
+        sum(len(rows) * max((lengths[i] for i in rows), default=0) for rows in batches)
+        for batches in plan.rows
+    )
+    return plan.count, float(most * job.data_parallel)
+
+
+def _bubble(config: Config, count: int) -> float:
+    policy = config.policy
+    chunks = policy.virtual_pipeline_model_parallel_size or 1
+    return (policy.pipeline_model_parallel_size - 1) / (count * chunks)

@@ -1,0 +1,153 @@
+"""How long a step takes, phase by phase, from operations and bandwidths.
+
+    training    (3 + passes + recompute) · (2·N·tokens + attention) · (1 + bubble) / (efficient peak · GPUs)
+    bubble      (PP − 1) / (micro-batches · virtual stages), Megatron's schedules
+    decoding    Σ over positions t of max( (weights + cache read at t) / bandwidth, 2·N·alive(t) / peak )
+    sync        bytes of the slowest rank per bucket over each link, and the engine's two copies
+
+The sum is multiplied by one constant for what is not counted (verifiers, imbalance, Python, loading),
+fitted to one published run.  N counts the parameters that multiply a token: all
+matrices but the embedding, of experts the active ones.  Evaluations and checkpoints are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from opo_megatron.config.schema import ModelConfig
+from opo_megatron.plan.hardware import Gpu, constant
+from opo_megatron.plan.lengths import Lengths
+from opo_megatron.plan.sync import SyncPlan
+from opo_megatron.weights.table import EMBEDDING, hf_shapes
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step does, whoever does it."""
+
+    model: ModelConfig
+    vocab_size: int
+    gpus: int
+    gpu: Gpu
+    lengths: Lengths
+    trained_tokens: float
+    """With padding: of the data-parallel rank that has most, times the ranks."""
+    bubble: float
+    engine_tp: int
+    engine_weights: int
+    """Bytes per GPU of an engine."""
+    engine_token: int
+    """Bytes of keys and values of one token, per GPU."""
+    running: int
+    """Responses that an engine draws at once."""
+    engines: int
+    passes: float = 0.0
+    """Forward passes besides that of the update."""
+    recomputes: bool = False
+    trains_in_fp8: bool = False
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one step."""
+
+    generation: float
+    sync: float
+    turns: float
+    """Moving the optimizer to host memory and back."""
+    training: float
+    other: float
+    tokens_per_gpu: float
+    """Tokens per second and GPU, prompts and responses, of the whole step."""
+    training_tokens_per_gpu: float
+    """The same of training alone."""
+
+    @property
+    def step(self) -> float:
+        return self.generation + self.sync + self.turns + self.training + self.other
+
+
+def active_parameters(model: ModelConfig, vocab_size: int) -> int:
+    """Parameters that multiply a token."""
+    total = 0
+    for name, shape in hf_shapes(model, vocab_size).items():
+        if len(shape) != 2 or (name == EMBEDDING and not model.tie_embeddings):
+            continue
+        size = math.prod(shape)
+        if ".experts." in name:
+            assert model.num_moe_experts is not None
+            total += size * model.moe_router_topk // model.num_moe_experts
+        else:
+            total += size
+    return total
+
+
+def training_seconds(work: Work) -> float:
+    """Forward, backward and what is asked besides, over all micro-batches."""
+    model = work.model
+    assert model.kv_channels is not None
+    units = 3.0 + work.passes + (1.0 if work.recomputes else 0.0)
+    sequence = work.lengths.prompt + work.lengths.response
+    # Two products of scores over half a square, 2 operations each.
+    attention = 2 * model.num_layers * model.num_attention_heads * model.kv_channels * sequence
+    operations = units * work.trained_tokens * (2 * active_parameters(model, work.vocab_size) + attention)
+    peak = work.gpu.fp8 if work.trains_in_fp8 else work.gpu.bf16
+    return operations / (peak * constant("training_efficiency") * work.gpus) * (1 + work.bubble)
+
+
+def generation_seconds(work: Work) -> float:
+    """Prefill of all prompts, then decoding until the longest response of an engine is done."""
+    lengths, gpu = work.lengths, work.gpu
+    active = active_parameters(work.model, work.vocab_size)
+    compute = gpu.bf16 * constant("training_efficiency")
+    bandwidth = gpu.bandwidth * constant("memory_efficiency")
+    each = lengths.samples / work.engines
+    waves = max(1.0, each / max(1, work.running))
+    together = each / waves
+    latency = 2 * work.model.num_layers * constant("decode_launch") if work.engine_tp > 1 else 0.0
+    prefill = 2 * active * lengths.samples * lengths.prompt / (compute * work.gpus)
+    steps, seconds = 200, 0.0
+    width = lengths.longest_response / steps
+    for i in range(steps):
+        token = (i + 0.5) * width
+        rows = together * lengths.alive(token)
+        read = work.engine_weights + rows * (lengths.prompt + token) * work.engine_token
+        busy = max(read / bandwidth, 2 * active * rows / work.engine_tp / compute)
+        # The last response alone still takes every step.
+        seconds += width * (busy + latency)
+    return prefill + waves * seconds
+
+
+def sync_seconds(plan: SyncPlan, gpu: Gpu) -> float:
+    """All buckets, one after the other: gather, hand over, load."""
+    efficiency = constant("link_efficiency")
+    seconds = 0.0
+    for size, (nvlink, network) in zip(plan.bucket_bytes, plan.slowest, strict=True):
+        seconds += nvlink / (constant("nvlink") * efficiency) + network / (constant("network") * efficiency)
+        # Into the buffer that is shared, and into the engine's own tensors: each reads and writes.
+        seconds += 4 * size / (gpu.bandwidth * constant("memory_efficiency")) + constant("bucket_latency")
+    return seconds
+
+
+def step_times(work: Work, sync: float, moved_bytes: int) -> Times:
+    """The phases of one step.
+
+    Args:
+        sync: seconds of the weight sync.
+        moved_bytes: what a rank moves to host memory and back in each step.
+    """
+    generation, training = generation_seconds(work), training_seconds(work)
+    turns = 2 * moved_bytes / constant("host_link")
+    counted = generation + training + sync + turns
+    step = counted * constant("step_overhead")
+    tokens = work.lengths.tokens
+    return Times(
+        generation,
+        sync,
+        turns,
+        training,
+        step - counted,
+        tokens / step / work.gpus,
+        tokens / training / work.gpus,
+    )
