@@ -55,7 +55,7 @@ def use_meta_device() -> None:
     use_group_step_adam()
     logging.getLogger("megatron").setLevel(logging.WARNING)
     # torch asks the backend whether it can coalesce, and meta tensors have none.
-    dist.batch_isend_irecv = _one_by_one
+    dist.batch_isend_irecv = _one_by_one  # type: ignore[assignment]
 
 
 def _one_by_one(operations: list[Any]) -> list[Any]:
