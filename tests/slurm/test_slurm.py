@@ -53,13 +53,13 @@ def test_signalled_and_requeued_it_ends_with_the_curve_of_a_run_that_never_was(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    first, steps = train_through(cluster, whole, "train.steps=40"), 40
-    # Long enough that the signal, 45 to 75 seconds before the end of two minutes, comes in between.
-    steps = max(steps, round(150 / statistics.median(row["time/step"] for row in first[1:])))
+    measured = train_through(cluster, tmp_path / "measured", "train.steps=40")
+    # Long enough that the signal, 45 to 75 seconds before the end of three minutes, comes in between.
+    steps = round(150 / statistics.median(row["time/step"] for row in measured[1:]))
     train_through(cluster, whole, f"train.steps={steps}")
     logs = variables(cut.with_suffix(".job"))
     job = cluster.submit(
-        "--time=2",
+        "--time=3",
         "--signal=B:USR1@45",
         "slurm/opo_70b.sh",
         *TINY,
