@@ -8,8 +8,8 @@ Memory: `tools/plan_memory.py`, six layouts; within 10 % on every rank, else exi
 
 Times: one constant, `step_overhead`, is fitted to the first row; the others are predictions, whose errors are
 stated as they come.  The rows are GRPO's on H100s in bf16, on-policy (NeMo RL's performance summary), with
-the usual 5 units of compute per step: old and reference log-probabilities besides the update.  Their sequences
-are packed, so there is no padding, and their sync is left to the overhead.  Assumed where a row does not say:
+the usual 5 units of compute per step: old and reference log-probabilities besides the update.  Sequences
+are packed, so there is no padding, and the sync is left to the overhead.  Assumed where a row does not say:
 2,048 rollouts of at most 4,096 tokens; 3,206 tokens on average of Qwen3-32B, which is what an earlier edition
 of the same table says; prompts of 100 tokens.  The last row is training alone.
 """

@@ -181,11 +181,15 @@ def longest_samples(job: Job) -> list[tuple[int, int]]:
     return [(lengths.longest_prompt, lengths.longest_response)] * (rows * count * job.data_parallel)
 
 
-def count_stage(job: Job, config: Config, rank: int) -> tuple[RankBytes, Stage]:
-    """Build one rank and run a step's forward and backward on it."""
+def count_stage(
+    job: Job, config: Config, rank: int, with_activations: bool = True
+) -> tuple[RankBytes, Stage]:
+    """Build one rank, and run a step's forward and backward on it unless only the rest is asked for."""
     with fake_rank(config, rank, job.gpus) as parallel:
         policy = meta_policy(config, job.vocab_size, parallel)
         held = rank_bytes(policy)
+        if not with_activations:
+            return held, Stage(0, 0, is_counted=False)
         samples = longest_samples(job)
         textbook = textbook_activations(config.policy, samples, parallel)
         if config.policy.model.num_moe_experts is not None:

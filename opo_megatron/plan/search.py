@@ -16,6 +16,7 @@ from opo_megatron.plan.hardware import GPUS_PER_NODE, Gpu
 from opo_megatron.plan.plan import (
     Job,
     Say,
+    Stage,
     count_stage,
     counted_config,
     load_job,
@@ -23,58 +24,81 @@ from opo_megatron.plan.plan import (
     problem_of,
     recomputes,
 )
+from opo_megatron.plan.ranks import RankBytes
 
 MOST_TRIES = 12
+"""Layouts whose activations are counted."""
 
 
 def nearest_fit(
     recipe: str, overrides: Sequence[str], job: Job, mean_response: float | None, say: Say
 ) -> list[str] | None:
     """Settings to add to the command so that the recipe fits on the same GPUs; None where none was found."""
-    tries = 0
-    for changes in candidates(job):
+
+    def load(changes: list[str]) -> Job | None:
         try:
-            candidate = load_job(recipe, [*overrides, *changes], job.gpus, job.gpu, mean_response)
+            return load_job(recipe, [*overrides, *changes], job.gpus, job.gpu, mean_response)
         except UserError:
-            continue  # not a layout of this model
-        say(f"looking for a layout that fits: {' '.join(changes)}", tries / MOST_TRIES)
-        if fits(candidate):
-            return changes
-        tries += 1
-        if tries == MOST_TRIES:
-            return None
+            return None  # not a layout of this model
+
+    tries = 0
+    for layout in layouts(job):
+        if (laid_out := load(layout)) is None:
+            continue
+        say(f"looking for a layout that fits: {' '.join(layout)}", tries / MOST_TRIES)
+        held = count_ends(laid_out, with_activations=False)
+        serving = next(
+            (one for one in engines(job) if (new := load([*layout, *one])) and _problem(new, held) is None),
+            None,
+        )
+        if serving is None:
+            continue  # no room even without activations
+        for change in milder(job):
+            candidate = load([*change, *serving, *layout])
+            if candidate is not None and _problem(candidate, count_ends(candidate)) is None:
+                return [*change, *serving, *layout]
+            tries += 1
+            if tries == MOST_TRIES:
+                return None
     return None
 
 
-def fits(job: Job) -> bool:
-    """Whether the first and the last stage have room in every phase."""
+Counted = list[tuple[RankBytes, Stage]]
+
+
+def count_ends(job: Job, with_activations: bool = True) -> Counted:
+    """The first rank of the first and of the last pipeline stage."""
     config = counted_config(job)
     last = job.gpus - job.gpus // config.policy.pipeline_model_parallel_size
-    counted = [count_stage(job, config, rank) for rank in sorted({0, last})]
+    return [count_stage(job, config, rank, with_activations) for rank in sorted({0, last})]
+
+
+def _problem(job: Job, counted: Counted) -> str | None:
     parameters = max(held.parameters for held, _ in counted)
     engine = plan_engine(job.config, job.vocab_size, job.lengths, job.gpus, job.gpu, parameters)
-    return problem_of(job, [phases_of(job, *one, engine) for one in counted], engine) is None
+    return problem_of(job, [phases_of(job, *one, engine) for one in counted], engine)
 
 
-def candidates(job: Job) -> Iterator[list[str]]:
-    """Changes to a recipe, mildest first."""
-    policy, engine = job.config.policy, job.config.rollout.sglang
-    mild = [[]] if recomputes(job.config) else [[], recompute_changes()]
+def milder(job: Job) -> list[list[str]]:
+    """Changes that leave layout and engine as they are, mildest first; the first is none."""
     longest = job.lengths.longest_prompt + job.lengths.longest_response
-    smaller = [[f"policy.max_tokens_per_micro_batch={longest}"]]
-    smaller = smaller if policy.max_tokens_per_micro_batch > longest else []
-    engines: list[list[str]] = []
-    size = engine.tensor_parallel_size * 2
+    can_be_smaller = job.config.policy.max_tokens_per_micro_batch > longest
+    smaller = [f"policy.max_tokens_per_micro_batch={longest}"] if can_be_smaller else []
+    again = [] if recomputes(job.config) else recompute_changes()
+    found: list[list[str]] = []
+    for change in ([], again, smaller, [*again, *smaller]):
+        if change not in found:
+            found.append(change)
+    return found
+
+
+def engines(job: Job) -> Iterator[list[str]]:
+    """The recipe's engine, then larger ones."""
+    yield []
+    size = job.config.rollout.sglang.tensor_parallel_size * 2
     while job.shares_memory and size <= min(GPUS_PER_NODE, job.gpus):
-        engines.append([f"rollout.sglang.tensor_parallel_size={size}"])
+        yield [f"rollout.sglang.tensor_parallel_size={size}"]
         size *= 2
-    for layout in layouts(job):
-        for engine_change in ([], *engines):
-            for batch in ([], *smaller):
-                for change in mild:
-                    changes = [*change, *batch, *engine_change, *layout]
-                    if changes:
-                        yield changes
 
 
 def layouts(job: Job) -> Iterator[list[str]]:

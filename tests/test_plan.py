@@ -1,0 +1,235 @@
+"""The planner: totals do not depend on the layout, bytes are those of hand arithmetic, mistakes are answered.
+
+The meta device is for a whole process, so whatever builds a policy runs in a child.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opo_megatron.cli import main
+from opo_megatron.config.schema import ModelConfig
+from opo_megatron.plan.hardware import CONSTANTS
+from opo_megatron.plan.lengths import Lengths
+from opo_megatron.plan.models import MODELS
+from opo_megatron.plan.times import active_parameters
+from opo_megatron.weights.table import hf_shapes
+
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "recipes" / "quickstart.yaml"
+WORKER = Path(__file__).parent / "plan_worker.py"
+LLAMA_70B = (
+    "num_layers=80",
+    "hidden_size=8192",
+    "ffn_hidden_size=28672",
+    "num_attention_heads=64",
+    "num_query_groups=8",
+    "vocab_size=128256",
+)
+SMALL = ("num_layers=4", "hidden_size=64", "ffn_hidden_size=96", "num_query_groups=2", "vocab_size=101")
+TENSOR = "tensor_model_parallel_size"
+PIPELINE = "pipeline_model_parallel_size"
+
+
+def count(gpus: int, needs: str, model: tuple[str, ...], *layouts: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-W", "ignore", str(WORKER), str(RECIPE), str(gpus), needs]
+    command += [f"policy.model.{key}" for key in model]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *layouts], env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def small() -> list[dict[str, Any]]:
+    return count(
+        4,
+        "streams",
+        SMALL,
+        f"{TENSOR}=2,sequence_parallel=true,{PIPELINE}=2",
+        f"{PIPELINE}=2,virtual_{PIPELINE}=2,dtype=bf16,distributed_optimizer=true",
+    )
+
+
+def small_model() -> dict[str, tuple[int, ...]]:
+    model = ModelConfig(4, 64, 96, 4, 2, 16, vocab_size=101)
+    return hf_shapes(model, 101)
+
+
+def elements(*parts: str) -> int:
+    """Of all tensors whose names have one of these parts."""
+    shapes = small_model().items()
+    return sum(math.prod(shape) for name, shape in shapes if any(part in name for part in parts))
+
+
+def test_the_total_is_the_models_own_under_every_layout(small: list[dict[str, Any]]) -> None:
+    expected = sum(math.prod(shape) for shape in small_model().values())
+    for found in small:
+        assert sum(rank["own_parameters"] for rank in found["ranks"]) == expected
+
+
+def test_bytes_per_rank_are_those_of_hand_arithmetic(small: list[dict[str, Any]]) -> None:
+    tp_pp, interleaved = small
+    layers = elements(".layers.") // 2  # two stages
+    norms = elements("layernorm") // 2
+    rows = -(-101 // 2)  # per tensor-parallel rank, one of them padding
+    cut = (layers - norms) // 2 + norms + rows * 64
+    for rank in tp_pp["ranks"]:
+        last = 64 if rank["pp_rank"] == 1 else 0
+        # fp32: no master weights of their own; Megatron's buckets are padded to 128 elements.
+        padded = -(-(cut + last) // 128) * 128
+        assert rank["parameters"] == rank["gradients"] == 4 * padded
+        assert rank["optimizer"] == 2 * 4 * (cut + last)
+    for rank in interleaved["ranks"]:
+        whole = layers + 101 * 64 + (64 if rank["pp_rank"] == 1 else 0)
+        # bf16, two chunks with a buffer each; fp32 gradients; master and two moments over two replicas.
+        assert rank["parameters"] >= 2 * whole and rank["parameters"] < 2 * (whole + 2 * 256)
+        assert rank["gradients"] == 2 * rank["parameters"]
+        assert abs(rank["optimizer"] - 12 * whole // 2) <= 12 * 2 * 128
+
+
+def test_every_tensor_arrives_once_on_every_rank(small: list[dict[str, Any]]) -> None:
+    for found, itemsize in zip(small, (4, 2), strict=True):
+        assert found["tensors"] == len(small_model())
+        assert found["bytes"] == itemsize * sum(math.prod(shape) for shape in small_model().values())
+
+
+def test_bytes_of_the_sync_go_by_the_link_that_the_ranks_share(small: list[dict[str, Any]]) -> None:
+    """Nodes of two ranks: tensor-parallel ranks share one, pipeline ranks do not."""
+    matrices = elements(".layers.") - elements("layernorm")
+    for rank, (nvlink, network) in enumerate(small[0]["received"]):
+        vocabulary = 2 * 51 * 64  # with padding, on either stage
+        norms = 2 * (elements("layernorm") // 2)  # each of two ranks brings its copy
+        own = matrices // 2 + vocabulary + norms + (2 * 64 if rank >= 2 else 0)
+        other = matrices // 2 + vocabulary + norms + (2 * 64 if rank < 2 else 0)
+        assert nvlink == 4 * own // 2
+        assert network == 4 * other
+
+
+def test_the_first_stage_holds_most_activations(small: list[dict[str, Any]]) -> None:
+    for found in small:
+        first, last = found["ranks"][0]["activations"], found["ranks"][-1]["activations"]
+        assert first > 0 and last > 0
+    first, last = small[1]["ranks"][0]["activations"], small[1]["ranks"][-1]["activations"]
+    assert first != last
+
+
+def test_llama_3_70b_has_its_parameters_under_two_layouts() -> None:
+    tall, wide = count(
+        64,
+        "bytes",
+        (*LLAMA_70B, "max_sequence_length=8192"),
+        f"dtype=bf16,{TENSOR}=8,sequence_parallel=true,{PIPELINE}=4",
+        f"dtype=bf16,{TENSOR}=4,sequence_parallel=true,{PIPELINE}=8,virtual_{PIPELINE}=5",
+    )
+    for found in (tall, wide):
+        assert sum(rank["own_parameters"] for rank in found["ranks"]) == 70_553_706_496
+    assert tall["ranks"][0]["parameters"] != wide["ranks"][0]["parameters"]
+
+
+def test_published_sizes_follow_from_the_known_models() -> None:
+    """Those that the models' own cards give."""
+    sizes = {"Llama-3.1-8B": 8_030_261_248, "Qwen3-32B": 32_762_123_264, "Llama-3-70B": 70_553_706_496}
+    for name, size in sizes.items():
+        model = MODELS[name]
+        assert model.vocab_size is not None
+        assert sum(math.prod(shape) for shape in hf_shapes(model, model.vocab_size).values()) == size
+        assert active_parameters(model, model.vocab_size) < size - model.vocab_size * model.hidden_size
+
+
+def test_lengths_have_the_mean_that_was_asked_for() -> None:
+    for mean in (10.0, 300.0, 900.0, 1000.0):
+        lengths = Lengths(5000, 20, mean, 20, 1000)
+        drawn = lengths.responses()
+        assert sum(drawn) / len(drawn) == pytest.approx(mean, rel=5e-3)
+        assert max(drawn) <= 1000
+
+
+def test_every_constant_has_a_source() -> None:
+    assert all(constant.source and constant.value > 0 for constant in CONSTANTS.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--gpus", "6", f"policy.{TENSOR}=4"], ("--gpus 6", "the nearest number that can is --gpus 8")),
+        (["--gpu", "a100"], ("--gpu a100", "h100, h200")),
+        (["policy.init_from=Llama-3.1-71B"], ("policy.init_from=Llama-3.1-71B", "Llama-3.1-70B")),
+        (["--mean-response", "90"], ("--mean-response 90", "rollout.max_response_tokens=24")),
+    ],
+)
+def test_a_mistake_is_answered_in_one_sentence(
+    arguments: list[str], parts: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(RECIPE), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(part in error for part in parts)
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--mean-response" in text and "opo plan my.yaml --gpus 64" in text
+
+
+def plan(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "opo_megatron",
+        "plan",
+        str(recipe),
+        "--json",
+        *arguments,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+TOO_LARGE = """
+run: {dir: unused}
+policy:
+  init_from: Llama-3.1-8B
+  dtype: bf16
+  distributed_optimizer: false
+  max_tokens_per_micro_batch: 4096
+  model: {max_sequence_length: 4096}
+rollout: {engine: sglang, max_response_tokens: 2048}
+"""
+"""Each of 4 GPUs holds a whole Llama 3.1 8B and all of Adam's state: 144 GB."""
+
+
+def test_what_does_not_fit_is_said_with_what_does(tmp_path: Path) -> None:
+    recipe = tmp_path / "large.yaml"
+    recipe.write_text(TOO_LARGE)
+    done = plan(recipe, "--gpus", "4")
+    assert done.returncode == 2 and done.stdout, done.stderr
+    found = json.loads(done.stdout)
+    assert found["fits"] is False and found["parameters"] == 8_030_261_248
+    assert "GB on rank 0, and an H100 has 80 GB" in done.stderr
+    changes = found["nearest"]
+    assert changes and " ".join(changes) in done.stderr
+    again = plan(recipe, "--gpus", "4", *changes)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["fits"] is True
+
+
+@pytest.mark.slow
+def test_counted_memory_is_what_cpu_ranks_allocate() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "bench_plan.py"), "--memory"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
