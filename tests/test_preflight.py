@@ -105,6 +105,7 @@ def test_floors_are_higher_with_gpus_and_moved_by_variables(monkeypatch: pytest.
 
 def test_a_node_of_its_own_serves_the_recipes_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPO_MODEL", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     python = tmp_path / "python"
     python.touch()
     recipe, chosen = str(RECIPES / "opo_llama3_70b.yaml"), f"rollout.sglang.python={python}"

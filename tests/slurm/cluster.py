@@ -115,7 +115,12 @@ def running(folder: Path) -> Iterator[Cluster]:
                 started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
         cluster = Cluster(configuration)
         _wait_until_idle(cluster, folder)
-        yield cluster
+        try:
+            yield cluster
+        finally:  # jobs outlive the daemons
+            for job in cluster.attempt("squeue", "--noheader", "--format=%A").stdout.split():
+                cluster.attempt("scancel", job)
+                cluster.wait(job, 60)
     finally:
         for process in reversed(started):
             process.terminate()
