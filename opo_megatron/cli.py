@@ -180,7 +180,7 @@ def _rank_count(text: str) -> int:
 def _config(options: argparse.Namespace) -> int:
     world_size = _world_size(options.nproc)
     config = load_config(options.recipe, options.overrides, world_size)
-    description = describe_batch(config, world_size or smallest_world(config))
+    description = describe_batch(config, world_size or config.run.ranks or smallest_world(config))
     # As comments, so that the output is a recipe again.
     print(textwrap.indent(description, "# ", predicate=lambda _: True))
     print(to_yaml(config), end="")

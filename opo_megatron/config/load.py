@@ -47,7 +47,8 @@ def load_config(
     Args:
         recipe: a YAML file.  Its optional key `base` names another one, relative to its own folder.
         overrides: `key=value` with full keys; the value is read as YAML.
-        world_size: number of ranks that will run; None takes the fewest that the layout needs.
+        world_size: number of ranks that will run; None takes the recipe's own, or the fewest that the
+            layout needs.
         locate: `policy.init_from` → the folder whose architecture is read in its place.
 
     Raises:
@@ -63,7 +64,7 @@ def load_config(
             config.policy.init_from = locate(config.policy.init_from)
         adopt_architecture(config, {entry.key for entry in entries if entry.value is not None})
     resolve(config)
-    validate(config, world_size)
+    validate(config, config.run.ranks if world_size is None else world_size)
     return config
 
 

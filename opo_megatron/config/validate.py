@@ -59,7 +59,7 @@ Rule = tuple[str, Callable[[Any], bool], str]
 
 _FIELD_RULES: tuple[Rule, ...] = (
     (
-        "run.threads_per_rank rollout.prompts_per_step rollout.samples_per_prompt "
+        "run.ranks run.threads_per_rank rollout.prompts_per_step rollout.samples_per_prompt "
         "rollout.max_response_tokens rollout.local.slots warm_start.batch_size algorithm.updates_per_batch "
         "eval.problems eval.samples_per_problem policy.model.num_layers policy.model.hidden_size "
         "policy.model.ffn_hidden_size policy.model.num_attention_heads policy.model.num_query_groups "

@@ -5,3 +5,5 @@ process group gives it its coordinates, and its tensors are on the meta device, 
 no values.  What is counted is thereby what will run.  Only two things are models, and say so: times
 (`times.py`, from operations and bandwidths), and the engine's memory (`engine.py`), which is SGLang's.
 """
+
+import opo_megatron.policy  # noqa: F401  quiet about what Megatron does without, before it is imported

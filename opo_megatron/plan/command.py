@@ -34,7 +34,7 @@ says what would.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `opo plan` besides recipe and overrides."""
     add = parser.add_argument
-    add("--gpus", metavar="N", type=_count, help="number of GPUs; default the fewest that the layout needs")
+    add("--gpus", metavar="N", type=_count, help="number of GPUs; default the recipe's run.ranks")
     add("--gpu", metavar="KIND", default="h100", help="h100 (80 GB) or h200 (141 GB); default h100")
     add(
         "--mean-response",

@@ -120,8 +120,9 @@ def load_job(
     Raises:
         UserError: for a recipe that `opo train` would refuse, or a number of GPUs that does not divide.
     """
+    own = overrides if gpus is None else [*overrides, "run.ranks=null"]
     with tempfile.TemporaryDirectory(prefix="opo-") as scratch:
-        config = load_config(recipe, overrides, None, lambda name: folder_of(name, Path(scratch)))
+        config = load_config(recipe, own, None, lambda name: folder_of(name, Path(scratch)))
     fewest = smallest_world(config)
     if gpus is not None and gpus % fewest:
         nearest = max(1, round(gpus / fewest)) * fewest
@@ -134,7 +135,7 @@ def load_job(
     rows = config.policy.model.vocab_size
     if rows is None:
         rows = TASKS[config.task.name](config.task).vocab_size
-    return Job(config, rows, gpus or fewest, gpu, _lengths(config, mean_response))
+    return Job(config, rows, gpus or config.run.ranks or fewest, gpu, _lengths(config, mean_response))
 
 
 def _lengths(config: Config, mean_response: float | None) -> Lengths:
