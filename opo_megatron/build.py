@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from opo_megatron.config import Config
+from opo_megatron.config.choices import Dtype, EngineName, Kl
 from opo_megatron.config.compare import changed_settings, check_resume
-from opo_megatron.config.schema import Dtype, EngineName, Kl, OptimizerConfig
+from opo_megatron.config.schema import OptimizerConfig
 from opo_megatron.disk import writing
 from opo_megatron.errors import Preempted, UserError
 from opo_megatron.kernels.fp8 import Scales

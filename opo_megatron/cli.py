@@ -28,8 +28,8 @@ from typing import Any, NoReturn
 from opo_megatron import doctor
 from opo_megatron.config import Config, load_config, to_yaml
 from opo_megatron.config.arithmetic import describe_batch, smallest_world
+from opo_megatron.config.choices import EngineName
 from opo_megatron.config.keys import key_types, unknown
-from opo_megatron.config.schema import EngineName
 from opo_megatron.errors import (
     EXIT_DIFFERS,
     EXIT_PREEMPTED,

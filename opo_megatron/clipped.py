@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opo_megatron.algorithm.objective import Clipped, loss_normalizer
 from opo_megatron.algorithm.on_policy import Mismatch, MismatchSums
-from opo_megatron.config.schema import LossNormalizer
+from opo_megatron.config.choices import LossNormalizer
 from opo_megatron.policy.microbatch import Plan
 from opo_megatron.policy.parallel import Parallel, all_reduce
 from opo_megatron.policy.step_sums import StepMetrics

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from opo_megatron.algorithm.on_policy import k3
 from opo_megatron.config import Config
-from opo_megatron.config.schema import Kl
+from opo_megatron.config.choices import Kl
 from opo_megatron.errors import BadNumbers, UserError
 from opo_megatron.observe.rows import Row
 from opo_megatron.policy.parallel import all_reduce

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opo_megatron.config import Config, load_config
-from opo_megatron.config.schema import Device, EngineName
+from opo_megatron.config.choices import Device, EngineName
 from opo_megatron.doctor import judge, look
 from opo_megatron.errors import EXIT_USER_ERROR, UserError
 from opo_megatron.versions import read_versions

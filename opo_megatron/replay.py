@@ -21,7 +21,8 @@ import torch
 from opo_megatron.audit import PER_SAMPLE, PER_TOKEN, in_hex, layout_of, sums_of
 from opo_megatron.build import open_run
 from opo_megatron.config import Config
-from opo_megatron.config.schema import CheckpointConfig, EngineName, Kl, MismatchAction, ObserveConfig
+from opo_megatron.config.choices import EngineName, Kl, MismatchAction
+from opo_megatron.config.schema import CheckpointConfig, ObserveConfig
 from opo_megatron.errors import BadNumbers, ReplayDiffers, UserError
 from opo_megatron.observe.rows import Row, RowFile
 from opo_megatron.policy.checkpoint import PHASES, RunProgress, checkpoints

@@ -26,7 +26,7 @@ from opo_megatron.bad_numbers import surviving_bad_numbers
 from opo_megatron.build import open_run
 from opo_megatron.clipped import clipped_updates
 from opo_megatron.config import Config
-from opo_megatron.config.schema import ObjectiveName
+from opo_megatron.config.choices import ObjectiveName
 from opo_megatron.evaluate import evaluate, evaluation_is_due
 from opo_megatron.observe.rows import Row
 from opo_megatron.observe.step_metrics import step_row

@@ -24,8 +24,9 @@ from opo_megatron.algorithm.variance import (
     variance_and_signal,
 )
 from opo_megatron.config import Config
+from opo_megatron.config.choices import Baseline, VarianceOf, Weight
 from opo_megatron.config.presets import PRESETS
-from opo_megatron.config.schema import AlgorithmConfig, Baseline, VarianceOf, Weight
+from opo_megatron.config.schema import AlgorithmConfig
 from opo_megatron.observe.rows import Row
 from opo_megatron.policy import per_sample
 from opo_megatron.rollout.batch import Summary, exchange

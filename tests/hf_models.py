@@ -11,7 +11,8 @@ from conftest import require
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opo_megatron.config.schema import ModelConfig, RopeScalingConfig, RopeType
+from opo_megatron.config.choices import RopeType
+from opo_megatron.config.schema import ModelConfig, RopeScalingConfig
 
 VOCAB_SIZE = 21
 

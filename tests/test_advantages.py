@@ -14,8 +14,9 @@ from torch import Tensor
 from opo_megatron.algorithm.advantages import STD_EPSILON, advantages, without_signal
 from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.fitted_weights import FittedWeights
+from opo_megatron.config.choices import Baseline, Scope, Weight
 from opo_megatron.config.presets import PRESETS
-from opo_megatron.config.schema import AlgorithmConfig, Baseline, Scope, Weight
+from opo_megatron.config.schema import AlgorithmConfig
 
 SEEDS = range(5)
 MIXTURE = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 4))

@@ -14,7 +14,8 @@ from hf_models import FAMILIES, VOCAB_SIZE, transformers_config
 
 from opo_megatron.config import Config, load_config
 from opo_megatron.config.architecture import hf_config, read_architecture
-from opo_megatron.config.schema import ModelConfig, RopeScalingConfig, RopeType
+from opo_megatron.config.choices import RopeType
+from opo_megatron.config.schema import ModelConfig, RopeScalingConfig
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.rotary import inverse_frequencies
 from opo_megatron.weights.table import hf_shapes

@@ -17,7 +17,8 @@ from opo_megatron.algorithm.fitted_weights import FEATURES
 from opo_megatron.algorithm.objective import opo_objective
 from opo_megatron.cli import main
 from opo_megatron.config import load_config
-from opo_megatron.config.schema import AlgorithmConfig, MismatchAction, OnPolicyConfig
+from opo_megatron.config.choices import MismatchAction
+from opo_megatron.config.schema import AlgorithmConfig, OnPolicyConfig
 from opo_megatron.policy.measure import measure_energies
 from opo_megatron.policy.parallel import initialize, leave
 from opo_megatron.rollout.engine import Request, Sampling

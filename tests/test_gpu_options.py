@@ -22,8 +22,8 @@ from small import VOCAB_SIZE, ragged_rollouts, small_config, small_policy
 
 from opo_megatron.algorithm.objective import Supervised
 from opo_megatron.config import to_yaml
+from opo_megatron.config.choices import Fp8
 from opo_megatron.config.compare import check_resume
-from opo_megatron.config.schema import Fp8
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.fp8 import Scales, dequantize_blocks, quantize_blocks
 from opo_megatron.policy import layer_specs

@@ -16,7 +16,8 @@ from opo_megatron.algorithm.on_policy import (
     check_versions,
     k3,
 )
-from opo_megatron.config.schema import MismatchAction, OnPolicyConfig
+from opo_megatron.config.choices import MismatchAction
+from opo_megatron.config.schema import OnPolicyConfig
 from opo_megatron.errors import OnPolicyError
 
 

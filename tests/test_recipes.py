@@ -14,7 +14,8 @@ from twins import RECIPES, SCALES, twin
 
 from opo_megatron.cli import main
 from opo_megatron.config import load_config
-from opo_megatron.config.schema import Config, Fp8
+from opo_megatron.config.choices import Fp8
+from opo_megatron.config.schema import Config
 from opo_megatron.weights.table import Stages, parameters
 
 REPOSITORY = Path(__file__).parents[1]

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from opo_megatron.config.schema import OptimizerConfig, Schedule
+from opo_megatron.config.choices import Schedule
+from opo_megatron.config.schema import OptimizerConfig
 from opo_megatron.policy.schedule import learning_rate
 
 TOTAL, WARMUP, PEAK, LEAST = 50, 10, 3e-4, 0.1

@@ -19,7 +19,7 @@ import opo_megatron.evaluate as evaluation
 from opo_megatron.algorithm.objective import PolicyGradient
 from opo_megatron.cli import main
 from opo_megatron.config import load_config
-from opo_megatron.config.schema import Kl
+from opo_megatron.config.choices import Kl
 from opo_megatron.policy.parallel import Parallel, initialize, leave
 from opo_megatron.rollout.rollouts import Rollouts
 from opo_megatron.tasks.lift import LiftTask

@@ -25,8 +25,9 @@ from record import write_record
 from torch import Tensor
 
 from opo_megatron.algorithm.advantages import advantages
+from opo_megatron.config.choices import Baseline
 from opo_megatron.config.presets import PRESETS
-from opo_megatron.config.schema import AlgorithmConfig, Baseline
+from opo_megatron.config.schema import AlgorithmConfig
 
 GROUPS, SAMPLES_PER_GROUP, LONGEST, ROUNDS = 256, 16, 1024, 9
 

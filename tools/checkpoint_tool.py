@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from opo_megatron.cli import print_error
 from opo_megatron.config import Config
 from opo_megatron.config.arithmetic import smallest_world
+from opo_megatron.config.choices import Device
 from opo_megatron.config.load import resolve
-from opo_megatron.config.schema import Device, ModelConfig, PolicyConfig, RunConfig
+from opo_megatron.config.schema import ModelConfig, PolicyConfig, RunConfig
 from opo_megatron.config.validate import check_experts, check_layout, check_model, check_world
 from opo_megatron.errors import EXIT_USER_ERROR, UserError
 from opo_megatron.launch import CHILD, run_ranks

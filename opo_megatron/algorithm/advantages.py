@@ -33,7 +33,8 @@ from torch import Tensor
 from opo_megatron import kernels
 from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.fitted_weights import FittedWeights
-from opo_megatron.config.schema import AlgorithmConfig, Scale, Scope, Weight
+from opo_megatron.config.choices import Scale, Scope, Weight
+from opo_megatron.config.schema import AlgorithmConfig
 
 STD_EPSILON = 1e-6
 

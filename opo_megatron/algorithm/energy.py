@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opo_megatron.config.schema import AlgorithmConfig, Weight
+from opo_megatron.config.choices import Weight
+from opo_megatron.config.schema import AlgorithmConfig
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from opo_megatron.config.schema import AlgorithmConfig, LossNormalizer, MismatchAction, OnPolicyConfig
+from opo_megatron.config.choices import LossNormalizer, MismatchAction
+from opo_megatron.config.schema import AlgorithmConfig, OnPolicyConfig
 
 
 class Objective(Protocol):

@@ -26,8 +26,9 @@ from torch import Tensor
 from opo_megatron.algorithm.advantages import advantages, group_advantages
 from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.fitted_weights import FittedWeights
+from opo_megatron.config.choices import Baseline, Scope, Weight
 from opo_megatron.config.presets import PRESETS
-from opo_megatron.config.schema import AlgorithmConfig, Baseline, Scope, Weight
+from opo_megatron.config.schema import AlgorithmConfig
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
+from opo_megatron.config.choices import LossNormalizer, MismatchAction, ObjectiveName, Scope, Weight
 from opo_megatron.config.rules import divides, require
-from opo_megatron.config.schema import (
-    Config,
-    LossNormalizer,
-    MismatchAction,
-    ObjectiveName,
-    Scope,
-    Weight,
-)
+from opo_megatron.config.schema import Config
 
 
 def check_algorithm(config: Config) -> None:

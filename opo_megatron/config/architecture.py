@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from opo_megatron.config.schema import Config, ModelConfig, RopeScalingConfig, RopeType
+from opo_megatron.config.choices import RopeType
+from opo_megatron.config.schema import Config, ModelConfig, RopeScalingConfig
 from opo_megatron.errors import UserError
 
 

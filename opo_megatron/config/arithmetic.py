@@ -8,17 +8,8 @@ from __future__ import annotations
 
 from math import ceil, lcm
 
-from opo_megatron.config.schema import (
-    AlgorithmConfig,
-    Config,
-    EngineName,
-    LossNormalizer,
-    ObjectiveName,
-    PolicyConfig,
-    Scale,
-    Scope,
-    Weight,
-)
+from opo_megatron.config.choices import EngineName, LossNormalizer, ObjectiveName, Scale, Scope, Weight
+from opo_megatron.config.schema import AlgorithmConfig, Config, PolicyConfig
 
 _WEIGHTS = {
     Weight.one: "1",

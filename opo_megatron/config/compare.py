@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from opo_megatron.config.choices import Schedule
 from opo_megatron.config.load import to_yaml
-from opo_megatron.config.schema import Config, Schedule
+from opo_megatron.config.schema import Config
 from opo_megatron.errors import UserError
 
 _OF_EVERY_START = ("run.dir", "resume")

@@ -6,7 +6,8 @@ with every sum on one rank.  Whether the machine keeps that promise is tested wh
 
 from __future__ import annotations
 
-from opo_megatron.config.schema import Config, Device, Dtype, EngineName
+from opo_megatron.config.choices import Device, Dtype, EngineName
+from opo_megatron.config.schema import Config
 from opo_megatron.errors import UserError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from opo_megatron.config.schema import Baseline, Scale, Scope, Weight
+from opo_megatron.config.choices import Baseline, Scale, Scope, Weight
 
 
 class Preset(NamedTuple):

@@ -14,19 +14,13 @@ from typing import Any
 
 from opo_megatron.config.algorithm_rules import check_algorithm
 from opo_megatron.config.arithmetic import expert_parallel_size, model_parallel_size, smallest_world
+from opo_megatron.config.choices import EngineName, Kl, RopeType
 from opo_megatron.config.exact import check_exact
 from opo_megatron.config.fault_rules import check_faults
 from opo_megatron.config.gpu_rules import check_gpu_options
 from opo_megatron.config.megatron_fields import MANAGED_FIELDS, check_megatron_fields
 from opo_megatron.config.rules import divides, require
-from opo_megatron.config.schema import (
-    Config,
-    EngineName,
-    Kl,
-    PolicyConfig,
-    RopeScalingConfig,
-    RopeType,
-)
+from opo_megatron.config.schema import Config, PolicyConfig, RopeScalingConfig
 
 __all__ = ["MANAGED_FIELDS", "TASKS", "validate"]
 

@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from opo_megatron.config.schema import ModelConfig, RopeScalingConfig, RopeType
+from opo_megatron.config.choices import RopeType
+from opo_megatron.config.schema import ModelConfig, RopeScalingConfig
 
 
 def inverse_frequencies(model: ModelConfig) -> Tensor:

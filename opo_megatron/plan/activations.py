@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opo_megatron.algorithm.objective import PolicyGradient
-from opo_megatron.config.schema import Dtype, PolicyConfig
+from opo_megatron.config.choices import Dtype
+from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.kernels import head
 from opo_megatron.plan.ranks import META, inner_optimizers
 from opo_megatron.policy.parallel import Parallel

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from opo_megatron.config.schema import Config, Dtype, EngineName
+from opo_megatron.config.choices import Dtype, EngineName
+from opo_megatron.config.schema import Config
 from opo_megatron.plan.hardware import Gpu, constant
 from opo_megatron.plan.lengths import Lengths
 from opo_megatron.weights.table import EMBEDDING, HEAD, hf_shapes

@@ -16,7 +16,7 @@ import torch
 
 from opo_megatron.config import Config, load_config
 from opo_megatron.config.arithmetic import model_parallel_size, smallest_world
-from opo_megatron.config.schema import Dtype, EngineName, ObjectiveName, Weight
+from opo_megatron.config.choices import Dtype, EngineName, ObjectiveName, Weight
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.head import default_chunk_tokens
 from opo_megatron.plan.activations import activation_peak, textbook_activations

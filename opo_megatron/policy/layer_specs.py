@@ -26,8 +26,9 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 
+from opo_megatron.config.choices import Fp8, Recompute
 from opo_megatron.config.gpu_rules import FP8_BLOCK, FP8_MULTIPLE
-from opo_megatron.config.schema import Fp8, PolicyConfig, Recompute
+from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.errors import UserError
 from opo_megatron.policy.exact_layers import use_exact_layers
 from opo_megatron.versions import numbers, read_versions

@@ -20,7 +20,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
-from opo_megatron.config.schema import Dtype, PolicyConfig
+from opo_megatron.config.choices import Dtype
+from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.rotary import inverse_frequencies
 from opo_megatron.policy.layer_specs import device_fields, fp8_fields, layer_spec, recompute_fields, spec_name

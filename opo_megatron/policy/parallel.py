@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opo_megatron.config.schema import Config, Device, PolicyConfig
+from opo_megatron.config.choices import Device
+from opo_megatron.config.schema import Config, PolicyConfig
 from opo_megatron.errors import UserError
 
 

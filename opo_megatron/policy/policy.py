@@ -30,7 +30,8 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from opo_megatron.algorithm.objective import Objective
-from opo_megatron.config.schema import Config, Dtype, OptimizerConfig
+from opo_megatron.config.choices import Dtype
+from opo_megatron.config.schema import Config, OptimizerConfig
 from opo_megatron.errors import BadNumbers, UserError
 from opo_megatron.kernels.head import default_chunk_tokens
 from opo_megatron.policy.head_gradient import Head, HeadLoss, log_probs

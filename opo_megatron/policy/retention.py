@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opo_megatron.config.schema import Better, CheckpointConfig
+from opo_megatron.config.choices import Better
+from opo_megatron.config.schema import CheckpointConfig
 from opo_megatron.errors import UserError
 from opo_megatron.policy.checkpoint import RunProgress, checkpoints
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from opo_megatron.config.schema import OptimizerConfig, Schedule
+from opo_megatron.config.choices import Schedule
+from opo_megatron.config.schema import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

@@ -23,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from opo_megatron.config.schema import Config, Transport
+from opo_megatron.config.choices import Transport
+from opo_megatron.config.schema import Config
 from opo_megatron.errors import EngineFailure, UserError
 from opo_megatron.policy.parallel import Parallel, all_gather_objects
 from opo_megatron.rollout.engine import NamedTensors, Progress, Request, Sampling

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opo_megatron.config import load_config
-from opo_megatron.config.schema import Device, EngineName
+from opo_megatron.config.choices import Device, EngineName
 from opo_megatron.errors import EXIT_USER_ERROR, UserError
 from opo_megatron.rollout.sglang.server import SERVE, Server, interpreter, write_model_config
 

@@ -19,7 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from opo_megatron.config.architecture import hf_config
-from opo_megatron.config.schema import Config, Dtype, SglangConfig
+from opo_megatron.config.choices import Dtype
+from opo_megatron.config.schema import Config, SglangConfig
 from opo_megatron.errors import UserError
 from opo_megatron.rollout.sglang.client import Client
 
