@@ -241,6 +241,23 @@ def test_what_does_not_fit_is_said_with_what_does(tmp_path: Path) -> None:
     assert json.loads(again.stdout)["fits"] is True
 
 
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_can_be_planned(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its model, its data and its GPUs."""
+    monkeypatch.setenv("OPO_TEST_DATA", str(tmp_path))
+    done = plan(ROOT / "recipes" / name)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["fits"] and found["times"]["step"] > 0
+    assert sum(rank["own_parameters"] for rank in found["ranks"]) == found["parameters"] > 0
+    if "70b" in name:
+        assert found["parameters"] == 70_553_706_496
+
+
 @pytest.mark.slow
 def test_counted_memory_is_what_cpu_ranks_allocate() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -30,6 +30,7 @@ from opo_megatron.plan.times import Times, Work, step_times, sync_seconds
 from opo_megatron.policy.microbatch import plan_micro_batches
 from opo_megatron.policy.model import padded_vocab_size
 from opo_megatron.tasks import TASKS
+from opo_megatron.tasks.tokenizers import open_tokenizer
 from opo_megatron.weights.stream import buckets
 from opo_megatron.weights.table import Stages, parameters
 
@@ -132,10 +133,16 @@ def load_job(
             f"({policy.tensor_model_parallel_size} tensor × {policy.pipeline_model_parallel_size} pipeline "
             f"parallel); the nearest number that can is --gpus {nearest}"
         )
-    rows = config.policy.model.vocab_size
-    if rows is None:
-        rows = TASKS[config.task.name](config.task).vocab_size
-    return Job(config, rows, gpus or config.run.ranks or fewest, gpu, _lengths(config, mean_response))
+    return Job(config, _vocab_size(config), gpus or config.run.ranks or fewest, gpu, _lengths(config, mean_response))
+
+
+def _vocab_size(config: Config) -> int:
+    """Rows of the embedding, for which no problem of the task is read."""
+    if config.policy.model.vocab_size is not None:
+        return config.policy.model.vocab_size
+    if config.task.name == "lift":
+        return TASKS["lift"](config.task).vocab_size
+    return open_tokenizer(config.task.tokenizer).vocab_size
 
 
 def _lengths(config: Config, mean_response: float | None) -> Lengths:
