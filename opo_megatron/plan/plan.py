@@ -133,7 +133,8 @@ def load_job(
             f"({policy.tensor_model_parallel_size} tensor × {policy.pipeline_model_parallel_size} pipeline "
             f"parallel); the nearest number that can is --gpus {nearest}"
         )
-    return Job(config, _vocab_size(config), gpus or config.run.ranks or fewest, gpu, _lengths(config, mean_response))
+    count = gpus or config.run.ranks or fewest
+    return Job(config, _vocab_size(config), count, gpu, _lengths(config, mean_response))
 
 
 def _vocab_size(config: Config) -> int:
