@@ -19,9 +19,11 @@ import torch
 from opo_megatron.cli import main
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.plan.activations import LiveBytes
-from opo_megatron.plan.hardware import CONSTANTS
+from opo_megatron.plan.engine import EnginePlan
+from opo_megatron.plan.hardware import CONSTANTS, GPUS
 from opo_megatron.plan.lengths import Lengths
 from opo_megatron.plan.models import MODELS
+from opo_megatron.plan.plan import Phases, load_job, problem_of
 from opo_megatron.plan.times import active_parameters
 from opo_megatron.weights.table import hf_shapes
 
@@ -141,7 +143,7 @@ def test_storages_are_followed_until_they_are_freed() -> None:
 
 def test_llama_3_70b_has_its_parameters_under_two_layouts() -> None:
     tall, wide = count(
-        64,
+        32,
         "bytes",
         (*LLAMA_70B, "max_sequence_length=8192"),
         f"dtype=bf16,{TENSOR}=8,sequence_parallel=true,{PIPELINE}=4",
@@ -150,6 +152,14 @@ def test_llama_3_70b_has_its_parameters_under_two_layouts() -> None:
     for found in (tall, wide):
         assert sum(rank["own_parameters"] for rank in found["ranks"]) == 70_553_706_496
     assert tall["ranks"][0]["parameters"] != wide["ranks"][0]["parameters"]
+
+
+def test_experts_are_counted_once_over_expert_parallel_ranks() -> None:
+    experts = ("num_moe_experts=8", "moe_ffn_hidden_size=48")
+    (found,) = count(4, "bytes", (*SMALL, *experts), "expert_model_parallel_size=2")
+    model = ModelConfig(4, 64, 96, 4, 2, 16, vocab_size=101, num_moe_experts=8, moe_ffn_hidden_size=48)
+    expected = sum(math.prod(shape) for shape in hf_shapes(model, 101).values())
+    assert sum(rank["own_parameters"] for rank in found["ranks"]) == expected
 
 
 def test_published_sizes_follow_from_the_known_models() -> None:
@@ -226,6 +236,16 @@ rollout: {engine: sglang, max_response_tokens: 2048}
 """Each of 4 GPUs holds a whole Llama 3.1 8B and all of Adam's state: 144 GB."""
 
 
+def test_the_phase_that_does_not_fit_is_named_with_its_rank() -> None:
+    job = load_job(str(RECIPE), [], None, GPUS["h100"], None)
+    engine = EnginePlan(1, 1, weights=0, token=0, cache=0, working=0, running=1)
+    fits, too_large = Phases(10**9, 10**9, 80 * 10**9), Phases(10**9, 10**9, 90 * 10**9)
+    assert problem_of(job, [fits, fits], engine) is None
+    said = problem_of(job, [fits, too_large], engine)
+    assert said == "training takes 90.0 GB on rank 1, and an H100 has 80 GB"
+
+
+@pytest.mark.slow
 def test_what_does_not_fit_is_said_with_what_does(tmp_path: Path) -> None:
     recipe = tmp_path / "large.yaml"
     recipe.write_text(TOO_LARGE)
