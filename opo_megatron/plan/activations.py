@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opo_megatron.algorithm.objective import PolicyGradient
-from opo_megatron.config.choices import Dtype
+from opo_megatron.config.choices import Dtype, Recompute
 from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.kernels import head
 from opo_megatron.plan.ranks import META, inner_optimizers
@@ -200,6 +200,11 @@ def _sweep(
     return output
 
 
+def recomputes_all(policy: PolicyConfig) -> bool:
+    """Whether the backward pass runs all layers forward again."""
+    return policy.recompute is Recompute.full or policy.megatron.get("recompute_granularity") == "full"
+
+
 def textbook_activations(policy: PolicyConfig, lengths: Sequence[tuple[int, int]], parallel: Parallel) -> int:
     """The same by formula, to compare with: bytes of the layers' activations of a stage.
 
@@ -216,10 +221,7 @@ def textbook_activations(policy: PolicyConfig, lengths: Sequence[tuple[int, int]
     else:
         elements += model.moe_router_topk * (4 * (model.moe_ffn_hidden_size or 0) + 2 * hidden)
     shared = policy.tensor_model_parallel_size
-    if "full" in (
-        policy.megatron.get("recompute_granularity"),
-        getattr(getattr(policy, "recompute", None), "value", None),
-    ):
+    if recomputes_all(policy):
         elements, shared = hidden, shared if policy.sequence_parallel else 1
     rows = max(1, policy.max_tokens_per_micro_batch // sum(lengths[0]))
     tokens = rows * sum(lengths[0])

@@ -43,7 +43,7 @@ class EnginePlan:
 
 
 def draws_in_fp8(config: Config) -> bool:
-    return bool(getattr(config.rollout.sglang, "fp8", False)) and config.rollout.engine is EngineName.sglang
+    return bool(config.rollout.sglang.fp8) and config.rollout.engine is EngineName.sglang
 
 
 def kv_bytes_per_token(config: Config, tensor_parallel_size: int) -> int:

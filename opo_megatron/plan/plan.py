@@ -19,7 +19,7 @@ from opo_megatron.config.arithmetic import model_parallel_size, smallest_world
 from opo_megatron.config.choices import Dtype, EngineName, ObjectiveName, Weight
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.head import default_chunk_tokens
-from opo_megatron.plan.activations import activation_peak, textbook_activations
+from opo_megatron.plan.activations import activation_peak, recomputes_all, textbook_activations
 from opo_megatron.plan.engine import EnginePlan, plan_engine
 from opo_megatron.plan.hardware import GPUS_PER_NODE, Gpu, constant
 from opo_megatron.plan.lengths import Lengths
@@ -161,7 +161,7 @@ def _lengths(config: Config, mean_response: float | None) -> Lengths:
 
 
 def trains_in_fp8(config: Config) -> bool:
-    return getattr(config.policy, "fp8", None) is not None
+    return config.policy.fp8 is not None
 
 
 def counted_config(job: Job) -> Config:
@@ -251,7 +251,7 @@ def assemble(job: Job, ranks: list[RankBytes], stages: list[Stage], sync: SyncPl
         running=_running(job, engine),
         engines=engine.engines,
         passes=_passes(job.config),
-        recomputes=recomputes(job.config),
+        recomputes=recomputes_all(job.config.policy),
         trains_in_fp8=trains_in_fp8(job.config),
     )
     moved = max(rank.optimizer for rank in ranks) if job.shares_memory else 0
@@ -306,12 +306,6 @@ def problem_of(job: Job, phases: Sequence[Phases], engine: EnginePlan) -> str | 
     if engine.token and job.shares_memory and engine.cached_tokens < longest:
         return f"the engine's cache has room for {engine.cached_tokens} tokens, and one sample has {longest}"
     return None
-
-
-def recomputes(config: Config) -> bool:
-    """Whether the backward pass runs all layers forward again."""
-    chosen = getattr(config.policy, "recompute", None)
-    return "full" in (getattr(chosen, "value", None), config.policy.megatron.get("recompute_granularity"))
 
 
 def _passes(config: Config) -> float:

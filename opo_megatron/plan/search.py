@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from opo_megatron.config.keys import key_types
 from opo_megatron.errors import UserError
+from opo_megatron.plan.activations import recomputes_all
 from opo_megatron.plan.engine import plan_engine
 from opo_megatron.plan.hardware import GPUS_PER_NODE, Gpu
 from opo_megatron.plan.plan import (
@@ -22,7 +22,6 @@ from opo_megatron.plan.plan import (
     load_job,
     phases_of,
     problem_of,
-    recomputes,
 )
 from opo_megatron.plan.ranks import RankBytes
 
@@ -84,7 +83,7 @@ def milder(job: Job) -> list[list[str]]:
     longest = job.lengths.longest_prompt + job.lengths.longest_response
     can_be_smaller = job.config.policy.max_tokens_per_micro_batch > longest
     smaller = [f"policy.max_tokens_per_micro_batch={longest}"] if can_be_smaller else []
-    again = [] if recomputes(job.config) else recompute_changes()
+    again = [] if recomputes_all(job.config.policy) else ["policy.recompute=full"]
     found: list[list[str]] = []
     for change in ([], again, smaller, [*again, *smaller]):
         if change not in found:
@@ -119,14 +118,6 @@ def layouts(job: Job) -> Iterator[list[str]]:
             f"policy.pipeline_model_parallel_size={p}",
             "policy.virtual_pipeline_model_parallel_size=null",
         ]
-
-
-def recompute_changes() -> list[str]:
-    """Full recomputation, by the key for it or by Megatron's own names."""
-    if "policy.recompute" in key_types():
-        return ["policy.recompute=full"]
-    fields = {"granularity": "full", "method": "uniform", "num_layers": 1}
-    return [f"policy.megatron.recompute_{name}={value}" for name, value in fields.items()]
 
 
 def gpu_that_fits(job: Job, gpus: dict[str, Gpu]) -> str | None:
