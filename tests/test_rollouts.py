@@ -22,6 +22,7 @@ from opo_megatron.rollout.batch import (
 )
 from opo_megatron.rollout.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
 from opo_megatron.tasks import Prompt
+from opo_megatron.tasks.base import OneByOne
 
 Sample = dict[str, object]
 
@@ -202,7 +203,7 @@ def test_every_prompt_is_asked_for_as_often_as_the_group_is_large() -> None:
     assert own_block(alone(), 6) == slice(0, 6)
 
 
-class Lengths:
+class Lengths(OneByOne):
     """A verifier whose reward is the length of the response, or what it is told."""
 
     def __init__(self, special: float | None = None) -> None:
