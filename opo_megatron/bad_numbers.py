@@ -1,8 +1,8 @@
 """A reward, loss or gradient that is NaN or infinite: the batch is kept, the step skipped or the run ended.
 
-All ranks find out alike, before the optimizer step, so the weights stay as they are.  A skipped step has
-a row with `skipped` = 1 and no other numbers but those of an evaluation; the next step draws with the same
-weights and its own seed.
+All ranks find out alike, before the optimizer step, so the weights stay as they are (as the updates
+before it left them, where a batch has several).  A skipped step has a row with `skipped` = 1 and no other
+numbers but those of an evaluation; the next step draws with the same weights and its own seed.
 """
 
 from __future__ import annotations

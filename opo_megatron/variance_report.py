@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.advantages import advantages
-from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.fitted_weights import FEATURES, STATE
 from opo_megatron.algorithm.variance import (
     Measured,
@@ -88,7 +87,7 @@ def _measure(run: Run, rollouts: Rollouts, batch: Summary, chosen: Tensor) -> Me
         rewards=batch.rewards[chosen],
         lengths=batch.response_lengths[chosen].double(),
         groups=batch.groups[chosen],
-        energies=EnergySums(found.energies.energy[order], found.energies.energy_hidden[order]),
+        energies=found.energies.select(order),
     )
 
 

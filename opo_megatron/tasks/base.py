@@ -7,6 +7,7 @@ used is a pure function of (seed, epoch) and nothing about it has to be saved.
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -64,18 +65,20 @@ class Task(Protocol):
         ...
 
 
-class OneByOne:
+class OneByOne(ABC):
     """What a task does that judges responses one by one, in this process."""
 
     failures = 0
 
+    @abstractmethod
     def reward(self, prompt: Prompt, response: list[int]) -> float:
-        raise NotImplementedError
+        """Reward of a response, stop token included where it has one."""
 
     def rewards(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[float]:
         return [self.reward(*pair) for pair in zip(prompts, responses, strict=True)]
 
-    def close(self) -> None: ...
+    def close(self) -> None:  # noqa: B027  nothing was started here; a task that starts something ends it
+        pass
 
 
 class PromptOrder:

@@ -21,7 +21,14 @@ from opo_megatron.parts import load_part
 from opo_megatron.tasks.base import OneByOne, Prompt, Split
 from opo_megatron.tasks.math_answers import reference
 from opo_megatron.tasks.tokenizers import Tokenizer, open_tokenizer
-from opo_megatron.tasks.verifiers import MATH, compile_pattern, find_verifier, grading_workers, last_match
+from opo_megatron.tasks.verifiers import (
+    MATH,
+    Verifier,
+    compile_pattern,
+    find_verifier,
+    grading_workers,
+    last_match,
+)
 
 HELD_OUT_IN = 10
 SLOT = "{prompt}"
@@ -37,7 +44,9 @@ class TextTask(OneByOne):
         self.vocab_size, self.stop_tokens = self.tokenizer.vocab_size, self.tokenizer.stop_tokens
         self._workers = grading_workers(config)
         self._default = config.verifier_default
-        self._verify = find_verifier(config.verifier, config.verifier_pattern)
+        self._verify: Verifier | None = None
+        if self._workers is None:
+            self._verify = find_verifier(config.verifier, config.verifier_pattern)
         self._prompts: dict[Split, list[Prompt]] = {"train": [], "held_out": []}
         self.dropped = 0
         files = [(config.data, "train")] + [(p, "held_out") for p in [config.held_out_data] if p]
@@ -80,7 +89,7 @@ class TextTask(OneByOne):
         return self._prompts[split][index]
 
     def reward(self, prompt: Prompt, response: list[int]) -> float:
-        if self._workers is not None:
+        if self._verify is None:
             return self.rewards([prompt], [response])[0]
         return self._verify(prompt.text, self.tokenizer.decode(response), prompt.answer)
 

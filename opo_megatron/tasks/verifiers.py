@@ -76,7 +76,7 @@ def compile_pattern(key: str, pattern: str) -> re.Pattern[str]:
 
 
 def find_verifier(name: str, pattern: str | None) -> Verifier:
-    """The verifier that a recipe names.
+    """The verifier that a recipe names, of those that run in this process.
 
     Raises:
         UserError: where there is none, or a regex without its pattern.
@@ -85,12 +85,6 @@ def find_verifier(name: str, pattern: str | None) -> Verifier:
         if pattern is None:
             raise UserError("task.verifier=regex needs task.verifier_pattern; give the regular expression")
         return regex(pattern)
-    if name == MATH:
-
-        def in_workers(prompt: str, response: str, answer: str) -> float:
-            raise RuntimeError("graded by worker processes")
-
-        return in_workers
     if name in ("exact", "number"):
         return {"exact": exact, "number": number}[name]
     return _own(name)
