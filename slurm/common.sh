@@ -7,7 +7,7 @@
 #   OPO_ENGINE_NODES    default 0: so many nodes, the last ones, serve SGLang and do not train
 #
 # The status is one line: running, completed, preempted, oom, timeout or failed, with the reason behind it.
-# Exit code 75 of the ranks means: saved, start me again.
+# Exit codes of the ranks that mean: start me again: 75, told to end and saved; 76, hung and ended by its watchdog.
 
 : "${OPO_RANKS_PER_NODE:=8}" "${OPO_MAX_RESTARTS:=20}" "${OPO_ENGINE_NODES:=0}" "${OPO_CONTAINER:=}"
 : "${OPO_PYTHON:=$PWD/.venv/bin/python}" "${OPO_LOGS:=$PWD/runs/slurm/$SLURM_JOB_ID}"
@@ -53,7 +53,7 @@ in_step() {
 launch() {
     name=$1
     shift
-    export OPO_PREEMPTED="$logs/$name.preempted"
+    export OPO_AGAIN="$logs/$name.again"
     (trap - USR1 TERM && in_step 0 "$trainers" "$logs/$name-%n.log" "$@") &
     step=$!
     code=0
@@ -62,7 +62,7 @@ launch() {
         wait "$step" || true
     done
     [ "$code" -le 128 ] || { code=0 && wait "$step" || code=$?; }
-    [ ! -e "$OPO_PREEMPTED" ] || code=75
+    [ ! -e "$OPO_AGAIN" ] || code=$(<"$OPO_AGAIN")
     step=''
 }
 
@@ -98,12 +98,14 @@ finish_unless_ready() {
 
 finish() {
     [ -z "$engines" ] || kill "$engines" 2>/dev/null || true
+    local again=''
+    case $code in 75) again=preempted ;; 76) again="preempted: hung; $(reason)" ;; esac
     if [ "$code" = 0 ]; then
         status "completed" && exit 0
-    elif [ "$code" = 75 ] && [ "$attempt" -ge "$OPO_MAX_RESTARTS" ]; then
-        status "failed: preempted after $attempt restarts, as many as OPO_MAX_RESTARTS=$OPO_MAX_RESTARTS allows"
-    elif [ "$code" = 75 ]; then
-        status "preempted"
+    elif [ "$again" ] && [ "$attempt" -ge "$OPO_MAX_RESTARTS" ]; then
+        status "failed: $again, after $attempt restarts, as many as OPO_MAX_RESTARTS=$OPO_MAX_RESTARTS allows"
+    elif [ "$again" ]; then
+        status "$again"
         trap - USR1 TERM
         scontrol requeue "$SLURM_JOB_ID" && sleep 60 # SLURM ends this shell meanwhile
         status "failed: SLURM did not requeue the job; submit it again with the same run.dir"

@@ -1,7 +1,7 @@
 #!/bin/bash
-# node.sh MODULE [ARGUMENTS…]: the ranks of this node under torchrun; a task of srun.  Where they saved and left
-# before their end it makes the file OPO_PREEMPTED and returns 0, for srun would end nodes that are still
-# leaving; else its exit code is that of the rank which failed first.  With --alone: no torchrun.
+# node.sh MODULE [ARGUMENTS…]: the ranks of this node under torchrun; a task of srun.  Its exit code is that of the
+# rank which failed first.  Where they are to be started again, that code goes to the file OPO_AGAIN; ranks that
+# saved and left (75) return 0, for srun would end nodes that are still leaving.  With --alone: no torchrun.
 set -uo pipefail
 read -ra container <<<"${OPO_RUN:-}"
 python=(${container[@]+"${container[@]}"} "$OPO_PYTHON")
@@ -32,7 +32,8 @@ code=$?
 for file in $(find "$ranks" -name '*.code' -printf '%T@ %p\n' | sort -n | cut -d' ' -f2); do
     case $(<"$file") in
     0) ;;
-    75) touch "$OPO_PREEMPTED" ;;
+    75) echo 75 >"$OPO_AGAIN" ;;
+    76) echo 76 >"$OPO_AGAIN" && exit 76 ;;
     *) exit "$(<"$file")" ;;
     esac
 done

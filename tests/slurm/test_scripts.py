@@ -21,7 +21,8 @@ FAKES = {
         for word; do case $word in --output=*) log=${word#--output=} ;; esac; done
         leave() {
             code=$(cat "$FAKE/$which.code" 2>/dev/null || echo 0)
-            [ "$code" != 75 ] || { touch "$OPO_PREEMPTED"; code=0; }  # as node.sh does
+            case $code in 75 | 76) echo "$code" >"$OPO_AGAIN" ;; esac  # as node.sh does
+            [ "$code" != 75 ] || code=0
             exit "$code"
         }
         case "$*" in *preflight*) which=preflight ;; *external*) which=engine ;; *) which=train ;; esac
@@ -166,8 +167,19 @@ def test_preempted_ranks_requeue_the_job_up_to_the_cap(job: Job) -> None:
     (job.folder / "status.requeued").unlink()
     code, status = job.run(SLURM_RESTART_COUNT="2", OPO_MAX_RESTARTS="2")
     assert code == 1 and not (job.folder / "status.requeued").exists()
-    assert status == "failed: preempted after 2 restarts, as many as OPO_MAX_RESTARTS=2 allows"
+    assert status == "failed: preempted, after 2 restarts, as many as OPO_MAX_RESTARTS=2 allows"
     assert {path.name for path in job.logs.glob("attempt_*")} == {"attempt_1", "attempt_2"}
+
+
+def test_hung_ranks_requeue_the_job_up_to_the_cap(job: Job) -> None:
+    job.says("train", "error: rank 3 hangs in step 7, rollout\n", code=76)
+    assert job.run(OPO_MAX_RESTARTS="1")[0] != 1
+    status = "preempted: hung; error: rank 3 hangs in step 7, rollout; see "
+    assert (job.folder / "status.requeued").read_text().startswith(status)
+    (job.folder / "status.requeued").unlink()
+    code, status = job.run(SLURM_RESTART_COUNT="1", OPO_MAX_RESTARTS="1")
+    assert code == 1 and not (job.folder / "status.requeued").exists()
+    assert status.startswith("failed: preempted: hung;") and status.endswith("OPO_MAX_RESTARTS=1 allows")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +267,7 @@ def test_the_signal_reaches_the_ranks_and_torchrun_lives_on(tmp_path: Path, ever
         "OPO_NODES": "1",
         "OPO_RENDEZVOUS": f"127.0.0.1:{29500 + os.getpid() % 1000}",
         "OPO_RENDEZVOUS_ID": "test",
-        "OPO_PREEMPTED": str(tmp_path / "preempted"),
+        "OPO_AGAIN": str(tmp_path / "again"),
     }
     process = subprocess.Popen(
         ["bash", "slurm/node.sh", "a_rank", str(tmp_path)],
@@ -267,7 +279,7 @@ def test_the_signal_reaches_the_ranks_and_torchrun_lives_on(tmp_path: Path, ever
             os.killpg(process.pid, signal.SIGUSR1)
         else:
             process.send_signal(signal.SIGUSR1)
-        assert process.wait(30) == 0 and (tmp_path / "preempted").exists()
+        assert process.wait(30) == 0 and (tmp_path / "again").read_text() == "75\n"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -108,8 +108,22 @@ def test_the_cap_on_restarts_holds(cluster: Cluster, tmp_path: Path) -> None:
         cluster.attempt("scontrol", "update", f"JobId={job}", "StartTime=now")
     assert cluster.wait(job, 120) == "FAILED"
     status = (tmp_path / "logs/status").read_text()
-    assert status == "failed: preempted after 1 restarts, as many as OPO_MAX_RESTARTS=1 allows\n"
+    assert status == "failed: preempted, after 1 restarts, as many as OPO_MAX_RESTARTS=1 allows\n"
     assert not (tmp_path / "logs/attempt_2").exists()
+
+
+@pytest.mark.slow
+def test_a_hang_is_started_again_up_to_the_cap(cluster: Cluster, tmp_path: Path) -> None:
+    """Nothing can make progress in 60 ms, so every attempt hangs."""
+    logs = variables(tmp_path, OPO_MAX_RESTARTS="1")
+    words = (*TINY, "run.hang_minutes=0.001", f"run.dir={tmp_path}/run")
+    job = cluster.submit("--time=30", "slurm/opo_70b.sh", *words, variables=logs)
+    _until(lambda: (tmp_path / "logs/attempt_0").exists() and cluster.state(job) != "RUNNING", 180)
+    cluster.attempt("scontrol", "update", f"JobId={job}", "StartTime=now")
+    assert cluster.wait(job, 180) == "FAILED"
+    status = (tmp_path / "logs/status").read_text()
+    assert status.startswith("failed: preempted: hung; error: ") and "after 1 restarts" in status
+    assert (tmp_path / "logs/attempt_1").exists() and not (tmp_path / "logs/attempt_2").exists()
 
 
 def _until(condition, seconds: float) -> None:  # type: ignore[no-untyped-def]
