@@ -121,9 +121,13 @@ class Run:
     def progress(self, what: str) -> Progress:
         """Shows an engine's progress under the name `what`."""
         begun = time.monotonic()
+        seen = (0, 0)
 
         def show(done: int, total: int, tokens: int) -> None:
-            self.watchdog.progress()
+            nonlocal seen
+            if (done, tokens) != seen:  # an engine that only says that it still waits makes no progress
+                seen = (done, tokens)
+                self.watchdog.progress()
             rate = tokens / max(1e-9, time.monotonic() - begun)
             text = f"{what}  {done}/{total} responses  {rate:,.0f} tokens/s"
             self.display.status(text, done / max(1, total))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from small import small_config
 
 from opo_megatron.algorithm.on_policy import check_versions
 from opo_megatron.build import open_run
-from opo_megatron.errors import EngineFailure, OnPolicyError
+from opo_megatron.errors import EngineFailure, OnPolicyError, Preempted
 from opo_megatron.rollout.engine import Request, Sampling
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.engine import SglangEngine
@@ -155,15 +157,33 @@ def test_weights_read_back_from_the_server_are_the_policys(run: Run) -> None:
 def test_a_server_that_died_is_started_again_and_the_whole_step_is_drawn(run: Run) -> None:
     server = engine_of(run)._server
     assert server is not None and server.pid is not None
-    import os
-    import signal
-
     first = server.pid
     os.kill(first, signal.SIGKILL)
     rollouts = run.draw(requests(6), Sampling(5, (), (1,)), "test")
     assert len(rollouts) == 6 and run.engine_failures == 1 and server.pid != first
     assert rollouts.weight_versions is not None
     assert rollouts.weight_versions.unique().tolist() == [run.policy.version]
+
+
+def test_a_run_that_is_told_to_end_cuts_what_the_servers_draw(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[str] = []
+    post = Client.post
+
+    def listening(self: Client, path: str, **words: object) -> object:
+        answer = post(self, path, **words)
+        if path == "/generate":
+            answers.extend(one["meta_info"]["finish_reason"]["type"] for one in answer)
+        return answer
+
+    monkeypatch.setattr(Client, "post", listening)
+    monkeypatch.setattr(run.stop, "_signal", signal.SIGUSR1)
+    with pytest.raises(Preempted, match="SIGUSR1"):
+        run.draw(requests(32), Sampling(1000, (), (1,)), "test")
+    assert len(answers) == 32 and "abort" in answers
+    monkeypatch.setattr(run.stop, "_signal", 0)
+    assert len(run.draw(requests(2), Sampling(5, (), (1,)), "test")) == 2
 
 
 def test_policy_and_engine_take_turns_with_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

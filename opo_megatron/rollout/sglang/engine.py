@@ -18,14 +18,14 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from opo_megatron.config.choices import Transport
 from opo_megatron.config.schema import Config
-from opo_megatron.errors import EngineFailure, UserError
+from opo_megatron.errors import EngineFailure, Preempted, UserError
 from opo_megatron.policy.parallel import Parallel, all_gather_objects
 from opo_megatron.rollout.engine import NamedTensors, Progress, Request, Sampling
 from opo_megatron.rollout.rollouts import Rollouts
@@ -45,6 +45,8 @@ from opo_megatron.weights.fp8_folder import BlockFp8
 
 POSTS_PER_CALL = 16
 """A rank's requests travel in this many posts at most, so that progress is seen as they end."""
+PROGRESS_EVERY_SECONDS = 1.0
+"""So soon a run that is told to end cuts what it draws."""
 FLUSH_SECONDS = 30
 """How long a server may take to finish what is running before its cache is flushed."""
 
@@ -267,6 +269,7 @@ class SglangEngine:
         Raises:
             EngineFailure: a server died, hung or broke off.
             UserError: a prompt does not fit, or a server stops where the task does not.
+            Preempted: from `progress`; the servers are told to give up all that they draw.
         """
         if self.version is None:
             raise EngineFailure("the servers hold no complete weights")
@@ -276,15 +279,29 @@ class SglangEngine:
         answers: list[list[Any]] = [[] for _ in parts]
         balance = _Balance(self._clients)
         finished = tokens = 0
-        with ThreadPoolExecutor(POSTS_PER_CALL) as threads:
+        with ThreadPoolExecutor(POSTS_PER_CALL) as threads, self._given_up_when_told():
             posted = {threads.submit(balance.post, part, sampling): i for i, part in enumerate(parts)}
-            for done in as_completed(posted):
-                answer = answers[posted[done]] = done.result()
-                finished += len(answer)
-                tokens += sum(len(one["output_ids"]) for one in answer)
+            waiting = set(posted)
+            while waiting:
+                ended, waiting = wait(waiting, PROGRESS_EVERY_SECONDS, return_when=FIRST_COMPLETED)
+                for done in ended:
+                    answer = answers[posted[done]] = done.result()
+                    finished += len(answer)
+                    tokens += sum(len(one["output_ids"]) for one in answer)
                 if progress is not None:
                     progress(finished, len(requests), tokens)
         return rollouts_of(requests, [one for answer in answers for one in answer], sampling)
+
+    @contextlib.contextmanager
+    def _given_up_when_told(self) -> Iterator[None]:
+        """Posts would be waited for to their end, which may be minutes away."""
+        try:
+            yield
+        except (Preempted, KeyboardInterrupt):
+            for client in self._clients:
+                with contextlib.suppress(EngineFailure):  # a server that is gone draws nothing
+                    client.post("/abort_request", abort_all=True)
+            raise
 
     def probe(self, requests: Sequence[Request], sampling: Sampling) -> dict[str, Rollouts]:
         """The requests answered by each server that this rank feeds."""
