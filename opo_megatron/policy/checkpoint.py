@@ -43,6 +43,7 @@ from opo_megatron.policy.manifest import (
     write_manifest,
     written_by,
 )
+from opo_megatron.policy.optimizer_state import gather_leanly
 from opo_megatron.policy.parallel import Parallel, all_gather_objects
 from opo_megatron.policy.policy import Policy
 
@@ -169,7 +170,6 @@ class Saving:
         Raises:
             SaveError: on all ranks where one cannot write; what was there before stays as it is.
         """
-        _check_buckets(policy)
         self.parallel, self.progress = policy.parallel, progress
         self.final = Path(config.run.dir) / "checkpoints" / progress.folder
         self._partial = self.final.with_name(self.final.name + ".partial")
@@ -378,15 +378,6 @@ def abandon_later(run_dir: Path, progress: RunProgress, attempt: int) -> None:
             path.rename(path.with_name(f"{path.name}.abandoned-by-attempt-{attempt}"))
 
 
-def _check_buckets(policy: Policy) -> None:
-    """Megatron takes wrong elements of a gradient buffer that has padding between its buckets."""
-    for chunk in policy.ddp_chunks:
-        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-            for bucket in buffer.buckets[:-1]:
-                if policy.config.distributed_optimizer and bucket.numel_unpadded != bucket.grad_data.numel():
-                    raise RuntimeError("a padded gradient bucket would make a corrupt checkpoint")
-
-
 def _optimizer_of(config: Config) -> dict[str, Any]:
     """What the optimizer's state is made of, apart from the layout: Megatron cannot convert it."""
     policy = config.policy
@@ -408,6 +399,7 @@ def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
     state: dict[str, Any] = {
         f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(policy.chunks)
     }
+    gather_leanly(policy.optimizer)
     state["optimizer"] = policy.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     return state
 

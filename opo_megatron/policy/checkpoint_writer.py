@@ -49,16 +49,16 @@ class Writer(Protocol):
 
 
 class WriterHere:
-    """Writes when it is waited for."""
+    """Has written when it is made."""
 
     def __init__(self, request: AsyncRequest, texts: Texts, folder: Path, rank: int, world_size: int) -> None:
-        self._arguments = (request, _on_host(request), texts, folder, rank, world_size)
+        self._written = _write(request, _on_host(request), texts, folder, rank, world_size)
 
     def is_done(self) -> bool:
-        return False
+        return True
 
     def wait(self) -> Written:
-        return _write(*self._arguments)
+        return self._written
 
     def cancel(self) -> None: ...
 
