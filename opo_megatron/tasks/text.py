@@ -35,10 +35,10 @@ SLOT = "{prompt}"
 
 
 class TextTask(OneByOne):
-    """The task `text`."""
+    """The task `text`; without task.data it has held-out problems only, to be evaluated on."""
 
     def __init__(self, config: TaskConfig) -> None:
-        if config.data is None:
+        if config.data is None and config.held_out_data is None:
             raise UserError("task.name=text needs task.data; name a JSONL or Parquet file")
         self.tokenizer = open_tokenizer(config.tokenizer)
         self.vocab_size, self.stop_tokens = self.tokenizer.vocab_size, self.tokenizer.stop_tokens
@@ -49,9 +49,11 @@ class TextTask(OneByOne):
             self._verify = find_verifier(config.verifier, config.verifier_pattern)
         self._prompts: dict[Split, list[Prompt]] = {"train": [], "held_out": []}
         self.dropped = 0
-        files = [(config.data, "train")] + [(p, "held_out") for p in [config.held_out_data] if p]
+        files = [(config.data, "train"), (config.held_out_data, "held_out")]
         number = 0
         for path, role in files:
+            if path is None:
+                continue
             for text, answer in read_problems(Path(path), config):
                 hashed = zlib.crc32(text.encode()) % HELD_OUT_IN == 0
                 split: Split = "held_out" if role == "held_out" else "train"
@@ -69,9 +71,10 @@ class TextTask(OneByOne):
                 self._prompts[split].append(Prompt(number, text, tuple(tokens), answer))
                 number += 1
         for split, prompts in self._prompts.items():
-            if not prompts:
+            if not prompts and (split == "held_out" or config.data is not None):
+                path = config.data if split == "train" else config.held_out_data or config.data
                 raise UserError(
-                    f"{config.data} leaves no {split.replace('_', '-')} problem of at most "
+                    f"{path} leaves no {split.replace('_', '-')} problem of at most "
                     f"task.max_prompt_tokens={config.max_prompt_tokens} tokens ({self.dropped} were longer); "
                     "add problems, or raise that"
                 )
@@ -80,7 +83,8 @@ class TextTask(OneByOne):
     def notes(self) -> list[str]:
         """What a person should know about the data."""
         train, held_out = (len(self._prompts[split]) for split in ("train", "held_out"))
-        return [f"{train} training and {held_out} held-out problems; {self.dropped} dropped as too long"]
+        found = f"{train} training and {held_out} held-out problems" if train else f"{held_out} problems"
+        return [f"{found}; {self.dropped} dropped as too long"]
 
     def size(self, split: Split) -> int:
         return len(self._prompts[split])
@@ -147,8 +151,25 @@ def _rows(path: Path) -> Iterable[tuple[int, Any]]:
                 f"{path} is not a Parquet file that can be read ({error}); write it anew"
             ) from None
     if path.suffix in (".jsonl", ".json"):
-        return _json_rows(path)
+        return _json_list(path) if _is_list(path) else _json_rows(path)
     raise UserError(f"{path} is neither .jsonl nor .parquet; convert it to one of them")
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a .json file is one list of rows, not a row per line."""
+    if path.suffix != ".json":
+        return False
+    with path.open("rb") as file:
+        return file.read(64).lstrip().startswith(b"[")
+
+
+def _json_list(path: Path) -> Iterable[tuple[int, Any]]:
+    try:
+        return enumerate(json.loads(path.read_text(encoding="utf-8")), 1)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno} is not JSON ({error.msg}); mend it") from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
