@@ -11,7 +11,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ from opo_megatron.tasks.benchmarks import HELD_OUT, Benchmark, check_vocabulary
 
 WORK = "work"
 """Folder, in that of the results, of what is there only while it is worked: rank status, server logs."""
+
+WITH_MEANING = 2
+"""Tasks beside which a terminal has room for what each line means."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,10 @@ def _opened(config: Config, request: Request) -> Iterator[tuple[Run, dict[str, T
     display = Display(active=parallel.rank == 0)
     run: Run | None = None
     tasks: dict[str, Task] = {}
+    folder: Path | None = None
     try:
         checkpoint = _checkpoint(config, request.source, parallel, display)
-        folder = request.out or run_of(_given(checkpoint)) / "eval" / _given(checkpoint).name
+        folder = request.out or _default_folder(request.source, checkpoint)
         config = replace(config, run=replace(config.run, dir=str(folder / WORK)))
         with writing(folder):
             _make_room(folder, parallel)
@@ -127,6 +131,10 @@ def _opened(config: Config, request: Request) -> Iterator[tuple[Run, dict[str, T
         if run is not None:
             run.watchdog.close()
         _close(run, tasks)
+        if parallel.rank == 0 and folder is not None:
+            with suppress(OSError):  # only where both are empty
+                (folder / WORK).rmdir()
+                folder.rmdir()
         # Leaving waits for ranks that may be waiting for this one; what went wrong must be said first.
         if parallel.world_size == 1:
             leave()
@@ -141,9 +149,9 @@ def _close(run: Run | None, tasks: dict[str, Task]) -> None:
         task.close()
 
 
-def _given(checkpoint: Path | None) -> Path:
+def _default_folder(source: Source, checkpoint: Path | None) -> Path:
     assert checkpoint is not None, "the command line gives a recipe's results a folder"
-    return checkpoint
+    return (source.run or run_of(checkpoint)) / "eval" / checkpoint.name
 
 
 def _checkpoint(config: Config, source: Source, parallel: Parallel, display: Display) -> Path | None:
@@ -267,4 +275,5 @@ def table(
         line("Rep-4", "{:.3f}", "rep_4", "share of an answer's 4-grams that stood in it before"),
         line("entropy", "{:.3f}", "entropy", "nats per token, −mean log π of the tokens drawn"),
     ]
-    return lines, list(results)
+    is_narrow = len(results) <= WITH_MEANING
+    return [line if is_narrow else line[:-1] for line in lines], list(results)

@@ -92,13 +92,14 @@ class Display:
     def summary(
         self, title: str, lines: Sequence[Sequence[str]], columns: Sequence[str] = ("start", "end")
     ) -> None:
-        """The closing table: (what, a value per column, in plain words)."""
+        """The closing table: (what, a value per column, in plain words, which may be left out)."""
         if not self.active:
             return
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for heading in ("", *columns):
             table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-        table.add_column("what it means", overflow="fold")
+        if len(lines[0]) > len(columns) + 1:
+            table.add_column("what it means", overflow="fold")
         for line in lines:
             table.add_row(*line)
         self.console.print(table)
