@@ -106,7 +106,7 @@ def _opened(config: Config, request: Request) -> Iterator[tuple[Run, dict[str, T
         with writing(folder):
             _make_room(folder, parallel)
             for benchmark in request.benchmarks:
-                is_own = benchmark.path is None
+                is_own = benchmark.source is None
                 tasks[benchmark.name] = (
                     TASKS[config.task.name](config.task) if is_own else benchmark.task(config.task)
                 )

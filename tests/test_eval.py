@@ -193,7 +193,7 @@ def test_known_problem_sets_are_found_and_graded_by_value(tmp_path: Path, layout
     lines = "".join(json.dumps(problem) + "\n" for problem in problems)
     path.write_text(json.dumps(problems, indent=1) if path.suffix == ".json" else lines)
     held_out, aime = find_benchmarks("held_out,aime24", tmp_path)
-    assert held_out.name == HELD_OUT and held_out.path is None and aime.path == path
+    assert held_out.name == HELD_OUT and held_out.source is None and aime.source == str(path)
     task = aime.task(TaskConfig(template="Q: {prompt}", answer_pattern="#### (.+)"))
     try:
         assert task.size("held_out") == 3 and task.size("train") == 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
 from opo_megatron.tasks.base import Task
+from opo_megatron.tasks.rows import HUB
 from opo_megatron.tasks.text import TextTask
 from opo_megatron.tasks.verifiers import MATH
 
@@ -37,13 +38,13 @@ class Benchmark:
     """One problem set to be evaluated on."""
 
     name: str
-    path: Path | None = None
-    """None for the recipe's own held-out problems."""
+    source: str | None = None
+    """File or `hub:…`; None for the recipe's own held-out problems."""
 
     def task(self, config: TaskConfig) -> TextTask:
         """Its problems, all held out, in the recipe's template and tokenizer."""
-        assert self.path is not None
-        own = replace(config, name="text", data=None, held_out_data=str(self.path))
+        assert self.source is not None
+        own = replace(config, name="text", data=None, held_out_data=self.source)
         if self.name in FIELDS:
             prompt_field, answer_field = FIELDS[self.name]
             own = replace(
@@ -57,7 +58,8 @@ class Benchmark:
 
 
 def find_benchmarks(wanted: str, data: Path | None) -> list[Benchmark]:
-    """What `--tasks` names: known names, `held_out`, and name=path for a file of one's own.
+    """What `--tasks` names: known names, `held_out`, and name=path for a file of one's own
+    (or name=hub:owner/name:split).
 
     Args:
         data: the folder of the known ones' files.
@@ -78,10 +80,10 @@ def _find(wanted: str, data: Path | None) -> Benchmark:
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"--tasks {wanted!r} is not a name; give letters, digits, '.', '_' and '-'")
     if equals:
-        if name == HELD_OUT or not Path(path).is_file():
+        if name == HELD_OUT or not (path.startswith(HUB) or Path(path).is_file()):
             reason = "is the name of the recipe's own problems" if name == HELD_OUT else "names no file"
             raise UserError(f"--tasks {wanted} {reason}; write it like mine=problems.jsonl")
-        return Benchmark(name, Path(path))
+        return Benchmark(name, path)
     if name == HELD_OUT:
         return Benchmark(name)
     if name not in FIELDS:
@@ -97,7 +99,7 @@ def _find(wanted: str, data: Path | None) -> Benchmark:
     places = [data / place.format(name=name) for place in PLACES]
     for place in places:
         if place.is_file():
-            return Benchmark(name, place)
+            return Benchmark(name, str(place))
     raise UserError(
         f"--tasks {name}: there is none of {', '.join(map(str, places))}; put a file with the fields "
         f"{' and '.join(FIELDS[name])} there, or say {name}=problems.jsonl"

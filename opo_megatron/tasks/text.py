@@ -1,4 +1,4 @@
-"""Problems from a file: a prompt and a reference answer per row, JSONL or Parquet.
+"""Problems from a file or the hub: a prompt and a reference answer per row (`rows.py` reads them).
 
 A row's prompt goes into `task.template`, is tokenised (through the chat template, where asked for)
 and dropped where it is longer than `task.max_prompt_tokens`; how many were dropped is said.  Held
@@ -7,19 +7,17 @@ out is a file of its own, or one row in ten by a hash of its prompt.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
-from opo_megatron.parts import load_part
 from opo_megatron.tasks.base import OneByOne, Prompt, Split
 from opo_megatron.tasks.math_answers import reference
+from opo_megatron.tasks.rows import read_rows
 from opo_megatron.tasks.tokenizers import Tokenizer, open_tokenizer
 from opo_megatron.tasks.verifiers import (
     MATH,
@@ -54,7 +52,7 @@ class TextTask(OneByOne):
         for path, role in files:
             if path is None:
                 continue
-            for text, answer in read_problems(Path(path), config):
+            for text, answer in read_problems(path, config):
                 hashed = zlib.crc32(text.encode()) % HELD_OUT_IN == 0
                 split: Split = "held_out" if role == "held_out" else "train"
                 if config.held_out_data is None and hashed:
@@ -122,7 +120,7 @@ def prompt_tokens(tokenizer: Tokenizer, config: TaskConfig, text: str) -> list[i
     return tokenizer.chat(config.system_prompt, filled) if config.chat else tokenizer.encode(filled)
 
 
-def read_problems(path: Path, config: TaskConfig) -> Iterator[tuple[str, str]]:
+def read_problems(path: str, config: TaskConfig) -> Iterator[tuple[str, str]]:
     """(prompt, reference answer) of each row.
 
     Raises:
@@ -131,63 +129,14 @@ def read_problems(path: Path, config: TaskConfig) -> Iterator[tuple[str, str]]:
     pattern = None
     if config.answer_pattern is not None:
         pattern = compile_pattern("task.answer_pattern", config.answer_pattern)
-    for row_number, row in _rows(path):
+    for row_number, row in read_rows(path):
         prompt = _field(path, row_number, row, config.prompt_field, "task.prompt_field")
         answer = _field(path, row_number, row, config.answer_field, "task.answer_field")
         answer = answer if pattern is None else _extract(path, row_number, pattern, answer)
         yield prompt, reference(answer) if config.verifier == MATH else answer
 
 
-def _rows(path: Path) -> Iterable[tuple[int, Any]]:
-    if not path.is_file():
-        wrong = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise UserError(f"the data file {path} {wrong}; check task.data and task.held_out_data")
-    if path.suffix == ".parquet":
-        parquet = load_part("pyarrow.parquet", f"reading {path}", "data")
-        try:
-            return enumerate(parquet.read_table(path).to_pylist(), 1)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} is not a Parquet file that can be read ({error}); write it anew"
-            ) from None
-    if path.suffix in (".jsonl", ".json"):
-        return _json_list(path) if _is_list(path) else _json_rows(path)
-    raise UserError(f"{path} is neither .jsonl nor .parquet; convert it to one of them")
-
-
-def _is_list(path: Path) -> bool:
-    """Whether a .json file is one list of rows, not a row per line."""
-    if path.suffix != ".json":
-        return False
-    with path.open("rb") as file:
-        return file.read(64).lstrip().startswith(b"[")
-
-
-def _json_list(path: Path) -> Iterable[tuple[int, Any]]:
-    try:
-        return enumerate(json.loads(path.read_text(encoding="utf-8")), 1)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno} is not JSON ({error.msg}); mend it") from None
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number} is not JSON ({error.msg}); mend or remove it") from None
-
-
-def _field(path: Path, row_number: int, row: Any, field: str, key: str) -> str:
+def _field(path: str, row_number: int, row: Any, field: str, key: str) -> str:
     if not isinstance(row, dict) or field not in row:
         held = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
         raise UserError(f"{path}, row {row_number} has no field {field!r} (it holds {held}); set {key}")
@@ -207,7 +156,7 @@ def _can_be_encoded(text: str) -> bool:
     return True
 
 
-def _extract(path: Path, row_number: int, pattern: re.Pattern[str], text: str) -> str:
+def _extract(path: str, row_number: int, pattern: re.Pattern[str], text: str) -> str:
     found = last_match(pattern, text)
     if found is None:
         raise UserError(
