@@ -252,7 +252,7 @@ def _start_engine(config: Config, parallel: Parallel, policy: Policy, display: D
         slots = config.rollout.local.slots
         exact = config.rollout.local.exact
         engine = LocalEngine(config.policy.model, policy.vocab_size, dtype, parallel.device, slots, exact)
-        if exact:
+        if exact and policy.optimizer is not None:  # the promise is about the training pass
             display.status("testing that engine and policy agree bit for bit")
             compared = check_exact(config, policy, engine, parallel)
             display.say(

@@ -78,8 +78,9 @@ def _evaluate_task(run: Run, name: str, task: Task, count: int | None, folder: P
     samples, sampling = run.config.eval.samples_per_problem, evaluation_sampling(run)
     if name != HELD_OUT:  # ids of problems begin at 0 in every task
         sampling = replace(sampling, seed=(*sampling.seed, zlib.crc32(name.encode())))
+    run.watchdog.enter(f"answering {name}")
     rollouts, summary = answer(run, task, problems, samples, sampling, name)
-    run.watchdog.enter("measuring")
+    run.watchdog.enter(f"measuring {name}")
     run.display.status(f"{name}  measuring")
     measures = measure_answers(run.parallel, rollouts, summary, samples, sampling)
     everything = gather_on_first(run.parallel, rollouts)

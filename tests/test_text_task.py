@@ -223,5 +223,3 @@ def test_a_local_folder_is_read_as_a_data_set_of_the_hub(
     with pytest.raises(UserError, match=r"split validation \(") as error:
         task_of(f"hub:{tmp_path / 'set'}:validation")
     one_sentence(error)
-    with pytest.raises(UserError, match="cannot be read as data set nobody/nothing") as error:
-        task_of("hub:nobody/nothing")
