@@ -108,8 +108,12 @@ def test_a_metric_of_diversity_can_say_which_checkpoint_is_the_best(run_dir: Pat
 def test_two_ranks_that_split_a_problems_answers_give_the_same(
     tmp_path: Path, run_dir: Path, evaluated: Path
 ) -> None:
-    """Of 45 answers, the first rank has one of the eighth problem's three, the second two."""
+    """Of 45 answers, the first rank has one of the eighth problem's three, the second two.
+
+    They hold the model in four interleaved stages, too.
+    """
     arguments = ["--problems", "15", "--nproc", "2", "--out", str(tmp_path / "two")]
+    arguments += [f"policy.{name}pipeline_model_parallel_size=2" for name in ("", "virtual_")]
     assert main(["eval", str(run_dir), *arguments]) == 0
     assert main(["eval", str(run_dir), "--problems", "15", "--out", str(tmp_path / "one")]) == 0
     one, two = (held_out_of(tmp_path / name) for name in ("one", "two"))
@@ -129,6 +133,12 @@ def test_a_recipe_is_evaluated_at_its_random_start_and_cut_sampling_has_no_entro
     assert found["entropy"] is None and found["self_bleu"] is None and list(found["pass@k"]) == ["1"]
     assert found["problems"] == 4 and found["samples"] == 1
     assert "random start" in json.loads((tmp_path / "out" / "eval.json").read_text())["checkpoint"]
+
+
+def test_exact_mode_draws_and_needs_no_training_pass(run_dir: Path, tmp_path: Path) -> None:
+    exact = ("rollout.local.exact=true", "on_policy.tolerance=0", "--problems", "4")
+    assert main(["eval", str(run_dir), *exact, "--out", str(tmp_path / "out")]) == 0
+    assert held_out_of(tmp_path / "out")["problems"] == 4
 
 
 def test_results_are_never_written_over(capsys, run_dir: Path, evaluated: Path, tmp_path: Path) -> None:
