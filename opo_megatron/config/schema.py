@@ -351,6 +351,7 @@ class EvalConfig:
     problems: int = 512
     """Held-out problems."""
     samples_per_problem: int = 1
+    """More than one also gives eval/pass@k and eval/self_bleu."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
