@@ -23,9 +23,9 @@ setup-dev: $(VENV)/.setup-dev  ## the same, with what tests and lint need
 
 setup-sglang: $(SGLANG_VENV)/.setup-$(SGLANG)  ## .venv-sglang with an SGLang server, for rollout.engine=sglang
 
-setup-system:  ## a SLURM of one node, for the tests of slurm/ (as root, on Debian or Ubuntu); nothing else needs it
+setup-system:  ## for tests: a SLURM of one node, and Chromium for the page of opo report (as root, on Debian)
 	apt-get update
-	DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurm-wlm munge
+	DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurm-wlm munge chromium
 
 quickstart: setup  ## train the small recipe in a new folder under runs/
 	@dir=runs/quickstart; n=2; \
