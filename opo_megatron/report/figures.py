@@ -85,25 +85,32 @@ def figures_of(arms: Sequence[Arm], show: Callable[[str, float], None]) -> list[
 def _curve_figure(section: str, measure: Measure, arms: Sequence[Arm]) -> Figure:
     from matplotlib import ticker
 
-    with _canvas(4.6, 3.1 + 0.16 * len(arms)) as canvas:
+    with _canvas(4.6, 3.2 + 0.16 * len(arms)) as canvas:
         axes = canvas.subplots()
         curves = [(place, arm, band(arm, measure.metric)) for place, arm in enumerate(arms)]
-        bands = [(place, arm, curve) for place, arm, curve in curves if curve is not None]
-        lines = [_draw(axes, place, curve) for place, _, curve in bands]
+        drawn = [(place, arm, curve) for place, arm, curve in curves if curve is not None]
+        bands = [curve for _, _, curve in drawn]
+        lines = [_draw(axes, place, curve) for place, _, curve in drawn]
         axes.set(title=measure.title, xlabel="OPO step", ylabel=measure.unit)
-        axes.title.set_weight("bold")
-        if measure.logarithmic and all((curve.low > 0).all() for _, _, curve in bands):
+        axes.title.set_fontweight("bold")
+        if measure.logarithmic and _spans_decades(bands):
             axes.set_yscale("log")
-            for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                axis_formatter(ticker.LogFormatter())  # the usual one writes TeX
+            for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                set_formatter(ticker.LogFormatter())  # the usual one writes TeX
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-        _legend(canvas, lines, [_cut(arm.name) for _, arm, _ in bands])
-        seeds = max(curve.runs for _, _, curve in bands)
-        caption = f"{measure.title}: {measure.unit}"
-        caption += "; mean over runs, band from least to greatest" if seeds > 1 else ""
+        has_band = any(curve.runs > 1 for curve in bands)
+        _legend(canvas, lines, [_cut(arm.title) for _, arm, _ in drawn], has_band)
         size = max(bin_size(len(run.series(measure.metric))) for arm in arms for run in arm.runs)
-        caption += f"; a point stands for up to {size} steps" if size > 1 else ""
+        binned = f"  A point stands for up to {size} steps." if size > 1 else ""
+        caption = measure.meaning + binned
         return _finish(canvas, measure.metric.replace("/", "_"), section, measure.title, caption)
+
+
+def _spans_decades(bands: Sequence[Band]) -> bool:
+    """Whether a logarithmic axis has something to show, and can show it."""
+    low = min((float(curve.low.min()) for curve in bands if len(curve.low)), default=0.0)
+    high = max((float(curve.high.max()) for curve in bands if len(curve.high)), default=0.0)
+    return low > 0 and high >= 10 * low
 
 
 def _draw(axes: Axes, place: int, curve: Band) -> Line2D:
@@ -120,9 +127,11 @@ def _draw(axes: Axes, place: int, curve: Band) -> Line2D:
     return line
 
 
-def _legend(canvas: Canvas, lines: Sequence[Line2D], names: Sequence[str]) -> None:
-    columns = 2 if max(map(len, names)) <= 22 and len(names) > 1 else 1
-    canvas.legend(lines, names, loc="outside lower center", ncols=columns)
+def _legend(canvas: Canvas, lines: Sequence[Line2D], names: Sequence[str], has_band: bool) -> None:
+    """Below the figure, where it covers nothing, and says what a band is."""
+    columns = 2 if max(map(len, names)) <= 26 and len(names) > 1 else 1
+    title = "line: mean of the runs; band: least to greatest" if has_band else None
+    canvas.legend(lines, names, loc="outside lower center", ncols=columns, title=title, title_fontsize=7.5)
 
 
 def _cut(name: str) -> str:
@@ -153,18 +162,20 @@ def _time_figure(runs: Sequence[Run]) -> Figure:
         for name in (*names, "other"):
             lefts = [_before(bar, name) for bar in bars]
             widths = [bar.get(name, 0.0) for bar in bars]
-            style = {"color": PHASES.get(name, OTHER), "edgecolor": "white", "linewidth": 0.8}
-            axes.barh(range(len(runs)), widths, left=lefts, height=0.62, label=name, **style)
+            axes.barh(
+                range(len(runs)), widths, left=lefts, height=0.62, label=name,
+                color=PHASES.get(name, OTHER), edgecolor="white", linewidth=0.8,
+            )  # fmt: skip
         for place, bar in enumerate(bars):
             axes.annotate(f" {sum(bar.values()):.3g} s", (sum(bar.values()), place), va="center", fontsize=8)
         axes.set(yticks=range(len(runs)), yticklabels=[_cut(run.name) for run in runs])
         axes.set(title="time of a step, by phase", xlabel="seconds per OPO step, mean over all steps")
-        axes.title.set_weight("bold")
+        axes.title.set_fontweight("bold")
         axes.grid(axis="y", visible=False)
         axes.invert_yaxis()
         axes.margins(x=0.08)
         canvas.legend(loc="outside right center")
-        caption = "seconds per OPO step by phase, mean over all steps of a run; other: between the phases"
+        caption = "Mean over all steps of a run; other: what lies between the phases."
         return _finish(canvas, "time_by_phase", "Time", "time of a step, by phase", caption)
 
 

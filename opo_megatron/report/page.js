@@ -23,7 +23,7 @@
       sample.place = place;
     });
     const rewards = group.samples.map((sample) => sample.reward).filter((reward) => reward !== undefined);
-    group.best = rewards.length ? Math.max(...rewards) : undefined;
+    group.best = Math.max(...rewards) > Math.min(...rewards) ? Math.max(...rewards) : undefined;
     group.mean = rewards.length ? rewards.reduce((sum, reward) => sum + reward, 0) / rewards.length : undefined;
   }
 
@@ -57,7 +57,7 @@
   }
 
   function chip(sample) {
-    const best = sample.reward !== undefined && sample.reward === sample.group.best;
+    const best = sample.group.best !== undefined && sample.reward === sample.group.best;
     const button = make("button", {
       type: "button", className: best ? "chip best" : "chip",
       textContent: sample.reward === undefined ? `sample ${sample.place + 1}` : number(sample.reward),

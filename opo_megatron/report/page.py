@@ -22,6 +22,8 @@ from opo_megatron.report.figures import Figure
 from opo_megatron.report.rollouts import TOKENS_KEPT, embedded_rollouts
 from opo_megatron.report.tables import config_table, results_table, runs_table
 
+LONGEST_TITLE = 90
+"""Names of arms that are longer together are left to the table."""
 ARMS_NOTE = f"Runs whose settings differ only in {', '.join(SAME_ARM[:-1])} or {SAME_ARM[-1]} form one arm."
 RESULTS_NOTE = (
     "Each number is the mean over an arm's runs ± the half width of its 95 % confidence interval "
@@ -90,7 +92,8 @@ def _title(arms: Sequence[Arm]) -> str:
     count = sum(len(arm.runs) for arm in arms)
     if len(arms) == 1:
         return arms[0].title
-    return f"{count} runs in {len(arms)} arms: {', '.join(arm.name for arm in arms)}"
+    names = ", ".join(arm.name for arm in arms)
+    return f"{count} runs in {len(arms)} arms" + (f": {names}" if len(names) <= LONGEST_TITLE else "")
 
 
 def _same_seed(arms: Sequence[Arm]) -> str:
@@ -134,7 +137,7 @@ def _figures(figures: Sequence[Figure]) -> str:
     found = []
     for place, (section, group) in enumerate(groupby(figures, key=lambda figure: figure.section)):
         drawings = "".join(
-            f"<figure>{figure.svg}<figcaption>{escape(figure.caption)}.</figcaption></figure>"
+            f"<figure>{figure.svg}<figcaption>{escape(figure.caption)}</figcaption></figure>"
             for figure in group
         )
         wide = " wide" if section == "Time" else ""

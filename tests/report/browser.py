@@ -93,8 +93,8 @@ class Browser:
                 method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning")
             ):
                 found.append(json.dumps(parameters))
-        asked = [event["params"] for event in self.events if event.get("method") == "Network.requestWillBeSent"]
-        return found + [f"asked for {parameters['request']['url']}" for parameters in asked[1:]]
+        requests = [event for event in self.events if event.get("method") == "Network.requestWillBeSent"]
+        return found + [f"asked for {event['params']['request']['url']}" for event in requests[1:]]
 
     def picture(self, path: Path) -> bytes:
         """A PNG of what the window shows."""
