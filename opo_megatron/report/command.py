@@ -68,15 +68,16 @@ def run(options: argparse.Namespace) -> int:
         def show(text: str, done: float) -> None:
             status.update(f"{done:4.0%}  {text}")
 
-        figures = figures_of(arms, show)
+        figures = figures_of(arms, options.png is not None, show)
         page = make_page(arms, figures, options.rollouts, show)
     _write(options.out, page.encode())
-    if options.png is not None:
-        for figure in figures:
+    for figure in figures:
+        if figure.png is not None:
             _write(options.png / f"{figure.name}.png", figure.png)
     count = sum(len(arm.runs) for arm in arms)
-    print(f"written to {options.out} ({len(page.encode()) / 1e6:.1f} MB): {count} runs in {len(arms)} arms"
-          + (f"; {len(figures)} figures in {options.png}" if options.png is not None else ""))  # fmt: skip
+    pictures = f"; {len(figures)} figures in {options.png}" if options.png is not None else ""
+    size = len(page.encode()) / 1e6
+    print(f"written to {options.out} ({size:.1f} MB): runs {count}, arms {len(arms)}{pictures}")
     return 0
 
 

@@ -54,13 +54,15 @@ class Figure:
     title: str
     caption: str
     svg: str
-    png: bytes
+    png: bytes | None
+    """None where no pictures were asked for."""
 
 
-def figures_of(arms: Sequence[Arm], show: Callable[[str, float], None]) -> list[Figure]:
+def figures_of(arms: Sequence[Arm], with_png: bool, show: Callable[[str, float], None]) -> list[Figure]:
     """All figures: one per metric, then where the seconds go.
 
     Args:
+        with_png: also as pictures, which takes as long again.
         show: is told what is drawn, and how much of all is done (0 to 1).
 
     Raises:
@@ -75,14 +77,14 @@ def figures_of(arms: Sequence[Arm], show: Callable[[str, float], None]) -> list[
         for section, measures in sections.items():
             for measure in measures:
                 show(f"drawing {measure.title}", len(found) / total)
-                found.append(_curve_figure(section, measure, arms))
+                found.append(_curve_figure(section, measure, arms, with_png))
         runs = [run for arm in arms for run in arm.runs]
         if any(phases_of(run) for run in runs):
-            found.append(_time_figure(runs))
+            found.append(_time_figure(runs, with_png))
     return found
 
 
-def _curve_figure(section: str, measure: Measure, arms: Sequence[Arm]) -> Figure:
+def _curve_figure(section: str, measure: Measure, arms: Sequence[Arm], with_png: bool) -> Figure:
     from matplotlib import ticker
 
     with _canvas(4.6, 3.2 + 0.16 * len(arms)) as canvas:
@@ -103,7 +105,8 @@ def _curve_figure(section: str, measure: Measure, arms: Sequence[Arm]) -> Figure
         size = max(bin_size(len(run.series(measure.metric))) for arm in arms for run in arm.runs)
         binned = f"  A point stands for up to {size} steps." if size > 1 else ""
         caption = measure.meaning + binned
-        return _finish(canvas, measure.metric.replace("/", "_"), section, measure.title, caption)
+        svg, png = _render(canvas, with_png)
+    return _figure(measure.metric.replace("/", "_"), section, measure.title, caption, svg, png)
 
 
 def _spans_decades(bands: Sequence[Band]) -> bool:
@@ -154,7 +157,7 @@ def phases_of(run: Run) -> dict[str, float]:
     return {name: seconds[name] for name in ordered} | {"other": max(0.0, whole - inside)}
 
 
-def _time_figure(runs: Sequence[Run]) -> Figure:
+def _time_figure(runs: Sequence[Run], with_png: bool) -> Figure:
     with _canvas(9.4, 1.3 + 0.34 * len(runs)) as canvas:
         axes = canvas.subplots()
         bars = [phases_of(run) for run in runs]
@@ -176,7 +179,8 @@ def _time_figure(runs: Sequence[Run]) -> Figure:
         axes.margins(x=0.08)
         canvas.legend(loc="outside right center")
         caption = "Mean over all steps of a run; other: what lies between the phases."
-        return _finish(canvas, "time_by_phase", "Time", "time of a step, by phase", caption)
+        svg, png = _render(canvas, with_png)
+    return _figure("time_by_phase", "Time", "time of a step, by phase", caption, svg, png)
 
 
 def _before(bar: dict[str, float], name: str) -> float:
@@ -196,12 +200,21 @@ def _canvas(width: float, height: float) -> Iterator[Canvas]:
         plt.close(canvas)
 
 
-def _finish(canvas: Canvas, name: str, section: str, title: str, caption: str) -> Figure:
-    picture, drawing = BytesIO(), StringIO()
-    canvas.savefig(picture, format="png", dpi=150)
+def _render(canvas: Canvas, with_png: bool) -> tuple[str, bytes | None]:
+    """SVG, and PNG where asked for."""
+    drawing = StringIO()
     canvas.savefig(drawing, format="svg", metadata={"Date": None})
+    if not with_png:
+        return drawing.getvalue(), None
+    canvas.set_layout_engine("none")  # it stands
+    picture = BytesIO()
+    canvas.savefig(picture, format="png", dpi=150)
+    return drawing.getvalue(), picture.getvalue()
+
+
+def _figure(name: str, section: str, title: str, caption: str, svg: str, png: bytes | None) -> Figure:
     safe = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
-    return Figure(safe, section, title, caption, _inline(drawing.getvalue(), safe), picture.getvalue())
+    return Figure(safe, section, title, caption, _inline(svg, safe), png)
 
 
 def _inline(svg: str, name: str) -> str:

@@ -14,17 +14,21 @@ from opo_megatron.config import load_config, to_yaml
 from opo_megatron.rollout.rollouts import Rollouts
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+BYTES = (
+    "task.name=text", "task.data=none.jsonl", "warm_start.steps=0", "policy.model.max_sequence_length=900",
+)  # fmt: skip
+"""Of a run whose tokens are bytes."""
 HOSTILE = "</script><img src=x onerror=alert(1)><!-- $x^2$ &amp;"
 
 
 def make_run(
     folder: Path, *overrides: str, steps: int = 6, evaluated: bool = True, texts: Sequence[str] = ()
 ) -> Path:
-    """A run of the quickstart (or, with texts, of bytes) with `steps` of 6 steps.
+    """A run of the quickstart (or, with BYTES, of text) with `steps` of 6 steps.
 
     Args:
         overrides: of the recipe; run.seed shifts the numbers.
-        texts: prompt and responses of a group that every dump holds.
+        texts: the prompt and the responses of every group.
     """
     words = [f"run.dir={folder}", "train.steps=6", *overrides]
     config = load_config(RECIPE, words, 1)

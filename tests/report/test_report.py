@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import require
-from made_runs import HOSTILE, make_run
+from made_runs import BYTES, HOSTILE, make_run
 
+import opo_megatron
 from opo_megatron.cli import main
 from opo_megatron.report.arms import MOST_POINTS, band, differing_keys, group_runs, mean_of, thinned
 from opo_megatron.report.page import as_script_data
@@ -193,10 +194,8 @@ def test_the_same_runs_give_the_same_page(tmp_path: Path, capsys: pytest.Capture
 
 def test_hostile_text_is_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     require("matplotlib", EXTRA)
-    data = tmp_path / "problems.jsonl"
-    task = ("task.name=text", f"task.data={data}", "warm_start.steps=0", "policy.model.max_sequence_length=600")
     runs = [
-        make_run(tmp_path / f"<b>{template[:2]}", *task, f"task.template='{template}'", texts=texts)
+        make_run(tmp_path / f"<b>{template[:2]}", *BYTES, f"task.template='{template}'", texts=texts)
         for template, texts in (("{prompt}", (HOSTILE, HOSTILE)), (f"{HOSTILE}{{prompt}}", ("a", "b")))
     ]
     rows = (runs[0] / "metrics.jsonl").read_text() + json.dumps({"step": 7, f"eval/{HOSTILE}": 1.0}) + "\n"
@@ -215,9 +214,7 @@ def test_script_data_cannot_end_its_element() -> None:
     assert not set("<>&\u2028") & set(text) and json.loads(text) == {"a": HOSTILE, "b": "\u2028"}
 
 
-def test_runs_that_lack_something_can_be_compared(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_that_lack_something_can_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     require("matplotlib", EXTRA)
     whole = make_run(tmp_path / "whole")
     young = make_run(tmp_path / "young", "run.seed=2", steps=1, evaluated=False)
@@ -276,9 +273,13 @@ def test_without_matplotlib_a_sentence_says_what_installs_it(
 
 
 def test_training_does_not_import_the_report() -> None:
-    program = (
-        "import sys, opo_megatron.train; "
-        "print([name for name in sys.modules if name.startswith(('opo_megatron.report', 'matplotlib'))])"
-    )
+    package = Path(opo_megatron.__file__).parent
+    importing = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if "opo_megatron.report" in path.read_text() and path.parent.name != "report"
+    }
+    assert importing == {"cli.py"}
+    program = "import sys, opo_megatron.cli; print({'torch', 'matplotlib', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"
