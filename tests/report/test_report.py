@@ -283,3 +283,14 @@ def test_training_does_not_import_the_report() -> None:
     program = "import sys, opo_megatron.cli; print({'torch', 'matplotlib', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_an_installation_holds_the_parts_of_the_page(tmp_path: Path) -> None:
+    require("setuptools", EXTRA)
+    root = Path(opo_megatron.__file__).parents[1]
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    source, built = root / "opo_megatron", tmp_path / "opo_megatron"
+    parts = [path.relative_to(source) for path in source.rglob("*.*") if path.suffix not in (".py", ".pyc")]
+    assert {"page.html", "page.css", "page.js"} <= {part.name for part in parts}
+    assert all((built / part).read_bytes() == (source / part).read_bytes() for part in parts if "." in part.name)
