@@ -21,7 +21,7 @@ from opo_megatron.report.runs import Run
 SAME_ARM = ("run.seed", "run.dir", "resume")
 """Settings in which the runs of an arm may differ."""
 
-MOST_POINTS = 400
+MOST_POINTS = 200
 """Of a curve; longer ones are drawn in bins of consecutive steps."""
 
 _T = (
@@ -140,17 +140,18 @@ def band(arm: Arm, metric: str) -> Band | None:
     common = sorted(set.intersection(*(set(one) for one in series)))
     values = np.array([[one[step] for step in common] for one in series]).reshape(len(series), len(common))
     last = common[-1] if common else -1
+    size = bin_size(max(map(len, series)))
     tails = [
-        thinned(np.array(beyond, dtype=float), np.array([one[step] for step in beyond]), metric)
+        binned(np.array(beyond, dtype=float), np.array([one[step] for step in beyond]), size, metric)
         for one in series
         if len(beyond := [step for step in sorted(one) if step >= last]) > 1
     ]
     steps = np.array(common, dtype=float)
     if not common:
         return Band(steps, steps, steps, steps, len(series), tails)
-    thin = [thinned(steps, one, metric) for one in values]
-    binned = np.array([one for _, one in thin])
-    return Band(thin[0][0], binned.mean(0), binned.min(0), binned.max(0), len(series), tails)
+    thin = [binned(steps, one, size, metric) for one in values]
+    points = np.array([one for _, one in thin])
+    return Band(thin[0][0], points.mean(0), points.min(0), points.max(0), len(series), tails)
 
 
 def bin_size(points: int) -> int:
@@ -158,11 +159,10 @@ def bin_size(points: int) -> int:
     return max(1, math.ceil(points / MOST_POINTS))
 
 
-def thinned(
-    steps: NDArray[np.float64], values: NDArray[np.float64], metric: str
+def binned(
+    steps: NDArray[np.float64], values: NDArray[np.float64], size: int, metric: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Bins of consecutive points: the last step, and the mean of the values (of maxima the greatest)."""
-    size = bin_size(len(steps))
+    """Bins of `size` points: the last step, and the mean of the values (of maxima the greatest)."""
     if size == 1:
         return steps, values
     edges = np.arange(0, len(steps), size)

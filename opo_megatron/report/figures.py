@@ -7,6 +7,7 @@ same everywhere, and nothing in a name (a `$`, a `<`) is read as markup.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,8 +35,10 @@ PHASES = {
 OTHER = "#DDDDDD"
 FEW_POINTS = 30
 """Curves of at most so many points show them."""
-SHORTEST_NAME = 40
+LONGEST_NAME = 40
 """A name in a legend is cut to so many characters."""
+TWO_COLUMNS = 30
+"""Names of at most so many characters stand beside each other."""
 STYLE = {
     "font.size": 9.0, "axes.titlesize": 10.0, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#E4E4E4", "grid.linewidth": 0.7, "axes.axisbelow": True,
@@ -87,7 +90,8 @@ def figures_of(arms: Sequence[Arm], with_png: bool, show: Callable[[str, float],
 def _curve_figure(section: str, measure: Measure, arms: Sequence[Arm], with_png: bool) -> Figure:
     from matplotlib import ticker
 
-    with _canvas(4.6, 3.2 + 0.16 * len(arms)) as canvas:
+    rows = math.ceil(len(arms) / _columns([_cut(arm.title) for arm in arms]))
+    with _canvas(4.6, 3.25 + 0.16 * rows) as canvas:
         axes = canvas.subplots()
         curves = [(place, arm, band(arm, measure.metric)) for place, arm in enumerate(arms)]
         drawn = [(place, arm, curve) for place, arm, curve in curves if curve is not None]
@@ -123,7 +127,7 @@ def _draw(axes: Axes, place: int, curve: Band) -> Line2D:
     if curve.runs > 1 and len(curve.steps):
         axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
     for steps, values in curve.tails:
-        axes.plot(steps, values, color=colour, linestyle=dashes, linewidth=0.7, alpha=0.8)
+        axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.8)
     (line,) = axes.plot(
         curve.steps, curve.mean, color=colour, linestyle=dashes, linewidth=1.6, marker=marker, markersize=3.2
     )
@@ -132,13 +136,18 @@ def _draw(axes: Axes, place: int, curve: Band) -> Line2D:
 
 def _legend(canvas: Canvas, lines: Sequence[Line2D], names: Sequence[str], has_band: bool) -> None:
     """Below the figure, where it covers nothing, and says what a band is."""
-    columns = 2 if max(map(len, names)) <= 26 and len(names) > 1 else 1
     title = "line: mean of the runs; band: least to greatest" if has_band else None
-    canvas.legend(lines, names, loc="outside lower center", ncols=columns, title=title, title_fontsize=7.5)
+    canvas.legend(
+        lines, names, loc="outside lower center", ncols=_columns(names), title=title, title_fontsize=7.5
+    )
+
+
+def _columns(names: Sequence[str]) -> int:
+    return 2 if max(map(len, names)) <= TWO_COLUMNS and len(names) > 1 else 1
 
 
 def _cut(name: str) -> str:
-    return name if len(name) <= SHORTEST_NAME else name[: SHORTEST_NAME - 1] + "…"
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
 def phases_of(run: Run) -> dict[str, float]:
@@ -175,7 +184,7 @@ def _time_figure(runs: Sequence[Run], with_png: bool) -> Figure:
         axes.set(title="time of a step, by phase", xlabel="seconds per OPO step, mean over all steps")
         axes.title.set_fontweight("bold")
         axes.grid(axis="y", visible=False)
-        axes.invert_yaxis()
+        axes.set_ylim(len(runs) - 0.5, -0.5)
         axes.margins(x=0.08)
         canvas.legend(loc="outside right center")
         caption = "Mean over all steps of a run; other: what lies between the phases."

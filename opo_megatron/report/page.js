@@ -97,8 +97,8 @@
     return `rgba(213, 94, 0, ${(0.72 * surprise).toFixed(3)})`;
   }
 
-  function tokens(numbers, total, logProbs, isCut) {
-    const box = make("div", { className: "text" });
+  function tokens(kind, numbers, total, logProbs, isCut) {
+    const box = make("div", { className: `text ${kind}` });
     const missing = total - numbers.length, half = data.kept / 2;
     numbers.forEach((textNumber, place) => {
       if (missing > 0 && place === half) {
@@ -168,9 +168,9 @@
         ["per token", known && sample.tokens ? `${number(sample.log_prob / sample.tokens)} nats` : "not recorded"],
       ]),
       make("h4", { textContent: "prompt" }),
-      tokens(group.prompt, group.prompt_tokens),
+      tokens("prompt", group.prompt, group.prompt_tokens),
       make("h4", { textContent: "response" }),
-      tokens(sample.response, sample.tokens, sample.log_probs, sample.cut),
+      tokens("response", sample.response, sample.tokens, sample.log_probs, sample.cut),
       known ? legend() : null,
       make("h4", { textContent: "all samples of this prompt" }),
       siblings(group),

@@ -55,7 +55,7 @@ def make_page(
     script = _part("page.js")
     return Template(_part("page.html")).substitute(
         title=escape(_title(arms)),
-        lead=escape(f"Made by opo report from {', '.join(run.name for run in runs)}."),
+        lead="Made by opo report from what the runs wrote.",
         style=_part("page.css"),
         script=script,
         script_hash=_hash(script),
