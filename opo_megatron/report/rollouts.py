@@ -8,6 +8,7 @@ many are missing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,7 +143,7 @@ def _samples(part: Rollouts, decode: Decode, vocabulary: Vocabulary) -> list[dic
             "cut": bool(part.finish_reasons[place]),
         }
         for name, column in (("reward", part.rewards), ("advantage", part.advantages)):
-            if column is not None:
+            if column is not None and math.isfinite(column[place]):
                 sample[name] = float(column[place])
         if log_probs is not None:
             sample["log_probs"] = [round(100 * value) for value in _ends(log_probs[place])]

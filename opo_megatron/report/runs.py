@@ -6,6 +6,7 @@ stands in `config.yaml`, not validated, so that runs of another version can be c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ class Run:
     def series(self, name: str) -> dict[int, float]:
         """A metric by step, where it was measured and finite."""
         values = ((row["step"], row.get(name)) for row in self.rows)
-        return {step: float(v) for step, v in values if isinstance(v, int | float)}
+        return {step: float(v) for step, v in values if isinstance(v, int | float) and math.isfinite(v)}
 
     def metrics(self) -> list[str]:
         """Names of everything that any row holds."""
