@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from io import BytesIO, StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -223,19 +224,18 @@ def _render(canvas: Canvas, with_png: bool) -> tuple[str, bytes | None]:
 
 def _figure(name: str, section: str, title: str, caption: str, svg: str, png: bytes | None) -> Figure:
     safe = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
-    return Figure(safe, section, title, caption, _inline(svg, safe), png)
+    return Figure(safe, section, title, caption, _inline(svg, safe, title), png)
 
 
-def _inline(svg: str, name: str) -> str:
+def _inline(svg: str, name: str, title: str) -> str:
     """An SVG that may stand beside others in a page: no prolog, no comments, ids of its own."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = svg.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
+    opening, _, content = svg.partition(">")
+    found = re.search(r'viewBox="[^"]*"', opening)
+    assert found is not None
     # The page gives the width, the view box the shape.
-    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', _opening, svg, count=1)
-
-
-def _opening(found: re.Match[str]) -> str:
     namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return f'<svg {namespaces} {found.group(1)} role="img">'
+    return f'<svg {namespaces} {found.group()} role="img" aria-label="{escape(title)}">{content}'

@@ -127,6 +127,15 @@ def test_texts_of_tokens_join_to_the_whole_text_and_split_no_character() -> None
     assert token_texts([*"π".encode()][:1], decoder("text", "bytes")) == ["\ufffd"]
 
 
+def test_a_token_keeps_the_space_that_a_decoder_drops_at_the_beginning() -> None:
+    pieces = ["▁one", "▁two", "!"]
+
+    def decode(tokens: list[int]) -> str:
+        return "".join(pieces[token] for token in tokens).replace("▁", " ").removeprefix(" ")
+
+    assert token_texts([0, 1, 2, 1], decode) == ["one", " two", "!", " two"]
+
+
 class Page(HTMLParser):
     """What a parser finds in a page: tags, attributes, text outside scripts."""
 
@@ -184,6 +193,14 @@ def test_a_page_asks_for_nothing_from_outside(tmp_path: Path, capsys: pytest.Cap
         links = [value or "" for name, value in attributes.items() if name in ("src", "href", "xlink:href")]
         assert all(link.startswith("#") for link in links), (tag, links)
     assert not re.search(r"url\((?!#)|@import", html)
+
+
+def test_every_reference_of_a_page_has_its_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    require("matplotlib", EXTRA)
+    html = report(capsys, make_run(tmp_path / "a"), "--out", tmp_path / "page.html")
+    ids = {attributes.get("id") for _, attributes in Page(html).tags}
+    targets = set(re.findall(r'(?:href="|url\()#([^")]+)', html))
+    assert len(targets) > 20 and targets <= ids
 
 
 def test_the_same_runs_give_the_same_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

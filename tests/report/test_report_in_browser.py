@@ -23,17 +23,23 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs: of OPO, and of RLOO with hostile texts."""
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Two runs: of OPO, and of RLOO with hostile texts; the token `~` is hostile by itself."""
     require("matplotlib", "pip install -e '.[report]'")
+
+    def decode(tokens: list[int]) -> str:
+        return bytes(tokens).decode(errors="replace").replace("~", HOSTILE)
+
     folder = tmp_path_factory.mktemp("report")
     runs = [
         make_run(folder / "opo", *BYTES, texts=("one plus one", "2", "two, I think", "eleven")),
-        make_run(folder / "rloo", *BYTES, "algorithm.baseline=rloo", texts=(HOSTILE, HOSTILE, "no")),
+        make_run(folder / "rloo", *BYTES, "algorithm.baseline=rloo", texts=("~", "~", "no")),
     ]
     out = folder / "page.html"
-    assert main(["report", *map(str, runs), "--rollouts", "24", "--out", str(out)]) == 0
-    return out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opo_megatron.tasks.decoder", lambda name, tokenizer: decode)
+        assert main(["report", *map(str, runs), "--rollouts", "24", "--out", str(out)]) == 0
+    yield out
 
 
 @pytest.fixture
@@ -67,6 +73,12 @@ def test_the_page_is_drawn_without_a_complaint(opened: Browser, tmp_path: Path) 
     assert opened.run("document.documentElement.scrollWidth") <= 1440, "nothing sticks out"
     assert opened.picture(tmp_path / "page.png").startswith(b"\x89PNG")
     assert opened.complaints() == []
+
+
+@pytest.mark.parametrize("width", [1024, 400])
+def test_nothing_sticks_out_of_a_small_window(chromium: Browser, page: Path, width: int) -> None:
+    chromium.open(page, width=width)
+    assert chromium.run("document.documentElement.scrollWidth") <= width
 
 
 def test_filters_narrow_the_list(opened: Browser) -> None:
