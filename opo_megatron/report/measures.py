@@ -102,7 +102,7 @@ SECTIONS: dict[str, tuple[Measure, ...]] = {
         Measure(
             "variance/this_run", "gradient variance", "trace, of the estimator in use",
             "tr Cov of one prompt's gradient.  Not comparable as it is with an arm whose baselines hold a "
-            "sample's own reward (opo, group_mean, grpo): that makes variance and signal smaller.",
+            "sample's own reward, as opo, group_mean and grpo do: that makes variance and signal smaller.",
             "{:.3g}", logarithmic=True,
         ),
         Measure(
