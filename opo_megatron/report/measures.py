@@ -94,7 +94,7 @@ SECTIONS: dict[str, tuple[Measure, ...]] = {
         ),
         Measure(
             "on_policy/k3", "KL engine to policy", "nats per token (k3)",
-            "Estimated on the sampled tokens; rounding alone keeps it from 0.",
+            "Estimated on the sampled tokens; 0 where engine and policy compute alike.",
             "{:.1e}", logarithmic=True,
         ),
     ),
