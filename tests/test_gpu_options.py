@@ -99,6 +99,9 @@ def test_on_gpus_what_can_be_imported_decides(monkeypatch: pytest.MonkeyPatch) -
     assert spec_name(gpu) == "transformer_engine" and spec_name(CPU) == "local"
     assert layer_specs.device_fields(policy, gpu) == {"gradient_accumulation_fusion": True}
     assert layer_specs.device_fields(policy, CPU) == {"gradient_accumulation_fusion": False}
+    packed = config_of("policy.packing=thd")
+    assert layer_specs.device_fields(packed, gpu)["apply_rope_fusion"] is True
+    assert "apply_rope_fusion" not in layer_specs.device_fields(packed, CPU)
     experts = config_of("policy.model.num_moe_experts=4")
     assert layer_specs.device_fields(experts, gpu)["moe_grouped_gemm"] is True
 
@@ -148,7 +151,7 @@ SGLANG = "rollout.engine=sglang"
         (("policy.megatron.fp8=hybrid",), "is set by the project; set policy.fp8 instead"),
         (("policy.megatron.fp8_recipe=delayed",), "set policy.fp8 instead"),
         (("policy.recompute=full", "policy.megatron.recompute_granularity=full"), "is set too; remove one"),
-        (("policy.packing=thd",), "packed sequences are not built yet; set policy.packing=padded"),
+        (("policy.packing=thd", "rollout.local.exact=true"), "needs policy.packing=padded, but it is thd"),
         (("policy.optimizer_offload=true",), "not built yet; set it to false"),
         (("policy.context_parallel_size=2",), "context parallelism needs Transformer Engine's attention"),
         ((SGLANG, "policy.model.num_moe_experts=4"), "would route tokens to different experts"),

@@ -9,7 +9,7 @@ query, key and value rows that Megatron keeps in one matrix must begin at block 
 
 from __future__ import annotations
 
-from opo_megatron.config.choices import Device, Dtype, EngineName, Fp8, Packing, Recompute
+from opo_megatron.config.choices import Device, Dtype, EngineName, Fp8, Recompute
 from opo_megatron.config.rules import require
 from opo_megatron.config.schema import Config, PolicyConfig
 
@@ -21,10 +21,6 @@ FP8_BLOCK = 128
 def check_gpu_options(config: Config) -> None:
     """Raise UserError at the first option that contradicts another or is not built."""
     check_recompute(config.policy)
-    require(
-        config.policy.packing is Packing.padded,
-        "policy.packing is thd, but packed sequences are not built yet; set policy.packing=padded",
-    )
     require(
         not config.policy.optimizer_offload,
         "policy.optimizer_offload is true, but an optimizer that steps in host memory is not built yet; set "

@@ -308,7 +308,8 @@ class PolicyConfig:
     """Activations that are computed again in the backward pass: those of attention (`selective`), or all but
     each layer's input (`full`)."""
     packing: Packing = Packing.padded
-    """Rows of a micro-batch are padded on the right; `thd` is not built yet."""
+    """`padded`: the sequences of a micro-batch are its rows, padded on the right to the longest; `thd`: they
+    stand one behind another in a single row, and next to nothing is padding."""
     optimizer_offload: bool = False
     """Step the optimizer in host memory; not built yet."""
     tensor_model_parallel_size: int = 1
@@ -323,7 +324,8 @@ class PolicyConfig:
     distributed_optimizer: bool = True
     """Shard the optimizer's state over data-parallel ranks."""
     max_tokens_per_micro_batch: int = 4096
-    """Rows × padded length of one micro-batch (one longer sequence still makes a micro-batch)."""
+    """Rows × padded length of one micro-batch, or the length of its packed row (one longer sequence still
+    makes a micro-batch)."""
     head_chunk_tokens: int | None = None
     """Tokens whose logits exist at one time; default by the size of the vocabulary, 512 to 1,024 on a CPU
     and 512 to 8,192 on a GPU, where they take 480 MB."""

@@ -30,7 +30,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from opo_megatron.algorithm.objective import Objective
-from opo_megatron.config.choices import Dtype
+from opo_megatron.config.choices import Dtype, Packing
 from opo_megatron.config.schema import Config, OptimizerConfig
 from opo_megatron.errors import BadNumbers, UserError
 from opo_megatron.kernels.head import default_chunk_tokens
@@ -203,6 +203,7 @@ class Policy:
             self.config.max_tokens_per_micro_batch,
             fixed_shape=interleaved,
             multiple=self.parallel.pp_size if interleaved else 1,
+            packed=self.config.packing is Packing.thd,
         )
         rows = [[[samples[i] for i in batch] for batch in batches] for batches in plan.rows]
         return replace(plan, rows=rows)
@@ -332,7 +333,7 @@ class Policy:
         def forward(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             micro = next(iterator)
             self.on_micro_batch()
-            output = chunk(micro.tokens, micro.position_ids, None)
+            output = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed)
             return output, partial(loss, self.chunks[-1], micro)
 
         iterators = [iter(micro_batches) for _ in self.ddp_chunks]
