@@ -133,12 +133,12 @@ def _times(plan: RunPlan) -> Table:
 
 
 def _notes(plan: RunPlan) -> str:
-    lengths, engine = plan.job.lengths, plan.engine
+    job, lengths, engine = plan.job, plan.job.lengths, plan.engine
     lines = [
         f"Taken for granted: prompts of {lengths.prompt:.0f} tokens and responses of {lengths.response:.0f} "
         "on average (--mean-response); memory for the longest of both.",
-        f"{plan.micro_batches} micro-batches per data-parallel rank, of whose tokens {plan.padding:.0%} are "
-        "padding.",
+        f"{plan.micro_batches} micro-batches per data-parallel rank, of whose tokens {plan.padding:.1%} are "
+        f"padding (policy.packing={job.config.policy.packing.value}).",
         "Bytes are counted; times are a model: evaluations and checkpoints come on top, and every constant "
         "stands with its source in --json.",
     ]

@@ -16,6 +16,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from opo_megatron.config.choices import Packing
+from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.policy.packing import fill, packed_params, segments_of
 from opo_megatron.rollout.rollouts import Rollouts
 
@@ -47,16 +49,30 @@ class Plan:
         """Micro-batches per data-parallel rank that run forward and backward."""
         return len(self.rows[0])
 
-    def places(self, lengths: Sequence[int]) -> list[int]:
-        """Places of each rank's micro-batches, padding included, for sequences of `lengths` tokens."""
-        if self.shape is not None:
-            return [self.count * math.prod(self.shape)] * len(self.rows)
-        if self.packed:
-            return [sum(lengths[i] - 1 for i in self.samples_of(rank)) for rank in range(len(self.rows))]
-        return [
-            sum(len(rows) * max((lengths[i] - 1 for i in rows), default=0) for rows in batches)
+    def places(self, lengths: Sequence[int], multiple: int = 1, token_multiple: int = 1) -> list[int]:
+        """Places of each rank's micro-batches, padding included, for sequences of `lengths` tokens.
+
+        Args:
+            multiple, token_multiple: as `build_micro_batches` has them.
+        """
+        shapes = [
+            [_shape([lengths[i] - 1 for i in rows], self, multiple, token_multiple) for rows in batches]
             for batches in self.rows
         ]
+        return [sum(height * width for height, width in one) for one in shapes]
+
+
+def plan_for(policy: PolicyConfig, lengths: Sequence[int], dp_size: int) -> Plan:
+    """The plan that a recipe's schedule, budget and form of micro-batches ask for."""
+    interleaved = policy.virtual_pipeline_model_parallel_size is not None
+    return plan_micro_batches(
+        lengths,
+        dp_size,
+        policy.max_tokens_per_micro_batch,
+        fixed_shape=interleaved,
+        multiple=policy.pipeline_model_parallel_size if interleaved else 1,
+        packed=policy.packing is Packing.thd,
+    )
 
 
 def plan_micro_batches(

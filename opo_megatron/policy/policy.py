@@ -30,7 +30,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from opo_megatron.algorithm.objective import Objective
-from opo_megatron.config.choices import Dtype, Packing
+from opo_megatron.config.choices import Dtype
 from opo_megatron.config.schema import Config, OptimizerConfig
 from opo_megatron.errors import BadNumbers, UserError
 from opo_megatron.kernels.head import default_chunk_tokens
@@ -38,7 +38,7 @@ from opo_megatron.policy.head_gradient import Head, HeadLoss, log_probs
 from opo_megatron.policy.layer_specs import spec_name, token_multiple
 from opo_megatron.policy.measure import measure_tokens
 from opo_megatron.policy.memory import PolicyMemory
-from opo_megatron.policy.microbatch import MicroBatch, Plan, build_micro_batches, plan_micro_batches
+from opo_megatron.policy.microbatch import MicroBatch, Plan, build_micro_batches, plan_for
 from opo_megatron.policy.model import build_chunks, head_shares_embedding, head_weight, padded_vocab_size
 from opo_megatron.policy.parallel import Parallel, all_reduce
 from opo_megatron.policy.step_sums import StepMetrics, StepSums
@@ -196,15 +196,7 @@ class Policy:
         return replace(plan, rows=plan.rows * self.parallel.dp_size)
 
     def _plan_of(self, lengths: Tensor, samples: Sequence[int], replicas: int) -> Plan:
-        interleaved = self.parallel.vpp_size > 1
-        plan = plan_micro_batches(
-            [int(lengths[i]) for i in samples],
-            replicas,
-            self.config.max_tokens_per_micro_batch,
-            fixed_shape=interleaved,
-            multiple=self.parallel.pp_size if interleaved else 1,
-            packed=self.config.packing is Packing.thd,
-        )
+        plan = plan_for(self.config, [int(lengths[i]) for i in samples], replicas)
         rows = [[[samples[i] for i in batch] for batch in batches] for batches in plan.rows]
         return replace(plan, rows=rows)
 
