@@ -23,8 +23,16 @@ from opo_megatron.plan.engine import EnginePlan
 from opo_megatron.plan.hardware import CONSTANTS, GPUS
 from opo_megatron.plan.lengths import Lengths
 from opo_megatron.plan.models import MODELS
-from opo_megatron.plan.plan import Phases, _micro_batches, load_job, longest_samples, problem_of
-from opo_megatron.plan.times import active_parameters
+from opo_megatron.plan.plan import (
+    Phases,
+    _micro_batches,
+    counted_config,
+    load_job,
+    longest_samples,
+    problem_of,
+)
+from opo_megatron.plan.ranks import RankBytes, offloaded
+from opo_megatron.plan.times import active_parameters, host_step_seconds
 from opo_megatron.policy.microbatch import plan_for
 from opo_megatron.weights.table import hf_shapes
 
@@ -160,6 +168,19 @@ def test_the_longest_packed_samples_fill_their_micro_batches(budget: int) -> Non
     assert min(response for _, response in samples) > 0 < min(prompt for prompt, _ in samples)
     longest = job.lengths.longest_prompt + job.lengths.longest_response
     assert places == [plan.count * max(budget, longest - 1)] * 2
+
+
+def test_an_offloaded_share_of_the_optimizer_is_in_host_memory_and_takes_time_there() -> None:
+    rank = RankBytes(0, 0, 0, 0, parameters=20, gradients=40, optimizer=120, own_parameters=10)
+    assert offloaded(rank, 0.0) == rank
+    half = offloaded(rank, 0.5)
+    assert (half.static, half.optimizer, half.host_optimizer) == (120, 60, 60)
+    assert offloaded(rank, 1.0).static == 60
+    billion = host_step_seconds(12 * 10**9)
+    # 8 GB over PCIe at 50 GB/s, 28 GB in and out of 76.75 GB/s of memory.
+    assert billion == pytest.approx(8 / 50 + 28 / 76.75)
+    job = load_job(str(RECIPE), ["policy.dtype=bf16", "policy.optimizer_offload=0.5"], 2, GPUS["h100"], None)
+    assert counted_config(job).policy.optimizer_offload == 0 != job.config.policy.optimizer_offload
 
 
 def test_storages_are_followed_until_they_are_freed() -> None:

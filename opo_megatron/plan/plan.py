@@ -24,7 +24,7 @@ from opo_megatron.plan.engine import EnginePlan, plan_engine
 from opo_megatron.plan.hardware import GPUS_PER_NODE, Gpu, constant
 from opo_megatron.plan.lengths import Lengths
 from opo_megatron.plan.models import folder_of
-from opo_megatron.plan.ranks import RankBytes, fake_rank, meta_policy, rank_bytes, use_meta_device
+from opo_megatron.plan.ranks import RankBytes, fake_rank, meta_policy, offloaded, rank_bytes, use_meta_device
 from opo_megatron.plan.sync import RankStream, SyncPlan, check_cover, combine, rank_stream
 from opo_megatron.plan.times import Times, Work, step_times, sync_seconds
 from opo_megatron.policy.layer_specs import token_multiple
@@ -169,6 +169,7 @@ def counted_config(job: Job) -> Config:
     """The recipe with what differs on a GPU settled: the local layers count for all, and have no FP8."""
     config = copy.deepcopy(job.config)
     policy = config.policy
+    policy.optimizer_offload = 0.0  # its share is taken off what is counted
     if trains_in_fp8(config):
         policy.fp8 = None  # type: ignore[attr-defined]  # weights and what is kept of bf16 layers stay bf16
     if policy.head_chunk_tokens is None:
@@ -203,7 +204,7 @@ def count_stage(
     """Build one rank, and run a step's forward and backward on it unless only the rest is asked for."""
     with fake_rank(config, rank, job.gpus) as parallel:
         policy = meta_policy(config, job.vocab_size, parallel)
-        held = rank_bytes(policy)
+        held = offloaded(rank_bytes(policy), job.config.policy.optimizer_offload)
         if not with_activations:
             return held, Stage(0, 0, is_counted=False)
         samples = longest_samples(job)
@@ -226,7 +227,7 @@ def make_plan(job: Job, say: Say) -> RunPlan:
             policy = meta_policy(config, job.vocab_size, parallel)
             stream = rank_stream(policy, GPUS_PER_NODE)
             tensors = check_cover(stream, policy)
-            ranks.append(rank_bytes(policy))
+            ranks.append(offloaded(rank_bytes(policy), job.config.policy.optimizer_offload))
             streams.append(stream)
     pipeline = config.policy.pipeline_model_parallel_size
     stages = []
@@ -262,7 +263,7 @@ def assemble(job: Job, ranks: list[RankBytes], stages: list[Stage], sync: SyncPl
         trains_in_fp8=trains_in_fp8(job.config),
     )
     moved = max(rank.optimizer for rank in ranks) if job.shares_memory else 0
-    times = step_times(work, sync_seconds(sync, job.gpu), moved)
+    times = step_times(work, sync_seconds(sync, job.gpu), moved, max(rank.host_optimizer for rank in ranks))
     return RunPlan(
         job, ranks, stages, engine, sync, phases, times, count, padding, problem_of(job, phases, engine)
     )
