@@ -210,6 +210,10 @@ def test_offload_becomes_megatrons_fields(monkeypatch: pytest.MonkeyPatch) -> No
     assert not made.optimizer_cpu_offload and not made.use_precision_aware_optimizer
 
 
+def test_recipes_of_runs_that_had_a_switch_for_offload_still_load() -> None:
+    assert small_config("policy.optimizer_offload=false").policy.optimizer_offload == 0.0
+
+
 def test_offload_on_a_machine_without_a_gpu_is_refused_when_the_run_starts() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
