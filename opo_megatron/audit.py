@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from opo_megatron.config import Config
+from opo_megatron.config.choices import Packing
 from opo_megatron.hashing import MASK, hash_of, mix_tensor
 from opo_megatron.observe.rows import Row
 from opo_megatron.policy.parallel import Parallel, all_reduce
@@ -61,7 +62,8 @@ def layout_of(config: Config, parallel: Parallel) -> str:
         f"{parallel.world_size} ranks, tensor {policy.tensor_model_parallel_size}, pipeline "
         f"{policy.pipeline_model_parallel_size}×{policy.virtual_pipeline_model_parallel_size or 1}, expert "
         f"{policy.expert_model_parallel_size}×{policy.expert_tensor_parallel_size}, sequence parallel "
-        f"{policy.sequence_parallel}, {policy.max_tokens_per_micro_batch} tokens, head "
+        f"{policy.sequence_parallel}, {policy.max_tokens_per_micro_batch} tokens"
+        f"{' packed' if policy.packing is Packing.thd else ''}, head "
         f"{policy.head_chunk_tokens}, {config.rollout.local.slots} slots, {parallel.device.type}"
     )
 

@@ -18,6 +18,7 @@ import torch
 from megatron.core import fp8_utils
 from megatron.core.enums import Fp8Recipe
 from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.optimizer import optimizer_config
 from small import VOCAB_SIZE, ragged_rollouts, small_config, small_policy
 
 from opo_megatron.algorithm.objective import Supervised
@@ -26,10 +27,11 @@ from opo_megatron.config.choices import Fp8
 from opo_megatron.config.compare import check_resume
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.fp8 import Scales, dequantize_blocks, quantize_blocks
-from opo_megatron.policy import layer_specs
+from opo_megatron.policy import layer_specs, optimizer
 from opo_megatron.policy.layer_specs import fp8_lacks, layer_spec, spec_name, token_multiple
 from opo_megatron.policy.microbatch import build_micro_batches, plan_micro_batches
 from opo_megatron.policy.model import transformer_config
+from opo_megatron.policy.optimizer import megatron_optimizer
 from opo_megatron.policy.parallel import initialize, leave
 from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.server import write_model_config
@@ -99,6 +101,9 @@ def test_on_gpus_what_can_be_imported_decides(monkeypatch: pytest.MonkeyPatch) -
     assert spec_name(gpu) == "transformer_engine" and spec_name(CPU) == "local"
     assert layer_specs.device_fields(policy, gpu) == {"gradient_accumulation_fusion": True}
     assert layer_specs.device_fields(policy, CPU) == {"gradient_accumulation_fusion": False}
+    packed = config_of("policy.packing=thd")
+    assert layer_specs.device_fields(packed, gpu)["apply_rope_fusion"] is True
+    assert "apply_rope_fusion" not in layer_specs.device_fields(packed, CPU)
     experts = config_of("policy.model.num_moe_experts=4")
     assert layer_specs.device_fields(experts, gpu)["moe_grouped_gemm"] is True
 
@@ -148,8 +153,11 @@ SGLANG = "rollout.engine=sglang"
         (("policy.megatron.fp8=hybrid",), "is set by the project; set policy.fp8 instead"),
         (("policy.megatron.fp8_recipe=delayed",), "set policy.fp8 instead"),
         (("policy.recompute=full", "policy.megatron.recompute_granularity=full"), "is set too; remove one"),
-        (("policy.packing=thd",), "packed sequences are not built yet; set policy.packing=padded"),
-        (("policy.optimizer_offload=true",), "not built yet; set it to false"),
+        (("policy.packing=thd", "rollout.local.exact=true"), "needs policy.packing=padded, but it is thd"),
+        ((*BIG, "policy.optimizer_offload=1.5"), "offload is 1.5; it must be between 0 and 1"),
+        ((*BIG, "policy.optimizer_offload=1", "policy.device=cpu"), "is in host memory anyway; set policy"),
+        (("policy.optimizer_offload=0.5",), "offload=0.5 with policy.dtype=fp32 and policy."),
+        ((*BIG, "policy.optimizer_offload=1", "policy.distributed_optimizer=false"), "=false, but Megatron"),
         (("policy.context_parallel_size=2",), "context parallelism needs Transformer Engine's attention"),
         ((SGLANG, "policy.model.num_moe_experts=4"), "would route tokens to different experts"),
     ],
@@ -186,6 +194,42 @@ def test_fp8_on_a_machine_without_a_gpu_is_refused_when_the_run_starts() -> None
         pytest.skip("this machine has a GPU")
     with pytest.raises(UserError, match=r"policy\.fp8=blockwise needs a GPU, and this run is on a CPU"):
         initialize(small_config(*BLOCKWISE))
+
+
+def test_offload_becomes_megatrons_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Megatron's own dataclass, which checks them, and its own rule for what they must be used with."""
+    monkeypatch.setattr(optimizer_config, "is_te_min_version", lambda version: True)
+    config = small_config(*BIG, "policy.optimizer_offload=0.5")
+    made = megatron_optimizer(config.policy, config.optimizer, torch.bfloat16)
+    assert made.optimizer_cpu_offload and made.optimizer_offload_fraction == 0.5
+    # Only so do master weights belong to the hybrid optimizer, and gradients reach it as it reads them.
+    assert made.use_precision_aware_optimizer_no_fp8_or_ds_fp8 and made.decoupled_weight_decay
+    assert made.main_params_dtype == made.exp_avg_dtype == made.exp_avg_sq_dtype == torch.float32
+    plain = small_config(*BIG)
+    made = megatron_optimizer(plain.policy, plain.optimizer, torch.bfloat16)
+    assert not made.optimizer_cpu_offload and not made.use_precision_aware_optimizer
+
+
+def test_recipes_of_runs_that_had_a_switch_for_offload_still_load() -> None:
+    assert small_config("policy.optimizer_offload=false").policy.optimizer_offload == 0.0
+
+
+def test_offload_on_a_machine_without_a_gpu_is_refused_when_the_run_starts() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match=r"policy\.optimizer_offload=1 needs a GPU, and this run is on a CPU"):
+        initialize(small_config(*BIG, "policy.optimizer_offload=1"))
+
+
+def test_offload_without_transformer_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, policy = SimpleNamespace(type="cuda"), config_of(*BIG, "policy.optimizer_offload=0.25")
+    monkeypatch.setattr(optimizer, "find_spec", lambda name: name)
+    optimizer.check_offload_device(policy, gpu)
+    monkeypatch.setattr(optimizer, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"offload=0\.25 needs Transformer Engine, which is not installed; inst"
+    ):
+        optimizer.check_offload_device(policy, gpu)
 
 
 def test_a_run_that_goes_on_keeps_its_fp8_unless_another_curve_is_meant(tmp_path: Path) -> None:

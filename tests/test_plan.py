@@ -23,8 +23,17 @@ from opo_megatron.plan.engine import EnginePlan
 from opo_megatron.plan.hardware import CONSTANTS, GPUS
 from opo_megatron.plan.lengths import Lengths
 from opo_megatron.plan.models import MODELS
-from opo_megatron.plan.plan import Phases, load_job, problem_of
-from opo_megatron.plan.times import active_parameters
+from opo_megatron.plan.plan import (
+    Phases,
+    _micro_batches,
+    counted_config,
+    load_job,
+    longest_samples,
+    problem_of,
+)
+from opo_megatron.plan.ranks import RankBytes, offloaded
+from opo_megatron.plan.times import active_parameters, host_step_seconds
+from opo_megatron.policy.microbatch import plan_for
 from opo_megatron.weights.table import hf_shapes
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +50,7 @@ LLAMA_70B = (
 SMALL = ("num_layers=4", "hidden_size=64", "ffn_hidden_size=96", "num_query_groups=2", "vocab_size=101")
 TENSOR = "tensor_model_parallel_size"
 PIPELINE = "pipeline_model_parallel_size"
+INTERLEAVED = f"{PIPELINE}=2,virtual_{PIPELINE}=2,dtype=bf16,distributed_optimizer=true"
 
 
 def count(gpus: int, needs: str, model: tuple[str, ...], *layouts: str) -> list[dict[str, Any]]:
@@ -62,7 +72,9 @@ def small() -> list[dict[str, Any]]:
         "streams",
         SMALL,
         f"{TENSOR}=2,sequence_parallel=true,{PIPELINE}=2",
-        f"{PIPELINE}=2,virtual_{PIPELINE}=2,dtype=bf16,distributed_optimizer=true",
+        INTERLEAVED,
+        f"{INTERLEAVED},max_tokens_per_micro_batch=128",
+        f"{INTERLEAVED},max_tokens_per_micro_batch=128,packing=thd",
     )
 
 
@@ -84,7 +96,7 @@ def test_the_total_is_the_models_own_under_every_layout(small: list[dict[str, An
 
 
 def test_bytes_per_rank_are_those_of_hand_arithmetic(small: list[dict[str, Any]]) -> None:
-    tp_pp, interleaved = small
+    tp_pp, interleaved = small[:2]
     layers = elements(".layers.") // 2  # two stages
     norms = elements("layernorm") // 2
     rows = -(-101 // 2)  # per tensor-parallel rank, one of them padding
@@ -104,7 +116,7 @@ def test_bytes_per_rank_are_those_of_hand_arithmetic(small: list[dict[str, Any]]
 
 
 def test_every_tensor_arrives_once_on_every_rank(small: list[dict[str, Any]]) -> None:
-    for found, itemsize in zip(small, (4, 2), strict=True):
+    for found, itemsize in zip(small, (4, 2, 2, 2), strict=True):
         assert found["tensors"] == len(small_model())
         assert found["bytes"] == itemsize * sum(math.prod(shape) for shape in small_model().values())
 
@@ -125,6 +137,50 @@ def test_a_stage_with_more_micro_batches_in_flight_holds_more(small: list[dict[s
     """Interleaved: the first of two stages warms up with two more chunks than the last."""
     by_stage = {rank["pp_rank"]: rank["activations"] for rank in small[1]["ranks"]}
     assert by_stage[0] > by_stage[1]
+
+
+def test_packed_micro_batches_of_the_same_tokens_hold_the_same(small: list[dict[str, Any]]) -> None:
+    """Two micro-batches of four samples on every rank, in four rows or in one."""
+    padded, packed = ([rank["activations"] for rank in found["ranks"]] for found in small[2:])
+    assert packed == pytest.approx(padded, rel=0.02)
+
+
+@pytest.mark.parametrize("packing", ["padded", "thd"])
+def test_padding_is_that_of_the_micro_batches_that_a_run_would_have(packing: str) -> None:
+    interleaved = [f"policy.{PIPELINE}=2", f"policy.virtual_{PIPELINE}=2", "policy.model.num_layers=4"]
+    job = load_job(str(RECIPE), [*interleaved, f"policy.packing={packing}"], 4, GPUS["h100"], 8)
+    count, places, padding = _micro_batches(job)
+    lengths = [round(job.lengths.prompt) + response for response in job.lengths.responses()]
+    plan = plan_for(job.config.policy, lengths, 2)
+    assert count == plan.count and count % 2 == 0 and plan.shape is not None
+    assert places == 2 * count * math.prod(plan.shape)
+    assert padding == pytest.approx(1 - (sum(lengths) - len(lengths)) / places)
+    assert padding < 0.01 if packing == "thd" else padding > 0.3
+
+
+@pytest.mark.parametrize("budget", [20, 100, 2500])
+def test_the_longest_packed_samples_fill_their_micro_batches(budget: int) -> None:
+    overrides = ["policy.packing=thd", f"policy.max_tokens_per_micro_batch={budget}"]
+    job = load_job(str(RECIPE), overrides, 2, GPUS["h100"], None)
+    samples = longest_samples(job)
+    plan = plan_for(job.config.policy, [sum(one) for one in samples], 2)
+    places = plan.places([sum(one) for one in samples])
+    assert min(response for _, response in samples) > 0 < min(prompt for prompt, _ in samples)
+    longest = job.lengths.longest_prompt + job.lengths.longest_response
+    assert places == [plan.count * max(budget, longest - 1)] * 2
+
+
+def test_an_offloaded_share_of_the_optimizer_is_in_host_memory_and_takes_time_there() -> None:
+    rank = RankBytes(0, 0, 0, 0, parameters=20, gradients=40, optimizer=120, own_parameters=10)
+    assert offloaded(rank, 0.0) == rank
+    half = offloaded(rank, 0.5)
+    assert (half.static, half.optimizer, half.host_optimizer) == (120, 60, 60)
+    assert offloaded(rank, 1.0).static == 60
+    billion = host_step_seconds(12 * 10**9)
+    # 8 GB over PCIe at 50 GB/s, 28 GB in and out of 76.75 GB/s of memory.
+    assert billion == pytest.approx(8 / 50 + 28 / 76.75)
+    job = load_job(str(RECIPE), ["policy.dtype=bf16", "policy.optimizer_offload=0.5"], 2, GPUS["h100"], None)
+    assert counted_config(job).policy.optimizer_offload == 0 != job.config.policy.optimizer_offload
 
 
 def test_storages_are_followed_until_they_are_freed() -> None:

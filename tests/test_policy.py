@@ -22,6 +22,7 @@ from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.rollout.rollouts import Rollouts
 
 TEMPERATURE = 0.7
+PACKED = "policy.packing=thd"
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +50,15 @@ def gradients_of(policy: Policy) -> dict[str, torch.Tensor]:
     return named
 
 
-@pytest.mark.parametrize("exact", ["true", "false"])
+@pytest.mark.parametrize("form", ["rollout.local.exact=true", "rollout.local.exact=false", PACKED])
 @pytest.mark.parametrize("tied", ["true", "false"])
-def test_gradient_equals_float64_gradient_of_the_objective(parallel: Parallel, tied: str, exact: str) -> None:
-    policy, config = make_policy(
-        parallel, f"policy.model.tie_embeddings={tied}", f"rollout.local.exact={exact}"
-    )
+def test_gradient_equals_float64_gradient_of_the_objective(parallel: Parallel, tied: str, form: str) -> None:
+    policy, config = make_policy(parallel, f"policy.model.tie_embeddings={tied}", form)
     rollouts = ragged_rollouts()
     lengths = rollouts.response_lengths
     rollouts.advantages = advantages(config.algorithm, rollouts.rewards, lengths, rollouts.groups)
     plan = policy.plan(rollouts.sequence_lengths)
-    assert plan.count > 3
+    assert plan.count >= 3
     objective = PolicyGradient(float(lengths.sum()), TEMPERATURE)
     metrics = policy.accumulate_gradients(rollouts.select(plan.samples_of(0)), plan, objective)
 
@@ -129,8 +128,9 @@ def test_only_what_has_a_gradient_runs_backward(parallel: Parallel) -> None:
     assert sum(backward) == 4
 
 
-def test_entropy_and_log_probs_equal_the_dense_ones(parallel: Parallel) -> None:
-    policy, config = make_policy(parallel)
+@pytest.mark.parametrize("form", ["policy.packing=padded", PACKED])
+def test_entropy_and_log_probs_equal_the_dense_ones(parallel: Parallel, form: str) -> None:
+    policy, config = make_policy(parallel, form)
     rollouts = ragged_rollouts(8)
     plan = policy.plan(rollouts.sequence_lengths)
     batch = rollouts.select(plan.samples_of(0))
@@ -178,18 +178,22 @@ def draw(policy: Policy, config: Config, parallel: Parallel) -> Rollouts:
     return rollouts
 
 
+@pytest.mark.parametrize("form", ["policy.packing=padded", PACKED])
 @pytest.mark.parametrize("tied", ["true", "false"])
-def test_engine_agrees_with_the_policys_full_forward(parallel: Parallel, tied: str) -> None:
-    policy, config = make_policy(parallel, f"policy.model.tie_embeddings={tied}")
+def test_engine_agrees_with_the_policys_full_forward(parallel: Parallel, tied: str, form: str) -> None:
+    policy, config = make_policy(parallel, f"policy.model.tie_embeddings={tied}", form)
     rollouts = draw(policy, config, parallel)
     plan = policy.plan(rollouts.sequence_lengths)
     batch = rollouts.select(plan.samples_of(0))
     assert (policy.log_probs(batch, plan, TEMPERATURE) - batch.engine_log_prob).abs().max() <= 2e-5
 
 
-def test_mixture_of_experts_engine_agrees_with_the_policys_full_forward(parallel: Parallel) -> None:
+@pytest.mark.parametrize("form", ["policy.packing=padded", PACKED])
+def test_mixture_of_experts_engine_agrees_with_the_policys_full_forward(
+    parallel: Parallel, form: str
+) -> None:
     policy, config = make_policy(
-        parallel, "policy.model.num_moe_experts=4", "policy.model.moe_ffn_hidden_size=24"
+        parallel, "policy.model.num_moe_experts=4", "policy.model.moe_ffn_hidden_size=24", form
     )
     rollouts = draw(policy, config, parallel)
     plan = policy.plan(rollouts.sequence_lengths)

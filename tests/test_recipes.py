@@ -96,6 +96,7 @@ def test_a_twin_has_its_recipes_structure(name: str, tmp_path: Path) -> None:
         "virtual_pipeline_model_parallel_size",
         "sequence_parallel",
         "recompute",
+        "packing",
         "distributed_optimizer",
     ):
         assert getattr(small.policy, key) == getattr(big.policy, key), key

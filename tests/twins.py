@@ -1,7 +1,7 @@
 """The scaled-down twin of a recipe for many GPUs: the same file, parallel structure and task, tiny, on a CPU.
 
 Kept are what decides which code runs: pipeline stages and virtual ones, sequence parallelism, recomputation,
-biases, RoPE, task, algorithm, corrections.  Tensor parallelism becomes 2 wherever it is more, data
+packing, biases, RoPE, task, algorithm, corrections.  Tensor parallelism becomes 2 wherever it is more, data
 parallelism what is left of the ranks.  FP8, bf16 and SGLang need what a CPU has not.
 """
 

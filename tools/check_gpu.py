@@ -36,6 +36,8 @@ OPTIONAL = ("transformer-engine", "triton", "apex", "flash-attn", "nvidia-modelo
 TRAINING = {
     "policy in bf16, local engine": ("rollout.engine=local",),
     "policy in FP8 by Transformer Engine, local engine": ("rollout.engine=local", "policy.fp8=blockwise"),
+    "packed sequences, local engine": ("rollout.engine=local", "policy.packing=thd"),
+    "half of the optimizer in host memory": ("rollout.engine=local", "policy.optimizer_offload=0.5"),
     "shared GPU, SGLang by CUDA IPC": ("rollout.engine=sglang", "rollout.sglang.transport=tensor"),
     "shared GPU, SGLang by broadcast": ("rollout.engine=sglang", "rollout.sglang.transport=distributed"),
 }
@@ -72,7 +74,7 @@ def main() -> int:
     for name in LIBRARIES:
         results["sections"][name] = section(name, lambda name=name: in_a_process(name))  # type: ignore[misc]
     for name, overrides in TRAINING.items():
-        if any("fp8" in key for key in overrides) and (reason := without_fp8(options.device)):
+        if reason := lacks(overrides, options.device):
             results["sections"][name] = {"missing": reason}
             continue
         results["sections"][name] = section(name, lambda o=overrides: run(o, options.device))  # type: ignore[misc]
@@ -177,10 +179,12 @@ LIBRARIES: dict[str, Callable[[], dict[str, Any]]] = {
 # ---------------------------------------------------------------------- runs of the real command
 
 
-def without_fp8(device: str) -> str | None:
-    """Why there is no FP8 here."""
+def lacks(overrides: tuple[str, ...], device: str) -> str | None:
+    """What a section needs that is not here: FP8 and an optimizer in host memory are Transformer Engine's."""
+    if not any("fp8" in key or "offload" in key for key in overrides):
+        return None
     if device == "cpu":
-        return "a CPU has no FP8"
+        return "a CPU has neither FP8 nor an optimizer to move off"
     if importlib.util.find_spec("transformer_engine") is None:
         return "transformer_engine is not installed"
     return None

@@ -1,11 +1,11 @@
 """Does the parallel layout change a training step?  One table that says it does not.
 
-    python tools/check_layouts.py            # all layouts, on this machine's CPU, about two minutes
+    python tools/check_layouts.py            # all layouts, on this machine's CPU, about three minutes
     python tools/check_layouts.py tp2 dp2    # some of them
 
-The same weights and the same rollouts take 3 optimizer steps under every layout; loss and gradient
-norm are compared with one process.  Exit code 1 where a loss is off by more than 1e-5 or a gradient
-norm by more than 1e-4 of itself.
+The same weights and the same rollouts take 3 optimizer steps under every layout; loss and gradient norm
+are compared with one process, which pads its micro-batches, also where a layout packs them.  Exit code 1
+where a loss is off by more than 1e-5 or a gradient norm by more than 1e-4 of itself.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ TP2, PP2 = "policy.tensor_model_parallel_size=2", "policy.pipeline_model_paralle
 SP, VPP2 = "policy.sequence_parallel=true", "policy.virtual_pipeline_model_parallel_size=2"
 EP2 = "policy.expert_model_parallel_size=2"
 ETP1 = "policy.expert_tensor_parallel_size=1"
+THD = "policy.packing=thd"
 PLAIN_OPTIMIZER = "policy.distributed_optimizer=false"
 
 
@@ -72,6 +73,12 @@ LAYOUTS = {
     "moe-tp2sp": Layout(2, (TP2, SP), moe=True),
     "moe-tp2sp-ep2": Layout(2, (TP2, SP, EP2, ETP1), moe=True),
     "moe-tp2sp-dp2": Layout(4, (TP2, SP), moe=True),
+    "packed-tp2+sp": Layout(2, (THD, TP2, SP)),
+    "packed-pp2vpp2": Layout(2, (THD, PP2, VPP2)),
+    "packed-dp2": Layout(2, (THD,)),
+    "packed-tp2pp2vpp2+sp": Layout(4, (THD, TP2, PP2, VPP2, SP)),
+    "packed-tp2dp2": Layout(4, (THD, TP2)),
+    "packed-moe-tp2sp-ep2": Layout(2, (THD, TP2, SP, EP2, ETP1), moe=True),
 }
 REFERENCES = {"one process": Layout(1), "moe, one process": Layout(1, moe=True)}
 

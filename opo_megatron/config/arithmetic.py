@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from math import ceil, lcm
 
-from opo_megatron.config.choices import EngineName, LossNormalizer, ObjectiveName, Scale, Scope, Weight
+from opo_megatron.config.choices import (
+    EngineName,
+    LossNormalizer,
+    ObjectiveName,
+    Packing,
+    Scale,
+    Scope,
+    Weight,
+)
 from opo_megatron.config.schema import AlgorithmConfig, Config, PolicyConfig
 
 _WEIGHTS = {
@@ -61,6 +69,7 @@ def _step_lines(config: Config, world_size: int) -> list[str]:
     budget, longest = policy.max_tokens_per_micro_batch, rollout.max_response_tokens
     fewest = ceil(per_rank / budget)
     most = ceil(per_rank / max(1, budget // longest))
+    form = "packed micro-batches" if policy.packing is Packing.thd else "micro-batches"
     return [
         f"{_count(rollout.prompts_per_step, 'prompt')} × {_count(rollout.samples_per_prompt, 'sample')} "
         f"= {_count(rollouts, 'rollout')}, drawn from the current weights, {longest} tokens at most",
@@ -68,7 +77,7 @@ def _step_lines(config: Config, world_size: int) -> list[str]:
         f"up to {rollout.local.slots} at a time",
         f"trained on by {_count(data_parallel, 'data-parallel rank')}: about {per_rank} each, "
         f"shared out by token count",
-        f"micro-batches of at most {budget} tokens: {fewest} per data-parallel rank if every answer were "
+        f"{form} of at most {budget} tokens: {fewest} per data-parallel rank if every answer were "
         f"1 token long, {most} if {longest};",
         f"  the tokens of prompts come on top, so the number follows the lengths, never above {per_rank}",
         "gradients of all micro-batches on all ranks are summed into ONE optimizer step"

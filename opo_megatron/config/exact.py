@@ -6,7 +6,7 @@ with every sum on one rank.  Whether the machine keeps that promise is tested wh
 
 from __future__ import annotations
 
-from opo_megatron.config.choices import Device, Dtype, EngineName
+from opo_megatron.config.choices import Device, Dtype, EngineName, Packing
 from opo_megatron.config.schema import Config
 from opo_megatron.errors import UserError
 
@@ -30,6 +30,12 @@ def check_exact(config: Config) -> None:
             policy.expert_model_parallel_size,
             1,
             "which moves tokens between ranks",
+        ),
+        (
+            "policy.packing",
+            policy.packing.value,
+            Packing.padded.value,
+            "whose attention sums every sequence over another length than the engine's",
         ),
         ("policy.model.num_moe_experts", policy.model.num_moe_experts, None, "and experts are not exact"),
         ("run.threads_per_rank", config.run.threads_per_rank, 1, "which cuts products between threads"),

@@ -9,7 +9,7 @@ query, key and value rows that Megatron keeps in one matrix must begin at block 
 
 from __future__ import annotations
 
-from opo_megatron.config.choices import Device, Dtype, EngineName, Fp8, Packing, Recompute
+from opo_megatron.config.choices import Device, Dtype, EngineName, Fp8, Recompute
 from opo_megatron.config.rules import require
 from opo_megatron.config.schema import Config, PolicyConfig
 
@@ -21,15 +21,7 @@ FP8_BLOCK = 128
 def check_gpu_options(config: Config) -> None:
     """Raise UserError at the first option that contradicts another or is not built."""
     check_recompute(config.policy)
-    require(
-        config.policy.packing is Packing.padded,
-        "policy.packing is thd, but packed sequences are not built yet; set policy.packing=padded",
-    )
-    require(
-        not config.policy.optimizer_offload,
-        "policy.optimizer_offload is true, but an optimizer that steps in host memory is not built yet; set "
-        "it to false (rollout.sglang.share_memory moves its state there while the engine draws)",
-    )
+    check_offload(config.policy)
     check_fp8(config)
 
 
@@ -39,6 +31,25 @@ def check_recompute(policy: PolicyConfig) -> None:
     require(
         other is None or policy.recompute is Recompute.none,
         f"policy.recompute is {policy.recompute.value} and policy.megatron.{other} is set too; remove one",
+    )
+
+
+def check_offload(policy: PolicyConfig) -> None:
+    """What Megatron's optimizer in host memory needs besides GPUs."""
+    if not policy.optimizer_offload:
+        return
+    offload = f"policy.optimizer_offload={policy.optimizer_offload:g}"
+    require(
+        policy.device is not Device.cpu,
+        f"{offload} with policy.device=cpu, whose optimizer is in host memory anyway; set "
+        "policy.optimizer_offload=0",
+    )
+    require(
+        policy.dtype is Dtype.bf16 and policy.distributed_optimizer,
+        f"{offload} with policy.dtype={policy.dtype.value} and policy.distributed_optimizer="
+        f"{str(policy.distributed_optimizer).lower()}, but Megatron steps in host memory only what it has "
+        "sharded for a model in bf16; set policy.dtype=bf16 and policy.distributed_optimizer=true, or "
+        "policy.optimizer_offload=0",
     )
 
 

@@ -192,6 +192,8 @@ def _store(tree: DictConfig, entry: Entry) -> None:
     choices = getattr(key_types().get(entry.key), "__members__", {})
     # YAML reads a bare `off` as false.
     value = "off" if entry.value is False and "off" in choices else entry.value
+    if value is False and entry.key == "policy.optimizer_offload":
+        value = 0.0  # it was a switch once, and is one in the recipes of older runs
     try:
         OmegaConf.update(tree, entry.key, value, merge=False)
     except OmegaConfBaseException:

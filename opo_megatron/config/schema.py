@@ -308,9 +308,11 @@ class PolicyConfig:
     """Activations that are computed again in the backward pass: those of attention (`selective`), or all but
     each layer's input (`full`)."""
     packing: Packing = Packing.padded
-    """Rows of a micro-batch are padded on the right; `thd` is not built yet."""
-    optimizer_offload: bool = False
-    """Step the optimizer in host memory; not built yet."""
+    """`padded`: the sequences of a micro-batch are its rows, padded on the right to the longest; `thd`: they
+    stand one behind another in a single row, and next to nothing is padding."""
+    optimizer_offload: float = 0.0
+    """Share of the optimizer, 0 to 1, that stays and steps in host memory: 12 bytes fewer on the GPU per
+    parameter of a rank's shard, and 16 there; in bf16 with the distributed optimizer, on GPUs."""
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
@@ -323,7 +325,8 @@ class PolicyConfig:
     distributed_optimizer: bool = True
     """Shard the optimizer's state over data-parallel ranks."""
     max_tokens_per_micro_batch: int = 4096
-    """Rows × padded length of one micro-batch (one longer sequence still makes a micro-batch)."""
+    """Rows × padded length of one micro-batch, or the length of its packed row (one longer sequence still
+    makes a micro-batch)."""
     head_chunk_tokens: int | None = None
     """Tokens whose logits exist at one time; default by the size of the vocabulary, 512 to 1,024 on a CPU
     and 512 to 8,192 on a GPU, where they take 480 MB."""

@@ -91,7 +91,11 @@ _FIELD_RULES: tuple[Rule, ...] = (
     ("rollout.top_p eval.top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
     ("algorithm.clip_low", lambda value: 0 < value < 1, "above 0 and below 1"),
     ("algorithm.variance_prompts", lambda value: value >= 2, "at least 2, between which there is a variance"),
-    ("optimizer.min_lr_ratio warm_start.min_lr_ratio", lambda value: 0 <= value <= 1, "between 0 and 1"),
+    (
+        "optimizer.min_lr_ratio warm_start.min_lr_ratio policy.optimizer_offload",
+        lambda value: 0 <= value <= 1,
+        "between 0 and 1",
+    ),
     (
         "optimizer.betas warm_start.betas",
         lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),

@@ -3,11 +3,12 @@
     held(t) = bytes of all storages that were made since the start and not yet freed;  peak = max held(t)
 
 A micro-batch's forward and backward, which micro-batches are in flight on which stage, what the pipeline
-frees early, recomputation, the head's room: none of it is a formula here, all of it happens.  Three parts
+frees early, recomputation, the head's room: none of it is a formula here, all of it happens.  Some parts
 have another kernel on a GPU than in Megatron's local layers, and are taken as they are there: attention
 keeps queries, keys, values, its result and one log-sum-exp per row, and no matrix of scores
 (FlashAttention, arXiv 2205.14135); a norm keeps its input and one number per row, where torch's own on a
-CPU keeps copies in fp32; the head's logits are in the weight's type (`kernels/head.py`).
+CPU keeps copies in fp32; rotary embeddings of packed sequences keep nothing, where Megatron's own keep
+sines and cosines of every place; the head's logits are in the weight's type (`kernels/head.py`).
 
 Left out: what kernels allocate inside and free before they return, and the allocator's rounding.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -28,10 +29,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opo_megatron.algorithm.objective import PolicyGradient
-from opo_megatron.config.choices import Dtype, Recompute
+from opo_megatron.config.choices import Dtype, Packing, Recompute
 from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.kernels import head
 from opo_megatron.plan.ranks import META, inner_optimizers
+from opo_megatron.policy.microbatch import plan_for
 from opo_megatron.policy.parallel import Parallel
 from opo_megatron.policy.policy import Policy
 from opo_megatron.policy.step_sums import StepSums
@@ -139,7 +141,11 @@ def _as_on_gpus(policy: Policy) -> Iterator[None]:
     for module, forward in replaced:
         module.forward = forward
     try:
-        with mock.patch("opo_megatron.policy.head_gradient.sweep", _sweep):
+        with ExitStack() as patches:
+            patches.enter_context(mock.patch("opo_megatron.policy.head_gradient.sweep", _sweep))
+            if policy.config.packing is Packing.thd:
+                rotary = "megatron.core.transformer.attention.apply_rotary_pos_emb"
+                patches.enter_context(mock.patch(rotary, _rotate))
             yield
     finally:
         for module, _ in replaced:
@@ -147,22 +153,39 @@ def _as_on_gpus(policy: Policy) -> Iterator[None]:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    return _Attention.apply(query, key, value).flatten(2)
+    return _Attention.apply(query, key, value).flatten(-2)
 
 
 class _Attention(torch.autograd.Function):
-    """The tensors of fused attention: q [s, b, heads, width], k and v [s, b, groups, width]."""
+    """The tensors of fused attention: q [s, b, heads, width], k and v [s, b, groups, width], or packed [T, …]
+    each."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         result = torch.empty_like(query)
-        log_sum = query.new_empty(query.shape[:3], dtype=torch.float32)
+        log_sum = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, result, log_sum)
         return result
 
     @staticmethod
     def backward(ctx: Any, *d_result: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _rotate(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
+    return _Rotary.apply(tensor)
+
+
+class _Rotary(torch.autograd.Function):
+    """The tensors of a fused rotary embedding, whose gradient is a turn back."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *d_result: Tensor) -> Tensor:
+        return torch.empty_like(d_result[0])
 
 
 class _Norm(torch.autograd.Function):
@@ -223,13 +246,14 @@ def textbook_activations(policy: PolicyConfig, lengths: Sequence[tuple[int, int]
     shared = policy.tensor_model_parallel_size
     if recomputes_all(policy):
         elements, shared = hidden, shared if policy.sequence_parallel else 1
-    rows = max(1, policy.max_tokens_per_micro_batch // sum(lengths[0]))
-    tokens = rows * sum(lengths[0])
+    totals = [sum(one) for one in lengths]
+    plan = plan_for(policy, totals, parallel.dp_size)
+    tokens = plan.places(totals)[0] // plan.count
     stages, chunks = parallel.pp_size, parallel.vpp_size
     in_flight = stages - parallel.pp_rank
     if chunks > 1:
         in_flight = 2 * (stages - parallel.pp_rank - 1) + (chunks - 1) * stages + 1
-    in_flight = min(in_flight, len(lengths) // rows // parallel.dp_size * chunks)
+    in_flight = min(in_flight, plan.count * chunks)
     layers = model.num_layers // (stages * chunks)
     itemsize = 2 if policy.dtype is Dtype.bf16 else 4
     return elements * itemsize * tokens // shared * layers * in_flight

@@ -53,6 +53,11 @@ CONSTANTS = {
     "network": Constant(50e9, "bytes/s", "DGX H100: one 400 Gbit/s adapter per GPU"),
     "link_efficiency": Constant(0.8, "of the data sheet", "assumed: usual bus bandwidth of large NCCL calls"),
     "host_link": Constant(50e9, "bytes/s", "PCIe 5.0 x16: 64 GB/s each way; pinned copies 50 (assumed)"),
+    "host_memory": Constant(
+        614e9 / 8,
+        "bytes/s per GPU",
+        "DGX H100: two Xeon 8480C of 8 channels DDR5-4800 each, shared by 8 GPUs",
+    ),
     "decode_launch": Constant(
         10e-6, "s per layer and tensor-parallel all-reduce", "assumed: latency of small NCCL calls in a node"
     ),

@@ -16,7 +16,7 @@ import torch
 
 from opo_megatron.config import Config, load_config
 from opo_megatron.config.arithmetic import model_parallel_size, smallest_world
-from opo_megatron.config.choices import Dtype, EngineName, ObjectiveName, Weight
+from opo_megatron.config.choices import Dtype, EngineName, ObjectiveName, Packing, Weight
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.head import default_chunk_tokens
 from opo_megatron.plan.activations import activation_peak, recomputes_all, textbook_activations
@@ -24,10 +24,11 @@ from opo_megatron.plan.engine import EnginePlan, plan_engine
 from opo_megatron.plan.hardware import GPUS_PER_NODE, Gpu, constant
 from opo_megatron.plan.lengths import Lengths
 from opo_megatron.plan.models import folder_of
-from opo_megatron.plan.ranks import RankBytes, fake_rank, meta_policy, rank_bytes, use_meta_device
+from opo_megatron.plan.ranks import RankBytes, fake_rank, meta_policy, offloaded, rank_bytes, use_meta_device
 from opo_megatron.plan.sync import RankStream, SyncPlan, check_cover, combine, rank_stream
 from opo_megatron.plan.times import Times, Work, step_times, sync_seconds
-from opo_megatron.policy.microbatch import plan_micro_batches
+from opo_megatron.policy.layer_specs import token_multiple
+from opo_megatron.policy.microbatch import plan_for
 from opo_megatron.policy.model import padded_vocab_size
 from opo_megatron.tasks import TASKS
 from opo_megatron.tasks.tokenizers import open_tokenizer
@@ -168,6 +169,7 @@ def counted_config(job: Job) -> Config:
     """The recipe with what differs on a GPU settled: the local layers count for all, and have no FP8."""
     config = copy.deepcopy(job.config)
     policy = config.policy
+    policy.optimizer_offload = 0.0  # its share is taken off what is counted
     if trains_in_fp8(config):
         policy.fp8 = None  # type: ignore[attr-defined]  # weights and what is kept of bf16 layers stay bf16
     if policy.head_chunk_tokens is None:
@@ -181,13 +183,19 @@ def counted_config(job: Job) -> Config:
 def longest_samples(job: Job) -> list[tuple[int, int]]:
     """(prompt, response) tokens of so many longest samples that every stage is as full as it gets."""
     policy, lengths = job.config.policy, job.lengths
-    rows = max(1, policy.max_tokens_per_micro_batch // (lengths.longest_prompt + lengths.longest_response))
+    longest, budget = lengths.longest_prompt + lengths.longest_response, policy.max_tokens_per_micro_batch
+    packed = policy.packing is Packing.thd
+    rows = max(1, budget // (longest - 1 if packed else longest))
+    micro_batch = [(lengths.longest_prompt, lengths.longest_response)] * rows
+    if packed and (rest := budget - rows * (longest - 1)) > 0:  # places that a shorter one fills up
+        prompt = max(1, rest + 1 - lengths.longest_response)
+        micro_batch.append((prompt, rest + 1 - prompt))
     stages = policy.pipeline_model_parallel_size
     interleaved = policy.virtual_pipeline_model_parallel_size is not None
     enough = 2 * stages if interleaved else stages + 1
     there = math.ceil(lengths.samples / job.data_parallel / rows)
     count = min(enough, there + (-there % stages if interleaved else 0))
-    return [(lengths.longest_prompt, lengths.longest_response)] * (rows * count * job.data_parallel)
+    return micro_batch * (count * job.data_parallel)
 
 
 def count_stage(
@@ -196,7 +204,7 @@ def count_stage(
     """Build one rank, and run a step's forward and backward on it unless only the rest is asked for."""
     with fake_rank(config, rank, job.gpus) as parallel:
         policy = meta_policy(config, job.vocab_size, parallel)
-        held = rank_bytes(policy)
+        held = offloaded(rank_bytes(policy), job.config.policy.optimizer_offload)
         if not with_activations:
             return held, Stage(0, 0, is_counted=False)
         samples = longest_samples(job)
@@ -219,7 +227,7 @@ def make_plan(job: Job, say: Say) -> RunPlan:
             policy = meta_policy(config, job.vocab_size, parallel)
             stream = rank_stream(policy, GPUS_PER_NODE)
             tensors = check_cover(stream, policy)
-            ranks.append(rank_bytes(policy))
+            ranks.append(offloaded(rank_bytes(policy), job.config.policy.optimizer_offload))
             streams.append(stream)
     pipeline = config.policy.pipeline_model_parallel_size
     stages = []
@@ -236,7 +244,7 @@ def assemble(job: Job, ranks: list[RankBytes], stages: list[Stage], sync: SyncPl
         job.config, job.vocab_size, job.lengths, job.gpus, job.gpu, max(rank.parameters for rank in ranks)
     )
     phases = [phases_of(job, rank, stages[rank.pp_rank], engine) for rank in ranks]
-    count, padded = _micro_batches(job)
+    count, padded, padding = _micro_batches(job)
     work = Work(
         model=job.config.policy.model,
         vocab_size=job.vocab_size,
@@ -255,8 +263,7 @@ def assemble(job: Job, ranks: list[RankBytes], stages: list[Stage], sync: SyncPl
         trains_in_fp8=trains_in_fp8(job.config),
     )
     moved = max(rank.optimizer for rank in ranks) if job.shares_memory else 0
-    times = step_times(work, sync_seconds(sync, job.gpu), moved)
-    padding = 1 - job.lengths.tokens / padded
+    times = step_times(work, sync_seconds(sync, job.gpu), moved, max(rank.host_optimizer for rank in ranks))
     return RunPlan(
         job, ranks, stages, engine, sync, phases, times, count, padding, problem_of(job, phases, engine)
     )
@@ -327,23 +334,15 @@ def _running(job: Job, engine: EnginePlan) -> int:
     return max(1, min(engine.running, int(engine.cached_tokens / mean)))
 
 
-def _micro_batches(job: Job) -> tuple[int, float]:
-    """Micro-batches per data-parallel rank, and trained tokens with padding, over all ranks."""
+def _micro_batches(job: Job) -> tuple[int, float, float]:
+    """Micro-batches per data-parallel rank; places of the rank that has most, times the ranks; and the share
+    of those that is padding, or waiting for that rank."""
     policy = job.config.policy
-    stages = policy.pipeline_model_parallel_size
-    interleaved = policy.virtual_pipeline_model_parallel_size is not None
     lengths = [round(job.lengths.prompt) + response for response in job.lengths.responses()]
-    multiple = stages if interleaved else 1
-    plan = plan_micro_batches(
-        lengths, job.data_parallel, policy.max_tokens_per_micro_batch, interleaved, multiple
-    )
-    if plan.shape is not None:
-        return plan.count, float(plan.count * plan.shape[0] * plan.shape[1] * job.data_parallel)
-    most = max(
-        sum(len(rows) * max((lengths[i] for i in rows), default=0) for rows in batches)
-        for batches in plan.rows
-    )
-    return plan.count, float(most * job.data_parallel)
+    plan = plan_for(policy, lengths, job.data_parallel)
+    multiple = policy.tensor_model_parallel_size if policy.sequence_parallel else 1
+    places = max(plan.places(lengths, multiple, token_multiple(policy))) * job.data_parallel
+    return plan.count, float(places), 1 - (sum(lengths) - len(lengths)) / places
 
 
 def _bubble(config: Config, count: int) -> float:

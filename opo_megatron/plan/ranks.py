@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,10 +35,14 @@ class RankBytes:
     parameters: int
     gradients: int
     optimizer: int
-    """Master weights where there are any, and two moments, of this rank's shard."""
+    """Master weights where there are any, and two moments, of this rank's shard, as far as they are on the
+    GPU."""
     own_parameters: int
     """Elements that no other rank counts: replicated ones fall to the first rank that has them, padding of
     the vocabulary to nobody.  Summed over all ranks they are the model."""
+
+    host_optimizer: int = 0
+    """The same in host memory, under policy.optimizer_offload."""
 
     @property
     def static(self) -> int:
@@ -101,6 +105,12 @@ def rank_bytes(policy: Policy) -> RankBytes:
         ),
         own_parameters=_own_parameters(policy),
     )
+
+
+def offloaded(rank: RankBytes, share: float) -> RankBytes:
+    """With a share of the optimizer in host memory, as `policy.optimizer_offload` says."""
+    host = round(rank.optimizer * share)
+    return replace(rank, optimizer=rank.optimizer - host, host_optimizer=host)
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:

@@ -118,6 +118,7 @@ def _times(plan: RunPlan) -> Table:
         ("generation", times.generation),
         ("weight sync", times.sync),
         ("optimizer to host memory and back", times.turns),
+        *([("optimizer step in host memory", times.host_step)] if times.host_step else []),
         ("training", times.training),
         ("all else, fitted", times.other),
         ("step", times.step),
@@ -133,15 +134,21 @@ def _times(plan: RunPlan) -> Table:
 
 
 def _notes(plan: RunPlan) -> str:
-    lengths, engine = plan.job.lengths, plan.engine
+    job, lengths, engine = plan.job, plan.job.lengths, plan.engine
     lines = [
         f"Taken for granted: prompts of {lengths.prompt:.0f} tokens and responses of {lengths.response:.0f} "
         "on average (--mean-response); memory for the longest of both.",
-        f"{plan.micro_batches} micro-batches per data-parallel rank, of whose tokens {plan.padding:.0%} are "
-        "padding.",
+        f"{plan.micro_batches} micro-batches per data-parallel rank, of whose tokens {plan.padding:.1%} are "
+        f"padding (policy.packing={job.config.policy.packing.value}).",
         "Bytes are counted; times are a model: evaluations and checkpoints come on top, and every constant "
         "stands with its source in --json.",
     ]
+    if (host := max(rank.host_optimizer for rank in plan.ranks)) > 0:
+        # Gradients on their way, 4 bytes beside every 12.
+        lines.append(
+            f"policy.optimizer_offload={job.config.policy.optimizer_offload:g} takes "
+            f"{_gb(host * 16 / 12 * GPUS_PER_NODE)} GB of host memory on a node of {GPUS_PER_NODE}."
+        )
     if engine.token and engine.cache:
         lines.insert(
             1,

@@ -3,6 +3,7 @@
     training    (3 + passes + recompute) · (2·N·tokens + attention) · (1 + bubble) / (efficient peak · GPUs)
     bubble      (PP − 1) / (micro-batches · virtual stages), Megatron's schedules
     decoding    Σ over positions t of max( (weights + cache read at t) / bandwidth, 2·N·alive(t) / peak )
+    host step   (gradients down, weights up) / host link + 28 bytes per parameter / host memory
     sync        bytes of the slowest rank per bucket over each link, and the engine's two copies
 
 The sum is multiplied by one constant for what is not counted (verifiers, imbalance, Python, loading),
@@ -56,6 +57,8 @@ class Times:
     sync: float
     turns: float
     """Moving the optimizer to host memory and back."""
+    host_step: float
+    """The optimizer's step, as far as it is in host memory."""
     training: float
     other: float
     tokens_per_gpu: float
@@ -65,7 +68,7 @@ class Times:
 
     @property
     def step(self) -> float:
-        return self.generation + self.sync + self.turns + self.training + self.other
+        return self.generation + self.sync + self.turns + self.host_step + self.training + self.other
 
 
 def active_parameters(model: ModelConfig, vocab_size: int) -> int:
@@ -130,22 +133,32 @@ def sync_seconds(plan: SyncPlan, gpu: Gpu) -> float:
     return seconds
 
 
-def step_times(work: Work, sync: float, moved_bytes: int) -> Times:
+def host_step_seconds(optimizer_bytes: int) -> float:
+    """Adam on a CPU over master weights and moments in fp32, 12 bytes a parameter: an fp32 gradient comes and
+    an fp32 weight goes, one after the other; four numbers are read and three written."""
+    parameters = optimizer_bytes / 12
+    return parameters * (8 / constant("host_link") + 28 / constant("host_memory"))
+
+
+def step_times(work: Work, sync: float, moved_bytes: int, host_optimizer: int = 0) -> Times:
     """The phases of one step.
 
     Args:
         sync: seconds of the weight sync.
         moved_bytes: what a rank moves to host memory and back in each step.
+        host_optimizer: bytes of a rank's optimizer that stays there.
     """
     generation, training = generation_seconds(work), training_seconds(work)
     turns = 2 * moved_bytes / constant("host_link")
-    counted = generation + training + sync + turns
+    host_step = host_step_seconds(host_optimizer)
+    counted = generation + training + sync + turns + host_step
     step = counted * constant("step_overhead")
     tokens = work.lengths.tokens
     return Times(
         generation,
         sync,
         turns,
+        host_step,
         training,
         step - counted,
         tokens / step / work.gpus,

@@ -26,11 +26,12 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 
-from opo_megatron.config.choices import Fp8, Recompute
+from opo_megatron.config.choices import Fp8, Packing, Recompute
 from opo_megatron.config.gpu_rules import FP8_BLOCK, FP8_MULTIPLE
 from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.errors import UserError
 from opo_megatron.policy.exact_layers import use_exact_layers
+from opo_megatron.policy.packed_attention import PackedAttention
 from opo_megatron.versions import numbers, read_versions
 from opo_megatron.weights.table import LayerSpec
 
@@ -74,6 +75,7 @@ def layer_spec(config: TransformerConfig, name: LayerSpec, exact: bool) -> tuple
     )
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     attention = spec.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
     if attention.q_layernorm is not IdentityOp:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if exact:
@@ -91,6 +93,9 @@ def device_fields(policy: PolicyConfig, device: torch.device) -> dict[str, Any]:
     fields: dict[str, Any] = {"gradient_accumulation_fusion": fused}
     if policy.model.num_moe_experts is not None and spec_name(device) == "transformer_engine":
         fields["moe_grouped_gemm"] = True
+    if policy.packing is Packing.thd and spec_name(device) == "transformer_engine":
+        # Megatron's own rotary embedding of packed sequences reads their ends on the host, layer by layer.
+        fields["apply_rope_fusion"] = True
     return fields
 
 

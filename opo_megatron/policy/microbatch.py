@@ -1,7 +1,8 @@
 """Ragged rollouts → micro-batches under a token budget, balanced over data-parallel ranks.
 
-The plan is made from all lengths of the batch, identically on every rank, so it also says which
-samples each data-parallel rank needs.  All ranks get the same number of micro-batches.
+Their sequences are rows padded on the right, or stand one behind another in a single row (`packing.py`).
+The plan is made from all lengths of the batch, identically on every rank, so it also says which samples
+each data-parallel rank needs.  All ranks get the same number of micro-batches.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from opo_megatron.config.choices import Packing
+from opo_megatron.config.schema import PolicyConfig
+from opo_megatron.policy.packing import fill, packed_params, segments_of
 from opo_megatron.rollout.rollouts import Rollouts
 
 MICRO_BATCH_TOKENS = 100
@@ -27,7 +32,10 @@ class Plan:
     rows: list[list[list[int]]]
     """[data-parallel rank][micro-batch][row] → sample; an empty micro-batch has no rows."""
     shape: tuple[int, int] | None = None
-    """(rows, tokens) of every micro-batch where the schedule needs one shape, else None."""
+    """(rows, places) of every micro-batch where the schedule needs one shape, else None.  The last token of
+    a sequence is only ever a target and takes no place."""
+    packed: bool = False
+    """Whether the sequences of a micro-batch stand one behind another in a single row."""
     without_gradient: Plan | None = None
     """Samples that only run forward, after the others: to be measured, not learned from."""
 
@@ -41,9 +49,39 @@ class Plan:
         """Micro-batches per data-parallel rank that run forward and backward."""
         return len(self.rows[0])
 
+    def places(self, lengths: Sequence[int], multiple: int = 1, token_multiple: int = 1) -> list[int]:
+        """Places of each rank's micro-batches, padding included, for sequences of `lengths` tokens.
+
+        Args:
+            multiple, token_multiple: as `build_micro_batches` has them.
+        """
+        shapes = [
+            [_shape([lengths[i] - 1 for i in rows], self, multiple, token_multiple) for rows in batches]
+            for batches in self.rows
+        ]
+        return [sum(height * width for height, width in one) for one in shapes]
+
+
+def plan_for(policy: PolicyConfig, lengths: Sequence[int], dp_size: int) -> Plan:
+    """The plan that a recipe's schedule, budget and form of micro-batches ask for."""
+    interleaved = policy.virtual_pipeline_model_parallel_size is not None
+    return plan_micro_batches(
+        lengths,
+        dp_size,
+        policy.max_tokens_per_micro_batch,
+        fixed_shape=interleaved,
+        multiple=policy.pipeline_model_parallel_size if interleaved else 1,
+        packed=policy.packing is Packing.thd,
+    )
+
 
 def plan_micro_batches(
-    lengths: Sequence[int], dp_size: int, max_tokens: int, fixed_shape: bool = False, multiple: int = 1
+    lengths: Sequence[int],
+    dp_size: int,
+    max_tokens: int,
+    fixed_shape: bool = False,
+    multiple: int = 1,
+    packed: bool = False,
 ) -> Plan:
     """Split samples of `lengths` tokens into micro-batches of at most `max_tokens` padded tokens.
 
@@ -54,7 +92,14 @@ def plan_micro_batches(
     Args:
         fixed_shape: one shape for all (interleaved pipeline schedules cannot announce shapes).
         multiple: the number of micro-batches per rank is a multiple of this.
+        packed: sequences stand one behind another, none is padded, and micro-batches are evenly full.
     """
+    if packed:
+        needed = [max(0, length - 1) for length in lengths]
+        if fixed_shape:
+            max_tokens = max([max_tokens, *needed])
+        dealt, width = fill(needed, dp_size, max_tokens, multiple)
+        return Plan(dealt, (1, width) if fixed_shape else None, packed=True)
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     hands: list[list[int]] = [[] for _ in range(dp_size)]
     loads = [(0, rank) for rank in range(dp_size)]
@@ -74,7 +119,7 @@ def plan_micro_batches(
         for piece in pieces:
             _split_until(piece, count)
     padded = [piece + [[] for _ in range(count - len(piece))] for piece in pieces]
-    return Plan(padded, (rows, longest) if fixed_shape else None)
+    return Plan(padded, (rows, max(1, longest - 1)) if fixed_shape else None)
 
 
 def _cut(hand: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -114,18 +159,20 @@ def _split_until(pieces: list[list[int]], count: int) -> None:
 
 @dataclass
 class MicroBatch:
-    """Rows padded on the right, and the places that have a loss."""
+    """What the model is given, and the places that have a loss."""
 
     tokens: Tensor
-    """[b, s] input ids."""
+    """[b, s] input ids: rows padded on the right, or one row of packed sequences."""
     position_ids: Tensor
-    """[b, s]."""
+    """[b, s], from 0 in every sequence."""
     places: Tensor
-    """[n] flat places in [b, s] whose next token is a response token, row by row."""
+    """[n] flat places in [b, s] whose next token is a response token, sequence by sequence."""
     targets: Tensor
     """[n] those response tokens."""
     columns: dict[str, Tensor]
     """Per-token columns of the batch at those tokens, [n] each."""
+    packed: PackedSeqParams | None = None
+    """Where packed sequences begin and end."""
 
 
 def build_micro_batches(
@@ -142,8 +189,8 @@ def build_micro_batches(
     Args:
         batch: exactly `plan.samples_of(dp_rank)`, in that order.
         columns: per-token columns [Σl] in the order of `batch`.
-        multiple: padded lengths are multiples of this,
-        token_multiple: and rows × padded length of this.
+        multiple: the length of rows is a multiple of this,
+        token_multiple: and rows × length of this.
     """
     sequences = batch.sequences()
     lengths = batch.response_lengths.tolist()
@@ -154,32 +201,44 @@ def build_micro_batches(
     for rows in plan.rows[dp_rank]:
         part = range(begin, begin + len(rows))
         begin += len(rows)
-        # The last token of a sequence is only ever a target.
-        needed = max((sequences[i].numel() - 1 for i in part), default=1)
-        height, width = len(rows), needed
-        if plan.shape is not None:
-            height, width = plan.shape[0], plan.shape[1] - 1
-        height, width = max(1, height), max(1, width)
-        width += -width % math.lcm(multiple, token_multiple // math.gcd(token_multiple, height))
-        tokens = torch.zeros(height, width, dtype=torch.int64)
+        inputs = [sequences[i][:-1] for i in part]  # the last token of a sequence is only ever a target
+        needed = [one.numel() for one in inputs]
+        height, width = _shape(needed, plan, multiple, token_multiple)
+        starts = [sum(needed[:k]) if plan.packed else k * width for k in range(len(needed))]
+        tokens = torch.zeros(height * width, dtype=torch.int64)
         places = []
-        for row, i in enumerate(part):
-            tokens[row, : sequences[i].numel() - 1] = sequences[i][:-1]
-            first = row * width + prompts[i] - 1
+        for i, start, one in zip(part, starts, inputs, strict=True):
+            tokens[start : start + one.numel()] = one
+            first = start + prompts[i] - 1
             places.append(torch.arange(first, first + lengths[i]))
+        segments = segments_of(needed, width) if plan.packed else [width] * height
+        positions = torch.cat([torch.arange(length) for length in segments])
         micro_batches.append(
             MicroBatch(
-                tokens=tokens.to(device),
-                position_ids=torch.arange(width, device=device).expand(height, width).contiguous(),
+                tokens=tokens.view(height, width).to(device),
+                position_ids=positions.view(height, width).to(device),
                 places=_joined(places, torch.int64).to(device),
                 targets=_joined([responses[i] for i in part], torch.int64).to(device),
                 columns={
                     name: _joined([values[i] for i in part], torch.float32).to(device)
                     for name, values in ragged.items()
                 },
+                packed=packed_params(segments, device) if plan.packed else None,
             )
         )
     return micro_batches
+
+
+def _shape(needed: Sequence[int], plan: Plan, multiple: int, token_multiple: int) -> tuple[int, int]:
+    """(rows, places) of a micro-batch of sequences that need so many places each."""
+    if plan.shape is not None:
+        height, width = plan.shape
+    elif plan.packed:
+        height, width = 1, sum(needed)
+    else:
+        height, width = len(needed), max(needed, default=0)
+    height, width = max(1, height), max(1, width)
+    return height, width + -width % math.lcm(multiple, token_multiple // math.gcd(token_multiple, height))
 
 
 def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,6 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import Float16Module
@@ -38,8 +37,9 @@ from opo_megatron.policy.head_gradient import Head, HeadLoss, log_probs
 from opo_megatron.policy.layer_specs import spec_name, token_multiple
 from opo_megatron.policy.measure import measure_tokens
 from opo_megatron.policy.memory import PolicyMemory
-from opo_megatron.policy.microbatch import MicroBatch, Plan, build_micro_batches, plan_micro_batches
+from opo_megatron.policy.microbatch import MicroBatch, Plan, build_micro_batches, plan_for
 from opo_megatron.policy.model import build_chunks, head_shares_embedding, head_weight, padded_vocab_size
+from opo_megatron.policy.optimizer import megatron_optimizer
 from opo_megatron.policy.parallel import Parallel, all_reduce
 from opo_megatron.policy.step_sums import StepMetrics, StepSums
 from opo_megatron.rollout.rollouts import Rollouts
@@ -153,18 +153,7 @@ class Policy:
         self.optimizer_config = config
         self.optimizer = None  # its state is freed before the next one is allocated
         self.optimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                adam_beta1=config.betas[0],
-                adam_beta2=config.betas[1],
-                adam_eps=config.eps,
-                clip_grad=config.clip,
-                bf16=self.config.dtype is Dtype.bf16,
-                params_dtype=self.megatron_config.params_dtype,
-                use_distributed_optimizer=self.config.distributed_optimizer,
-            ),
+            megatron_optimizer(self.config, config, self.megatron_config.params_dtype),
             self.ddp_chunks,
             use_gloo_process_groups=self.parallel.device.type != "meta",
         )
@@ -200,14 +189,7 @@ class Policy:
         return replace(plan, rows=plan.rows * self.parallel.dp_size)
 
     def _plan_of(self, lengths: Tensor, samples: Sequence[int], replicas: int) -> Plan:
-        interleaved = self.parallel.vpp_size > 1
-        plan = plan_micro_batches(
-            [int(lengths[i]) for i in samples],
-            replicas,
-            self.config.max_tokens_per_micro_batch,
-            fixed_shape=interleaved,
-            multiple=self.parallel.pp_size if interleaved else 1,
-        )
+        plan = plan_for(self.config, [int(lengths[i]) for i in samples], replicas)
         rows = [[[samples[i] for i in batch] for batch in batches] for batches in plan.rows]
         return replace(plan, rows=rows)
 
@@ -336,7 +318,7 @@ class Policy:
         def forward(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             micro = next(iterator)
             self.on_micro_batch()
-            output = chunk(micro.tokens, micro.position_ids, None)
+            output = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed)
             return output, partial(loss, self.chunks[-1], micro)
 
         iterators = [iter(micro_batches) for _ in self.ddp_chunks]

@@ -21,6 +21,7 @@ WORKER = Path(__file__).parent / "algorithm_worker.py"
 TP2, PP2 = "policy.tensor_model_parallel_size=2", "policy.pipeline_model_parallel_size=2"
 TP4 = "policy.tensor_model_parallel_size=4,policy.model.num_query_groups=4"
 SP, VPP2 = "policy.sequence_parallel=true", "policy.virtual_pipeline_model_parallel_size=2"
+PACKED = "policy.packing=thd"
 TIED = "policy.model.tie_embeddings=true"
 SUMS = ("energy", "energy_hidden", "gram_output", "gram_output_energy", "gram_all", "gram_all_energy")
 
@@ -109,7 +110,7 @@ def check_head(shape: tuple[int, int, int], values: dict[str, Tensor], layout: s
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    check(tmp_path, 2, "", TP2, PP2, "")
+    check(tmp_path, 2, "", TP2, PP2, "", f"{PACKED},{PP2},{VPP2}")
 
 
 @pytest.mark.slow
@@ -117,11 +118,14 @@ def test_two_ranks(tmp_path: Path) -> None:
     "ranks, model, cuts",
     [
         (2, "", (f"{TP2},{SP}", f"{PP2},{VPP2}")),
+        (2, "", (PACKED, f"{PACKED},{TP2},{SP}", f"{PACKED},{PP2}")),
+        (2, TIED, (f"{PACKED},{TP2},{SP}", f"{PACKED},{PP2},{VPP2}")),
+        (4, "", (f"{PACKED},{TP2},{PP2},{VPP2},{SP}", f"{PACKED},{TP2}")),
         (2, TIED, (TP2, f"{TP2},{SP}", PP2, f"{PP2},{VPP2}", "")),
         (4, "", (f"{TP2},{PP2}", TP2, f"{PP2},{VPP2}")),
         (4, "policy.model.num_query_groups=4", (TP4.split(",")[0],)),
     ],
-    ids=["two", "tied", "four", "tp4"],
+    ids=["two", "packed-two", "packed-tied", "packed-four", "tied", "four", "tp4"],
 )
 def test_every_cut(tmp_path: Path, ranks: int, model: str, cuts: tuple[str, ...]) -> None:
     check(tmp_path, ranks, model, *cuts)

@@ -1,0 +1,160 @@
+"""Packed micro-batches: every sequence once and whole, bins within the budget and even, none sees another."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise, product
+
+import pytest
+import torch
+from small import ragged_rollouts, small_config, small_policy
+
+from opo_megatron.algorithm.objective import PolicyGradient
+from opo_megatron.policy.microbatch import Plan, build_micro_batches, plan_micro_batches
+from opo_megatron.policy.packing import fill
+from opo_megatron.policy.parallel import initialize, leave
+
+CPU = torch.device("cpu")
+
+
+def some_lengths(count: int, seed: int = 0) -> list[int]:
+    """Long-tailed, as responses are."""
+    rng = random.Random(seed)
+    return [min(2048, 20 + int(rng.lognormvariate(4.5, 0.8))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 64, 383])
+def test_every_sequence_is_in_one_bin_within_the_budget_and_all_ranks_count_alike(
+    count: int, dp_size: int
+) -> None:
+    lengths = some_lengths(count, seed=count)
+    for multiple, budget in product((1, 2, 3), (100, 1000, 4096)):
+        dealt, fullest = fill(lengths, dp_size, budget, multiple)
+        assert sorted(i for hand in dealt for one in hand for i in one) == list(range(count))
+        assert {len(hand) for hand in dealt} == {len(dealt[0])} and len(dealt) == dp_size
+        assert len(dealt[0]) % multiple == 0 and dealt[0]
+        loads = [sum(lengths[i] for i in one) for hand in dealt for one in hand]
+        assert max([1, *loads]) == fullest
+        for hand in dealt:
+            for one in hand:
+                assert sum(lengths[i] for i in one) <= budget or len(one) == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bins_are_as_few_as_can_be_told_and_nearly_equal(seed: int) -> None:
+    lengths = some_lengths(384, seed)
+    dealt, fullest = fill(lengths, 2, 4096, 1)
+    least = -(-sum(lengths) // 4096)
+    assert len(dealt[0]) == -(-least // 2)  # no packing has fewer
+    assert fullest * 2 * len(dealt[0]) < 1.01 * sum(lengths)
+
+
+def test_long_sequences_of_which_two_hardly_fit_waste_little() -> None:
+    """As in the 70B recipe: a budget of one longest sequence, half a budget on average."""
+    rng = random.Random(0)
+    lengths = [512 + min(8192, max(1, int(rng.expovariate(1 / 6000)))) for _ in range(1024)]
+    padded, packed = (
+        plan_micro_batches(lengths, 2, 9216, fixed_shape=True, multiple=4, packed=packed)
+        for packed in (False, True)
+    )
+    wanted = sum(lengths) - len(lengths)
+    shares = [1 - wanted / sum(plan.places(lengths)) for plan in (padded, packed)]
+    assert shares[0] > 0.3 and shares[1] < 0.05
+
+
+def test_with_one_shape_a_longest_sequence_above_the_budget_sets_it() -> None:
+    lengths = [5000, 10, 10, 10, 4000]
+    plan = plan_micro_batches(lengths, 1, 100, fixed_shape=True, packed=True)
+    assert plan.shape == (1, 4999) and plan.count == 2
+    loose = plan_micro_batches(lengths, 1, 100, packed=True)
+    assert loose.shape is None and sorted(map(sorted, loose.rows[0])) == [[0], [1, 2, 3], [4]]
+
+
+def test_places_are_those_of_the_micro_batches_that_are_built() -> None:
+    batch = ragged_rollouts(24)
+    lengths = batch.sequence_lengths.tolist()
+    for fixed_shape, packed in product((False, True), repeat=2):
+        plan = plan_micro_batches(lengths, 2, 100, fixed_shape, packed=packed)
+        for rank in range(2):
+            built = build_micro_batches(batch.select(plan.samples_of(rank)), plan, rank, {}, 1, CPU)
+            assert sum(micro.tokens.numel() for micro in built) == plan.places(lengths)[rank]
+
+
+@pytest.mark.parametrize(("fixed_shape", "multiple", "tokens"), [(False, 1, 1), (True, 4, 1), (False, 2, 32)])
+def test_sequences_stand_one_behind_another_and_the_rest_is_one_of_its_own(
+    fixed_shape: bool, multiple: int, tokens: int
+) -> None:
+    batch = ragged_rollouts(24)
+    plan = plan_micro_batches(batch.sequence_lengths.tolist(), 2, 60, fixed_shape, packed=True)
+    widths = set()
+    for rank in range(2):
+        own = batch.select(plan.samples_of(rank))
+        sequences, prompts = own.sequences(), own.prompt_lengths.tolist()
+        columns = {"number": torch.arange(own.response_tokens.numel()).float()}
+        built = build_micro_batches(own, plan, rank, columns, multiple, CPU, tokens)
+        assert torch.equal(torch.cat([micro.targets for micro in built]), own.response_tokens)
+        assert torch.equal(torch.cat([micro.columns["number"] for micro in built]), columns["number"])
+        i = 0
+        for rows, micro in zip(plan.rows[rank], built, strict=True):
+            assert micro.packed is not None and micro.packed.qkv_format == "thd"
+            ends = micro.packed.cu_seqlens_q.tolist()
+            assert micro.packed.cu_seqlens_q.dtype == torch.int32 and torch.equal(
+                micro.packed.cu_seqlens_q, micro.packed.cu_seqlens_kv
+            )
+            assert micro.tokens.shape == (1, ends[-1]) and ends[-1] % multiple == 0 == ends[-1] % tokens
+            segments = list(pairwise(ends))
+            assert micro.packed.max_seqlen_q == max(end - start for start, end in segments)
+            expected = []
+            for (start, end), _ in zip(segments, rows, strict=False):
+                assert torch.equal(micro.tokens[0, start:end], sequences[i][:-1])
+                expected += range(start + prompts[i] - 1, end)
+                i += 1
+            for start, end in segments:
+                assert micro.position_ids[0, start:end].tolist() == list(range(end - start))
+            assert micro.places.tolist() == expected
+            for start, end in segments[len(rows) :]:
+                assert not micro.tokens[0, start:end].any()
+            widths.add(ends[-1])
+    assert not fixed_shape or len(widths) == 1
+
+
+def test_without_a_sequence_there_is_still_a_row() -> None:
+    plan = Plan([[[]]], packed=True)
+    (micro,) = build_micro_batches(ragged_rollouts(4).select([]), plan, 0, {}, 4, CPU)
+    assert micro.tokens.shape == (1, 4) and micro.targets.numel() == 0
+    assert micro.packed is not None and micro.packed.cu_seqlens_q.tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_packed_step_is_a_padded_step_and_one_sequence_leaves_the_others_alone(recompute: str) -> None:
+    parallel = initialize(small_config())
+    try:
+        found = []
+        for packing in ("padded", "thd"):
+            config = small_config(f"policy.packing={packing}", f"policy.recompute={recompute}")
+            policy = small_policy(config, parallel)
+            batch = ragged_rollouts()
+            batch.advantages = torch.linspace(-1, 1, len(batch), dtype=torch.float64)
+            plan = policy.plan(batch.sequence_lengths)
+            assert plan.packed is (packing == "thd")
+            order = plan.samples_of(0)
+            batch = batch.select(order)
+            policy.accumulate_gradients(batch, plan, PolicyGradient(100.0, 0.7))
+            gradient = torch.cat([b.grad_data for c in policy.ddp_chunks for b in c.buffers])
+            parts = policy.log_probs(batch, plan, 0.7).split(batch.response_lengths.tolist())
+            by_sample = dict(zip(order, parts, strict=True))
+            found.append((gradient.clone(), torch.cat([by_sample[i] for i in sorted(by_sample)])))
+        # Other tokens in the first sequence of the first packed row change nothing in its neighbours.
+        first = plan.rows[0][0]
+        assert len(first) > 1
+        changed = batch.select(range(len(batch)))
+        changed.prompt_tokens = changed.prompt_tokens.clone()
+        changed.prompt_tokens[0] = (changed.prompt_tokens[0] + 1) % 17
+        after = policy.log_probs(changed, plan, 0.7).split(batch.response_lengths.tolist())
+        assert not torch.equal(after[0], parts[0])
+        assert all(torch.equal(a, b) for a, b in zip(after[1:], parts[1:], strict=True))
+    finally:
+        leave()
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
