@@ -26,6 +26,7 @@ from opo_megatron.policy.checkpoint import (
     load,
     read_extra,
     read_progress,
+    read_version,
     run_of,
 )
 from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize, leave
@@ -172,6 +173,35 @@ def _build(
     )
 
 
+def build_to_draw(
+    config: Config, parallel: Parallel, display: Display, task: Task, vocab_size: int, checkpoint: Path | None
+) -> Run:
+    """A run that never trains: neither gradients nor an optimizer, and no file is written but the engine's.
+
+    Args:
+        checkpoint: whose weights the policy gets; None for the recipe's first ones.
+    """
+    policy = start_policy(config, parallel, vocab_size, None, checkpoint is None)
+    if checkpoint is not None:
+        policy.set_weights(CheckpointShards(checkpoint, policy.chunks, policy.table, parallel))
+        policy.version = read_version(checkpoint)
+    engine = _start_engine(config, parallel, policy, display)
+    return Run(
+        config,
+        parallel,
+        task,
+        policy,
+        engine,
+        Turns(policy, engine, parallel, shares_memory(config, parallel)),
+        RunFiles(config, False, RunProgress("warm_start", 0), checkpoint),
+        display,
+        StopRequest(parallel, 0.0),
+        Watchdog(parallel, Path(config.run.dir), config.run.hang_minutes),
+        Retention(config.checkpoint, {}, is_off=True),
+        {},
+    )
+
+
 def shares_memory(config: Config, parallel: Parallel) -> bool:
     """Whether policy and engine use the same memory and take turns with it."""
     settings = config.rollout.sglang
@@ -196,7 +226,11 @@ def vocabulary_of(config: Config, task: Task) -> int:
 
 
 def start_policy(
-    config: Config, parallel: Parallel, vocab_size: int, optimizer: OptimizerConfig, needs_weights: bool
+    config: Config,
+    parallel: Parallel,
+    vocab_size: int,
+    optimizer: OptimizerConfig | None,
+    needs_weights: bool,
 ) -> Policy:
     """The policy with its first weights: random, or those of `policy.init_from`."""
     folder = Path(config.policy.init_from) if config.policy.init_from is not None else None
@@ -218,7 +252,7 @@ def _start_engine(config: Config, parallel: Parallel, policy: Policy, display: D
         slots = config.rollout.local.slots
         exact = config.rollout.local.exact
         engine = LocalEngine(config.policy.model, policy.vocab_size, dtype, parallel.device, slots, exact)
-        if exact:
+        if exact and policy.optimizer is not None:  # the promise is about the training pass
             display.status("testing that engine and policy agree bit for bit")
             compared = check_exact(config, policy, engine, parallel)
             display.say(

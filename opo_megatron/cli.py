@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from opo_megatron import doctor
+from opo_megatron import doctor, eval_command
 from opo_megatron.config import Config, load_config, to_yaml
 from opo_megatron.config.arithmetic import describe_batch, smallest_world
 from opo_megatron.config.choices import EngineName
@@ -61,6 +61,8 @@ examples:
       go on with a setting that must not change unless it is meant
   opo replay runs/first --step 20
       do step 20 again from the checkpoint before it: equal, or what differs is named
+  opo eval runs/first --samples 16
+      pass@k, length, diversity and entropy of the newest checkpoint's answers to held-out problems
   opo config recipes/quickstart.yaml run.dir=runs/first optimizer.lr=1e-4
       print every setting that the run would have, and the arithmetic of its batches
   opo plan recipes/quickstart.yaml
@@ -155,6 +157,16 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
             add("--allow", metavar="KEY", action="append", default=[], help="may differ in a resumed run")
         command.set_defaults(run=run)
         commands[name] = command
+    style = {**_PARSER_STYLE, "epilog": eval_command.EPILOG}
+    command = subparsers.add_parser(
+        "eval", help=eval_command.SUMMARY, description=eval_command.SUMMARY, **style
+    )
+    eval_command.add_arguments(command)
+    command.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a value of the recipe")
+    command.add_argument("--nproc", metavar="N", type=_rank_count, help="number of ranks on this machine")
+    command.add_argument("--debug", action="store_true", help="show the traceback of a user error")
+    command.set_defaults(run=_eval)
+    commands["eval"] = command
     summary = "what is installed, what each missing part costs, and how to mend it"
     command = subparsers.add_parser("doctor", help=summary, description=summary, **_PARSER_STYLE)
     doctor.add_arguments(command)
@@ -221,6 +233,23 @@ def _replay(options: argparse.Namespace) -> int:
         from opo_megatron.replay import replay
 
     replay(config, options.run_dir, options.step)
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    source = eval_command.find_source(options.source, options.out)
+    overrides = eval_command.overrides_of(options, source)
+    config = load_config(source.recipe, overrides, _world_size(options.nproc) or 1)
+    from opo_megatron.tasks.benchmarks import find_benchmarks
+
+    benchmarks = find_benchmarks(options.tasks, eval_command.data_folder(options))
+    if (options.nproc or 1) > 1:
+        command = [sys.executable, "-m", "opo_megatron", "eval", *eval_command.words_of(options)]
+        return run_ranks(command, options.nproc, config.run.threads_per_rank)
+    with hidden("wandb"):
+        from opo_megatron.eval_run import Request, evaluate_weights
+
+    evaluate_weights(config, Request(source, benchmarks, options.problems, options.out))
     return 0
 
 

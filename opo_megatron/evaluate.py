@@ -1,10 +1,15 @@
-"""Held-out evaluation: the same problems every time, answered by sampling and greedily."""
+"""Held-out evaluation: the same problems every time, answered by sampling and greedily.
+
+What is measured of the sampled answers is in `answers.py`, which `opo eval` shares.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from opo_megatron.algorithm.on_policy import k3
+from opo_megatron.answers import measure_answers
 from opo_megatron.config import Config
 from opo_megatron.config.choices import Kl
 from opo_megatron.errors import BadNumbers, UserError
@@ -14,6 +19,8 @@ from opo_megatron.rollout.batch import Summary, exchange, gather_summary, reques
 from opo_megatron.rollout.engine import Sampling
 from opo_megatron.rollout.rollouts import Rollouts
 from opo_megatron.run import STREAM_EVAL, Run
+from opo_megatron.tasks import Prompt, Task
+from opo_megatron.tasks.base import PromptOrder
 from opo_megatron.weights.stream import WeightSource
 
 PROBLEM_SEED = 0
@@ -29,7 +36,23 @@ def evaluation_is_due(config: Config, step: int) -> bool:
 def evaluate(run: Run) -> Row:
     """`eval/*` metrics of the engine's current weights."""
     settings = run.config.eval
-    sampling = replace(
+    sampling, samples = evaluation_sampling(run), settings.samples_per_problem
+    problems = evaluation_problems(run.task, settings.problems)
+    answers, sampled = answer(run, run.task, problems, samples, sampling, "evaluating")
+    row = measure_answers(run.parallel, answers, sampled, samples, sampling).row()
+    if run.config.observe.kl is Kl.eval and run.start_weights is not None:
+        row |= kl_to_start(run, answers, sampled, run.start_weights)
+    if settings.greedy:
+        greedy = replace(sampling, greedy=True, temperature=1.0, top_p=1.0, top_k=0)
+        _, likeliest = answer(run, run.task, problems, 1, greedy, "evaluating")
+        row["eval/greedy_accuracy"] = float(likeliest.rewards.mean())
+    return row
+
+
+def evaluation_sampling(run: Run) -> Sampling:
+    """How held-out problems are answered; the same uniform numbers at every evaluation."""
+    settings = run.config.eval
+    return replace(
         run.sampling(step=0),
         seed=(run.config.run.seed, STREAM_EVAL),
         temperature=settings.temperature,
@@ -37,19 +60,12 @@ def evaluate(run: Run) -> Row:
         top_k=settings.top_k,
         energies=False,
     )
-    answers, sampled = _answer(run, settings.samples_per_problem, sampling)
-    row: Row = {
-        "eval/problems": int(sampled.groups.max()) + 1,
-        "eval/accuracy": float(sampled.rewards.mean()),
-        "eval/response_length/mean": float(sampled.response_lengths.double().mean()),
-        "eval/response_length/truncated": sampled.truncated,
-    }
-    if run.config.observe.kl is Kl.eval and run.start_weights is not None:
-        row |= kl_to_start(run, answers, sampled, run.start_weights)
-    if settings.greedy:
-        _, greedy = _answer(run, 1, replace(sampling, greedy=True, temperature=1.0, top_p=1.0, top_k=0))
-        row["eval/greedy_accuracy"] = float(greedy.rewards.mean())
-    return row
+
+
+def evaluation_problems(task: Task, count: int) -> list[Prompt]:
+    """The first `count` held-out problems, or all there are, of one shuffled order."""
+    order = PromptOrder(task.size("held_out"), PROBLEM_SEED, STREAM_EVAL)
+    return [task.prompt("held_out", index) for index in order.batch(0, min(count, order.size))]
 
 
 def kl_to_start(run: Run, answers: Rollouts, summary: Summary, start: WeightSource) -> Row:
@@ -73,12 +89,17 @@ def kl_to_start(run: Run, answers: Rollouts, summary: Summary, start: WeightSour
     }
 
 
-def _answer(run: Run, samples: int, sampling: Sampling) -> tuple[Rollouts, Summary]:
-    count = min(run.config.eval.problems, run.task.size("held_out"))
-    prompts = run.choose_prompts("held_out", STREAM_EVAL, PROBLEM_SEED, 0, count)
-    requests = requests_for(prompts, samples, run.parallel)
-    rollouts = run.draw(requests, sampling, "evaluating", may_be_cut=False)
-    rollouts.rewards = rewards_of(run.task, prompts, rollouts)
+def answer(
+    run: Run, task: Task, problems: Sequence[Prompt], samples: int, sampling: Sampling, what: str
+) -> tuple[Rollouts, Summary]:
+    """`samples` rewarded answers to each problem, by the engine's current weights; a collective.
+
+    Returns:
+        This rank's block of them, and what every rank knows of all.
+    """
+    requests = requests_for(problems, samples, run.parallel)
+    rollouts = run.draw(requests, sampling, what, may_be_cut=False)
+    rollouts.rewards = rewards_of(task, problems, rollouts)
     try:
         return rollouts, gather_summary(run.parallel, rollouts)
     except BadNumbers as error:  # no step that could be skipped

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import require
 
-from opo_megatron.tasks.math_answers import last_boxed, normalised, reference, value
+from opo_megatron.tasks.math_answers import last_boxed, reference
 from opo_megatron.tasks.worker_pool import WorkerPool
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+from verifier_sets import GSM8K_SIZE, MATH_SIZE, boxed, rows_of, solutions, wrong_answers
 
 RIGHT = [
     ("0.5", r"\frac{1}{2}"),
@@ -57,10 +61,6 @@ def workers() -> Iterator[WorkerPool]:
     pool = WorkerPool(2, 5.0, 2048)
     yield pool
     pool.close()
-
-
-def boxed(answer: str) -> str:
-    return rf"So it is $\boxed{{{answer}}}$."
 
 
 def test_pairs_that_agree_and_pairs_that_do_not(workers: WorkerPool) -> None:
@@ -124,65 +124,27 @@ def data() -> Path:
     return Path(folder)
 
 
-def rows(name: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (data() / name).read_text().splitlines()]
-
-
-def solutions() -> list[tuple[str, str]]:
-    """(reference solution, type) of MATH; GSM8K's with their answer in a box."""
-    found = []
-    for part in ("train", "test"):
-        found += [(row["solution"], row["type"]) for row in rows(f"math/{part}.jsonl")]
-        for row in rows(f"gsm8k/{part}.jsonl"):
-            found.append((boxed(reference(row["answer"])), "gsm8k"))
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_gold_answers_of_math_and_gsm8k_are_accepted(workers: WorkerPool) -> None:
-    every = solutions()
-    assert len(every) == 12_500 + 8_792
+    every = solutions(data())
+    assert len(every) == MATH_SIZE + GSM8K_SIZE
     found = workers.grade([(text, reference(text)) for text, _ in every])
     wrong = [text for (text, _), reward in zip(every, found, strict=True) if reward != 1]
     assert len(wrong) <= 0.005 * len(every), wrong[:20]
     answers = json.loads((data() / "math500" / "math500.json").read_text())
-    of_test = {row["problem"]: row["solution"] for row in rows("math/test.jsonl")}
+    of_test = {row["problem"]: row["solution"] for row in rows_of(data(), "math/test.jsonl")}
     pairs = [(of_test[row["problem"]], row["answer"]) for row in answers if row["problem"] in of_test]
     assert len(pairs) == 500 and sum(reward or 0 for reward in workers.grade(pairs)) >= 0.995 * 500
-
-
-def altered(gold: str) -> list[str]:
-    """Answers that differ from `gold`: a number one more or less, another sign, swapped coordinates."""
-    found = []
-    if number := re.search(r"\d+", gold):
-        for change in (1, -1):
-            changed = str(int(number.group()) + change)
-            found.append(gold[: number.start()] + changed + gold[number.end() :])
-    if value(normalised(gold)):
-        found.append(gold[1:] if gold.startswith("-") else f"-{gold}")
-    pair = re.fullmatch(r"(?:\\left)?\(([^,()]+),([^,()]+?)(?:\\right)?\)", gold)
-    if pair and normalised(pair.group(1)) != normalised(pair.group(2)):
-        found.append(f"({pair.group(2)},{pair.group(1)})")
-    return found
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_wrong_answers_to_math_and_gsm8k_are_rejected(workers: WorkerPool) -> None:
-    rng = random.Random(0)
-    golds = [(reference(text), kind) for text, kind in solutions()]
-    by_kind: dict[str, list[str]] = {}
-    for gold, kind in golds:
-        by_kind.setdefault(kind, []).append(gold)
-    pairs = []
-    for gold, kind in rng.sample(golds, 6000):
-        other = rng.choice(by_kind[kind])
-        pairs += [(wrong, gold) for wrong in altered(gold)]
-        pairs += [(other, gold)] if normalised(other) != normalised(gold) else []
-    found = workers.grade([(boxed(ours), gold) for ours, gold in pairs])
-    accepted = [pair for pair, reward in zip(pairs, found, strict=True) if reward]
-    assert len(pairs) > 15_000 and len(accepted) <= 0.005 * len(pairs), accepted[:20]
+    wrong = wrong_answers(solutions(data()), 6000)
+    found = workers.grade([(boxed(one.answer), one.gold) for one in wrong])
+    accepted = [one for one, reward in zip(wrong, found, strict=True) if reward]
+    assert len(wrong) > 15_000 and len(accepted) <= 0.005 * len(wrong), accepted[:20]
 
 
 @pytest.mark.slow

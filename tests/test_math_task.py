@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import require
 from small import RECIPE
 
+from opo_megatron.build import build_to_draw
 from opo_megatron.cli import main
+from opo_megatron.config import load_config
 from opo_megatron.config.schema import TaskConfig
+from opo_megatron.observe.console import Display
+from opo_megatron.policy.parallel import initialize, leave
+from opo_megatron.rollout.batch import requests_for
+from opo_megatron.rollout.engine import Sampling
 from opo_megatron.tasks.text import TextTask
 from opo_megatron.tasks.worker_pool import WorkerPool
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import export_megatron_to_hf
+
+SMOKE = RECIPE.parent / "math_smoke.yaml"
 
 PROBLEMS = [
     {"question": f"What is {i} + 1/2?", "answer": rf"It is $\boxed{{\frac{{{2 * i + 1}}}{{2}}}}$."}
@@ -52,12 +65,50 @@ def test_what_no_verifier_can_judge_gets_the_default_and_is_counted(task: TextTa
     task.close()
 
 
-def test_gsm8k_through_the_whole_loop(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of the smoke recipe: GSM8K, the verifier `math`, an evaluation with two samples each."""
     require("math_verify", "pip install -e '.[math]'")
     if not (Path(os.environ.get("OPO_TEST_DATA", "nowhere")) / "gsm8k").is_dir():
         pytest.skip("OPO_TEST_DATA names no folder with gsm8k/train.jsonl and gsm8k/test.jsonl")
-    run_dir = tmp_path / "run"
-    assert main(["train", str(RECIPE.parent / "math_smoke.yaml"), f"run.dir={run_dir}"]) == 0
+    folder = tmp_path_factory.mktemp("math") / "run"
+    assert main(["train", str(SMOKE), f"run.dir={folder}"]) == 0
+    return folder
+
+
+def test_gsm8k_goes_through_the_whole_loop(run_dir: Path) -> None:
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert all(row["run/verifier_failures"] == 0 for row in rows)
+    for row in (rows[0], rows[3]):
+        assert row["eval/problems"] == 16 and 0 <= row["eval/pass@1"] <= row["eval/pass@2"] <= 1
+        # A random policy over 257 bytes: nearly uniform, nothing repeated, nothing alike.
+        assert 4.5 < row["eval/entropy"] < 5.56 and row["eval/rep_4"] < 0.01 and row["eval/self_bleu"] < 0.2
+
+
+@torch.no_grad()
+def test_what_was_trained_opens_in_transformers_and_answers_alike(run_dir: Path, tmp_path: Path) -> None:
+    transformers = require("transformers", "make setup-dev")
+    checkpoint, folder = run_dir / "checkpoints" / "step_00000003", tmp_path / "model"
+    assert export_megatron_to_hf.main([str(checkpoint), str(folder)]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert type(theirs).__name__ == "Qwen3ForCausalLM"
+
+    config = load_config(checkpoint / "config.yaml", [f"run.dir={tmp_path / 'draw'}", "observe.kl=off"], 1)
+    task, parallel = TextTask(config.task), initialize(config)
+    try:
+        run = build_to_draw(config, parallel, Display(active=False), task, 257, checkpoint)
+        run.synchronize()
+        assert run.policy.version == 3 and run.policy.optimizer is None
+        prompts = [task.prompt("held_out", i) for i in range(4)]
+        sampling = Sampling(max_tokens=12, stop_tokens=task.stop_tokens, seed=(1,), greedy=True)
+        ours = run.engine.generate(requests_for(prompts, 1, parallel), sampling)
+    finally:
+        task.close()
+        leave()
+    log_probs = ours.engine_log_prob.split(ours.response_lengths.tolist())
+    for prompt, answer, found in zip(prompts, ours.responses(), log_probs, strict=True):
+        logits = theirs(torch.tensor([[*prompt.tokens, *answer]])).logits[0, len(prompt.tokens) - 1 : -1]
+        assert logits.argmax(-1).tolist() == answer
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert float((found - expected).abs().max()) < 2e-5

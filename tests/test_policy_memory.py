@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from small import ragged_rollouts, small_config, small_policy
+from small import VOCAB_SIZE, ragged_rollouts, small_config, small_policy
 
 from opo_megatron.algorithm.objective import PolicyGradient
 from opo_megatron.policy.parallel import Parallel, initialize, leave
 from opo_megatron.policy.policy import Policy
+from opo_megatron.weights.random import random_weights
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +59,23 @@ def test_training_takes_the_memory_back_by_itself(parallel: Parallel) -> None:
     assert not policy.memory.is_complete
     train(policy, 0)
     assert policy.memory.is_complete
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_policy_that_never_trains_computes_the_same_and_has_nothing_to_lend(
+    parallel: Parallel, dtype: str
+) -> None:
+    config = small_config(f"policy.dtype={dtype}")
+    training = small_policy(config, parallel)
+    source = random_weights(config.policy.model, VOCAB_SIZE, config.run.seed)
+    drawing = Policy(config, VOCAB_SIZE, parallel, None, source)
+    drawing.memory.free_gradients()
+    drawing.memory.offload_optimizer()
+    assert drawing.optimizer is None and drawing.memory.is_complete
+    batch = ragged_rollouts()
+    plan = training.plan(batch.sequence_lengths)
+    found, expected = (
+        policy.log_probs(batch.select(plan.samples_of(0)), plan, 1.0) for policy in (drawing, training)
+    )
+    assert torch.equal(found, expected)
+    assert not any(parameter.grad is not None for parameter in drawing.chunks[0].parameters())

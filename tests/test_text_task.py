@@ -12,6 +12,7 @@ from conftest import require
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
 from opo_megatron.tasks.reasoning_gym import ReasoningGymTask
+from opo_megatron.tasks.rows import parse_hub
 from opo_megatron.tasks.text import HELD_OUT_IN, TextTask
 from opo_megatron.tasks.tokenizers import ByteTokenizer, FolderTokenizer
 from opo_megatron.tasks.verifiers import exact, last_number, number, regex
@@ -171,3 +172,54 @@ def test_a_scorer_that_fails_on_its_own_answer_is_named(monkeypatch: pytest.Monk
     with pytest.raises(UserError) as error:
         task.reward(task.prompt("train", 0), list(b"1"))
     assert "the scorer of task.generator=chain_sum raised KeyError" in one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    "source, parts",
+    [
+        ("hub:a/b", ("a/b", None, "train")),
+        ("hub:a/b:test", ("a/b", None, "test")),
+        ("hub:a/b:main", ("a/b", "main", "train")),
+        ("hub:a/b:main:test", ("a/b", "main", "test")),
+        ("hub:a/b::dev", ("a/b", None, "dev")),
+        ("hub:a/b:test[:10]", ("a/b", None, "test[:10]")),
+        ("hub:a/b:main:test[5:10]", ("a/b", "main", "test[5:10]")),
+    ],
+)
+def test_a_data_set_of_the_hub_is_named_with_configuration_and_split(source: str, parts: tuple) -> None:
+    assert parse_hub(source) == parts
+
+
+@pytest.mark.parametrize("source", ["hub:", "hub:a/b:c:d:e"])
+def test_what_names_no_data_set_is_one_sentence(source: str) -> None:
+    with pytest.raises(UserError, match="write it like hub:owner/name:config:split") as error:
+        parse_hub(source)
+    one_sentence(error)
+
+
+def test_without_the_library_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError) as error:
+        task_of("hub:openai/gsm8k:main:train")
+    assert "reading hub:openai/gsm8k:main:train needs datasets" in one_sentence(error)
+    assert "pip install 'opo-megatron[data]'" in str(error.value)
+
+
+def test_a_local_folder_is_read_as_a_data_set_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets", reason="install it with: pip install -e '.[data]'")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "train.jsonl", ROWS)
+    write_jsonl(tmp_path / "set" / "test.jsonl", ROWS[:20])
+    ours = task_of(f"hub:{tmp_path / 'set'}", held_out_data=f"hub:{tmp_path / 'set'}:test")
+    theirs = task_of(
+        str(tmp_path / "set" / "train.jsonl"), held_out_data=str(tmp_path / "set" / "test.jsonl")
+    )
+    assert (ours.size("train"), ours.size("held_out")) == (200, 20)
+    assert [ours.prompt("train", i) for i in range(200)] == [theirs.prompt("train", i) for i in range(200)]
+    with pytest.raises(UserError, match=r"split validation \(") as error:
+        task_of(f"hub:{tmp_path / 'set'}:validation")
+    one_sentence(error)

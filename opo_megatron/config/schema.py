@@ -69,9 +69,9 @@ class TaskConfig:
     """`lift`: a lift with ten floors, made up on the fly; `text`: problems from a file;
     `reasoning_gym`: problems of one of that package's generators."""
     data: str | None = None
-    """text: JSONL or Parquet file, one problem per row."""
+    """text: JSONL or Parquet file, one problem per row, or hub:owner/name[:config][:split]."""
     held_out_data: str | None = None
-    """text: file of held-out problems; default one row in ten of `data`, by a hash of the prompt."""
+    """text: the same for held-out problems; default one row in ten of `data`, by a hash of the prompt."""
     prompt_field: str = "question"
     """text: field of the problem."""
     answer_field: str = "answer"
@@ -351,6 +351,7 @@ class EvalConfig:
     problems: int = 512
     """Held-out problems."""
     samples_per_problem: int = 1
+    """More than one also gives eval/pass@k and eval/self_bleu."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0

@@ -15,11 +15,13 @@ def closing_table(config: Config, rows: Sequence[Row], seconds: float) -> tuple[
     evaluated = [row for row in rows if "eval/accuracy" in row]
     first, last = evaluated[0], evaluated[-1]
     updates = [row for row in rows if "reward/mean" in row]
+    samples = config.eval.samples_per_problem
+    drawn = "one sampled answer" if samples == 1 else f"{samples} sampled answers"
     lines: list[Line] = [
         (
             "held-out accuracy",
             *_pair(first, last, "eval/accuracy", "{:.1%}"),
-            f"one sampled answer to each of {last['eval/problems']} problems that were never trained on",
+            f"{drawn} to each of {last['eval/problems']} problems that were never trained on",
         )
     ]
     if config.eval.greedy:

@@ -86,17 +86,20 @@ class Display:
         progress = Table.grid(padding=(0, 1))
         if self._status:
             progress.add_row(ProgressBar(1.0, self._done, width=BAR_WIDTH), self._status)
-        self._live.update(Group(table, progress), refresh=True)
+        self._live.update(Group(table, progress) if self._rows else progress, refresh=True)
         self._last_refresh = time.monotonic()
 
-    def summary(self, title: str, lines: Sequence[tuple[str, str, str, str]]) -> None:
-        """The closing table: (what, at the start, at the end, in plain words)."""
+    def summary(
+        self, title: str, lines: Sequence[Sequence[str]], columns: Sequence[str] = ("start", "end")
+    ) -> None:
+        """The closing table: (what, a value per column, in plain words, which may be left out)."""
         if not self.active:
             return
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for heading in ("", "start", "end"):
+        for heading in ("", *columns):
             table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-        table.add_column("what it means", overflow="fold")
+        if len(lines[0]) > len(columns) + 1:
+            table.add_column("what it means", overflow="fold")
         for line in lines:
             table.add_row(*line)
         self.console.print(table)

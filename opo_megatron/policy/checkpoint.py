@@ -306,6 +306,16 @@ def read_progress(path: Path) -> RunProgress:
     return RunProgress(**_read_state(path)["progress"])
 
 
+def read_version(path: Path) -> int:
+    """Optimizer steps behind the weights of a checkpoint."""
+    return int(_read_state(path)["version"])
+
+
+def read_vocabulary(path: Path) -> int:
+    """Rows of the embedding in a checkpoint."""
+    return int(_read_state(path)["model"]["vocab_size"])
+
+
 def read_extra(path: Path) -> dict[str, Any]:
     """What estimators remembered when a checkpoint was written."""
     return dict(_read_state(path)["extra"])

@@ -35,7 +35,7 @@ class PolicyMemory:
 
     def free_gradients(self) -> None:
         """Give back the gradient buffers; what they hold is lost."""
-        if self._without_gradients:
+        if self._without_gradients or self._policy.optimizer is None:
             return
         for chunk in self._policy.ddp_chunks:
             chunk.offload_grad_buffers(synchronize=self._on_gpu, empty_cache=self._on_gpu)
@@ -43,7 +43,7 @@ class PolicyMemory:
 
     def offload_optimizer(self) -> None:
         """Bring master weights and moments to host memory."""
-        if self._away:
+        if self._away or self._policy.optimizer is None:
             return
         free = list(self._hosts.values())
         self._hosts = {}

@@ -70,12 +70,13 @@ class Policy:
         config: Config,
         vocab_size: int,
         parallel: Parallel,
-        optimizer: OptimizerConfig,
+        optimizer: OptimizerConfig | None,
         weights: WeightSource | None,
     ) -> None:
         """Build this rank's part.
 
         Args:
+            optimizer: None for a policy that never trains: it has neither gradients nor an optimizer.
             weights: full tensors by Hugging Face name; None where a checkpoint is loaded next.
         """
         self.config, self.vocab_size, self.parallel = config.policy, vocab_size, parallel
@@ -110,11 +111,12 @@ class Policy:
             self.megatron_config.sequence_parallel,
             config.rollout.local.exact,
         )
-        self.ddp_chunks = [self._wrap(chunk) for chunk in self.chunks]
+        self.ddp_chunks = [self._wrap(chunk, trains=optimizer is not None) for chunk in self.chunks]
         self.megatron_config.finalize_model_grads_func = _reduce_gradients
         self.memory = PolicyMemory(self)
         self.optimizer: MegatronOptimizer | Any = None
-        self.start_optimizer(optimizer)
+        if optimizer is not None:
+            self.start_optimizer(optimizer)
 
     def _check_vocabulary(self) -> None:
         size = self.parallel.tp_size
@@ -136,8 +138,10 @@ class Policy:
                 if not hasattr(weight, "tensor_model_parallel"):  # biases are marked always
                     set_tensor_model_parallel_attributes(weight, True, parameter.layout.partition_dim, 1)
 
-    def _wrap(self, chunk: GPTModel) -> DistributedDataParallel:
+    def _wrap(self, chunk: GPTModel, trains: bool) -> Any:
         module = Float16Module(chunk.config, chunk) if self.config.dtype is Dtype.bf16 else chunk
+        if not trains:
+            return module
         settings = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=self.config.distributed_optimizer
         )
@@ -351,13 +355,14 @@ class Policy:
     # ------------------------------------------------------------------ weights
 
     def set_weights(self, shards: Shards) -> None:
-        """Take over all weights, and begin the optimizer anew with them."""
+        """Take over all weights, and begin the optimizer, where there is one, anew with them."""
         with torch.no_grad():
             for parameter in self.table:
                 if parameter.stage == self.parallel.pp_rank:
                     weight = self.chunks[parameter.chunk].get_parameter(parameter.local_name)
                     weight.copy_(shards.read(parameter))
-        self.start_optimizer(self.optimizer_config)
+        if self.optimizer is not None:
+            self.start_optimizer(self.optimizer_config)
 
     def stream_weights(self, to: Receivers = "all") -> Iterator[Bucket]:
         """Buckets of (Hugging Face name, full tensor), on every rank or on rank 0; a collective of all.

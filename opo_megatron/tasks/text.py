@@ -1,4 +1,4 @@
-"""Problems from a file: a prompt and a reference answer per row, JSONL or Parquet.
+"""Problems from a file or the hub: a prompt and a reference answer per row (`rows.py` reads them).
 
 A row's prompt goes into `task.template`, is tokenised (through the chat template, where asked for)
 and dropped where it is longer than `task.max_prompt_tokens`; how many were dropped is said.  Held
@@ -7,19 +7,17 @@ out is a file of its own, or one row in ten by a hash of its prompt.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
-from opo_megatron.parts import load_part
 from opo_megatron.tasks.base import OneByOne, Prompt, Split
 from opo_megatron.tasks.math_answers import reference
+from opo_megatron.tasks.rows import read_rows
 from opo_megatron.tasks.tokenizers import Tokenizer, open_tokenizer
 from opo_megatron.tasks.verifiers import (
     MATH,
@@ -35,10 +33,10 @@ SLOT = "{prompt}"
 
 
 class TextTask(OneByOne):
-    """The task `text`."""
+    """The task `text`; without task.data it has held-out problems only, to be evaluated on."""
 
     def __init__(self, config: TaskConfig) -> None:
-        if config.data is None:
+        if config.data is None and config.held_out_data is None:
             raise UserError("task.name=text needs task.data; name a JSONL or Parquet file")
         self.tokenizer = open_tokenizer(config.tokenizer)
         self.vocab_size, self.stop_tokens = self.tokenizer.vocab_size, self.tokenizer.stop_tokens
@@ -49,10 +47,12 @@ class TextTask(OneByOne):
             self._verify = find_verifier(config.verifier, config.verifier_pattern)
         self._prompts: dict[Split, list[Prompt]] = {"train": [], "held_out": []}
         self.dropped = 0
-        files = [(config.data, "train")] + [(p, "held_out") for p in [config.held_out_data] if p]
+        files = [(config.data, "train"), (config.held_out_data, "held_out")]
         number = 0
         for path, role in files:
-            for text, answer in read_problems(Path(path), config):
+            if path is None:
+                continue
+            for text, answer in read_problems(path, config):
                 hashed = zlib.crc32(text.encode()) % HELD_OUT_IN == 0
                 split: Split = "held_out" if role == "held_out" else "train"
                 if config.held_out_data is None and hashed:
@@ -69,9 +69,10 @@ class TextTask(OneByOne):
                 self._prompts[split].append(Prompt(number, text, tuple(tokens), answer))
                 number += 1
         for split, prompts in self._prompts.items():
-            if not prompts:
+            if not prompts and (split == "held_out" or config.data is not None):
+                path = config.data if split == "train" else config.held_out_data or config.data
                 raise UserError(
-                    f"{config.data} leaves no {split.replace('_', '-')} problem of at most "
+                    f"{path} leaves no {split.replace('_', '-')} problem of at most "
                     f"task.max_prompt_tokens={config.max_prompt_tokens} tokens ({self.dropped} were longer); "
                     "add problems, or raise that"
                 )
@@ -80,7 +81,8 @@ class TextTask(OneByOne):
     def notes(self) -> list[str]:
         """What a person should know about the data."""
         train, held_out = (len(self._prompts[split]) for split in ("train", "held_out"))
-        return [f"{train} training and {held_out} held-out problems; {self.dropped} dropped as too long"]
+        found = f"{train} training and {held_out} held-out problems" if train else f"{held_out} problems"
+        return [f"{found}; {self.dropped} dropped as too long"]
 
     def size(self, split: Split) -> int:
         return len(self._prompts[split])
@@ -118,7 +120,7 @@ def prompt_tokens(tokenizer: Tokenizer, config: TaskConfig, text: str) -> list[i
     return tokenizer.chat(config.system_prompt, filled) if config.chat else tokenizer.encode(filled)
 
 
-def read_problems(path: Path, config: TaskConfig) -> Iterator[tuple[str, str]]:
+def read_problems(path: str, config: TaskConfig) -> Iterator[tuple[str, str]]:
     """(prompt, reference answer) of each row.
 
     Raises:
@@ -127,46 +129,14 @@ def read_problems(path: Path, config: TaskConfig) -> Iterator[tuple[str, str]]:
     pattern = None
     if config.answer_pattern is not None:
         pattern = compile_pattern("task.answer_pattern", config.answer_pattern)
-    for row_number, row in _rows(path):
+    for row_number, row in read_rows(path):
         prompt = _field(path, row_number, row, config.prompt_field, "task.prompt_field")
         answer = _field(path, row_number, row, config.answer_field, "task.answer_field")
         answer = answer if pattern is None else _extract(path, row_number, pattern, answer)
         yield prompt, reference(answer) if config.verifier == MATH else answer
 
 
-def _rows(path: Path) -> Iterable[tuple[int, Any]]:
-    if not path.is_file():
-        wrong = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise UserError(f"the data file {path} {wrong}; check task.data and task.held_out_data")
-    if path.suffix == ".parquet":
-        parquet = load_part("pyarrow.parquet", f"reading {path}", "data")
-        try:
-            return enumerate(parquet.read_table(path).to_pylist(), 1)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} is not a Parquet file that can be read ({error}); write it anew"
-            ) from None
-    if path.suffix in (".jsonl", ".json"):
-        return _json_rows(path)
-    raise UserError(f"{path} is neither .jsonl nor .parquet; convert it to one of them")
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number} is not JSON ({error.msg}); mend or remove it") from None
-
-
-def _field(path: Path, row_number: int, row: Any, field: str, key: str) -> str:
+def _field(path: str, row_number: int, row: Any, field: str, key: str) -> str:
     if not isinstance(row, dict) or field not in row:
         held = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
         raise UserError(f"{path}, row {row_number} has no field {field!r} (it holds {held}); set {key}")
@@ -186,7 +156,7 @@ def _can_be_encoded(text: str) -> bool:
     return True
 
 
-def _extract(path: Path, row_number: int, pattern: re.Pattern[str], text: str) -> str:
+def _extract(path: str, row_number: int, pattern: re.Pattern[str], text: str) -> str:
     found = last_match(pattern, text)
     if found is None:
         raise UserError(
