@@ -23,9 +23,11 @@ setup-dev: $(VENV)/.setup-dev  ## the same, with what tests and lint need
 
 setup-sglang: $(SGLANG_VENV)/.setup-$(SGLANG)  ## .venv-sglang with an SGLang server, for rollout.engine=sglang
 
-setup-system:  ## a SLURM of one node, for the tests of slurm/ (as root, on Debian or Ubuntu); nothing else needs it
+setup-system:  ## for tests: a SLURM of one node, Chromium for opo report's page (as root, on Debian or Ubuntu)
 	apt-get update
 	DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurm-wlm munge
+	DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends chromium || \
+	  echo "no Chromium was installed (Ubuntu has it as a snap): the tests that open a page will be skipped" >&2
 
 quickstart: setup  ## train the small recipe in a new folder under runs/
 	@dir=runs/quickstart; n=2; \

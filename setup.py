@@ -29,7 +29,10 @@ setup(
     license="Apache-2.0",
     python_requires=f">={PYTHON['at_least']},<{PYTHON['below']}",
     packages=find_packages(include=["opo_megatron", "opo_megatron.*"]),
-    package_data={"opo_megatron": ["versions.toml"]},
+    package_data={
+        "opo_megatron": ["versions.toml"],
+        "opo_megatron.report": ["page.html", "page.css", "page.js"],
+    },
     install_requires=[pin(name) for name, part in PACKAGES.items() if part["needed"] == "always"],
     extras_require={
         "te": [f"transformer-engine[pytorch]>={TE['at_least']},<{TE['below']}"],

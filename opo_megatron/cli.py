@@ -41,6 +41,7 @@ from opo_megatron.errors import (
 from opo_megatron.launch import CHILD, ERROR_CLAIM, run_ranks
 from opo_megatron.parts import hidden
 from opo_megatron.plan import command as plan
+from opo_megatron.report import command as report
 from opo_megatron.rollout.sglang.server import interpreter
 
 EXIT_INTERRUPTED = 130
@@ -67,6 +68,8 @@ examples:
       print every setting that the run would have, and the arithmetic of its batches
   opo plan recipes/quickstart.yaml
       memory of every rank, the weight sync and the time of a step on GPUs, counted here without one
+  opo report runs/first runs/second --out comparison.html
+      one page that compares runs: curves, results, times, settings, rollouts
   opo doctor --need gpu --need sglang
       what is installed, what each missing part costs, and how to mend it; exit code 2 where a part that
       is needed is missing or wrong
@@ -180,6 +183,12 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     plan.add_arguments(command)
     command.set_defaults(run=plan.run)
     commands["plan"] = command
+    style = {**_PARSER_STYLE, "epilog": report.EPILOG}
+    command = subparsers.add_parser("report", help=report.SUMMARY, description=report.SUMMARY, **style)
+    command.add_argument("--debug", action="store_true", help="show the traceback of a user error")
+    report.add_arguments(command)
+    command.set_defaults(run=report.run)
+    commands["report"] = command
     return parser, commands
 
 

@@ -91,7 +91,7 @@ def changed_settings(config: Config, recipe: Path) -> list[Change]:
     """Every key that differs from a resolved recipe; none where there is no recipe."""
     if not recipe.exists():
         return []
-    before, now = _flat(yaml.safe_load(recipe.read_text())), _flat(yaml.safe_load(to_yaml(config)))
+    before, now = flat(yaml.safe_load(recipe.read_text())), flat(yaml.safe_load(to_yaml(config)))
     keys = [key for key in now if key not in _OF_EVERY_START and key in before and before[key] != now[key]]
     return [Change(key, before[key], now[key]) for key in keys]
 
@@ -100,10 +100,11 @@ def _is_in(key: str, sections: Sequence[str]) -> bool:
     return any(key == section or key.startswith(section + ".") for section in sections)
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
     if not isinstance(tree, dict) or not tree:
         return {prefix[:-1]: tree}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, part in tree.items():
-        flat |= _flat(part, f"{prefix}{name}.")
-    return flat
+        found |= flat(part, f"{prefix}{name}.")
+    return found

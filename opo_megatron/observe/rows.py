@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from opo_megatron.errors import UserError
+
 Row = dict[str, Any]
 
 
@@ -23,11 +25,24 @@ class RowFile:
         self.path = path
 
     def read(self) -> list[Row]:
-        """All complete rows; a torn last line is left out."""
+        """All complete rows; a torn last line is left out.
+
+        Raises:
+            UserError: for a line before it that is not JSON.
+        """
         if not self.path.exists():
             return []
-        complete = self.path.read_text().split("\n")[:-1]
-        return [json.loads(line) for line in complete]
+        complete = self.path.read_bytes().split(b"\n")[:-1]
+        return [self._parse(line, number) for number, line in enumerate(complete, 1)]
+
+    def _parse(self, line: bytes, number: int) -> Row:
+        try:
+            row: Row = json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"{self.path} line {number} is not JSON ({error}); take the line out, or mend it"
+            ) from None
+        return row
 
     def cut_after(self, step: int) -> None:
         """Drop every row behind `step`, and a torn last line."""

@@ -7,6 +7,7 @@ from opo_megatron.tasks.base import Prompt, Task
 from opo_megatron.tasks.lift import LiftTask
 from opo_megatron.tasks.reasoning_gym import ReasoningGymTask
 from opo_megatron.tasks.text import TextTask
+from opo_megatron.tasks.tokenizers import open_tokenizer
 
 TASKS: dict[str, Callable[[TaskConfig], Task]] = {
     "lift": lambda config: LiftTask(),
@@ -15,4 +16,15 @@ TASKS: dict[str, Callable[[TaskConfig], Task]] = {
 }
 """Tasks by the name that a recipe uses."""
 
-__all__ = ["TASKS", "Prompt", "Task"]
+
+def decoder(name: str, tokenizer: str) -> Callable[[list[int]], str]:
+    """Text for people of a task's tokens, without its problems.
+
+    Args:
+        name: `task.name`.
+        tokenizer: `task.tokenizer`.
+    """
+    return LiftTask.decode if name == "lift" else open_tokenizer(tokenizer).decode
+
+
+__all__ = ["TASKS", "Prompt", "Task", "decoder"]

@@ -81,7 +81,8 @@ class LiftTask(OneByOne):
         text = ",".join(written)
         return self._encode((f"{text}?{text}" if style == "twice" else text) + f"#{answer}$")
 
-    def decode(self, tokens: list[int]) -> str:
+    @staticmethod
+    def decode(tokens: list[int]) -> str:
         return "".join(SYMBOLS[token] if token < len(SYMBOLS) else UNKNOWN for token in tokens)
 
     def _encode(self, text: str) -> list[int]:

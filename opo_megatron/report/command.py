@@ -1,0 +1,100 @@
+"""`opo report`: the command line around the page."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from opo_megatron.errors import UserError
+
+SUMMARY = "one HTML page that compares runs: curves, results, times, settings, rollouts"
+EPILOG = """\
+examples:
+  opo report runs/a
+      writes report.html: curves, results, times, settings and rollouts of one run
+  opo report runs/opo-1 runs/opo-2 runs/rloo-1 runs/rloo-2 --out comparison.html --png figures
+      two arms of two seeds each; the page, and its figures as PNG files
+  opo report runs/* --rollouts 0
+      without any rollouts
+
+Runs whose settings differ only in run.seed, run.dir or resume form one arm.  The page needs no network and no
+other file.  A run may be unfinished.
+"""
+DEFAULT_GROUPS = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `opo report`."""
+    add = parser.add_argument
+    add("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run (its run.dir)")
+    add("--out", metavar="FILE.html", type=Path, default=Path("report.html"), help="default report.html")
+    add("--png", metavar="DIR", type=Path, help="also write every figure as a PNG file into this folder")
+    add(
+        "--rollouts",
+        metavar="N",
+        type=_count,
+        default=DEFAULT_GROUPS,
+        help=f"prompts with all their samples in the page, over all runs; default {DEFAULT_GROUPS}",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of prompts, 0 or more")
+    return int(text)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the page, and the pictures where asked for.
+
+    Raises:
+        UserError: for a folder that is no run, and for a place that cannot be written.
+    """
+    from opo_megatron.report.arms import group_runs
+    from opo_megatron.report.runs import read_runs
+
+    _check_target(options.out)
+    arms = group_runs(read_runs(options.runs))
+    from opo_megatron.report.figures import figures_of
+    from opo_megatron.report.page import make_page
+
+    console = Console(file=sys.stderr, highlight=False)
+    with console.status("") as status:
+
+        def show(text: str, done: float) -> None:
+            status.update(f"{done:4.0%}  {text}")
+
+        figures = figures_of(arms, options.png is not None, show)
+        page = make_page(arms, figures, options.rollouts, show)
+    _write(options.out, page.encode())
+    for figure in figures:
+        if figure.png is not None:
+            _write(options.png / f"{figure.name}.png", figure.png)
+    count = sum(len(arm.runs) for arm in arms)
+    pictures = f"; {len(figures)} figures in {options.png}" if options.png is not None else ""
+    size = len(page.encode()) / 1e6
+    print(f"written to {options.out} ({size:.1f} MB): runs {count}, arms {len(arms)}{pictures}")
+    return 0
+
+
+def _check_target(path: Path) -> None:
+    """Asked before anything is drawn, which takes a while."""
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder; name a file, such as {path / 'report.html'}")
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {path} does not end with .html; give the page a name that does")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Visible under its name only when complete."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); name another place") from None

@@ -1,0 +1,149 @@
+"""The page: one HTML file that needs no network, made of `page.html`, `page.css` and `page.js`.
+
+Three fences keep data from becoming markup: tables escape what they show, rollouts travel as JSON
+whose `<` is written `\\u003c` and are shown as text, and the page's own policy lets no script run but
+the one whose hash it names.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from html import escape
+from importlib.resources import files
+from itertools import groupby
+from string import Template
+from typing import Any
+
+from opo_megatron.report.arms import SAME_ARM, Arm
+from opo_megatron.report.figures import Figure
+from opo_megatron.report.rollouts import TOKENS_KEPT, embedded_rollouts
+from opo_megatron.report.tables import config_table, results_table, runs_table
+
+LONGEST_TITLE = 90
+"""Names of arms that are longer together are left to the table."""
+ARMS_NOTE = f"Runs whose settings differ only in {', '.join(SAME_ARM[:-1])} or {SAME_ARM[-1]} form one arm."
+RESULTS_NOTE = (
+    "Each number is the mean over an arm's runs ± the half width of its 95 % confidence interval "
+    "(Student's t); an arm of one run has none.  Start and end are the first and the last step that "
+    "measured; best is each run's own best step, and so flatters noisy metrics."
+)
+CURVES_NOTE = (
+    "Lines are means over an arm's runs, at the steps that all of them have; bands reach from the least to "
+    "the greatest run.  Where a run went on longer than the others of its arm, its own values go on as a "
+    "thin line."
+)
+
+
+def make_page(
+    arms: Sequence[Arm], figures: Sequence[Figure], groups: int, show: Callable[[str, float], None]
+) -> str:
+    """The HTML of a report.
+
+    Args:
+        groups: how many prompts with all their samples it holds, over all runs.
+        show: is told what is done, and how much of all (0 to 1).
+    """
+    runs = [run for arm in arms for run in arm.runs]
+    rollouts = embedded_rollouts(runs, groups, show)
+    steps: dict[str, list[int]] = {}
+    for group in rollouts["groups"]:
+        known = steps.setdefault(runs[group["run"]].name, [])
+        known += [group["step"]] * (group["step"] not in known)
+    script = _part("page.js")
+    return Template(_part("page.html")).substitute(
+        title=escape(_title(arms)),
+        lead="Made by opo report from what the runs wrote.",
+        style=_part("page.css"),
+        script=script,
+        script_hash=_hash(script),
+        navigation=_navigation(figures),
+        arms_note=escape(ARMS_NOTE + _same_seed(arms)),
+        runs=runs_table(arms, steps),
+        results_note=escape(RESULTS_NOTE),
+        results=results_table(arms),
+        figures=_figures(figures),
+        settings_note=escape(_settings_note(arms)),
+        settings=config_table(arms),
+        rollouts_note=escape(_rollouts_note(rollouts)),
+        notes="".join(f'<p class="note">{escape(note)}</p>' for note in rollouts["notes"]),
+        data=as_script_data(rollouts),
+    )
+
+
+def as_script_data(value: Any) -> str:
+    """JSON that cannot end the script element which holds it."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _part(name: str) -> str:
+    return files("opo_megatron.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> str:
+    """As a content security policy names a script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _title(arms: Sequence[Arm]) -> str:
+    count = sum(len(arm.runs) for arm in arms)
+    if len(arms) == 1:
+        return arms[0].title
+    names = ", ".join(arm.name for arm in arms)
+    return f"{count} runs in {len(arms)} arms" + (f": {names}" if len(names) <= LONGEST_TITLE else "")
+
+
+def _same_seed(arms: Sequence[Arm]) -> str:
+    """A warning where runs of an arm have one seed: their band says nothing about seeds."""
+    repeated = [arm.name for arm in arms if len({str(run.seed) for run in arm.runs}) < len(arm.runs)]
+    if not repeated:
+        return ""
+    return f"  Runs of {', '.join(repeated)} share a seed: their spread is not one over seeds."
+
+
+def _settings_note(arms: Sequence[Arm]) -> str:
+    if len(arms) == 1:
+        return "There is one arm, so nothing differs."
+    return "Settings that are not the same in all arms are marked with ≠."
+
+
+def _rollouts_note(rollouts: dict[str, Any]) -> str:
+    count = len(rollouts["groups"])
+    samples = sum(len(group["samples"]) for group in rollouts["groups"])
+    return (
+        f"This page holds {count} prompts with all of their {samples} samples, from the first, the middle "
+        "and the last dumped step of each run, evenly spaced in the batch and not chosen by reward "
+        f"(--rollouts N sets how many).  Prompts and responses beyond {TOKENS_KEPT:,} tokens are shown "
+        "without their middle."
+    )
+
+
+def _slug(section: str) -> str:
+    return section.lower().replace(" ", "-")
+
+
+def _navigation(figures: Sequence[Figure]) -> str:
+    sections = dict.fromkeys(figure.section for figure in figures)
+    links = [("runs", "Runs"), ("results", "Results"), *((_slug(name), name) for name in sections)]
+    links += [("settings", "Settings"), ("rollouts", "Rollouts")]
+    return "".join(f'<a href="#{escape(target)}">{escape(name)}</a>' for target, name in links)
+
+
+def _figures(figures: Sequence[Figure]) -> str:
+    """A section for each heading; figures come in its order."""
+    found = []
+    for place, (section, group) in enumerate(groupby(figures, key=lambda figure: figure.section)):
+        drawings = "".join(
+            f"<figure>{figure.svg}<figcaption>{escape(figure.caption)}</figcaption></figure>"
+            for figure in group
+        )
+        wide = " wide" if section == "Time" else ""
+        note = f"<p>{escape(CURVES_NOTE)}</p>" if place == 0 and section != "Time" else ""
+        found.append(
+            f'<section id="{_slug(section)}"><h2>{escape(section)}</h2>{note}'
+            f'<div class="figures{wide}">{drawings}</div></section>'
+        )
+    return "\n".join(found)

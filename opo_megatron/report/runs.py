@@ -1,0 +1,118 @@
+"""What a run wrote, as the report needs it: rows, settings, where it stands.
+
+A run may be unfinished, resumed, without evaluations or without rollouts.  The recipe is read as it
+stands in `config.yaml`, not validated, so that runs of another version can be compared too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opo_megatron.config.compare import flat
+from opo_megatron.errors import UserError
+from opo_megatron.observe.rows import Row, RowFile
+
+
+@dataclass(frozen=True)
+class Run:
+    """One folder of a run."""
+
+    path: Path
+    name: str
+    """Shortest end of the path that tells the runs of this report apart."""
+    settings: dict[str, Any]
+    """Of config.yaml, by dotted key, in its order."""
+    rows: list[Row]
+    """Of metrics.jsonl, one or more, by step."""
+    dumps: dict[int, Path]
+    """Rollout files by step."""
+
+    @property
+    def seed(self) -> Any:
+        return self.settings.get("run.seed")
+
+    @property
+    def attempts(self) -> int:
+        """How often it was started, as its rows tell."""
+        return int(max(self.series("run/attempt").values(), default=1))
+
+    @property
+    def steps(self) -> int:
+        """OPO steps that it has done."""
+        return int(self.rows[-1]["step"])
+
+    @property
+    def planned(self) -> int | None:
+        value = self.settings.get("train.steps")
+        return value if isinstance(value, int) else None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.planned is not None and self.steps >= self.planned
+
+    def series(self, name: str) -> dict[int, float]:
+        """A metric by step, where it was measured and finite."""
+        values = ((row["step"], row.get(name)) for row in self.rows)
+        return {step: float(v) for step, v in values if isinstance(v, int | float) and math.isfinite(v)}
+
+    def metrics(self) -> list[str]:
+        """Names of everything that any row holds."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """All runs, in the order given.
+
+    Raises:
+        UserError: for a folder that is no run, has no metrics or a broken line, or is named twice.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    for place, folder in enumerate(folders):
+        if resolved[place] in resolved[:place]:
+            raise UserError(f"{folder} is named twice; name each run once")
+    return [_read(folder, name) for folder, name in zip(folders, short_names(resolved), strict=True)]
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The fewest last parts of each path that make all of them different."""
+    for count in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _read(folder: Path, name: str) -> Run:
+    recipe = folder / "config.yaml"
+    if not recipe.is_file():
+        raise UserError(f"{folder} is not the folder of a run ({recipe} is missing); name a run.dir")
+    try:
+        settings = flat(yaml.safe_load(recipe.read_bytes()))
+    except yaml.YAMLError as error:
+        raise UserError(f"{recipe} is not YAML ({str(error).splitlines()[0]}); mend it") from None
+    if "train.steps" not in settings:
+        raise UserError(f"{recipe} is no resolved recipe (train.steps is missing); name a run.dir")
+    return Run(path=folder, name=name, settings=settings, rows=_rows(folder), dumps=_dumps(folder))
+
+
+def _rows(folder: Path) -> list[Row]:
+    file = RowFile(folder / "metrics.jsonl")
+    rows = file.read()
+    if not rows:
+        raise UserError(f"{folder} has no metrics yet ({file.path} has no row); wait for its first step")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{file.path} line {number} has no step; take the line out, or mend it")
+    return sorted(rows, key=lambda row: int(row["step"]))
+
+
+def _dumps(folder: Path) -> dict[int, Path]:
+    files = (folder / "rollouts").glob("step_*.safetensors")
+    found = ((path.stem.removeprefix("step_"), path) for path in files)
+    return dict(sorted((int(step), path) for step, path in found if step.isdecimal()))

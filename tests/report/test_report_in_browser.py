@@ -1,0 +1,144 @@
+"""The page in a real browser: drawn, filtered, opened, printed; nothing hostile runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import Browser, browser
+from conftest import require
+from made_runs import BYTES, HOSTILE, make_run
+
+from opo_megatron.cli import main
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("browser") / "profile") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs: of OPO, and of RLOO with hostile texts."""
+    require("matplotlib", "pip install -e '.[report]'")
+    folder = tmp_path_factory.mktemp("report")
+    runs = [
+        make_run(folder / "opo", *BYTES, texts=("one plus one", "2", "two, I think", "eleven")),
+        make_run(folder / "rloo", *BYTES, "algorithm.baseline=rloo", texts=(HOSTILE, HOSTILE, "no")),
+    ]
+    out = folder / "page.html"
+    assert main(["report", *map(str, runs), "--rollouts", "24", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def opened(chromium: Browser, page: Path) -> Browser:
+    chromium.open(page)
+    return chromium
+
+
+def samples(chromium: Browser) -> int:
+    return chromium.run("document.querySelectorAll('#list .chip').length")
+
+
+def choose(chromium: Browser, control: str, value: str) -> None:
+    chromium.run(
+        f"(() => {{ const e = document.getElementById('filter-{control}'); e.value = {json.dumps(value)};"
+        "for (const name of ['input', 'change']) e.dispatchEvent(new Event(name, {bubbles: true})); })()"
+    )
+
+
+def test_the_page_is_drawn_without_a_complaint(opened: Browser, tmp_path: Path) -> None:
+    boxes = opened.run(
+        "[...document.querySelectorAll('figure svg')].map(svg => svg.getBoundingClientRect())"
+        ".map(box => [box.width, box.height])"
+    )
+    assert len(boxes) > 5 and all(width > 300 and height > 100 for width, height in boxes)
+    curves = opened.run(
+        "[...document.querySelectorAll('figure svg')].map(svg => Math.max("
+        "...[...svg.querySelectorAll('path')].map(path => path.getBoundingClientRect().width)))"
+    )
+    assert all(width > 100 for width in curves), "something is drawn in every figure"
+    assert opened.run("document.documentElement.scrollWidth") <= 1440, "nothing sticks out"
+    assert opened.picture(tmp_path / "page.png").startswith(b"\x89PNG")
+    assert opened.complaints() == []
+
+
+def test_filters_narrow_the_list(opened: Browser) -> None:
+    every = samples(opened)
+    assert every == 12 * 3 + 12 * 2
+    choose(opened, "run", "0")
+    assert samples(opened) == 12 * 3
+    choose(opened, "step", "6")
+    assert samples(opened) == 4 * 3
+    choose(opened, "low", "0.5")
+    assert samples(opened) == 4, "one sample of each prompt is rewarded"
+    choose(opened, "low", "")
+    choose(opened, "text", "I THINK")
+    assert samples(opened) == 4
+    assert opened.run("document.getElementById('count').textContent") == "4 of 60 samples, 4 of 24 prompts"
+    choose(opened, "text", "nowhere")
+    assert samples(opened) == 0
+    assert "No sample" in opened.run("document.getElementById('list').textContent")
+    assert opened.complaints() == []
+
+
+def test_a_click_opens_a_sample_with_coloured_tokens(opened: Browser) -> None:
+    choose(opened, "text", "I think")
+    opened.run("document.querySelector('#list .chip').click()")
+    assert opened.run("document.querySelector('#list .chip').getAttribute('aria-pressed')") == "true"
+    shown = opened.run("document.getElementById('sample').textContent")
+    assert "sample 2 of 3" in shown and "−0.3333" in shown
+    texts = opened.run("[...document.querySelectorAll('#sample .text')].slice(0, 2).map(e => e.textContent)")
+    assert texts == ["one plus one", "two, I think"]
+    colours = opened.run(
+        "[...document.querySelectorAll('#sample .text')][1].querySelectorAll('.token').length &&"
+        "[...[...document.querySelectorAll('#sample .text')][1].querySelectorAll('.token')]"
+        ".map(token => getComputedStyle(token).backgroundColor)"
+    )
+    assert len(colours) == len("two, I think") and len(set(colours)) > 1
+    title = opened.run("document.querySelectorAll('#sample .text')[1].querySelector('.token').title")
+    assert title.startswith("token 1: log π = −")
+    opened.run("document.querySelectorAll('#sample tbody .chip')[2].click()")
+    assert "sample 3 of 3" in opened.run("document.getElementById('sample').textContent")
+    assert opened.complaints() == []
+
+
+def test_hostile_text_is_text(opened: Browser) -> None:
+    choose(opened, "run", "1")
+    opened.run("document.querySelector('#list .chip').click()")
+    texts = opened.run("[...document.querySelectorAll('#sample .text')].slice(0, 2).map(e => e.textContent)")
+    assert texts == [HOSTILE, HOSTILE]
+    assert opened.run("document.images.length") == 0
+    assert opened.complaints() == []
+
+
+def test_no_other_script_may_run(opened: Browser) -> None:
+    opened.run("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.struck = 1\">')")
+    opened.run("new Promise(done => setTimeout(done, 200))")
+    assert opened.run("window.struck") is None
+    assert any("Content Security Policy" in complaint for complaint in opened.complaints())
+
+
+def test_settings_that_agree_are_shown_on_demand(opened: Browser) -> None:
+    rows = "[...document.querySelectorAll('.settings tbody tr')]"
+    visible = f"{rows}.filter(row => row.offsetHeight > 0).length"
+    differing = opened.run(visible)
+    assert differing == opened.run("document.querySelectorAll('.settings tr.differs').length") == 3
+    opened.run("document.getElementById('all-settings').click()")
+    assert opened.run(visible) > 100
+
+
+def test_a_print_has_the_chosen_sample_and_no_controls(opened: Browser, tmp_path: Path) -> None:
+    opened.call("Emulation.setEmulatedMedia", media="print")
+    heights = opened.run(
+        "['.controls', '#list', '#sample', 'nav'].map(name => document.querySelector(name).offsetHeight)"
+    )
+    opened.call("Emulation.setEmulatedMedia", media="")
+    assert heights[0] == heights[1] == heights[3] == 0 and heights[2] > 100
+    assert opened.pdf(tmp_path / "page.pdf").startswith(b"%PDF")
