@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
 """Recipe → every key, but the run's folder, whose value is not that of opo.yaml in the same folder."""
 
 
+@cache
 def recipe(name: str) -> Config:
     return load_config(RECIPES / f"{name}.yaml", (), SCALES.get(name, 1))
 
