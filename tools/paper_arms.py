@@ -17,7 +17,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from opo_megatron.config import Config, load_config
 from opo_megatron.config.compare import changed_settings
@@ -162,6 +161,11 @@ class Place:
             )
 
 
+def rows_of(place: Place, arm: Arm) -> list[Row]:
+    """Of a finished run's steps, from step 0 on."""
+    return RowFile(place.run(arm) / "metrics.jsonl").read()
+
+
 def read_measures(place: Place, arm: Arm) -> dict[str, float | None]:
     """What one finished run measured.
 
@@ -171,7 +175,7 @@ def read_measures(place: Place, arm: Arm) -> dict[str, float | None]:
     the mean baseline's, estimated from the same samples and therefore paired.
     """
     found = json.loads((place.evaluation(arm) / "eval.json").read_text())["tasks"]["held_out"]
-    rows = RowFile(place.run(arm) / "metrics.jsonl").read()
+    rows = rows_of(place, arm)
     steps = rows[1:]
     entropies = [row["entropy"] for row in steps[-math.ceil(TAIL * len(steps)) :] if "entropy" in row]
     noise = relative_noise([row for row in steps if "variance/rloo" in row])
@@ -188,10 +192,6 @@ def read_measures(place: Place, arm: Arm) -> dict[str, float | None]:
     }
 
 
-def read_curves(place: Place, arm: Arm) -> list[Row]:
-    return RowFile(place.run(arm) / "metrics.jsonl").read()
-
-
 def check_same_start(place: Place, arm: Arm) -> None:
     """The weights that a run says it began with are, byte for byte, those of the seed's warm start."""
     began = place.run(arm) / "start_weights"
@@ -205,6 +205,5 @@ def check_same_start(place: Place, arm: Arm) -> None:
 
 def samples_drawn(place: Place, arm: Arm) -> int:
     """Training samples of a finished run, as its recipe and its rows say."""
-    config: Any = place.config(arm)
-    steps = len(read_curves(place, arm)) - 1
-    return steps * int(config.rollout.prompts_per_step) * int(config.rollout.samples_per_prompt)
+    rollout = place.config(arm).rollout
+    return (len(rows_of(place, arm)) - 1) * rollout.prompts_per_step * rollout.samples_per_prompt
