@@ -21,7 +21,14 @@ class Twin(NamedTuple):
     ranks: int
 
 
-SCALES = {"opo_llama3_70b": 64, "opo_qwen2.5_32b": 32, "opo_r1_distill_qwen_7b": 8}
+SCALES = {
+    "opo_llama3_70b": 64,
+    "opo_qwen2.5_32b": 32,
+    "opo_r1_distill_qwen_7b": 8,
+    "paper/opo": 8,
+    "paper/grpo_on_policy": 8,
+    "paper/grpo_off_policy": 8,
+}
 """Recipe → GPUs that it is written for."""
 
 

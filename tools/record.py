@@ -17,8 +17,8 @@ RECORDS = Path(__file__).parent.parent / "records"
 PACKAGES = ("torch", "megatron-core", "transformers", "omegaconf", "numpy")
 
 
-def write_record(name: str, results: dict[str, Any]) -> Path:
-    """Write `records/<name>.json` for the command that is running and return its path."""
+def write_record(name: str, results: dict[str, Any], folder: Path = RECORDS) -> Path:
+    """Write `<folder>/<name>.json` for the command that is running and return its path."""
     record = {
         "command": shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -27,7 +27,7 @@ def write_record(name: str, results: dict[str, Any]) -> Path:
         "versions": {"python": platform.python_version()} | _versions(),
         "results": results,
     }
-    path = RECORDS / f"{name}.json"
+    path = folder / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path

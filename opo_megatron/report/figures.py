@@ -97,7 +97,7 @@ def _curve_figure(section: str, measure: Measure, arms: Sequence[Arm], with_png:
         curves = [(place, arm, band(arm, measure.metric)) for place, arm in enumerate(arms)]
         drawn = [(place, arm, curve) for place, arm, curve in curves if curve is not None]
         bands = [curve for _, _, curve in drawn]
-        lines = [_draw(axes, place, curve) for place, _, curve in drawn]
+        lines = [draw_band(axes, place, curve) for place, _, curve in drawn]
         axes.set(title=measure.title, xlabel="OPO step", ylabel=measure.unit)
         axes.title.set_fontweight("bold")
         if measure.logarithmic and _spans_decades(bands):
@@ -121,7 +121,7 @@ def _spans_decades(bands: Sequence[Band]) -> bool:
     return low > 0 and high >= 10 * low
 
 
-def _draw(axes: Axes, place: int, curve: Band) -> Line2D:
+def draw_band(axes: Axes, place: int, curve: Band) -> Line2D:
     """The arm's line, over its band."""
     colour, dashes = COLOURS[place % len(COLOURS)], DASHES[place % len(DASHES)]
     marker = MARKERS[place % len(MARKERS)] if len(curve.steps) <= FEW_POINTS else None
