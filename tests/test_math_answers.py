@@ -39,6 +39,11 @@ RIGHT = [
     ("evelyn", r"\text{Evelyn}"),
     ("C", r"\text{(C)}"),
     ("even", r"\text{even}"),
+    (r"2007+\frac{\pi}{2}", r"2007 + \frac\pi 2"),
+    (
+        r"\begin{pmatrix} 1 & -1 \\ 1 & 1 \end{pmatrix}",
+        r"\begin{pmatrix} 1 & -1 \\ 1 & \phantom -1 \end{pmatrix}",
+    ),
 ]
 WRONG = [
     ("0.333", r"\frac13"),
@@ -52,6 +57,11 @@ WRONG = [
     ("$", "5"),
     ("5" * 2000, "5"),
     ("x-1", "x+1"),
+    (r"2008+\frac{\pi}{2}", r"2007 + \frac\pi 2"),
+    (
+        r"\begin{pmatrix} 2 & -1 \\ 1 & 1 \end{pmatrix}",
+        r"\begin{pmatrix} 1 & -1 \\ 1 & \phantom -1 \end{pmatrix}",
+    ),
 ]
 
 

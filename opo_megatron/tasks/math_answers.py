@@ -55,6 +55,10 @@ _UNIT = re.compile(
     r"(?:\s*\^\s*(?:\{\d\}|\d))?\s*$"
 )
 _WORDS = re.compile(r"\\(?:text|mbox|mathrm|textrm|textbf|mathbf|textit|emph)\s*\{([^{}]*)\}")
+_BARE = r"\s*(\\[A-Za-z]+|[A-Za-z0-9])"
+_BARE_FRACTION = re.compile(rf"\\[dt]?frac{_BARE}{_BARE}")
+_PHANTOM = re.compile(r"\\phantom\s*(?:\{[^{}]*\}|[^{}\s])")
+"""It takes the place of what it holds, and does not show it."""
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
 _FRACTION = re.compile(r"([-+]?)\\frac\{([-+]?\d+)\}\{([-+]?\d+)\}|([-+]?\d+)/(\d+)")
 _THOUSANDS = re.compile(r"(?<=\d)(?:,|\\!|\{,\})\s*(?=\d{3}(?!\d))")
@@ -131,9 +135,14 @@ def _same_expression(answer: str, gold: str) -> bool:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     kinds = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    boxes = (f"\\boxed{{{text.strip().rstrip('.')}}}" for text in (gold, answer))
+    boxes = (f"\\boxed{{{_spelled_out(text.strip().rstrip('.'))}}}" for text in (gold, answer))
     wanted, found = (parse(box, kinds, parsing_timeout=None) for box in boxes)
     return bool(wanted and found and verify(wanted, found, timeout_seconds=None))
+
+
+def _spelled_out(text: str) -> str:
+    r"""What the parser would leave out, and all behind it: `\frac\pi 2`, `\phantom -1`."""
+    return _PHANTOM.sub("", _BARE_FRACTION.sub(r"\\frac{\1}{\2}", text))
 
 
 def grade(response: str, gold: str) -> float:
