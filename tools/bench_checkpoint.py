@@ -130,8 +130,8 @@ def run(policy: Policy, config: Config, beside: bool | None) -> float:
 
 def write_one(policy: Policy, config: Config, folder: Path) -> dict[str, float]:
     """One checkpoint, and as many bytes from memory, both until they are on the disk."""
-    saving = Saving(policy, config, RunProgress("step", 1))
     started = time.perf_counter()
+    saving = Saving(policy, config, RunProgress("step", 1))
     saving.complete()
     seconds = time.perf_counter() - started
     size = sum(path.stat().st_size for path in saving.final.iterdir())
