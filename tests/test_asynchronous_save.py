@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from signal import SIGKILL
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from small import small_config, small_policy
 from tiny_run import lasting, train
 
@@ -52,6 +53,36 @@ def policy(parallel: Parallel, tmp_path: Path) -> Policy:
 def tensors_of(run_dir: Path) -> dict[str, Any]:
     manifest = json.loads((run_dir / "checkpoints" / PROGRESS.folder / "manifest.json").read_text())
     return {name: entry for name, entry in manifest.items() if name.endswith(".distcp")}
+
+
+def test_processes_that_write_end_with_the_one_that_started_them(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they would wait for ever for a queue of which one end was killed."""
+
+    def hang(*arguments: Any, local_proc_idx: int, **more: Any) -> None:
+        (tmp_path / f"{local_proc_idx}.pid").write_text(str(os.getpid()))
+        time.sleep(60)
+
+    def is_gone(process: int) -> bool:
+        try:
+            return ") Z " in Path(f"/proc/{process}/stat").read_text()
+        except FileNotFoundError:
+            return True
+
+    monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(hang))
+    saving = Saving(policy, small_config(f"run.dir={tmp_path / 'run'}"), PROGRESS, beside=True)
+    _until(lambda: any(path.read_text() for path in tmp_path.glob("*.pid")))
+    saving.cancel()
+    for path in tmp_path.glob("*.pid"):
+        _until(lambda path=path: is_gone(int(path.read_text())))
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
 
 
 def test_what_is_written_is_the_state_of_the_beginning(policy: Policy, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_there_and_back_with_verification(tmp_path: Path) -> None:
     save_random_model("qwen2, tied", tmp_path / "model", shard_size="20KB")
     (tmp_path / "model" / "tokenizer.json").write_text("{}")

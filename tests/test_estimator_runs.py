@@ -96,6 +96,7 @@ def test_a_run_that_needs_no_energies_keeps_none(tmp_path: Path) -> None:
     assert rollouts_of(tmp_path / "run", 1).energy is None
 
 
+@pytest.mark.slow
 def test_reports_come_when_they_are_due_and_change_nothing_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

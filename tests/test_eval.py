@@ -105,6 +105,7 @@ def test_a_metric_of_diversity_can_say_which_checkpoint_is_the_best(run_dir: Pat
     assert best["metric"] == "eval/pass@2" and best["value"] == max(values.values())
 
 
+@pytest.mark.slow
 def test_two_ranks_that_split_a_problems_answers_give_the_same(
     tmp_path: Path, run_dir: Path, evaluated: Path
 ) -> None:

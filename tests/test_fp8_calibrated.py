@@ -109,6 +109,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
         quantize_calibrated(tmp_path, tmp_path / "fp8", PROMPTS, 2**30, print)
 
 
+@pytest.mark.slow
 def test_the_command_calibrates_with_a_recipes_prompts(tmp_path: Path) -> None:
     require("modelopt", "make setup-dev")
     save_random_model("qwen3, tied", tmp_path / "model")

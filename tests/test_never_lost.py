@@ -117,6 +117,7 @@ def test_a_run_that_is_told_to_end_in_every_phase_is_the_run_that_never_was(
     assert_same_run(tmp_path / "run", calm)
 
 
+@pytest.mark.slow
 def test_minutes_that_are_over_end_the_run_like_a_signal(tmp_path: Path) -> None:
     """Each attempt has time for one step and no more."""
     command = (*COMMAND, "run.max_minutes=1e-9", "warm_start.steps=1", "train.steps=2")

@@ -210,6 +210,7 @@ def test_llama_3_70b_has_its_parameters_under_two_layouts() -> None:
     assert tall["ranks"][0]["parameters"] != wide["ranks"][0]["parameters"]
 
 
+@pytest.mark.slow
 def test_experts_are_counted_once_over_expert_parallel_ranks() -> None:
     experts = ("num_moe_experts=8", "moe_ffn_hidden_size=48")
     (found,) = count(4, "bytes", (*SMALL, *experts), "expert_model_parallel_size=2")

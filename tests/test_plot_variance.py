@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import require
 
 from opo_megatron.variance_report import UNBIASED, relative_noise
@@ -31,6 +32,7 @@ def test_noise_is_a_ratio_of_sums_without_the_prompts_part() -> None:
     assert relative_noise([report(1, 0.0)]) == {}
 
 
+@pytest.mark.slow
 def test_a_run_with_reports_becomes_a_picture(tmp_path: Path) -> None:
     require("matplotlib", "pip install -e '.[report]'")
     rows = [{"step": 0}, report(1, 1.0), {"step": 2}, report(3, 2.0)]
@@ -41,6 +43,7 @@ def test_a_run_with_reports_becomes_a_picture(tmp_path: Path) -> None:
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
 
+@pytest.mark.slow
 def test_a_run_without_reports_is_refused_in_a_sentence(tmp_path: Path) -> None:
     require("matplotlib", "pip install -e '.[report]'")
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')

@@ -100,6 +100,7 @@ def test_a_damaged_checkpoint_that_is_named_is_refused(
     assert contents(run_dir) == before
 
 
+@pytest.mark.slow
 def test_the_newest_and_the_best_checkpoint_stay(tmp_path: Path, finished: Path) -> None:
     """The metric is a deterministic one whose best step is known from a run that kept everything."""
     for direction, choose in (("highest", max), ("lowest", min)):

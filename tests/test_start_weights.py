@@ -135,6 +135,7 @@ def test_the_estimator_is_the_kl_of_two_distributions() -> None:
     assert float(expectation) == pytest.approx(float(exact), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_resumed_runs_measure_against_the_same_start(measured: tuple[Path, Seen], tmp_path: Path) -> None:
     same, new = tmp_path / "same", tmp_path / "new"
     shutil.copytree(measured[0], same)
@@ -167,6 +168,7 @@ def scribble(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage, words",
     [
@@ -234,6 +236,7 @@ def test_weights_come_back_bit_for_bit_also_after_an_error(parallel: Parallel, d
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_bf16_run_measures_zero_at_its_start_but_for_rounding(tmp_path: Path) -> None:
     settings = ("policy.dtype=bf16", "on_policy.tolerance=0.1", "train.steps=1", "optimizer.lr=0.1")
     assert train(tmp_path / "bf16", *settings) == 0

@@ -68,6 +68,7 @@ def of_type(records: list[dict], kind: str) -> list[dict]:
     return [record[kind] for record in records if record["type"] == kind]
 
 
+@pytest.mark.slow
 def test_its_reader_shows_the_metrics_on_two_axes_and_a_resumed_run_goes_on(
     wandb: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

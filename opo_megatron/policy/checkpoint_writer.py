@@ -2,7 +2,8 @@
 
 A forked process has the memory of this moment: what the training overwrites later is copied by the
 kernel, page by page, so tensors on a CPU need no copy of their own.  Those on a GPU are copied to the
-host before.  The process writes, reads back for the checksums, and dies with its rank.
+host before.  The process writes, reads back for the checksums, and dies with its rank; so do the processes
+in which Megatron writes, which would wait for ever for a queue that was torn.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -24,6 +26,28 @@ from opo_megatron.policy.manifest import Entries, entries_of, written_by
 
 NICENESS = 10
 """Training goes first where there are more processes than cores."""
+
+
+_bind_forked: Callable[[], None] | None = None
+"""What a process that is forked now does first."""
+
+
+def _forked() -> None:
+    if _bind_forked is not None:
+        _bind_forked()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+@contextmanager
+def _forks_die_with_this_process() -> Iterator[None]:
+    global _bind_forked
+    _bind_forked = die_with_parent()
+    try:
+        yield
+    finally:
+        _bind_forked = None
 
 
 class Written(NamedTuple):
@@ -116,7 +140,8 @@ def _write(
     results = None
     if request.async_fn is not None:
         found: SimpleQueue[Any] = SimpleQueue()
-        request.async_fn(request.async_fn_args[0], buckets, found)
+        with _forks_die_with_this_process():
+            request.async_fn(request.async_fn_args[0], buckets, found)
         results = found.get_nowait()
     if isinstance(results, Exception):
         return Written(results, {})

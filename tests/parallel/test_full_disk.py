@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import run_ranks_of
 from hf_models import save_random_model
 from round_trip import write_recipe
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 WORKER = Path(__file__).parent / "full_disk_worker.py"
 
 
+@pytest.mark.slow
 def test_both_ranks_are_told_and_no_folder_has_its_name(tmp_path: Path) -> None:
     save_random_model("qwen3", tmp_path / "model")
     write_recipe(tmp_path)
@@ -27,6 +29,7 @@ def test_both_ranks_are_told_and_no_folder_has_its_name(tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_export_by_two_ranks_ends_when_the_one_that_writes_cannot(tmp_path: Path) -> None:
     save_random_model("qwen3", tmp_path / "model")
     tool = "{ulimit} exec {python} {root}/tools/{name}.py {source} {target} --tensor-model-parallel-size 2"

@@ -32,6 +32,7 @@ def check(tmp_path: Path, model: str, layouts: tuple[str, ...], tolerance: float
         assert result["kl_per_response"] == pytest.approx(truth["kl_per_response"], rel=tolerance), layout
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_does_and_get_their_weights_back(tmp_path: Path) -> None:
     check(tmp_path, "", (TP2, PP2, ""), 1e-4)
 

@@ -154,6 +154,7 @@ def test_weights_read_back_from_the_server_are_the_policys(run: Run) -> None:
         torch.testing.assert_close(found, streamed[name][: len(found)], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_server_that_died_is_started_again_and_the_whole_step_is_drawn(run: Run) -> None:
     server = engine_of(run)._server
     assert server is not None and server.pid is not None
@@ -225,6 +226,7 @@ def test_policy_and_engine_take_turns_with_memory(run: Run, monkeypatch: pytest.
     assert len(run.draw(requests(4), Sampling(6, (), (1,)), "test")) == 4
 
 
+@pytest.mark.slow
 def test_a_server_that_keeps_its_memory_is_ended(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     post, server = Client.post, engine_of(run)._server
 
