@@ -158,7 +158,7 @@ SGLANG = "rollout.engine=sglang"
         ((*BIG, "policy.optimizer_offload=1", "policy.device=cpu"), "is in host memory anyway; set policy"),
         (("policy.optimizer_offload=0.5",), "offload=0.5 with policy.dtype=fp32 and policy."),
         ((*BIG, "policy.optimizer_offload=1", "policy.distributed_optimizer=false"), "=false, but Megatron"),
-        (("policy.context_parallel_size=2",), "context parallelism needs Transformer Engine's attention"),
+        (("policy.context_parallel_size=2",), "is 2 with policy.packing=padded, but only packed sequences"),
         ((SGLANG, "policy.model.num_moe_experts=4"), "would route tokens to different experts"),
     ],
 )  # fmt: skip
@@ -249,6 +249,7 @@ def test_fp8_micro_batches_hold_whole_blocks_on_every_rank(fp8: str, one: int) -
     assert token_multiple(policy) == one
     parallel = replace(policy, tensor_model_parallel_size=2, sequence_parallel=True)
     assert token_multiple(parallel) == 2 * one
+    assert token_multiple(replace(parallel, context_parallel_size=4)) == 8 * one
     batch = ragged_rollouts(24)
     plan = plan_micro_batches(batch.sequence_lengths.tolist(), 1, 128)
     batch = batch.select([i for rows in plan.rows[0] for i in rows])
@@ -262,6 +263,20 @@ def test_fp8_micro_batches_hold_whole_blocks_on_every_rank(fp8: str, one: int) -
         assert torch.equal(micro.targets, before.targets)
         taken = micro.tokens[:, : before.tokens.shape[1]]
         assert torch.equal(taken, before.tokens) and not micro.tokens[:, before.tokens.shape[1] :].any()
+
+
+def test_megatron_is_told_of_context_parallelism() -> None:
+    policy = config_of("policy.packing=thd", "policy.context_parallel_size=2")
+    config = transformer_config(policy, CPU)
+    assert config.context_parallel_size == 2 and config.cp_comm_type is None  # Megatron's default, a ring
+    source = (
+        inspect.getsource(gpt_layer_specs)
+        + Path(inspect.getfile(fp8_utils))
+        .with_name("extensions")
+        .joinpath("transformer_engine.py")
+        .read_text()
+    )
+    assert 'extra_kwargs["cp_comm_type"] = "p2p"' in source
 
 
 def test_recomputed_activations_give_the_same_gradient() -> None:

@@ -7,11 +7,12 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
 from small import ragged_rollouts, small_config, small_policy
 
 from opo_megatron.algorithm.objective import PolicyGradient
 from opo_megatron.policy.microbatch import Plan, build_micro_batches, plan_micro_batches
-from opo_megatron.policy.packing import fill
+from opo_megatron.policy.packing import context_places, fill
 from opo_megatron.policy.parallel import initialize, leave
 
 CPU = torch.device("cpu")
@@ -117,6 +118,65 @@ def test_sequences_stand_one_behind_another_and_the_rest_is_one_of_its_own(
                 assert not micro.tokens[0, start:end].any()
             widths.add(ends[-1])
     assert not fixed_shape or len(widths) == 1
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_context_parallel_ranks_have_the_places_whose_frequencies_megatron_gives_them(size: int) -> None:
+    segments = [2 * size * count for count in (1, 5, 2, 7)]
+    held = [context_places(segments, rank, size) for rank in range(size)]
+    assert sorted(torch.cat(held).tolist()) == list(range(sum(segments)))
+    starts = torch.tensor([0, *segments]).cumsum(0)
+    positions = torch.arange(max(segments))
+    for rank, places in enumerate(held):
+        parts = zip(places.split([length // size for length in segments]), starts, strict=False)
+        for part, start in parts:
+            expected = _get_thd_freqs_on_this_cp_rank(rank, size, part, positions)
+            assert torch.equal(part - start, expected)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_context_parallel_ranks_attend_to_as_many_keys_each(size: int) -> None:
+    keys = {int((context_places([240], rank, size) + 1).sum()) for rank in range(size)}
+    assert keys == {240 * 241 // 2 // size}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("fixed_shape", "multiple", "tokens"), [(False, 1, 1), (True, 4, 1), (False, 2, 32)])
+def test_context_parallel_ranks_share_every_row_and_every_response_token(
+    size: int, fixed_shape: bool, multiple: int, tokens: int
+) -> None:
+    batch = ragged_rollouts(24)
+    lengths = batch.sequence_lengths.tolist()
+    plan = plan_micro_batches(lengths, 1, 60, fixed_shape, packed=True, unit=2 * size)
+    own = batch.select(plan.samples_of(0))
+    columns = {"number": torch.arange(own.response_tokens.numel()).float()}
+    built = [
+        build_micro_batches(own, plan, 0, columns, multiple * size, CPU, tokens * size, (rank, size))
+        for rank in range(size)
+    ]
+    whole = build_micro_batches(own, plan, 0, columns, multiple * size, CPU, tokens * size)
+    assert (
+        sum(micro.tokens.numel() for micro in whole)
+        == plan.places(lengths, multiple * size, tokens * size)[0]
+    )
+    for row, *parts in zip(whole, *built, strict=True):
+        assert row.packed is not None
+        segments = row.packed.cu_seqlens_q.diff().tolist()
+        assert not any(length % (2 * size) for length in segments)
+        found = torch.cat([part.numbers for part in parts])
+        assert torch.equal(found.sort().values, row.numbers)
+        for rank, part in enumerate(parts):
+            held = context_places(segments, rank, size)
+            assert part.packed is not None
+            assert torch.equal(part.packed.cu_seqlens_q, row.packed.cu_seqlens_q)
+            assert torch.equal(part.packed.cu_seqlens_q_padded, row.packed.cu_seqlens_q)
+            assert part.tokens.shape[1] % multiple == 0 == part.tokens.shape[1] % tokens
+            assert torch.equal(part.tokens[0], row.tokens[0, held])
+            assert torch.equal(part.position_ids[0], row.position_ids[0, held])
+            assert torch.equal(part.targets, own.response_tokens[part.numbers])
+            assert torch.equal(part.columns["number"].long(), part.numbers)
+            in_row = dict(zip(row.numbers.tolist(), row.places.tolist(), strict=True))
+            assert held[part.places].tolist() == [in_row[number] for number in part.numbers.tolist()]
 
 
 def test_without_a_sequence_there_is_still_a_row() -> None:

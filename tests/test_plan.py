@@ -75,6 +75,7 @@ def small() -> list[dict[str, Any]]:
         INTERLEAVED,
         f"{INTERLEAVED},max_tokens_per_micro_batch=128",
         f"{INTERLEAVED},max_tokens_per_micro_batch=128,packing=thd",
+        f"{INTERLEAVED},max_tokens_per_micro_batch=128,packing=thd,context_parallel_size=2",
     )
 
 
@@ -116,7 +117,7 @@ def test_bytes_per_rank_are_those_of_hand_arithmetic(small: list[dict[str, Any]]
 
 
 def test_every_tensor_arrives_once_on_every_rank(small: list[dict[str, Any]]) -> None:
-    for found, itemsize in zip(small, (4, 2, 2, 2), strict=True):
+    for found, itemsize in zip(small, (4, 2, 2, 2, 2), strict=True):
         assert found["tensors"] == len(small_model())
         assert found["bytes"] == itemsize * sum(math.prod(shape) for shape in small_model().values())
 
@@ -141,8 +142,18 @@ def test_a_stage_with_more_micro_batches_in_flight_holds_more(small: list[dict[s
 
 def test_packed_micro_batches_of_the_same_tokens_hold_the_same(small: list[dict[str, Any]]) -> None:
     """Two micro-batches of four samples on every rank, in four rows or in one."""
-    padded, packed = ([rank["activations"] for rank in found["ranks"]] for found in small[2:])
+    padded, packed = ([rank["activations"] for rank in found["ranks"]] for found in small[2:4])
     assert packed == pytest.approx(padded, rel=0.02)
+
+
+def test_a_context_parallel_rank_has_its_share_of_the_same_micro_batches(small: list[dict[str, Any]]) -> None:
+    """And of the optimizer, as a data-parallel rank would; the gradient of one weight is there in whole."""
+    whole, half = ([rank["activations"] for rank in found["ranks"]] for found in small[3:])
+    largest = 2 * (2 * 96 * 64)  # gate and up projection, bf16
+    for all_of_it, one in zip(whole, half, strict=True):
+        assert -1024 < one - all_of_it / 2 < largest + 1024
+    for data, context in zip(small[3]["ranks"], small[4]["ranks"], strict=True):
+        assert context["optimizer"] == data["optimizer"] and context["gradients"] == data["gradients"]
 
 
 @pytest.mark.parametrize("packing", ["padded", "thd"])

@@ -48,6 +48,7 @@ SP, VPP2 = "policy.sequence_parallel=true", "policy.virtual_pipeline_model_paral
 EP2 = "policy.expert_model_parallel_size=2"
 ETP1 = "policy.expert_tensor_parallel_size=1"
 THD = "policy.packing=thd"
+CP2 = "policy.context_parallel_size=2"
 PLAIN_OPTIMIZER = "policy.distributed_optimizer=false"
 
 
@@ -78,6 +79,12 @@ LAYOUTS = {
     "packed-dp2": Layout(2, (THD,)),
     "packed-tp2pp2vpp2+sp": Layout(4, (THD, TP2, PP2, VPP2, SP)),
     "packed-tp2dp2": Layout(4, (THD, TP2)),
+    "cp2": Layout(2, (THD, CP2)),
+    "cp2-plain-optimizer": Layout(2, (THD, CP2, PLAIN_OPTIMIZER)),
+    "cp4": Layout(4, (THD, "policy.context_parallel_size=4")),
+    "cp2dp2": Layout(4, (THD, CP2)),
+    "tp2cp2+sp": Layout(4, (THD, TP2, CP2, SP)),
+    "cp2pp2vpp2": Layout(4, (THD, CP2, PP2, VPP2)),
     "packed-moe-tp2sp-ep2": Layout(2, (THD, TP2, SP, EP2, ETP1), moe=True),
 }
 REFERENCES = {"one process": Layout(1), "moe, one process": Layout(1, moe=True)}

@@ -185,8 +185,10 @@ def _layout_lines(policy: PolicyConfig, world_size: int) -> list[str]:
             f"{_count(experts, 'expert')} per layer, {experts // expert_ranks} on each of "
             f"{_count(expert_ranks, 'expert-parallel rank')}; {policy.model.moe_router_topk} serve a token"
         )
-    sharded = data_parallel > 1 and policy.distributed_optimizer
-    state = "sharded over the data-parallel ranks" if sharded else "whole on every data-parallel rank"
+    ranks = "data-parallel" if policy.context_parallel_size == 1 else "data- and context-parallel"
+    copies = data_parallel * policy.context_parallel_size
+    sharded = copies > 1 and policy.distributed_optimizer
+    state = f"sharded over the {ranks} ranks" if sharded else f"whole on every {ranks} rank"
     return [
         *lines,
         f"weights {policy.dtype.value}, master weights and gradient sums fp32, optimizer state {state}",

@@ -319,14 +319,16 @@ class PolicyConfig:
     """Model chunks per pipeline stage (interleaved schedule)."""
     sequence_parallel: bool = False
     context_parallel_size: int = 1
+    """Ranks that share every sequence, for long ones, and hold 1/size of the activations each; with
+    `packing=thd`."""
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
     """Ranks over which one expert is cut; default tensor_model_parallel_size."""
     distributed_optimizer: bool = True
     """Shard the optimizer's state over data-parallel ranks."""
     max_tokens_per_micro_batch: int = 4096
-    """Rows × padded length of one micro-batch, or the length of its packed row (one longer sequence still
-    makes a micro-batch)."""
+    """Rows × padded length of one micro-batch, or the length of its packed row, over all context-parallel
+    ranks (one longer sequence still makes a micro-batch)."""
     head_chunk_tokens: int | None = None
     """Tokens whose logits exist at one time; default by the size of the vocabulary, 512 to 1,024 on a CPU
     and 512 to 8,192 on a GPU, where they take 480 MB."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from opo_megatron.config.algorithm_rules import check_algorithm
 from opo_megatron.config.arithmetic import expert_parallel_size, model_parallel_size, smallest_world
-from opo_megatron.config.choices import EngineName, Kl, RopeType
+from opo_megatron.config.choices import EngineName, Kl, Packing, RopeType
 from opo_megatron.config.exact import check_exact
 from opo_megatron.config.fault_rules import check_faults
 from opo_megatron.config.gpu_rules import check_gpu_options
@@ -241,10 +241,16 @@ def check_layout(policy: PolicyConfig) -> None:
     """Tensor, pipeline, sequence and context parallelism against the model's shape."""
     model, tensor = policy.model, policy.tensor_model_parallel_size
     stages, chunks = policy.pipeline_model_parallel_size, policy.virtual_pipeline_model_parallel_size
+    context = f"policy.context_parallel_size is {policy.context_parallel_size}"
     require(
-        policy.context_parallel_size == 1,
-        f"policy.context_parallel_size is {policy.context_parallel_size}, but context parallelism needs "
-        f"Transformer Engine's attention, not built yet; set 1",
+        policy.context_parallel_size == 1 or policy.packing is Packing.thd,
+        f"{context} with policy.packing={policy.packing.value}, but only packed sequences are cut over "
+        "ranks; set policy.packing=thd",
+    )
+    require(
+        policy.context_parallel_size == 1 or model.num_moe_experts is None,
+        f"{context} with policy.model.num_moe_experts={model.num_moe_experts}, but context parallelism of "
+        "experts is not built yet; set policy.context_parallel_size=1",
     )
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         divides("policy.tensor_model_parallel_size", tensor, f"policy.model.{name}", getattr(model, name))

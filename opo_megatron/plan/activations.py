@@ -246,6 +246,7 @@ def textbook_activations(policy: PolicyConfig, lengths: Sequence[tuple[int, int]
     shared = policy.tensor_model_parallel_size
     if recomputes_all(policy):
         elements, shared = hidden, shared if policy.sequence_parallel else 1
+    shared *= policy.context_parallel_size
     totals = [sum(one) for one in lengths]
     plan = plan_for(policy, totals, parallel.dp_size)
     tokens = plan.places(totals)[0] // plan.count

@@ -27,8 +27,8 @@ from opo_megatron.plan.models import folder_of
 from opo_megatron.plan.ranks import RankBytes, fake_rank, meta_policy, offloaded, rank_bytes, use_meta_device
 from opo_megatron.plan.sync import RankStream, SyncPlan, check_cover, combine, rank_stream
 from opo_megatron.plan.times import Times, Work, step_times, sync_seconds
-from opo_megatron.policy.layer_specs import token_multiple
-from opo_megatron.policy.microbatch import plan_for
+from opo_megatron.policy.layer_specs import row_multiple, token_multiple
+from opo_megatron.policy.microbatch import place_unit, plan_for, room
 from opo_megatron.policy.model import padded_vocab_size
 from opo_megatron.tasks import TASKS
 from opo_megatron.tasks.tokenizers import open_tokenizer
@@ -185,9 +185,11 @@ def longest_samples(job: Job) -> list[tuple[int, int]]:
     policy, lengths = job.config.policy, job.lengths
     longest, budget = lengths.longest_prompt + lengths.longest_response, policy.max_tokens_per_micro_batch
     packed = policy.packing is Packing.thd
-    rows = max(1, budget // (longest - 1 if packed else longest))
+    unit = place_unit(policy)
+    each = room(longest, unit) if packed else longest
+    rows = max(1, budget // each)
     micro_batch = [(lengths.longest_prompt, lengths.longest_response)] * rows
-    if packed and (rest := budget - rows * (longest - 1)) > 0:  # places that a shorter one fills up
+    if packed and (rest := (budget - rows * each) // unit * unit) > 0:  # places that a shorter one fills up
         prompt = max(1, rest + 1 - lengths.longest_response)
         micro_batch.append((prompt, rest + 1 - prompt))
     stages = policy.pipeline_model_parallel_size
@@ -340,8 +342,7 @@ def _micro_batches(job: Job) -> tuple[int, float, float]:
     policy = job.config.policy
     lengths = [round(job.lengths.prompt) + response for response in job.lengths.responses()]
     plan = plan_for(policy, lengths, job.data_parallel)
-    multiple = policy.tensor_model_parallel_size if policy.sequence_parallel else 1
-    places = max(plan.places(lengths, multiple, token_multiple(policy))) * job.data_parallel
+    places = max(plan.places(lengths, row_multiple(policy), token_multiple(policy))) * job.data_parallel
     return plan.count, float(places), 1 - (sum(lengths) - len(lengths)) / places
 
 

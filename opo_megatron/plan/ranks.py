@@ -151,8 +151,8 @@ def _own_parameters(policy: Policy) -> int:
             continue
         weight = remaining[parameter.chunk].pop(parameter.local_name)
         is_replica = parameter.layout.partition_dim is None and parallel.tp_rank > 0
-        copies = parallel.edp_rank if parameter.is_expert else parallel.dp_rank
-        if copies or is_replica or parameter.is_copy:
+        copy = parallel.edp_rank if parameter.is_expert else parallel.copy_rank
+        if copy or is_replica or parameter.is_copy:
             continue
         rows = weight.shape[0]
         if isinstance(parameter.layout, Vocabulary):

@@ -7,8 +7,9 @@
     sync        bytes of the slowest rank per bucket over each link, and the engine's two copies
 
 The sum is multiplied by one constant for what is not counted (verifiers, imbalance, Python, loading),
-fitted to one published run.  N counts the parameters that multiply a token: all
-matrices but the embedding, of experts the active ones.  Evaluations and checkpoints are left out.
+fitted to one published run.  N counts the parameters that multiply a token: all matrices but the embedding,
+of experts the active ones.  Context-parallel ranks are taken to pass keys and values on while they compute.
+Evaluations and checkpoints are left out.
 """
 
 from __future__ import annotations

@@ -119,6 +119,13 @@ def recompute_fields(policy: PolicyConfig) -> dict[str, Any]:
     return {}
 
 
+def row_multiple(policy: PolicyConfig) -> int:
+    """Ranks that a micro-batch's rows are cut over: their length must be a multiple of this."""
+    return policy.context_parallel_size * (
+        policy.tensor_model_parallel_size if policy.sequence_parallel else 1
+    )
+
+
 def token_multiple(policy: PolicyConfig) -> int:
     """What the number of tokens of a micro-batch (rows × padded length) must be a multiple of.
 
@@ -127,7 +134,7 @@ def token_multiple(policy: PolicyConfig) -> int:
     if policy.fp8 is None:
         return 1
     one = FP8_MULTIPLE if policy.fp8 in (Fp8.tensorwise, Fp8.delayed) else FP8_BLOCK
-    return one * (policy.tensor_model_parallel_size if policy.sequence_parallel else 1)
+    return one * row_multiple(policy)
 
 
 def check_fp8_device(policy: PolicyConfig, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from opo_megatron.algorithm.energy import EnergySums, energy, sums_over
 from opo_megatron.policy.head_gradient import log_probs
 from opo_megatron.policy.microbatch import MicroBatch, Plan
 from opo_megatron.policy.model import head_weight
-from opo_megatron.policy.parallel import all_reduce
+from opo_megatron.policy.parallel import all_reduce, gather_tokens
 from opo_megatron.rollout.rollouts import Rollouts
 
 if TYPE_CHECKING:
@@ -54,19 +54,22 @@ def measure_energies(
 def measure_tokens(policy: Policy, batch: Rollouts, plan: Plan, temperature: float) -> TokenMeasures:
     """One pass over `batch`, ordered as `plan` has it; every rank of the replica gets the result."""
     parts: list[Tensor] = []
+    numbers: list[Tensor] = []
 
     def collect(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> None:
         output = log_probs(policy.head, hidden, head_weight(chunk), micro, temperature)
         size = energy(output.log_prob, output.sum_squares)
         squares = policy.head.select(hidden, micro).float().square().sum(1)
-        parts.append(torch.stack((output.log_prob, size, size * squares)).cpu())
+        parts.append(torch.stack((output.log_prob, size, size * squares), 1))
+        numbers.append(micro.numbers)
 
     policy.run_forward(batch, plan, collect)
     tokens = int(batch.response_lengths.sum())
-    found = torch.cat(parts, 1) if parts else torch.empty(3, tokens)
     parallel = policy.parallel
+    found = torch.empty(tokens, 3, device=parallel.device)
+    if parts:
+        found = gather_tokens(parallel, torch.cat(parts), torch.cat(numbers), tokens)
     if parallel.pp_size > 1:
         last = dist.get_global_rank(parallel.pp_group, parallel.pp_size - 1)
-        found = found.to(parallel.device)
         dist.broadcast(found, last, group=parallel.pp_group)
-    return TokenMeasures(*found.cpu())
+    return TokenMeasures(*found.T.contiguous().cpu())

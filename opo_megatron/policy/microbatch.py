@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opo_megatron.config.choices import Packing
 from opo_megatron.config.schema import PolicyConfig
-from opo_megatron.policy.packing import fill, packed_params, segments_of
+from opo_megatron.policy.packing import context_places, fill, packed_params, segments_of
 from opo_megatron.rollout.rollouts import Rollouts
 
 MICRO_BATCH_TOKENS = 100
@@ -36,6 +36,8 @@ class Plan:
     a sequence is only ever a target and takes no place."""
     packed: bool = False
     """Whether the sequences of a micro-batch stand one behind another in a single row."""
+    unit: int = 1
+    """A packed sequence takes a multiple of so many places."""
     without_gradient: Plan | None = None
     """Samples that only run forward, after the others: to be measured, not learned from."""
 
@@ -55,11 +57,12 @@ class Plan:
         Args:
             multiple, token_multiple: as `build_micro_batches` has them.
         """
-        shapes = [
-            [_shape([lengths[i] - 1 for i in rows], self, multiple, token_multiple) for rows in batches]
-            for batches in self.rows
-        ]
-        return [sum(height * width for height, width in one) for one in shapes]
+
+        def size(rows: list[int]) -> int:
+            needed = [room(lengths[i], self.unit) for i in rows]
+            return math.prod(_shape(needed, self, multiple, token_multiple))
+
+        return [sum(map(size, batches)) for batches in self.rows]
 
 
 def plan_for(policy: PolicyConfig, lengths: Sequence[int], dp_size: int) -> Plan:
@@ -72,7 +75,19 @@ def plan_for(policy: PolicyConfig, lengths: Sequence[int], dp_size: int) -> Plan
         fixed_shape=interleaved,
         multiple=policy.pipeline_model_parallel_size if interleaved else 1,
         packed=policy.packing is Packing.thd,
+        unit=place_unit(policy),
     )
+
+
+def place_unit(policy: PolicyConfig) -> int:
+    """What a packed sequence's places are a multiple of: context-parallel ranks get equal pieces."""
+    return 1 if policy.context_parallel_size == 1 else 2 * policy.context_parallel_size
+
+
+def room(length: int, unit: int) -> int:
+    """Places that a sequence of `length` tokens takes, in units: its last token is only ever a target."""
+    needed = max(0, length - 1)
+    return needed + -needed % unit
 
 
 def plan_micro_batches(
@@ -82,6 +97,7 @@ def plan_micro_batches(
     fixed_shape: bool = False,
     multiple: int = 1,
     packed: bool = False,
+    unit: int = 1,
 ) -> Plan:
     """Split samples of `lengths` tokens into micro-batches of at most `max_tokens` padded tokens.
 
@@ -93,13 +109,14 @@ def plan_micro_batches(
         fixed_shape: one shape for all (interleaved pipeline schedules cannot announce shapes).
         multiple: the number of micro-batches per rank is a multiple of this.
         packed: sequences stand one behind another, none is padded, and micro-batches are evenly full.
+        unit: packed sequences take a multiple of so many places.
     """
     if packed:
-        needed = [max(0, length - 1) for length in lengths]
+        needed = [room(length, unit) for length in lengths]
         if fixed_shape:
             max_tokens = max([max_tokens, *needed])
         dealt, width = fill(needed, dp_size, max_tokens, multiple)
-        return Plan(dealt, (1, width) if fixed_shape else None, packed=True)
+        return Plan(dealt, (1, width) if fixed_shape else None, packed=True, unit=unit)
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     hands: list[list[int]] = [[] for _ in range(dp_size)]
     loads = [(0, rank) for rank in range(dp_size)]
@@ -159,16 +176,18 @@ def _split_until(pieces: list[list[int]], count: int) -> None:
 
 @dataclass
 class MicroBatch:
-    """What the model is given, and the places that have a loss."""
+    """What the model is given, and the places that have a loss; of this context-parallel rank."""
 
     tokens: Tensor
-    """[b, s] input ids: rows padded on the right, or one row of packed sequences."""
+    """[b, s] input ids: rows padded on the right, or one row of packed sequences, or a rank's part of it."""
     position_ids: Tensor
     """[b, s], from 0 in every sequence."""
     places: Tensor
     """[n] flat places in [b, s] whose next token is a response token, sequence by sequence."""
     targets: Tensor
-    """[n] those response tokens."""
+    """[n] those response tokens,"""
+    numbers: Tensor
+    """[n] and which of the replica's they are, counted through its batch."""
     columns: dict[str, Tensor]
     """Per-token columns of the batch at those tokens, [n] each."""
     packed: PackedSeqParams | None = None
@@ -183,6 +202,7 @@ def build_micro_batches(
     multiple: int,
     device: torch.device,
     token_multiple: int = 1,
+    context: tuple[int, int] = (0, 1),
 ) -> list[MicroBatch]:
     """The micro-batches of one rank.
 
@@ -191,10 +211,12 @@ def build_micro_batches(
         columns: per-token columns [Σl] in the order of `batch`.
         multiple: the length of rows is a multiple of this,
         token_multiple: and rows × length of this.
+        context: (rank, size) of context parallelism; of packed sequences only.
     """
     sequences = batch.sequences()
     lengths = batch.response_lengths.tolist()
     responses = batch.response_tokens.split(lengths)
+    numbers = torch.arange(batch.response_tokens.numel()).split(lengths)
     ragged = {name: values.split(lengths) for name, values in columns.items()}
     prompts = batch.prompt_lengths.tolist()
     micro_batches, begin = [], 0
@@ -202,7 +224,7 @@ def build_micro_batches(
         part = range(begin, begin + len(rows))
         begin += len(rows)
         inputs = [sequences[i][:-1] for i in part]  # the last token of a sequence is only ever a target
-        needed = [one.numel() for one in inputs]
+        needed = [room(sequences[i].numel(), plan.unit) for i in part]
         height, width = _shape(needed, plan, multiple, token_multiple)
         starts = [sum(needed[:k]) if plan.packed else k * width for k in range(len(needed))]
         tokens = torch.zeros(height * width, dtype=torch.int64)
@@ -213,20 +235,48 @@ def build_micro_batches(
             places.append(torch.arange(first, first + lengths[i]))
         segments = segments_of(needed, width) if plan.packed else [width] * height
         positions = torch.cat([torch.arange(length) for length in segments])
-        micro_batches.append(
-            MicroBatch(
-                tokens=tokens.view(height, width).to(device),
-                position_ids=positions.view(height, width).to(device),
-                places=_joined(places, torch.int64).to(device),
-                targets=_joined([responses[i] for i in part], torch.int64).to(device),
-                columns={
-                    name: _joined([values[i] for i in part], torch.float32).to(device)
-                    for name, values in ragged.items()
-                },
-                packed=packed_params(segments, device) if plan.packed else None,
-            )
+        micro = MicroBatch(
+            tokens=tokens.view(height, width),
+            position_ids=positions.view(height, width),
+            places=_joined(places, torch.int64),
+            targets=_joined([responses[i] for i in part], torch.int64),
+            numbers=_joined([numbers[i] for i in part], torch.int64),
+            columns={
+                name: _joined([values[i] for i in part], torch.float32) for name, values in ragged.items()
+            },
+            packed=packed_params(segments, device, context[1]) if plan.packed else None,
         )
+        if context[1] > 1:
+            micro = _part_of(micro, context_places(segments, *context))
+        micro_batches.append(_moved(micro, device))
     return micro_batches
+
+
+def _part_of(micro: MicroBatch, held: Tensor) -> MicroBatch:
+    """What a context-parallel rank has, whose places of the row are `held`."""
+    local = torch.full((micro.tokens.numel(),), -1)
+    local[held] = torch.arange(held.numel())
+    places = local[micro.places]
+    own = places >= 0
+    return replace(
+        micro,
+        tokens=micro.tokens[:, held],
+        position_ids=micro.position_ids[:, held],
+        places=places[own],
+        targets=micro.targets[own],
+        numbers=micro.numbers[own],
+        columns={name: values[own] for name, values in micro.columns.items()},
+    )
+
+
+def _moved(micro: MicroBatch, device: torch.device) -> MicroBatch:
+    tensors = {
+        field.name: value.to(device)
+        for field in fields(micro)
+        if isinstance(value := getattr(micro, field.name), Tensor)
+    }
+    columns = {name: values.to(device) for name, values in micro.columns.items()}
+    return replace(micro, **tensors, columns=columns)
 
 
 def _shape(needed: Sequence[int], plan: Plan, multiple: int, token_multiple: int) -> tuple[int, int]:
@@ -238,7 +288,8 @@ def _shape(needed: Sequence[int], plan: Plan, multiple: int, token_multiple: int
     else:
         height, width = len(needed), max(needed, default=0)
     height, width = max(1, height), max(1, width)
-    return height, width + -width % math.lcm(multiple, token_multiple // math.gcd(token_multiple, height))
+    whole = math.lcm(multiple, plan.unit, token_multiple // math.gcd(token_multiple, height))
+    return height, width + -width % whole
 
 
 def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:

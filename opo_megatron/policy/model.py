@@ -35,12 +35,13 @@ def padded_vocab_size(policy: PolicyConfig, vocab_size: int, dp_size: int) -> in
 
     A tied embedding that two pipeline stages share has a gradient bucket of its own, which Megatron's
     distributed optimizer pads.  Its checkpoints take the wrong elements where there is such padding
-    between buckets, so the rows are chosen to leave none.
+    between buckets, so the rows are chosen to leave none.  Its state is sharded over all copies of the
+    weights, context-parallel ones too.
     """
     rows = policy.tensor_model_parallel_size
     shared = policy.model.tie_embeddings and policy.pipeline_model_parallel_size > 1
     if shared and policy.distributed_optimizer:
-        unit = math.lcm(BUCKET_MULTIPLE, dp_size)
+        unit = math.lcm(BUCKET_MULTIPLE, dp_size * policy.context_parallel_size)
         rows *= unit // math.gcd(unit, policy.model.hidden_size)
     return -(-vocab_size // rows) * rows
 
@@ -70,6 +71,7 @@ def transformer_config(policy: PolicyConfig, device: torch.device) -> Transforme
         "pipeline_model_parallel_size": policy.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": virtual,
         "sequence_parallel": policy.sequence_parallel,
+        "context_parallel_size": policy.context_parallel_size,
         "expert_model_parallel_size": policy.expert_model_parallel_size,
         "expert_tensor_parallel_size": policy.expert_tensor_parallel_size,
         "params_dtype": dtype,

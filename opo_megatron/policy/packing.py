@@ -9,6 +9,10 @@ square of a sequence's length is left out.
 
 What stands behind the last sequence, up to T, is a sequence of its own: no token of another one attends to
 it, and it has no targets.
+
+Under context parallelism every sequence is cut into twice as many equal pieces as there are ranks, C, and
+rank r has pieces r and 2C − 1 − r: of causal attention, each then has the same share.  So a sequence takes a
+multiple of 2C places; what fills it up stands behind its last token, where no token attends to it.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from collections.abc import Sequence
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
 
 
 def fill(
@@ -82,8 +87,20 @@ def segments_of(needed: Sequence[int], width: int) -> list[int]:
     return [length for length in (*needed, rest) if length > 0]
 
 
-def packed_params(segments: Sequence[int], device: torch.device) -> PackedSeqParams:
-    """Where sequences begin and end, for attention and rotary embeddings.
+def context_places(segments: Sequence[int], rank: int, size: int) -> Tensor:
+    """[T / size] places of a row of `segments` that one of `size` context-parallel ranks has, in order."""
+    places, start = [], 0
+    for length in segments:
+        piece = length // (2 * size)
+        for number in (rank, 2 * size - 1 - rank):
+            places.append(torch.arange(start + number * piece, start + (number + 1) * piece))
+        start += length
+    return torch.cat(places)
+
+
+def packed_params(segments: Sequence[int], device: torch.device, context_size: int = 1) -> PackedSeqParams:
+    """Where sequences begin and end, for attention and rotary embeddings: in the whole row, on every
+    context-parallel rank.
 
     The longest length must be the true one: where it equals the row, Megatron's rotary embedding takes
     the frequencies for those of the whole row (`_apply_rotary_pos_emb_thd`).
@@ -98,4 +115,7 @@ def packed_params(segments: Sequence[int], device: torch.device) -> PackedSeqPar
         cu_seqlens_kv=ends,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        # Transformer Engine's exchange of keys and values asks for these, here the same.
+        cu_seqlens_q_padded=ends if context_size > 1 else None,
+        cu_seqlens_kv_padded=ends if context_size > 1 else None,
     )

@@ -31,8 +31,13 @@ class Parallel:
     pp_size: int
     vpp_size: int
     """Model chunks per pipeline stage; 1 without virtual stages."""
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
+    copy_rank: int
+    """Which copy of the weights this rank's are part of; a replica's context-parallel ranks have one each."""
+    copies: int
     ep_rank: int
     ep_size: int
     edp_rank: int
@@ -41,6 +46,7 @@ class Parallel:
     etp_size: int
     tp_group: Any
     pp_group: Any
+    cp_group: Any
     ep_group: Any
     etp_group: Any
     cpu_group: Any
@@ -51,9 +57,14 @@ class Parallel:
         return self.pp_rank == self.pp_size - 1
 
     @property
-    def reports(self) -> bool:
-        """Whether this rank speaks for its data-parallel replica: one that has the logits."""
+    def sums(self) -> bool:
+        """Whether this rank's sums over its tokens count: it has the logits, and nobody else these tokens."""
         return self.is_last_stage and self.tp_rank == 0
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank speaks for its data-parallel replica."""
+        return self.sums and self.cp_rank == 0
 
 
 def choose_device(device: Device) -> torch.device:
@@ -140,8 +151,12 @@ def megatron_groups(config: Config, device: torch.device) -> Parallel:
         pp_rank=state.get_pipeline_model_parallel_rank(),
         pp_size=state.get_pipeline_model_parallel_world_size(),
         vpp_size=policy.virtual_pipeline_model_parallel_size or 1,
+        cp_rank=state.get_context_parallel_rank(),
+        cp_size=state.get_context_parallel_world_size(),
         dp_rank=state.get_data_parallel_rank(),
         dp_size=state.get_data_parallel_world_size(),
+        copy_rank=state.get_data_parallel_rank(with_context_parallel=True),
+        copies=state.get_data_parallel_world_size(with_context_parallel=True),
         ep_rank=state.get_expert_model_parallel_rank(),
         ep_size=state.get_expert_model_parallel_world_size(),
         edp_rank=state.get_expert_data_parallel_rank(),
@@ -149,6 +164,7 @@ def megatron_groups(config: Config, device: torch.device) -> Parallel:
         etp_size=state.get_expert_tensor_parallel_world_size(),
         tp_group=state.get_tensor_model_parallel_group(),
         pp_group=state.get_pipeline_model_parallel_group(),
+        cp_group=state.get_context_parallel_group(),
         ep_group=state.get_expert_model_parallel_group(),
         etp_group=state.get_expert_tensor_parallel_group(),
         cpu_group=dist.new_group(backend=None if device.type == "meta" else "gloo", timeout=timeout),
@@ -196,6 +212,20 @@ def all_to_all_objects(parallel: Parallel, values: list[Any]) -> list[Any]:
         buffer, torch.cat(blobs), received.tolist(), sent.tolist(), group=parallel.cpu_group
     )
     return [pickle.loads(part.numpy().tobytes()) for part in buffer.split(received.tolist())]
+
+
+def gather_tokens(parallel: Parallel, values: Tensor, numbers: Tensor, total: int) -> Tensor:
+    """What context-parallel ranks know of their tokens, [n, …] each → [total, …] of all, on each of them.
+
+    Args:
+        numbers: [n] which of the `total` tokens these are; each token is one rank's.
+    """
+    if parallel.cp_size == 1:
+        return values
+    gathered = values.new_zeros(total, *values.shape[1:])
+    gathered[numbers] = values
+    dist.all_reduce(gathered, group=parallel.cp_group)
+    return gathered
 
 
 def all_reduce(parallel: Parallel, values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:

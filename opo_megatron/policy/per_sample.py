@@ -18,7 +18,7 @@ from opo_megatron.algorithm.objective import PolicyGradient
 from opo_megatron.kernels.output_gram import output_gram
 from opo_megatron.policy.microbatch import MicroBatch, Plan
 from opo_megatron.policy.model import head_weight
-from opo_megatron.policy.parallel import all_reduce
+from opo_megatron.policy.parallel import all_reduce, gather_tokens
 from opo_megatron.rollout.rollouts import Rollouts
 
 if TYPE_CHECKING:
@@ -41,14 +41,16 @@ class PerSample:
 
 def output_layer(policy: Policy, batch: Rollouts, plan: Plan, temperature: float) -> PerSample:
     """Gradients with respect to the output matrix of the samples of `batch`, which every data-parallel
-    replica holds in the order of `plan`; the blocks of the inner products are shared out among replicas."""
+    replica holds in the order of `plan`; the blocks of the inner products are shared out among copies."""
     hidden_parts: list[Tensor] = []
     target_parts: list[Tensor] = []
+    number_parts: list[Tensor] = []
     matrix: list[Tensor] = []
 
     def collect(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> None:
         hidden_parts.append(policy.head.select(hidden, micro))
         target_parts.append(micro.targets)
+        number_parts.append(micro.numbers)
         matrix[:] = [head_weight(chunk)]
 
     policy.run_forward(batch, plan, collect)
@@ -57,16 +59,17 @@ def output_layer(policy: Policy, batch: Rollouts, plan: Plan, temperature: float
     if matrix:
         vocabulary, rows = policy.head.vocabulary(matrix[0])
         owners = torch.repeat_interleave(torch.arange(n), batch.response_lengths).to(parallel.device)
+        numbers, tokens = torch.cat(number_parts), owners.numel()
         found = output_gram(
-            torch.cat(hidden_parts),
+            gather_tokens(parallel, torch.cat(hidden_parts), numbers, tokens),
             rows,
-            torch.cat(target_parts),
+            gather_tokens(parallel, torch.cat(target_parts), numbers, tokens),
             owners,
             n,
             vocabulary,
             temperature,
             policy.head.chunk_tokens,
-            (parallel.dp_rank, parallel.dp_size),
+            (parallel.copy_rank, parallel.copies),
         )
         sums = torch.cat((found.gram.flatten(), found.energy, found.energy_hidden)).cpu()
     all_reduce(parallel, sums)

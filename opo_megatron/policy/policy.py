@@ -34,7 +34,7 @@ from opo_megatron.config.schema import Config, OptimizerConfig
 from opo_megatron.errors import BadNumbers, UserError
 from opo_megatron.kernels.head import default_chunk_tokens
 from opo_megatron.policy.head_gradient import Head, HeadLoss, log_probs
-from opo_megatron.policy.layer_specs import spec_name, token_multiple
+from opo_megatron.policy.layer_specs import row_multiple, spec_name, token_multiple
 from opo_megatron.policy.measure import measure_tokens
 from opo_megatron.policy.memory import PolicyMemory
 from opo_megatron.policy.microbatch import MicroBatch, Plan, build_micro_batches, plan_for
@@ -310,9 +310,10 @@ class Policy:
             plan,
             self.parallel.dp_rank,
             {name: _per_token(batch, name) for name in columns},
-            multiple=self.parallel.tp_size if self.head.sequence_parallel else 1,
+            multiple=row_multiple(self.config),
             device=self.parallel.device,
             token_multiple=token_multiple(self.config),
+            context=(self.parallel.cp_rank, self.parallel.cp_size),
         )
 
         def forward(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -323,6 +324,7 @@ class Policy:
 
         iterators = [iter(micro_batches) for _ in self.ddp_chunks]
         rows, width = micro_batches[0].tokens.shape
+        width *= self.parallel.cp_size  # the schedule divides it again
         with torch.set_grad_enabled(not forward_only):
             get_forward_backward_func()(
                 forward_step_func=forward,

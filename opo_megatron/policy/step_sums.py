@@ -56,12 +56,13 @@ class StepSums:
             response_lengths: of this data-parallel rank's samples.
         """
         tokens = torch.tensor([float(response_lengths.sum())], dtype=torch.float64)
-        parts = [tokens, self._sums.cpu()]
+        parts = [self._sums.cpu()]
         highest = torch.zeros((), dtype=torch.float64)
         if self._mismatch is not None:
             parts.append(self._mismatch.values.cpu())
             highest = all_reduce(self._parallel, self._mismatch.highest.cpu(), dist.ReduceOp.MAX)
-        totals = torch.cat(parts) * (1.0 if self._parallel.reports else 0.0)
+        own = torch.cat(parts) * float(self._parallel.sums)
+        totals = torch.cat((tokens * float(self._parallel.reports), own))
         count, entropy, loss, *differences = all_reduce(self._parallel, totals).tolist()
         if count == 0:
             return StepMetrics(loss, 0, entropy=None, mismatch=None)

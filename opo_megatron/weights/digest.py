@@ -88,13 +88,13 @@ def digest_weights(
 
 
 def _is_counted_here(parameter: Parameter, parallel: Parallel, turn: int) -> bool:
-    """Whether this rank counts its shard: one of its copies does, and data-parallel ranks take turns."""
+    """Whether this rank counts its shard: one of its copies does, and they take turns."""
     if parameter.stage != parallel.pp_rank or parameter.is_copy:
         return False
     is_cut = parameter.layout.partition_dim is not None
     if parameter.is_expert:
         return parallel.edp_rank == 0 and (is_cut or parallel.etp_rank == 0)
-    return parallel.dp_rank == turn % parallel.dp_size and (is_cut or parallel.tp_rank == 0)
+    return parallel.copy_rank == turn % parallel.copies and (is_cut or parallel.tp_rank == 0)
 
 
 def digest_shard(values: Tensor, positions: Tensor, names: Sequence[str]) -> tuple[list[int], list[float]]:

@@ -128,8 +128,8 @@ def _collect(
     """The shards of all ranks, one rank a row; None on a rank that does not receive them."""
     stage, is_expert = bucket[0].stage, bucket[0].is_expert
     is_owner = parallel.pp_rank == stage
-    # Every data-parallel replica has the same; rank 0 takes it from its own.
-    if to == "one" and (parallel.edp_rank if is_expert else parallel.dp_rank) > 0:
+    # Every copy is the same; rank 0 takes it from its own.
+    if to == "one" and (parallel.edp_rank if is_expert else parallel.copy_rank) > 0:
         return None
     flat = torch.empty(shape if not is_owner else 0, dtype=shards.dtype(bucket[0]), device=parallel.device)
     if is_owner:

@@ -56,7 +56,7 @@ class GradientShards(ModelShards):
 
 
 def measure(overrides: list[str], parallel: Parallel) -> dict[str, Any]:
-    """On every rank; gradients only where every replica holds them whole."""
+    """On every rank; gradients only where every copy of the weights has them whole."""
     config = small_config(*overrides, "optimizer.clip=0", world_size=WORLD_SIZE)
     policy = small_policy(config, parallel)
     rollouts, total = batch_of(), len(ragged_rollouts())
@@ -75,7 +75,7 @@ def measure(overrides: list[str], parallel: Parallel) -> dict[str, Any]:
         found[f"gram_{name}"] = result.gram[order][:, order].tolist()
         found[f"gram_{name}_energy"] = result.energies.energy[order].tolist()
 
-    if parallel.dp_size == 1:
+    if parallel.dp_size == 1 and (parallel.copies == 1 or not config.policy.distributed_optimizer):
         objective = PolicyGradient(100.0, TEMPERATURE)
         plan = policy.plan(rollouts.sequence_lengths, rollouts.advantages == 0)
         policy.accumulate_gradients(rollouts.select(plan.samples_of(0)), plan, objective)

@@ -20,6 +20,7 @@ WORKER = Path(__file__).parent / "agreement_worker.py"
 TP2, PP2 = "policy.tensor_model_parallel_size=2", "policy.pipeline_model_parallel_size=2"
 SP, VPP2 = "policy.sequence_parallel=true", "policy.virtual_pipeline_model_parallel_size=2"
 TIED = "policy.model.tie_embeddings=true"
+CP2 = "policy.packing=thd,policy.context_parallel_size=2"
 EXACT = "rollout.local.exact=true"
 TOLERANCE = 2e-5
 
@@ -51,7 +52,7 @@ def test_two_ranks_draw_the_same_256_responses_as_one_and_agree_with_the_policy(
 @pytest.mark.parametrize(
     "ranks, layouts",
     [
-        (2, (f"{TP2},{SP}", PP2, f"{PP2},{VPP2}")),
+        (2, (f"{TP2},{SP}", PP2, f"{PP2},{VPP2}", CP2)),
         (4, (f"{TP2},{PP2}", f"{TP2},{PP2},{SP}", TP2, PP2, f"{PP2},{VPP2}")),
     ],
 )

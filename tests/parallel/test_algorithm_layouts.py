@@ -22,6 +22,8 @@ TP2, PP2 = "policy.tensor_model_parallel_size=2", "policy.pipeline_model_paralle
 TP4 = "policy.tensor_model_parallel_size=4,policy.model.num_query_groups=4"
 SP, VPP2 = "policy.sequence_parallel=true", "policy.virtual_pipeline_model_parallel_size=2"
 PACKED = "policy.packing=thd"
+CP2 = f"{PACKED},policy.context_parallel_size=2"
+PLAIN = "policy.distributed_optimizer=false"
 TIED = "policy.model.tie_embeddings=true"
 SUMS = ("energy", "energy_hidden", "gram_output", "gram_output_energy", "gram_all", "gram_all_energy")
 
@@ -120,12 +122,24 @@ def test_two_ranks(tmp_path: Path) -> None:
         (2, "", (f"{TP2},{SP}", f"{PP2},{VPP2}")),
         (2, "", (PACKED, f"{PACKED},{TP2},{SP}", f"{PACKED},{PP2}")),
         (2, TIED, (f"{PACKED},{TP2},{SP}", f"{PACKED},{PP2},{VPP2}")),
+        (2, "", (CP2, f"{CP2},{PLAIN},policy.recompute=selective", f"{CP2},{PLAIN},policy.recompute=full")),
+        (4, "", (f"{CP2},{PLAIN},{TP2},{SP}", f"{CP2},{PLAIN},{PP2},{VPP2}", f"{CP2},{PP2}", CP2)),
         (4, "", (f"{PACKED},{TP2},{PP2},{VPP2},{SP}", f"{PACKED},{TP2}")),
         (2, TIED, (TP2, f"{TP2},{SP}", PP2, f"{PP2},{VPP2}", "")),
         (4, "", (f"{TP2},{PP2}", TP2, f"{PP2},{VPP2}")),
         (4, "policy.model.num_query_groups=4", (TP4.split(",")[0],)),
     ],
-    ids=["two", "packed-two", "packed-tied", "packed-four", "tied", "four", "tp4"],
+    ids=[
+        "two",
+        "packed-two",
+        "packed-tied",
+        "context-two",
+        "context-four",
+        "packed-four",
+        "tied",
+        "four",
+        "tp4",
+    ],
 )
 def test_every_cut(tmp_path: Path, ranks: int, model: str, cuts: tuple[str, ...]) -> None:
     check(tmp_path, ranks, model, *cuts)

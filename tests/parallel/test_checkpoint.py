@@ -16,12 +16,15 @@ VPP2, TIED = "policy.virtual_pipeline_model_parallel_size=2", "policy.model.tie_
 EP2 = "policy.expert_model_parallel_size=2"
 MOE = "policy.model.num_moe_experts=4,policy.model.moe_ffn_hidden_size=24"
 BF16 = "policy.dtype=bf16"
+CP2 = "policy.packing=thd,policy.context_parallel_size=2"
 
 CASES = {
     "tp2": (TP2, "", [(2, TP2), (2, PP2), (2, f"{PP2},{VPP2}"), (1, ""), (2, "")]),
     "tp2, tied": (TP2, TIED, [(2, TP2), (2, PP2), (1, "")]),
     "pp2, tied": (PP2, TIED, [(2, PP2), (2, TP2), (1, "")]),
     "pp2vpp2, tied": (f"{PP2},{VPP2}", TIED, [(2, f"{PP2},{VPP2}"), (2, "")]),
+    "cp2": (CP2, "", [(2, CP2), (2, TP2), (1, ""), (2, "")]),
+    "cp2, tied": (CP2, TIED, [(2, PP2), (1, "")]),
     "dp2, bf16": ("", BF16, [(2, ""), (2, PP2)]),
     "moe, ep2": (EP2, MOE, [(2, EP2)]),
     "moe, dp2": ("", MOE, [(2, ""), (1, ""), (2, PP2)]),
