@@ -57,14 +57,14 @@ class Parallel:
         return self.pp_rank == self.pp_size - 1
 
     @property
-    def sums(self) -> bool:
+    def counts_tokens(self) -> bool:
         """Whether this rank's sums over its tokens count: it has the logits, and nobody else these tokens."""
         return self.is_last_stage and self.tp_rank == 0
 
     @property
     def reports(self) -> bool:
         """Whether this rank speaks for its data-parallel replica."""
-        return self.sums and self.cp_rank == 0
+        return self.counts_tokens and self.cp_rank == 0
 
 
 def choose_device(device: Device) -> torch.device:

@@ -61,7 +61,7 @@ class StepSums:
         if self._mismatch is not None:
             parts.append(self._mismatch.values.cpu())
             highest = all_reduce(self._parallel, self._mismatch.highest.cpu(), dist.ReduceOp.MAX)
-        own = torch.cat(parts) * float(self._parallel.sums)
+        own = torch.cat(parts) * float(self._parallel.counts_tokens)
         totals = torch.cat((tokens * float(self._parallel.reports), own))
         count, entropy, loss, *differences = all_reduce(self._parallel, totals).tolist()
         if count == 0:
