@@ -60,7 +60,8 @@ def layout_of(config: Config, parallel: Parallel) -> str:
     policy = config.policy
     return (
         f"{parallel.world_size} ranks, tensor {policy.tensor_model_parallel_size}, pipeline "
-        f"{policy.pipeline_model_parallel_size}×{policy.virtual_pipeline_model_parallel_size or 1}, expert "
+        f"{policy.pipeline_model_parallel_size}×{policy.virtual_pipeline_model_parallel_size or 1}, "
+        f"{f'context {policy.context_parallel_size}, ' if policy.context_parallel_size > 1 else ''}expert "
         f"{policy.expert_model_parallel_size}×{policy.expert_tensor_parallel_size}, sequence parallel "
         f"{policy.sequence_parallel}, {policy.max_tokens_per_micro_batch} tokens"
         f"{' packed' if policy.packing is Packing.thd else ''}, head "

@@ -28,7 +28,13 @@ from opo_megatron.config.compare import check_resume
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.fp8 import Scales, dequantize_blocks, quantize_blocks
 from opo_megatron.policy import layer_specs, optimizer
-from opo_megatron.policy.layer_specs import fp8_lacks, layer_spec, spec_name, token_multiple
+from opo_megatron.policy.layer_specs import (
+    check_context_device,
+    fp8_lacks,
+    layer_spec,
+    spec_name,
+    token_multiple,
+)
 from opo_megatron.policy.microbatch import build_micro_batches, plan_micro_batches
 from opo_megatron.policy.model import transformer_config
 from opo_megatron.policy.optimizer import megatron_optimizer
@@ -49,8 +55,8 @@ BIG = (
 BLOCKWISE = (*BIG, "policy.fp8=blockwise")
 
 
-def config_of(*overrides: str) -> Any:
-    return small_config(*overrides).policy
+def config_of(*overrides: str, world_size: int = 1) -> Any:
+    return small_config(*overrides, world_size=world_size).policy
 
 
 # ---------------------------------------------------------------------- Megatron's fields
@@ -266,17 +272,20 @@ def test_fp8_micro_batches_hold_whole_blocks_on_every_rank(fp8: str, one: int) -
 
 
 def test_megatron_is_told_of_context_parallelism() -> None:
-    policy = config_of("policy.packing=thd", "policy.context_parallel_size=2")
+    policy = config_of("policy.packing=thd", "policy.context_parallel_size=2", world_size=2)
     config = transformer_config(policy, CPU)
     assert config.context_parallel_size == 2 and config.cp_comm_type is None  # Megatron's default, a ring
-    source = (
-        inspect.getsource(gpt_layer_specs)
-        + Path(inspect.getfile(fp8_utils))
-        .with_name("extensions")
-        .joinpath("transformer_engine.py")
-        .read_text()
-    )
-    assert 'extra_kwargs["cp_comm_type"] = "p2p"' in source
+
+
+def test_context_parallelism_on_gpus_is_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_specs, "spec_name", lambda device: "transformer_engine")
+    cut = ("policy.packing=thd", "policy.context_parallel_size=2")
+    check_context_device(config_of(*cut, "policy.dtype=bf16", world_size=2), CPU)
+    check_context_device(config_of(), CPU)
+    with pytest.raises(UserError, match=r"=2 with policy\.dtype=fp32, but .* set policy\.dtype=bf16, or"):
+        check_context_device(config_of(*cut, world_size=2), CPU)
+    monkeypatch.setattr(layer_specs, "spec_name", lambda device: "local")
+    check_context_device(config_of(*cut, world_size=2), CPU)
 
 
 def test_recomputed_activations_give_the_same_gradient() -> None:

@@ -33,7 +33,7 @@ from opo_megatron.plan.plan import (
 )
 from opo_megatron.plan.ranks import RankBytes, offloaded
 from opo_megatron.plan.times import active_parameters, host_step_seconds
-from opo_megatron.policy.microbatch import plan_for
+from opo_megatron.policy.microbatch import place_unit, plan_for, room
 from opo_megatron.weights.table import hf_shapes
 
 ROOT = Path(__file__).parent.parent
@@ -169,20 +169,22 @@ def test_padding_is_that_of_the_micro_batches_that_a_run_would_have(packing: str
     assert padding < 0.01 if packing == "thd" else padding > 0.3
 
 
+@pytest.mark.parametrize("context", [1, 2])
 @pytest.mark.parametrize("budget", [20, 100, 2500])
-def test_the_longest_packed_samples_fill_their_micro_batches(budget: int) -> None:
+def test_the_longest_packed_samples_fill_their_micro_batches(budget: int, context: int) -> None:
     overrides = ["policy.packing=thd", f"policy.max_tokens_per_micro_batch={budget}"]
-    job = load_job(str(RECIPE), overrides, 2, GPUS["h100"], None)
+    overrides += [f"policy.context_parallel_size={context}"]
+    job = load_job(str(RECIPE), overrides, 2 * context, GPUS["h100"], None)
     samples = longest_samples(job)
     plan = plan_for(job.config.policy, [sum(one) for one in samples], 2)
     places = plan.places([sum(one) for one in samples])
     assert min(response for _, response in samples) > 0 < min(prompt for prompt, _ in samples)
     longest = job.lengths.longest_prompt + job.lengths.longest_response
-    assert places == [plan.count * max(budget, longest - 1)] * 2
+    assert places == [plan.count * max(budget, room(longest, place_unit(job.config.policy)))] * 2
 
 
 def test_an_offloaded_share_of_the_optimizer_is_in_host_memory_and_takes_time_there() -> None:
-    rank = RankBytes(0, 0, 0, 0, parameters=20, gradients=40, optimizer=120, own_parameters=10)
+    rank = RankBytes(0, 0, 0, 0, 0, parameters=20, gradients=40, optimizer=120, own_parameters=10)
     assert offloaded(rank, 0.0) == rank
     half = offloaded(rank, 0.5)
     assert (half.static, half.optimizer, half.host_optimizer) == (120, 60, 60)

@@ -7,12 +7,15 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from small import small_config
 from tiny_run import train
 
+from opo_megatron.audit import layout_of
 from opo_megatron.cli import main
 from opo_megatron.errors import EXIT_DIFFERS
 from opo_megatron.policy.policy import Policy
@@ -75,16 +78,41 @@ def test_another_layout_is_compared_by_norms(honest: Path, capsys: pytest.Captur
     assert f"step {STEP}: all norms are within 1e-05 of what the run wrote (rollouts taken from" in said
 
 
+def test_layouts_that_round_otherwise_have_other_names() -> None:
+    parallel: Any = SimpleNamespace(world_size=4, device=torch.device("cpu"))
+    packed = "policy.packing=thd"
+    names = {
+        layout_of(small_config(*overrides, world_size=4), parallel)
+        for overrides in (
+            (),
+            (packed,),
+            (packed, "policy.context_parallel_size=2"),
+            (packed, "policy.context_parallel_size=4"),
+            ("policy.tensor_model_parallel_size=2",),
+            ("policy.pipeline_model_parallel_size=2",),
+        )
+    }
+    assert len(names) == 6
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_ranks_replay_what_one_did(honest: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("policy.tensor_model_parallel_size=2",),
+        ("policy.packing=thd", "policy.context_parallel_size=2"),
+    ],
+    ids=["tensor", "context"],
+)
+def test_two_ranks_replay_what_one_did(honest: Path, tmp_path: Path, layout: tuple[str, ...]) -> None:
     from subprocess import run as run_process
     from sys import executable
 
     struck = Path(__file__).parent / "struck_run.py"
     launch = "from opo_megatron.launch import run_ranks; import sys; sys.exit(run_ranks(sys.argv[1:], 2))"
     command = [executable, str(struck), "[null]", "replay", str(honest), "--step", str(STEP)]
-    command += ["policy.tensor_model_parallel_size=2"]
+    command += layout
     done = run_process([executable, "-c", launch, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "all norms are within 1e-05" in done.stdout

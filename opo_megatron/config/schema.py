@@ -319,13 +319,13 @@ class PolicyConfig:
     """Model chunks per pipeline stage (interleaved schedule)."""
     sequence_parallel: bool = False
     context_parallel_size: int = 1
-    """Ranks that share every sequence, for long ones, and hold 1/size of the activations each; with
-    `packing=thd`."""
+    """Ranks that share every sequence, for long ones, and keep 1/size of the activations each; with
+    `packing=thd`, and on GPUs in bf16."""
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
     """Ranks over which one expert is cut; default tensor_model_parallel_size."""
     distributed_optimizer: bool = True
-    """Shard the optimizer's state over data-parallel ranks."""
+    """Shard the optimizer's state over data- and context-parallel ranks."""
     max_tokens_per_micro_batch: int = 4096
     """Rows × padded length of one micro-batch, or the length of its packed row, over all context-parallel
     ranks (one longer sequence still makes a micro-batch)."""

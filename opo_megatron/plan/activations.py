@@ -10,7 +10,8 @@ keeps queries, keys, values, its result and one log-sum-exp per row, and no matr
 CPU keeps copies in fp32; rotary embeddings of packed sequences keep nothing, where Megatron's own keep
 sines and cosines of every place; the head's logits are in the weight's type (`kernels/head.py`).
 
-Left out: what kernels allocate inside and free before they return, and the allocator's rounding.
+Left out: what kernels allocate inside and free before they return, such as the keys and values that come
+round under context parallelism, and the allocator's rounding.
 """
 
 from __future__ import annotations

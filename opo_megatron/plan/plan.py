@@ -131,8 +131,9 @@ def load_job(
         policy = config.policy
         raise UserError(
             f"--gpus {gpus} cannot be split into copies of the model of {fewest} GPUs "
-            f"({policy.tensor_model_parallel_size} tensor × {policy.pipeline_model_parallel_size} pipeline "
-            f"parallel); the nearest number that can is --gpus {nearest}"
+            f"({policy.tensor_model_parallel_size} tensor × {policy.pipeline_model_parallel_size} pipeline × "
+            f"{policy.context_parallel_size} context parallel); the nearest number that can is "
+            f"--gpus {nearest}"
         )
     count = gpus or config.run.ranks or fewest
     return Job(config, _vocab_size(config), count, gpu, _lengths(config, mean_response))
@@ -235,8 +236,11 @@ def make_plan(job: Job, say: Say) -> RunPlan:
     stages = []
     for stage in range(pipeline):
         say(f"activations of pipeline stage {stage} of {pipeline}", 0.6 + 0.4 * stage / pipeline)
-        first = next(r.rank for r in ranks if (r.pp_rank, r.tp_rank, r.dp_rank) == (stage, 0, 0))
-        stages.append(count_stage(job, config, first)[1])
+        # Responses stand last: most of their tokens are the first context-parallel rank's or the last one's.
+        ends = {0, config.policy.context_parallel_size - 1}
+        first = [r for r in ranks if (r.pp_rank, r.tp_rank, r.dp_rank) == (stage, 0, 0) and r.cp_rank in ends]
+        counted = [count_stage(job, config, r.rank)[1] for r in first]
+        stages.append(max(counted, key=lambda one: one.peak))
     return assemble(job, ranks, stages, combine(streams, tensors))
 
 

@@ -31,6 +31,7 @@ class RankBytes:
     rank: int
     tp_rank: int
     pp_rank: int
+    cp_rank: int
     dp_rank: int
     parameters: int
     gradients: int
@@ -97,6 +98,7 @@ def rank_bytes(policy: Policy) -> RankBytes:
         rank=parallel.rank,
         tp_rank=parallel.tp_rank,
         pp_rank=parallel.pp_rank,
+        cp_rank=parallel.cp_rank,
         dp_rank=parallel.dp_rank,
         parameters=sum(known.values()),
         gradients=sum(_storages(buffer.grad_data for buffer in buffers).values()),

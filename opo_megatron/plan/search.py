@@ -66,10 +66,12 @@ Counted = list[tuple[RankBytes, Stage]]
 
 
 def count_ends(job: Job, with_activations: bool = True) -> Counted:
-    """The first rank of the first and of the last pipeline stage."""
+    """The first rank of the first and of the last pipeline stage, and its last context-parallel one."""
     config = counted_config(job)
-    last = job.gpus - job.gpus // config.policy.pipeline_model_parallel_size
-    return [count_stage(job, config, rank, with_activations) for rank in sorted({0, last})]
+    policy = config.policy
+    last = job.gpus - job.gpus // policy.pipeline_model_parallel_size
+    other = last + policy.tensor_model_parallel_size * (policy.context_parallel_size - 1)
+    return [count_stage(job, config, rank, with_activations) for rank in sorted({0, last, other})]
 
 
 def _problem(job: Job, counted: Counted) -> str | None:

@@ -26,7 +26,7 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 
-from opo_megatron.config.choices import Fp8, Packing, Recompute
+from opo_megatron.config.choices import Dtype, Fp8, Packing, Recompute
 from opo_megatron.config.gpu_rules import FP8_BLOCK, FP8_MULTIPLE
 from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.errors import UserError
@@ -157,6 +157,21 @@ def check_fp8_device(policy: PolicyConfig, device: torch.device) -> None:
         reason = fp8_lacks(policy.fp8, torch.cuda.get_device_capability(device), engine, torch.version.cuda)
     if reason is not None:
         raise UserError(f"policy.fp8={policy.fp8.value} needs {reason}")
+
+
+def check_context_device(policy: PolicyConfig, device: torch.device) -> None:
+    """Refuse context parallelism for which Transformer Engine has no attention.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    is_cut = policy.context_parallel_size > 1 and spec_name(device) == "transformer_engine"
+    if is_cut and policy.dtype is not Dtype.bf16:
+        raise UserError(
+            f"policy.context_parallel_size={policy.context_parallel_size} with policy.dtype="
+            f"{policy.dtype.value}, but Transformer Engine's attention over several GPUs has no fp32; set "
+            "policy.dtype=bf16, or policy.context_parallel_size=1"
+        )
 
 
 def fp8_lacks(fp8: Fp8, capability: tuple[int, int], engine: str | None, cuda: str | None) -> str | None:

@@ -11,8 +11,9 @@ What stands behind the last sequence, up to T, is a sequence of its own: no toke
 it, and it has no targets.
 
 Under context parallelism every sequence is cut into twice as many equal pieces as there are ranks, C, and
-rank r has pieces r and 2C − 1 − r: of causal attention, each then has the same share.  So a sequence takes a
-multiple of 2C places; what fills it up stands behind its last token, where no token attends to it.
+rank r has pieces r and 2C − 1 − r: of causal attention, each then has the same share.  The head's share is
+what response tokens fall to a rank.  A sequence takes a multiple of 2C places; what fills it up stands behind
+its last token, where no token attends to it.
 """
 
 from __future__ import annotations

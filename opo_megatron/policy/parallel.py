@@ -92,10 +92,11 @@ def initialize(config: Config) -> Parallel:
     else:
         torch.cuda.set_device(device)
     from opo_megatron.policy.adam import use_group_step_adam
-    from opo_megatron.policy.layer_specs import check_fp8_device
+    from opo_megatron.policy.layer_specs import check_context_device, check_fp8_device
     from opo_megatron.policy.optimizer import check_offload_device
 
     check_fp8_device(config.policy, device)
+    check_context_device(config.policy, device)
     check_offload_device(config.policy, device)
     use_group_step_adam()
     # Megatron reports every object that it builds at INFO; a run's own lines say what matters.

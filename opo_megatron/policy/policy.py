@@ -3,7 +3,7 @@
 What a step does: micro-batches run through Megatron's schedule; the head turns hidden states into
 the loss and both gradients; the sums over tokens are reduced; the caller's check may refuse the
 step; then there is exactly one optimizer step.  The normaliser is inside the coefficients, so
-gradients are summed over data-parallel ranks and never rescaled.
+gradients are summed over data- and context-parallel ranks and never rescaled.
 """
 
 from __future__ import annotations
@@ -294,7 +294,7 @@ class Policy:
         self, batch: Rollouts, plan: Plan, visit: Callable[[GPTModel, MicroBatch, Tensor], None]
     ) -> None:
         """A forward pass without gradients; on the last pipeline stage `visit` is called with the model's
-        last chunk, each micro-batch of this data-parallel rank and its hidden states [b, s, H]."""
+        last chunk, each micro-batch of this rank and its hidden states [b, s, H]."""
 
         def look(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             visit(chunk, micro, hidden)

@@ -15,6 +15,7 @@ from opo_megatron.policy.parallel import initialize, leave
 WORKER = Path(__file__).parent / "kl_worker.py"
 TP2, PP2 = "policy.tensor_model_parallel_size=2", "policy.pipeline_model_parallel_size=2"
 SP, VPP2 = "policy.sequence_parallel=true", "policy.virtual_pipeline_model_parallel_size=2"
+CP2 = "policy.packing=thd,policy.context_parallel_size=2"
 TIED, BF16 = "policy.model.tie_embeddings=true", "policy.dtype=bf16"
 EXPERTS = "policy.model.num_moe_experts=4,policy.model.moe_ffn_hidden_size=24"
 
@@ -34,7 +35,7 @@ def check(tmp_path: Path, model: str, layouts: tuple[str, ...], tolerance: float
 
 @pytest.mark.slow
 def test_two_ranks_measure_what_one_does_and_get_their_weights_back(tmp_path: Path) -> None:
-    check(tmp_path, "", (TP2, PP2, ""), 1e-4)
+    check(tmp_path, "", (TP2, PP2, CP2, ""), 1e-4)
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ from tiny_run import lasting, rows
 from opo_megatron.errors import EXIT_HUNG, EXIT_PREEMPTED
 
 TP2 = "policy.tensor_model_parallel_size=2"
+CP2 = ("policy.packing=thd", "policy.context_parallel_size=2")
+CLIPPED = ("algorithm.objective=clipped", "algorithm.updates_per_batch=2", "algorithm.kl_coefficient=0.1")
 LAUNCH = "from opo_megatron.launch import run_ranks; import sys; n, *command = sys.argv[1:]; "
 LAUNCH += "sys.exit(run_ranks(command, int(n)))"
 
@@ -60,11 +62,16 @@ def test_four_ranks_of_which_one_is_struck_in_every_phase_go_on_as_if_nothing_ha
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_goes_on_under_another_layout_within_rounding(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layout", "recipe"), [((TP2,), ()), (CP2, ()), (CP2, CLIPPED)], ids=["tensor", "context", "clipped"]
+)
+def test_a_run_goes_on_under_another_layout_within_rounding(
+    tmp_path: Path, layout: tuple[str, ...], recipe: tuple[str, ...]
+) -> None:
     calm, struck = tmp_path / "calm", tmp_path / "struck"
-    assert attempt(calm, 1, None) == 0
-    assert attempt(struck, 2, ["training", int(SIGTERM), 1], TP2) == EXIT_PREEMPTED
-    assert attempt(struck, 1, None) == 0
+    assert attempt(calm, 1, None, *recipe) == 0
+    assert attempt(struck, 2, ["training", int(SIGTERM), 1], *layout, *recipe) == EXIT_PREEMPTED
+    assert attempt(struck, 1, None, *recipe) == 0
     assert [row["run/attempt"] for row in rows(struck)] == [1, 1, 2, 2, 2, 2, 2]
     for name in ("metrics.jsonl", "warm_start.jsonl"):
         for row, expected in zip(lasting(struck, name), lasting(calm, name), strict=True):
