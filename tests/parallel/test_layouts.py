@@ -12,11 +12,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
 import check_layouts
 
 
-def test_tp2pp2_and_cp2dp2_with_the_distributed_optimizer_take_the_same_steps_as_one_process(
+def test_tp2pp2_dp2_and_cp2dp2_with_the_distributed_optimizer_take_the_same_steps_as_one_process(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert check_layouts.compare(["tp2pp2", "cp2dp2"]) == 0
-    assert capfd.readouterr().out.count(" ok ") == 4  # two layouts, untied and tied
+    assert check_layouts.compare(["tp2pp2", "dp2", "cp2dp2"]) == 0
+    assert capfd.readouterr().out.count(" ok ") == 6  # three layouts, untied and tied
 
 
 @pytest.mark.slow
