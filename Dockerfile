@@ -4,7 +4,7 @@
 #   OPO_CONTAINER=pyxis:$PWD/opo+latest.sqsh OPO_PYTHON=/opt/opo/bin/python \
 #       sbatch slurm/opo_70b.sh RECIPE rollout.sglang.python=/opt/sglang/bin/python
 #
-# Versions and their reasons stand in opo_megatron/versions.toml, which is read below.
+# Versions and their reasons stand in opo_megatron/environment/versions.toml, which is read below.
 #
 # NOT CHECKED, for there was no GPU, no CUDA compiler and no Docker where this was written:
 #   - that the image builds, and that the base image's tag is still served;
@@ -35,8 +35,8 @@ ENV TORCH_CUDA_ARCH_LIST=9.0 \
 ARG BUILD_JOBS=8
 
 WORKDIR /build
-COPY opo_megatron/versions.py opo_megatron/versions.toml requirements/build.txt ./
-RUN python3.12 -m venv /opt/opo && python3.12 versions.py > constraints.txt
+COPY opo_megatron/environment/versions.py opo_megatron/environment/versions.toml requirements/build.txt ./
+RUN python3.12 -m venv /opt/opo && python3.12 environment/versions.py > constraints.txt
 ENV PATH=/opt/opo/bin:$PATH
 
 # torch comes first, and compilers' tools: both extensions are built against what is installed.
@@ -49,7 +49,7 @@ RUN MAX_JOBS=${BUILD_JOBS} pip install --no-build-isolation --constraint constra
 
 # Not from the registry: its `apex` is another package.
 RUN git init --quiet apex \
-    && git -C apex fetch --quiet --depth 1 https://github.com/NVIDIA/apex "$(python3.12 versions.py apex)" \
+    && git -C apex fetch --quiet --depth 1 https://github.com/NVIDIA/apex "$(python3.12 environment/versions.py apex)" \
     && git -C apex checkout --quiet FETCH_HEAD \
     && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 APEX_PARALLEL_BUILD=${BUILD_JOBS} \
         pip install --no-build-isolation ./apex \

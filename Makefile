@@ -3,7 +3,7 @@
 PYTHON ?= $(shell for python in python3.11 python3; do $$python -c '' 2>/dev/null && echo $$python && break; done)
 VENV ?= .venv
 # TORCH_INDEX=URL takes torch from another index, for example the one with PyTorch's small CPU builds.
-VERSIONS := opo_megatron/versions.toml
+VERSIONS := opo_megatron/environment/versions.toml
 TORCH := torch==$(shell sed -n '/^\[packages.torch\]/,/^version/s/^version = "\(.*\)"/\1/p' $(VERSIONS))
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 

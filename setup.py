@@ -1,4 +1,4 @@
-"""The package and what it needs.  Versions are exact, and come from `opo_megatron/versions.toml`.
+"""The package and what it needs.  Versions are exact, and come from `opo_megatron/environment/versions.toml`.
 
 `install_requires` holds only what training needs.  SGLang is no extra: rollout servers run in an
 environment of their own, which `rollout.sglang.python` names.
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-FILE = Path(__file__).parent / "opo_megatron" / "versions.toml"
+FILE = Path(__file__).parent / "opo_megatron" / "environment" / "versions.toml"
 VERSIONS = tomllib.loads(FILE.read_text(encoding="utf-8"))
 PACKAGES = VERSIONS["packages"]
 
@@ -30,7 +30,7 @@ setup(
     python_requires=f">={PYTHON['at_least']},<{PYTHON['below']}",
     packages=find_packages(include=["opo_megatron", "opo_megatron.*"]),
     package_data={
-        "opo_megatron": ["versions.toml"],
+        "opo_megatron.environment": ["versions.toml"],
         "opo_megatron.report": ["page.html", "page.css", "page.js"],
     },
     install_requires=[pin(name) for name, part in PACKAGES.items() if part["needed"] == "always"],

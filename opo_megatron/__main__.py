@@ -10,10 +10,10 @@ from typing import NoReturn
 def entry() -> NoReturn:
     """The console script."""
     if sys.argv[1:2] == ["doctor"]:
-        from opo_megatron.doctor import main as doctor
+        from opo_megatron.environment.doctor import main as doctor
 
         sys.exit(doctor(sys.argv[2:]))
-    from opo_megatron.cli import main
+    from opo_megatron.cli.main import main
 
     sys.exit(main())
 

@@ -9,17 +9,7 @@ from pathlib import Path
 
 import torch
 
-from opo_megatron.config import Config
-from opo_megatron.config.choices import Dtype, EngineName, Kl
-from opo_megatron.config.compare import changed_settings, check_resume
-from opo_megatron.config.schema import OptimizerConfig
-from opo_megatron.disk import writing
-from opo_megatron.errors import Preempted, UserError
-from opo_megatron.kernels.fp8 import Scales
-from opo_megatron.observe.boards import load_wandb
-from opo_megatron.observe.console import Display
-from opo_megatron.observe.run_files import RunFiles
-from opo_megatron.policy.checkpoint import (
+from opo_megatron.checkpoint.checkpoint import (
     CONFIG_FILE,
     RunProgress,
     find_checkpoint,
@@ -29,24 +19,34 @@ from opo_megatron.policy.checkpoint import (
     read_version,
     run_of,
 )
-from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize, leave
+from opo_megatron.checkpoint.retention import Retention
+from opo_megatron.checkpoint.weights import CheckpointShards, holds_weights
+from opo_megatron.config import Config
+from opo_megatron.config.choices import Dtype, EngineName, Kl
+from opo_megatron.config.compare import changed_settings, check_resume
+from opo_megatron.config.schema import OptimizerConfig
+from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, initialize, leave
+from opo_megatron.errors import Preempted, UserError
+from opo_megatron.kernels.fp8 import Scales
+from opo_megatron.observe.console import Display
+from opo_megatron.observe.loggers import load_wandb
+from opo_megatron.observe.run_files import RunFiles
 from opo_megatron.policy.policy import Policy
-from opo_megatron.policy.retention import Retention
-from opo_megatron.policy.weights_checkpoint import CheckpointShards, holds_weights
+from opo_megatron.resilience.stop import StopRequest
+from opo_megatron.resilience.watchdog import Watchdog
 from opo_megatron.rollout.engine import RolloutEngine
 from opo_megatron.rollout.exact_check import check_device, check_exact
 from opo_megatron.rollout.local.engine import LocalEngine
+from opo_megatron.rollout.memory_sharing import Turns
 from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.server import write_model_config
-from opo_megatron.rollout.turns import Turns
 from opo_megatron.run import Run
-from opo_megatron.stop import StopRequest
 from opo_megatron.tasks import TASKS, Task
-from opo_megatron.watchdog import Watchdog
+from opo_megatron.utils.disk import writing
 from opo_megatron.weights.fp8_folder import BlockFp8
 from opo_megatron.weights.hf_folder import read_weights
-from opo_megatron.weights.random import random_weights
-from opo_megatron.weights.start_weights import StartWeights
+from opo_megatron.weights.random_init import random_weights
+from opo_megatron.weights.reference_weights import StartWeights
 from opo_megatron.weights.stream import WeightSource
 
 

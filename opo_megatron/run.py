@@ -14,31 +14,31 @@ import torch
 from opo_megatron.algorithm.energy import needs_energies
 from opo_megatron.algorithm.fitted_weights import STATE, FittedWeights
 from opo_megatron.algorithm.on_policy import check_mismatch
-from opo_megatron.audit import audit_row
+from opo_megatron.audit.record import audit_row
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.batch.stats import Summary, exchange, gather_on_first
+from opo_megatron.checkpoint.checkpoint import RunProgress, Saving
+from opo_megatron.checkpoint.retention import Retention
 from opo_megatron.config import Config
+from opo_megatron.distributed.process_groups import Parallel, all_reduce
 from opo_megatron.errors import OnPolicyError, Preempted, SaveError
-from opo_megatron.observe.closing import closing_table
 from opo_megatron.observe.console import Display
-from opo_megatron.observe.rows import Row
+from opo_megatron.observe.metrics_file import Row
 from opo_megatron.observe.run_files import RunFiles
 from opo_megatron.observe.step_metrics import memory_metrics, throughput_metrics
+from opo_megatron.observe.summary_table import closing_table
 from opo_megatron.observe.timing import PhaseTimer
-from opo_megatron.policy.checkpoint import RunProgress, Saving
 from opo_megatron.policy.measure import measure_energies
-from opo_megatron.policy.parallel import Parallel, all_reduce
+from opo_megatron.policy.metric_sums import StepMetrics
 from opo_megatron.policy.policy import OwnShards, Policy
-from opo_megatron.policy.retention import Retention
-from opo_megatron.policy.step_sums import StepMetrics
-from opo_megatron.rollout.batch import Summary, exchange, gather_on_first
+from opo_megatron.resilience.stop import StopRequest
+from opo_megatron.resilience.watchdog import Watchdog
 from opo_megatron.rollout.engine import Progress, Request, RolloutEngine, Sampling
+from opo_megatron.rollout.memory_sharing import Turns
 from opo_megatron.rollout.recovery import draw, synchronize
-from opo_megatron.rollout.rollouts import Rollouts
-from opo_megatron.rollout.turns import Turns
-from opo_megatron.stop import StopRequest
 from opo_megatron.tasks import Prompt, Task
 from opo_megatron.tasks.base import PromptOrder, Split
-from opo_megatron.watchdog import Watchdog
-from opo_megatron.weights.start_weights import StartWeights
+from opo_megatron.weights.reference_weights import StartWeights
 
 STREAM_TRAIN, STREAM_WARM_START, STREAM_EVAL = range(3)
 """Independent streams of random numbers."""

@@ -20,19 +20,11 @@ from functools import partial
 from torch import Tensor
 
 from opo_megatron.algorithm.advantages import advantages
+from opo_megatron.algorithm.config import ObjectiveName
 from opo_megatron.algorithm.objective import opo_objective
 from opo_megatron.algorithm.on_policy import check_versions
-from opo_megatron.bad_numbers import surviving_bad_numbers
-from opo_megatron.build import open_run
-from opo_megatron.clipped import clipped_updates
-from opo_megatron.config import Config
-from opo_megatron.config.choices import ObjectiveName
-from opo_megatron.evaluate import evaluate, evaluation_is_due
-from opo_megatron.observe.rows import Row
-from opo_megatron.observe.step_metrics import step_row
-from opo_megatron.policy.schedule import learning_rate
-from opo_megatron.policy.step_sums import StepMetrics
-from opo_megatron.rollout.batch import (
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.batch.stats import (
     Summary,
     exchange,
     gather_summary,
@@ -40,10 +32,18 @@ from opo_megatron.rollout.batch import (
     requests_for,
     rewards_of,
 )
-from opo_megatron.rollout.rollouts import Rollouts
+from opo_megatron.build import open_run
+from opo_megatron.config import Config
+from opo_megatron.evaluation.evaluate import evaluate, evaluation_is_due
+from opo_megatron.observe.metrics_file import Row
+from opo_megatron.observe.step_metrics import step_row
+from opo_megatron.policy.lr_schedule import learning_rate
+from opo_megatron.policy.metric_sums import StepMetrics
 from opo_megatron.run import Run, accept_on_policy
-from opo_megatron.variance_report import report_is_due, variance_report
-from opo_megatron.warm_start import warm_start
+from opo_megatron.updates.nonfinite import surviving_bad_numbers
+from opo_megatron.updates.ppo import clipped_updates
+from opo_megatron.updates.sft import warm_start
+from opo_megatron.updates.variance_report import report_is_due, variance_report
 
 
 def train(config: Config, allowed: Sequence[str] = ()) -> None:

@@ -29,7 +29,7 @@ def run_ranks_of(script: Path, nproc: int, *arguments: str, timeout: float = 240
 
     The launcher runs in a child process: killing it takes the ranks along.
     """
-    launch = "from opo_megatron.launch import run_ranks; import sys; n, *command = sys.argv[1:]"
+    launch = "from opo_megatron.distributed.launch import run_ranks; import sys; n, *command = sys.argv[1:]"
     launch += "; sys.exit(run_ranks(command, int(n)))"
     command = [sys.executable, "-c", launch, str(nproc), sys.executable, str(script), *arguments]
     done = subprocess.run(command, timeout=timeout, capture_output=True, text=True, check=False)

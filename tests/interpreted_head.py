@@ -17,10 +17,10 @@ from torch import Tensor
 from opo_megatron import kernels
 from opo_megatron.algorithm.objective import PolicyGradient
 from opo_megatron.algorithm.on_policy import MismatchSums
-from opo_megatron.algorithm.token_pass import TokenPass
-from opo_megatron.kernels import head as head_file
-from opo_megatron.kernels import head_softmax
-from opo_megatron.kernels.head import HeadOutput, VocabularyShard, sweep
+from opo_megatron.kernels import lm_head as head_file
+from opo_megatron.kernels import triton_softmax as head_softmax
+from opo_megatron.kernels.lm_head import HeadOutput, VocabularyShard, sweep
+from opo_megatron.kernels.token_loss import TokenPass
 
 SIZES = ((1, 1), (1, 5), (3, 64), (7, 65), (4, 300))
 WHOLE = VocabularyShard(0)

@@ -13,7 +13,7 @@ from kernel_probes import Counted, poison_new_memory
 from torch import Tensor
 
 from opo_megatron.algorithm.advantages import STD_EPSILON, PackedTokens, group_advantages
-from opo_megatron.kernels import group_advantages as kernels
+from opo_megatron.kernels import triton_advantages as kernels
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from test_policy import parallel as parallel
 
 from opo_megatron import kernels
 from opo_megatron.algorithm.objective import PolicyGradient
-from opo_megatron.kernels import head_softmax, token_pass
-from opo_megatron.policy.parallel import Parallel
-from opo_megatron.policy.step_sums import StepMetrics
+from opo_megatron.distributed.process_groups import Parallel
+from opo_megatron.kernels import triton_softmax as head_softmax
+from opo_megatron.kernels import triton_token_loss as token_pass
+from opo_megatron.policy.metric_sums import StepMetrics
 
 
 def test_a_step_by_kernels_is_a_step_by_torch(parallel: Parallel, monkeypatch: pytest.MonkeyPatch) -> None:

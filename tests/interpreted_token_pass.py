@@ -15,8 +15,8 @@ from torch import Tensor
 from opo_megatron import kernels
 from opo_megatron.algorithm.objective import PolicyGradient, Supervised
 from opo_megatron.algorithm.on_policy import HISTOGRAM, MismatchSums
-from opo_megatron.algorithm.token_pass import TokenPass
-from opo_megatron.kernels import token_pass as kernel_file
+from opo_megatron.kernels import triton_token_loss as kernel_file
+from opo_megatron.kernels.token_loss import TokenPass
 
 CPU = torch.device("cpu")
 SIZES = (1, 2, 64, 65, 1000)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from hf_models import PROMPTS, tensors_of
 
+from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.build import start_policy
+from opo_megatron.checkpoint.convert import convert, export
 from opo_megatron.config import Config, load_config
 from opo_megatron.config.schema import OptimizerConfig
-from opo_megatron.policy.convert import convert, export
-from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize
+from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, initialize
 from opo_megatron.policy.policy import Policy
-from opo_megatron.rollout.rollouts import Rollouts
 from opo_megatron.weights.hf_folder import DEFAULT_SHARD_BYTES
 
 
@@ -68,7 +68,7 @@ def run_layouts(folder: Path, work: Path, world_size: int, layouts: list[list[st
 
     Leaves `work/exported<i>` for the comparison.
     """
-    from opo_megatron.policy.parallel import leave_layout
+    from opo_megatron.distributed.process_groups import leave_layout
 
     def quiet(line: str) -> None: ...
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config import Config, load_config
-from opo_megatron.policy.parallel import Parallel
+from opo_megatron.distributed.process_groups import Parallel
 from opo_megatron.policy.policy import Policy
-from opo_megatron.rollout.rollouts import Rollouts
-from opo_megatron.weights.random import random_weights
+from opo_megatron.weights.random_init import random_weights
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 VOCAB_SIZE = 17

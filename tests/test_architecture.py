@@ -18,7 +18,7 @@ from opo_megatron.config.choices import RopeType
 from opo_megatron.config.schema import ModelConfig, RopeScalingConfig
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.rotary import inverse_frequencies
-from opo_megatron.weights.table import hf_shapes
+from opo_megatron.weights.param_mapping import hf_shapes
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

@@ -16,10 +16,10 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from small import small_config, small_policy
 from tiny_run import lasting, train
 
+from opo_megatron.checkpoint import writer as checkpoint_writer
+from opo_megatron.checkpoint.checkpoint import RunProgress, Saving, damage_of, load, save
+from opo_megatron.distributed.process_groups import Parallel, initialize, leave
 from opo_megatron.errors import SaveError
-from opo_megatron.policy import checkpoint_writer
-from opo_megatron.policy.checkpoint import RunProgress, Saving, damage_of, load, save
-from opo_megatron.policy.parallel import Parallel, initialize, leave
 from opo_megatron.policy.policy import Policy
 
 PROGRESS = RunProgress("step", 1)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny_run import lasting, rows, train
 
+from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.policy.policy import Policy
-from opo_megatron.rollout.rollouts import Rollouts
 from opo_megatron.tasks.lift import LiftTask
 
 SMALL = ("warm_start.steps=2", "train.steps=4", "checkpoint.every_steps=1", "eval.greedy=false")

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.advantages import advantages
+from opo_megatron.algorithm.config import AlgorithmConfig, Baseline, LossNormalizer
 from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.fitted_weights import FittedWeights
 from opo_megatron.algorithm.objective import PolicyGradient, loss_normalizer
-from opo_megatron.config.choices import Baseline, LossNormalizer
-from opo_megatron.config.presets import PRESETS
-from opo_megatron.config.schema import AlgorithmConfig
+from opo_megatron.algorithm.presets import PRESETS
 
 THETA = torch.tensor([0.3, -0.5, 1.1, 0.0], dtype=torch.float64)
 REWARDS = torch.tensor([1.0, 0.0, 0.25, 1.0], dtype=torch.float64)

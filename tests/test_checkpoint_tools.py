@@ -12,7 +12,7 @@ import torch
 from hf_models import assert_same_tensors, save_random_model, tensors_of
 
 from opo_megatron.tasks.lift import LiftTask
-from opo_megatron.weights.random import random_weights
+from opo_megatron.weights.random_init import random_weights
 
 ROOT = Path(__file__).parent.parent
 CONVERT, EXPORT = ROOT / "tools" / "convert_hf_to_megatron.py", ROOT / "tools" / "export_megatron_to_hf.py"

@@ -12,10 +12,10 @@ from types import ModuleType
 
 import pytest
 
-from opo_megatron.cli import EXAMPLES, main
+from opo_megatron.cli.main import EXAMPLES, main
 from opo_megatron.config import Config, load_config
+from opo_megatron.distributed.launch import CHILD, ERROR_CLAIM
 from opo_megatron.errors import UserError
-from opo_megatron.launch import CHILD, ERROR_CLAIM
 
 REPOSITORY = Path(__file__).parents[1]
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", CHILD, ERROR_CLAIM)
@@ -48,7 +48,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Stands for `run_ranks`: the arguments of its calls."""
     calls: list[tuple] = []
-    monkeypatch.setattr("opo_megatron.cli.run_ranks", lambda *arguments: calls.append(arguments) or 3)
+    monkeypatch.setattr("opo_megatron.cli.main.run_ranks", lambda *arguments: calls.append(arguments) or 3)
     return calls
 
 
@@ -226,7 +226,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 def test_config_is_quick_and_imports_neither_torch_nor_megatron(recipe):
     code = (
-        "import sys; from opo_megatron.cli import main; import opo_megatron.launch; "
+        "import sys; from opo_megatron.cli.main import main; import opo_megatron.distributed.launch; "
         f"code = main(['config', {recipe!r}, 'policy.megatron.recompute_granularity=full']); "
         "print({'torch', 'transformers', 'megatron'} & set(sys.modules), code)"
     )
@@ -238,7 +238,7 @@ def test_config_is_quick_and_imports_neither_torch_nor_megatron(recipe):
 
 RANK_SCRIPT = """
 import os, sys, types
-from opo_megatron.cli import EXAMPLES, main
+from opo_megatron.cli.main import EXAMPLES, main
 from opo_megatron.errors import UserError
 def train(config, allowed):
     if {condition}:
@@ -249,7 +249,9 @@ sys.modules["opo_megatron.train"] = module
 sys.exit(main(sys.argv[1:]))
 """
 
-PARENT_SCRIPT = "import sys; from opo_megatron.launch import run_ranks; sys.exit(run_ranks(sys.argv[1:], 3))"
+PARENT_SCRIPT = (
+    "import sys; from opo_megatron.distributed.launch import run_ranks; sys.exit(run_ranks(sys.argv[1:], 3))"
+)
 
 
 @pytest.mark.parametrize("condition", ["True", "os.environ['RANK'] == '2'"], ids=["every rank", "one rank"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opo_megatron.algorithm.objective import Clipped, PolicyGradient
-from opo_megatron.clipped import split_prompts
+from opo_megatron.updates.ppo import split_prompts
 
 N = 400
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from opo_megatron.algorithm.config import Baseline, Scale, Scope, Weight
+from opo_megatron.algorithm.presets import PRESETS
 from opo_megatron.config import Config, load_config, to_yaml
 from opo_megatron.config.arithmetic import describe_batch, smallest_world
-from opo_megatron.config.choices import Baseline, Scale, Scope, Weight
 from opo_megatron.config.compare import changed_settings
 from opo_megatron.config.keys import key_types, nearest
 from opo_megatron.config.megatron_fields import MANAGED_FIELDS, megatron_field_names
-from opo_megatron.config.presets import PRESETS
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.config.validate import TASKS, validate
 from opo_megatron.errors import UserError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from opo_megatron.policy.cpu_backend import (
+from opo_megatron.distributed.cpu_backend import (
     LITERAL_MODULES,
     PATCHED_CUDA_NAMES,
     install,

@@ -10,15 +10,15 @@ import torch
 from small import VOCAB_SIZE, ragged_rollouts, small_config
 from torch import Tensor
 
-from opo_megatron.audit import digest_rollouts
+from opo_megatron.audit.digest import Positions, _is_counted_here, digest_shard
+from opo_megatron.audit.record import digest_rollouts
+from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config.schema import ModelConfig
-from opo_megatron.hashing import FACTORS, GOLDEN, MASK, hash_of_text, mix
-from opo_megatron.policy.parallel import Parallel
-from opo_megatron.rollout.rollouts import Rollouts
-from opo_megatron.weights.digest import Positions, _is_counted_here, digest_shard
-from opo_megatron.weights.random import random_weights
+from opo_megatron.distributed.process_groups import Parallel
+from opo_megatron.utils.hashing import FACTORS, GOLDEN, MASK, hash_of_text, mix
+from opo_megatron.weights.param_mapping import Stages, parameters
+from opo_megatron.weights.random_init import random_weights
 from opo_megatron.weights.stream import read_shard
-from opo_megatron.weights.table import Stages, parameters
 
 MOE = ("policy.model.num_moe_experts=4", "policy.model.moe_ffn_hidden_size=24")
 BIASED = ("policy.model.add_qkv_bias=true", "policy.model.tie_embeddings=true")

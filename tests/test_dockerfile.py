@@ -9,7 +9,7 @@ from pathlib import Path
 
 from conftest import program
 
-from opo_megatron.versions import constraints, read_versions
+from opo_megatron.environment.versions import constraints, read_versions
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "Dockerfile").read_text()
@@ -48,7 +48,7 @@ def test_apex_is_a_commit_and_what_it_copies_is_there() -> None:
 
 
 def test_versions_print_themselves_before_anything_is_installed() -> None:
-    command = [sys.executable, "-S", str(ROOT / "opo_megatron/versions.py")]
+    command = [sys.executable, "-S", str(ROOT / "opo_megatron/environment/versions.py")]
     printed = subprocess.run([*command, "apex"], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == VERSIONS.part("apex").version
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from opo_megatron.cli import main as opo
-from opo_megatron.doctor import Gpu, Machine, describe, judge, look
-from opo_megatron.versions import Part, constraints, numbers, read_versions
+from opo_megatron.cli.main import main as opo
+from opo_megatron.environment.doctor import Gpu, Machine, describe, judge, look
+from opo_megatron.environment.versions import Part, constraints, numbers, read_versions
 
 REPOSITORY = Path(__file__).parents[1]
 VERSIONS = read_versions()

@@ -12,18 +12,17 @@ import torch
 from small import RECIPE, SMALL_MODEL, VOCAB_SIZE, small_config, small_policy
 
 from opo_megatron.algorithm.advantages import advantages
+from opo_megatron.algorithm.config import AlgorithmConfig, MismatchAction, OnPolicyConfig
 from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.fitted_weights import FEATURES
 from opo_megatron.algorithm.objective import opo_objective
-from opo_megatron.cli import main
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.cli.main import main
 from opo_megatron.config import load_config
-from opo_megatron.config.choices import MismatchAction
-from opo_megatron.config.schema import AlgorithmConfig, OnPolicyConfig
+from opo_megatron.distributed.process_groups import initialize, leave
 from opo_megatron.policy.measure import measure_energies
-from opo_megatron.policy.parallel import initialize, leave
 from opo_megatron.rollout.engine import Request, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
-from opo_megatron.rollout.rollouts import Rollouts
 from opo_megatron.tasks.lift import LiftTask
 
 TINY = (

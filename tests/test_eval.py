@@ -14,8 +14,8 @@ from tiny_run import rows, train
 from wrong import refused
 
 from opo_megatron.algorithm.diversity import repetition, self_bleu
-from opo_megatron.cli import main
-from opo_megatron.launch import CHILD, ERROR_CLAIM
+from opo_megatron.cli.main import main
+from opo_megatron.distributed.launch import CHILD, ERROR_CLAIM
 from opo_megatron.tasks.benchmarks import FIELDS, HELD_OUT, find_benchmarks
 from opo_megatron.tasks.lift import SYMBOLS, LiftTask
 

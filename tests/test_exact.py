@@ -12,18 +12,18 @@ from small import VOCAB_SIZE, small_config
 from torch import Tensor
 
 from opo_megatron.algorithm.objective import PolicyGradient
+from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config import Config
+from opo_megatron.distributed.process_groups import Parallel, initialize, leave
 from opo_megatron.errors import OnPolicyError, UserError
 from opo_megatron.kernels import exact
-from opo_megatron.policy.parallel import Parallel, initialize, leave
 from opo_megatron.policy.policy import Policy
 from opo_megatron.rollout.engine import Request, Sampling
 from opo_megatron.rollout.exact_check import check_exact
 from opo_megatron.rollout.local import sampler
 from opo_megatron.rollout.local.decoder import Decoder
 from opo_megatron.rollout.local.engine import LocalEngine
-from opo_megatron.rollout.rollouts import Rollouts
-from opo_megatron.weights.random import random_weights
+from opo_megatron.weights.random_init import random_weights
 
 EXACT = "rollout.local.exact=true"
 MODELS = {

@@ -31,10 +31,10 @@ from round_trip import config_from
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opo_megatron.checkpoint.convert import convert, export
+from opo_megatron.distributed.process_groups import initialize, leave
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.fp8 import Scales, dequantize_blocks, quantize_blocks
-from opo_megatron.policy.convert import convert, export
-from opo_megatron.policy.parallel import initialize, leave
 from opo_megatron.weights.fp8_folder import BlockFp8
 
 QWEN3, QWEN2, MOE = WHOLE_BLOCKS

@@ -22,9 +22,11 @@ from megatron.core.optimizer import optimizer_config
 from small import VOCAB_SIZE, ragged_rollouts, small_config, small_policy
 
 from opo_megatron.algorithm.objective import Supervised
+from opo_megatron.batch.micro_batch import build_micro_batches, plan_micro_batches
 from opo_megatron.config import to_yaml
 from opo_megatron.config.choices import Fp8
 from opo_megatron.config.compare import check_resume
+from opo_megatron.distributed.process_groups import initialize, leave
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.fp8 import Scales, dequantize_blocks, quantize_blocks
 from opo_megatron.policy import layer_specs, optimizer
@@ -35,10 +37,8 @@ from opo_megatron.policy.layer_specs import (
     spec_name,
     token_multiple,
 )
-from opo_megatron.policy.microbatch import build_micro_batches, plan_micro_batches
 from opo_megatron.policy.model import transformer_config
 from opo_megatron.policy.optimizer import megatron_optimizer
-from opo_megatron.policy.parallel import initialize, leave
 from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.server import write_model_config
 from opo_megatron.rollout.sglang.transfer import _copy_shared

@@ -13,8 +13,8 @@ import pytest
 from conftest import require
 from small import RECIPE
 
-from opo_megatron.cli import main
-from opo_megatron.rollout.rollouts import FINISH_LENGTH, Rollouts
+from opo_megatron.batch.rollouts import FINISH_LENGTH, Rollouts
+from opo_megatron.cli.main import main
 
 SMOKE = RECIPE.parent / "gsm8k_smoke.yaml"
 STEPS = 3

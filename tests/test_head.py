@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.objective import PolicyGradient, Supervised
-from opo_megatron.kernels.head import (
+from opo_megatron.kernels.lm_head import (
     HeadOutput,
     VocabularyShard,
     _adds_in_float32,

@@ -13,9 +13,9 @@ from hf_models import LLAMA, QWEN3, VOCAB_SIZE, assert_same_tensors, save_random
 from safetensors.torch import load_file, save_file
 
 from opo_megatron.errors import UserError
+from opo_megatron.utils.atomic_dir import new_folder
 from opo_megatron.weights import safetensors_file
 from opo_megatron.weights.hf_folder import INDEX, WEIGHTS, HfWriter, read_weights
-from opo_megatron.weights.new_folder import new_folder
 from opo_megatron.weights.safetensors_file import FileWriter, TensorInfo, read_header
 
 MODEL = replace(LLAMA, vocab_size=VOCAB_SIZE)

@@ -15,7 +15,9 @@ import triton
 
 from opo_megatron import kernels
 from opo_megatron.algorithm.on_policy import HISTOGRAM
-from opo_megatron.kernels import group_advantages, head_softmax, token_pass
+from opo_megatron.kernels import triton_advantages as group_advantages
+from opo_megatron.kernels import triton_softmax as head_softmax
+from opo_megatron.kernels import triton_token_loss as token_pass
 
 INTERPRETED = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from opo_megatron import launch
-from opo_megatron.launch import run_ranks
+from opo_megatron.distributed import launch
+from opo_megatron.distributed.launch import run_ranks
 
 REPOSITORY = Path(__file__).parents[1]
 PYTHON = [sys.executable, "-S", "-c"]  # -S: ranks of these tests start in 10 ms
@@ -48,7 +48,7 @@ def runs(pid: int) -> bool:
 def start_parent(code: str, nproc: int) -> subprocess.Popen[bytes]:
     """A process that runs `nproc` ranks of `code`, once every rank has written its file."""
     run = f"run_ranks({[*PYTHON, code]!r}, {nproc})"
-    script = f"import sys; from opo_megatron.launch import run_ranks; sys.exit({run})"
+    script = f"import sys; from opo_megatron.distributed.launch import run_ranks; sys.exit({run})"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     parent = subprocess.Popen([sys.executable, "-c", script], env=environment)
     wait_for(lambda: all(written(str(rank)) for rank in range(nproc)))

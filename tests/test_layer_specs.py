@@ -20,7 +20,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from opo_megatron.config.schema import ModelConfig
-from opo_megatron.weights.table import Parameter, Stages, hf_shapes, parameters
+from opo_megatron.weights.param_mapping import Parameter, Stages, hf_shapes, parameters
 
 EXPERTS_PER_RANK = 2
 

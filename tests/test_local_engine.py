@@ -13,13 +13,13 @@ import torch
 from hf_models import FAMILIES, LLAMA, VOCAB_SIZE, transformers_model_with
 from torch import Tensor
 
+from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
 from opo_megatron.rollout.engine import Request, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
-from opo_megatron.rollout.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
-from opo_megatron.weights.random import random_weights
-from opo_megatron.weights.table import hf_shapes
+from opo_megatron.weights.param_mapping import hf_shapes
+from opo_megatron.weights.random_init import random_weights
 
 STOP = 0
 

@@ -12,13 +12,13 @@ import torch
 from conftest import require
 from small import RECIPE
 
+from opo_megatron.batch.stats import requests_for
 from opo_megatron.build import build_to_draw
-from opo_megatron.cli import main
+from opo_megatron.cli.main import main
 from opo_megatron.config import load_config
 from opo_megatron.config.schema import TaskConfig
+from opo_megatron.distributed.process_groups import initialize, leave
 from opo_megatron.observe.console import Display
-from opo_megatron.policy.parallel import initialize, leave
-from opo_megatron.rollout.batch import requests_for
 from opo_megatron.rollout.engine import Sampling
 from opo_megatron.tasks.text import TextTask
 from opo_megatron.tasks.worker_pool import WorkerPool

@@ -9,14 +9,14 @@ from itertools import combinations, product
 import pytest
 import torch
 
-from opo_megatron.policy.microbatch import (
+from opo_megatron.batch.micro_batch import (
     MICRO_BATCH_TOKENS,
     MicroBatch,
     Plan,
     build_micro_batches,
     plan_micro_batches,
 )
-from opo_megatron.rollout.rollouts import Rollouts
+from opo_megatron.batch.rollouts import Rollouts
 
 CPU = torch.device("cpu")
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from opo_megatron.algorithm.config import MismatchAction, OnPolicyConfig
 from opo_megatron.algorithm.objective import PolicyGradient
 from opo_megatron.algorithm.on_policy import (
     HISTOGRAM,
@@ -16,8 +17,6 @@ from opo_megatron.algorithm.on_policy import (
     check_versions,
     k3,
 )
-from opo_megatron.config.choices import MismatchAction
-from opo_megatron.config.schema import OnPolicyConfig
 from opo_megatron.errors import OnPolicyError
 
 

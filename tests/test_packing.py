@@ -11,9 +11,9 @@ from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_
 from small import ragged_rollouts, small_config, small_policy
 
 from opo_megatron.algorithm.objective import PolicyGradient
-from opo_megatron.policy.microbatch import Plan, build_micro_batches, plan_micro_batches
-from opo_megatron.policy.packing import context_places, fill
-from opo_megatron.policy.parallel import initialize, leave
+from opo_megatron.batch.micro_batch import Plan, build_micro_batches, plan_micro_batches
+from opo_megatron.batch.packing import context_places, fill
+from opo_megatron.distributed.process_groups import initialize, leave
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from opo_megatron.cli import main
+from opo_megatron.batch.micro_batch import place_unit, plan_for, room
+from opo_megatron.cli.main import main
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.plan.activations import LiveBytes
 from opo_megatron.plan.engine import EnginePlan
@@ -33,8 +34,7 @@ from opo_megatron.plan.plan import (
 )
 from opo_megatron.plan.ranks import RankBytes, offloaded
 from opo_megatron.plan.times import active_parameters, host_step_seconds
-from opo_megatron.policy.microbatch import place_unit, plan_for, room
-from opo_megatron.weights.table import hf_shapes
+from opo_megatron.weights.param_mapping import hf_shapes
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "quickstart.yaml"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import require
 
-from opo_megatron.variance_report import UNBIASED, relative_noise
+from opo_megatron.updates.variance_report import UNBIASED, relative_noise
 
 TOOL = Path(__file__).parent.parent / "tools" / "plot_variance.py"
 

@@ -13,13 +13,13 @@ from small import VOCAB_SIZE, ragged_rollouts, small_config, small_policy
 from opo_megatron.algorithm.advantages import advantages
 from opo_megatron.algorithm.objective import PolicyGradient, Supervised
 from opo_megatron.algorithm.on_policy import check_mismatch
+from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config import Config
+from opo_megatron.distributed.process_groups import Parallel, initialize, leave
 from opo_megatron.errors import OnPolicyError
-from opo_megatron.policy.parallel import Parallel, initialize, leave
 from opo_megatron.policy.policy import Policy
 from opo_megatron.rollout.engine import Request, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
-from opo_megatron.rollout.rollouts import Rollouts
 
 TEMPERATURE = 0.7
 PACKED = "policy.packing=thd"

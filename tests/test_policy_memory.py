@@ -9,9 +9,9 @@ import torch
 from small import VOCAB_SIZE, ragged_rollouts, small_config, small_policy
 
 from opo_megatron.algorithm.objective import PolicyGradient
-from opo_megatron.policy.parallel import Parallel, initialize, leave
+from opo_megatron.distributed.process_groups import Parallel, initialize, leave
 from opo_megatron.policy.policy import Policy
-from opo_megatron.weights.random import random_weights
+from opo_megatron.weights.random_init import random_weights
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from opo_megatron.config import load_config
+from opo_megatron.environment.preflight import Floors, main, node_problems
 from opo_megatron.errors import UserError
-from opo_megatron.preflight import Floors, main, node_problems
 from opo_megatron.rollout.sglang import external
 from opo_megatron.rollout.sglang.server import SERVE
 

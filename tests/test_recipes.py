@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from twins import RECIPES, SCALES, twin
 
-from opo_megatron.cli import main
+from opo_megatron.cli.main import main
 from opo_megatron.config import load_config
 from opo_megatron.config.choices import Fp8
 from opo_megatron.config.schema import Config
-from opo_megatron.weights.table import Stages, parameters
+from opo_megatron.weights.param_mapping import Stages, parameters
 
 REPOSITORY = Path(__file__).parents[1]
 PARAMETERS = {

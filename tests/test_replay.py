@@ -15,12 +15,12 @@ import torch
 from small import small_config
 from tiny_run import train
 
-from opo_megatron.audit import layout_of
-from opo_megatron.cli import main
+from opo_megatron.audit.record import layout_of
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.cli.main import main
 from opo_megatron.errors import EXIT_DIFFERS
 from opo_megatron.policy.policy import Policy
 from opo_megatron.rollout.local.engine import LocalEngine
-from opo_megatron.rollout.rollouts import Rollouts
 from opo_megatron.tasks.lift import LiftTask
 
 SMALL = (
@@ -110,7 +110,7 @@ def test_two_ranks_replay_what_one_did(honest: Path, tmp_path: Path, layout: tup
     from sys import executable
 
     struck = Path(__file__).parent / "struck_run.py"
-    launch = "from opo_megatron.launch import run_ranks; import sys; sys.exit(run_ranks(sys.argv[1:], 2))"
+    launch = "from opo_megatron.distributed.launch import run_ranks; import sys; sys.exit(run_ranks(sys.argv[1:], 2))"
     command = [executable, str(struck), "[null]", "replay", str(honest), "--step", str(STEP)]
     command += layout
     done = run_process([executable, "-c", launch, *command], capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_run import lasting, rows, train
 
-from opo_megatron.policy.manifest import MANIFEST
+from opo_megatron.checkpoint.manifest import MANIFEST
 from opo_megatron.tasks.lift import LiftTask
 
 SMALL = ("warm_start.steps=2", "train.steps=4", "checkpoint.every_steps=1", "eval.greedy=false")
@@ -123,7 +123,7 @@ def test_the_best_step_is_remembered_by_a_resumed_run(finished: Path, tmp_path: 
     state["extra"]["best"]["value"] = 0.0
     (checkpoint / "run_state.json").write_text(json.dumps(state))
     manifest = json.loads((checkpoint / MANIFEST).read_text())
-    from opo_megatron.policy.manifest import entries_of
+    from opo_megatron.checkpoint.manifest import entries_of
 
     manifest |= entries_of(checkpoint, ["run_state.json"])
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from opo_megatron.errors import BadNumbers
-from opo_megatron.policy.microbatch import plan_micro_batches
-from opo_megatron.policy.parallel import Parallel, share_of
-from opo_megatron.rollout.batch import (
+from opo_megatron.batch.micro_batch import plan_micro_batches
+from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
+from opo_megatron.batch.stats import (
     exchange,
     gather_on_first,
     gather_summary,
@@ -20,7 +19,8 @@ from opo_megatron.rollout.batch import (
     requests_for,
     rewards_of,
 )
-from opo_megatron.rollout.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
+from opo_megatron.distributed.process_groups import Parallel, share_of
+from opo_megatron.errors import BadNumbers
 from opo_megatron.tasks import Prompt
 from opo_megatron.tasks.base import OneByOne
 

@@ -21,9 +21,9 @@ from hf_models import (
 from round_trip import config_from, policy_from, run_layouts
 
 from opo_megatron.build import vocabulary_of
+from opo_megatron.checkpoint.convert import convert, export
+from opo_megatron.distributed.process_groups import initialize, leave, leave_layout
 from opo_megatron.errors import UserError
-from opo_megatron.policy.convert import convert, export
-from opo_megatron.policy.parallel import initialize, leave, leave_layout
 from opo_megatron.rollout.engine import Request, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.tasks.base import Task
@@ -110,7 +110,7 @@ def test_a_full_disk_while_converting_is_one_sentence(
 ) -> None:
     import errno
 
-    from opo_megatron.policy import weights_checkpoint
+    from opo_megatron.checkpoint import weights as weights_checkpoint
 
     def full(file: object, data: memoryview) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -126,7 +126,7 @@ def test_a_full_disk_while_converting_is_one_sentence(
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    from opo_megatron.policy.weights_checkpoint import CheckpointShards
+    from opo_megatron.checkpoint.weights import CheckpointShards
 
     for family in ("llama", "qwen3"):
         save_random_model(family, tmp_path / family)
@@ -162,8 +162,8 @@ def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(tmp_path: Path)
 
 def test_a_rank_asks_for_no_more_than_it_owns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes of the slices that are asked for at TP 2: half of every matrix, all of the norms."""
+    from opo_megatron.weights.param_mapping import Stages, parameters
     from opo_megatron.weights.safetensors_file import StoredTensor
-    from opo_megatron.weights.table import Stages, parameters
 
     folder = tmp_path / "model"
     save_random_model("qwen3", folder)

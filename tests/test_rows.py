@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opo_megatron.observe.rows import RowFile
+from opo_megatron.observe.metrics_file import RowFile
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from opo_megatron.hashing import hash_of
 from opo_megatron.rollout.engine import Sampling
 from opo_megatron.rollout.local.sampler import draw, uniforms
+from opo_megatron.utils.hashing import hash_of
 
 ALMOST_ONE = 1 - 2.0**-53
 MASK = (1 << 64) - 1

@@ -8,7 +8,7 @@ import pytest
 
 from opo_megatron.config.choices import Schedule
 from opo_megatron.config.schema import OptimizerConfig
-from opo_megatron.policy.schedule import learning_rate
+from opo_megatron.policy.lr_schedule import learning_rate
 
 TOTAL, WARMUP, PEAK, LEAST = 50, 10, 3e-4, 0.1
 

@@ -18,13 +18,13 @@ import torch
 from small import small_config
 from torch.multiprocessing import reductions
 
-from opo_megatron.cli import main
+from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP
+from opo_megatron.cli.main import main
 from opo_megatron.errors import EngineFailure, UserError
 from opo_megatron.rollout.engine import Request, Sampling
-from opo_megatron.rollout.rollouts import FINISH_LENGTH, FINISH_STOP
-from opo_megatron.rollout.sglang.answers import UNKNOWN_VERSION, rollouts_of, sampling_params
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.engine import server_group
+from opo_megatron.rollout.sglang.replies import UNKNOWN_VERSION, rollouts_of, sampling_params
 from opo_megatron.rollout.sglang.server import Server
 from opo_megatron.rollout.sglang.transfer import _handle, _pickled, check_allocator
 

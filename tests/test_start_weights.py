@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 from small import RECIPE, SMALL_MODEL, VOCAB_SIZE, ragged_rollouts, small_config, small_policy
 from torch import Tensor
 
-import opo_megatron.evaluate as evaluation
+import opo_megatron.evaluation.evaluate as evaluation
 from opo_megatron.algorithm.objective import PolicyGradient
-from opo_megatron.cli import main
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.cli.main import main
 from opo_megatron.config import load_config
 from opo_megatron.config.choices import Kl
-from opo_megatron.policy.parallel import Parallel, initialize, leave
-from opo_megatron.rollout.rollouts import Rollouts
+from opo_megatron.distributed.process_groups import Parallel, initialize, leave
 from opo_megatron.tasks.lift import LiftTask
-from opo_megatron.weights.random import random_weights
+from opo_megatron.weights.random_init import random_weights
 
 TINY = (
     *SMALL_MODEL,

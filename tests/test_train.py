@@ -12,9 +12,9 @@ import torch
 from small import RECIPE
 from tiny_run import STEPS, lasting, rows, train
 
-from opo_megatron.cli import main
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.cli.main import main
 from opo_megatron.config import load_config
-from opo_megatron.rollout.rollouts import Rollouts
 from opo_megatron.tasks.lift import LiftTask
 
 

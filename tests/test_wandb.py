@@ -13,7 +13,7 @@ import pytest
 from conftest import require
 from small import RECIPE, SMALL_MODEL
 
-from opo_megatron.cli import main
+from opo_megatron.cli.main import main
 from opo_megatron.config import load_config
 
 TINY = (
@@ -146,7 +146,7 @@ def test_missing_package_is_one_sentence_with_the_command(
 
 def test_off_never_imports_it(tmp_path: Path) -> None:
     code = (
-        "import sys; from opo_megatron.cli import main; code = main(sys.argv[1:]); "
+        "import sys; from opo_megatron.cli.main import main; code = main(sys.argv[1:]); "
         "print(code, 'wandb' in sys.modules, 'torch' in sys.modules)"
     )
     arguments = ["train", str(RECIPE), f"run.dir={tmp_path / 'run'}", *TINY, "train.steps=0"]

@@ -13,13 +13,13 @@ import pytest
 from test_digest import parallel_of
 
 from opo_megatron.errors import EXIT_HUNG
-from opo_megatron.watchdog import Watchdog, _behind
+from opo_megatron.resilience.watchdog import Watchdog, _behind
 
 SCRIPT = """
 import sys, time
 from pathlib import Path
 from test_digest import parallel_of
-from opo_megatron.watchdog import Watchdog
+from opo_megatron.resilience.watchdog import Watchdog
 
 def stuck_in_here():
     time.sleep(60)

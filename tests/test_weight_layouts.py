@@ -13,9 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from opo_megatron.config.schema import ModelConfig
-from opo_megatron.weights.layouts import GateUp, Layout, QueryKeyValue, Replicated, Sharded, Vocabulary
-from opo_megatron.weights.random import random_weights
-from opo_megatron.weights.table import Parameter, Stages, hf_shapes, parameters
+from opo_megatron.weights.param_mapping import Parameter, Stages, hf_shapes, parameters
+from opo_megatron.weights.random_init import random_weights
+from opo_megatron.weights.sharding import GateUp, Layout, QueryKeyValue, Replicated, Sharded, Vocabulary
 
 SIZES = [1, 2, 4]
 

@@ -16,8 +16,8 @@ import pytest
 from conftest import require
 from wrong import refused, split
 
-from opo_megatron.cli import main
-from opo_megatron.launch import CHILD, ERROR_CLAIM
+from opo_megatron.cli.main import main
+from opo_megatron.distributed.launch import CHILD, ERROR_CLAIM
 
 REPOSITORY = Path(__file__).parents[1]
 

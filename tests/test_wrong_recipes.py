@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from wrong import refused, split
 
-from opo_megatron.launch import CHILD, ERROR_CLAIM
+from opo_megatron.distributed.launch import CHILD, ERROR_CLAIM
 
 REPOSITORY = Path(__file__).parents[1]
 

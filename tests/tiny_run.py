@@ -7,8 +7,8 @@ from pathlib import Path
 
 from small import RECIPE, SMALL_MODEL
 
-from opo_megatron.cli import main
-from opo_megatron.config.fault_rules import VOLATILE
+from opo_megatron.cli.main import main
+from opo_megatron.config.rules.resilience import VOLATILE
 
 STEPS = 4
 TINY = (

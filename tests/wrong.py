@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from opo_megatron.cli import main
+from opo_megatron.cli.main import main
 
 SECTIONS = ("policy.", "rollout.", "observe.", "task.", "algorithm.", "on_policy.")
 

@@ -25,9 +25,8 @@ from record import write_record
 from torch import Tensor
 
 from opo_megatron.algorithm.advantages import advantages
-from opo_megatron.config.choices import Baseline
-from opo_megatron.config.presets import PRESETS
-from opo_megatron.config.schema import AlgorithmConfig
+from opo_megatron.algorithm.config import AlgorithmConfig, Baseline
+from opo_megatron.algorithm.presets import PRESETS
 
 GROUPS, SAMPLES_PER_GROUP, LONGEST, ROUNDS = 256, 16, 1024, 9
 

@@ -28,12 +28,12 @@ import torch
 from record import write_record
 
 from opo_megatron.algorithm.objective import Supervised
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.checkpoint.checkpoint import RunProgress, Saving
 from opo_megatron.config import Config, load_config
-from opo_megatron.policy.checkpoint import RunProgress, Saving
-from opo_megatron.policy.parallel import initialize, leave
+from opo_megatron.distributed.process_groups import initialize, leave
 from opo_megatron.policy.policy import Policy
-from opo_megatron.rollout.rollouts import Rollouts
-from opo_megatron.weights.random import random_weights
+from opo_megatron.weights.random_init import random_weights
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 VOCAB_SIZE = 8192

@@ -134,7 +134,7 @@ Work = Callable[[], tuple[Any, Any]]
 
 
 def ours(hidden: Any, weight: Any, targets: Any, coefficients: Any, d_weight: Any) -> Work:
-    from opo_megatron.kernels.head import VocabularyShard, default_chunk_tokens, sweep
+    from opo_megatron.kernels.lm_head import VocabularyShard, default_chunk_tokens, sweep
 
     chunk = default_chunk_tokens(weight.shape[0])
 
@@ -152,7 +152,7 @@ def megatron(hidden: Any, weight: Any, targets: Any, coefficients: Any, d_weight
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     from opo_megatron.config import load_config
-    from opo_megatron.policy.parallel import initialize
+    from opo_megatron.distributed.process_groups import initialize
 
     recipe = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
     initialize(load_config(str(recipe), ["run.dir=unused"], 1))

@@ -164,7 +164,7 @@ def best_of(*candidates: Callable[[], int]) -> list[float]:
 def decoding(run: Any, weights: dict[str, Any]) -> dict[str, float]:
     import torch
 
-    from opo_megatron.rollout.batch import requests_for
+    from opo_megatron.batch.stats import requests_for
 
     model, stop = hugging_face_model(run, weights), run.task.stop_tokens[0]
     requests = requests_for(run.prompts(1), run.config.rollout.samples_per_prompt, run.parallel)
@@ -244,8 +244,8 @@ def training(run: Any, weights: dict[str, Any]) -> dict[str, float]:
     from plain_torch import PlainModel, policy_gradient_step
 
     from opo_megatron.algorithm.objective import PolicyGradient
-    from opo_megatron.policy.microbatch import build_micro_batches
-    from opo_megatron.rollout.batch import requests_for
+    from opo_megatron.batch.micro_batch import build_micro_batches
+    from opo_megatron.batch.stats import requests_for
     from opo_megatron.run import accept_on_policy
 
     requests = requests_for(run.prompts(1), run.config.rollout.samples_per_prompt, run.parallel)

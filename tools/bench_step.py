@@ -32,11 +32,11 @@ import torch
 from record import write_record
 
 from opo_megatron.algorithm.objective import Clipped, PolicyGradient
+from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config import load_config
-from opo_megatron.policy.parallel import initialize, leave
+from opo_megatron.distributed.process_groups import initialize, leave
 from opo_megatron.policy.policy import Policy
-from opo_megatron.rollout.rollouts import Rollouts
-from opo_megatron.weights.random import random_weights
+from opo_megatron.weights.random_init import random_weights
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "quickstart.yaml"

@@ -25,7 +25,7 @@ from typing import Any
 
 from record import write_record
 
-from opo_megatron.variance_report import relative_noise
+from opo_megatron.updates.variance_report import relative_noise
 
 ROOT = Path(__file__).parent.parent
 SEEDS, STEPS, EVERY = (1, 2, 3), 120, 4

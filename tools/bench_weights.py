@@ -110,8 +110,8 @@ def make_model(folder: Path, layers: int) -> None:
 
     from opo_megatron.config.architecture import read_architecture
     from opo_megatron.weights.hf_folder import HfWriter
+    from opo_megatron.weights.param_mapping import hf_shapes
     from opo_megatron.weights.safetensors_file import TensorInfo
-    from opo_megatron.weights.table import hf_shapes
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": layers}))
@@ -167,9 +167,9 @@ def copy(source: Path, target: Path) -> Any:
 def convert(source: Path, target: Path) -> Any:
     from checkpoint_tool import config_of
 
+    from opo_megatron.checkpoint.convert import convert
     from opo_megatron.config.architecture import read_architecture
-    from opo_megatron.policy.convert import convert
-    from opo_megatron.policy.parallel import initialize
+    from opo_megatron.distributed.process_groups import initialize
 
     config = config_of(read_architecture(source).model, single_rank())
     parallel = initialize(config)
@@ -179,9 +179,9 @@ def convert(source: Path, target: Path) -> Any:
 def export(source: Path, target: Path) -> Any:
     from checkpoint_tool import config_of
 
+    from opo_megatron.checkpoint.convert import export
     from opo_megatron.config.architecture import read_architecture
-    from opo_megatron.policy.convert import export
-    from opo_megatron.policy.parallel import initialize
+    from opo_megatron.distributed.process_groups import initialize
     from opo_megatron.weights.hf_folder import DEFAULT_SHARD_BYTES
 
     config = config_of(read_architecture(source).model, single_rank())

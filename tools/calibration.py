@@ -9,7 +9,7 @@ from pathlib import Path
 
 from opo_megatron.config import load_config
 from opo_megatron.errors import UserError
-from opo_megatron.parts import load_part
+from opo_megatron.utils.extras import load_part
 
 LONGEST = 2048
 """Tokens of a prompt that are used."""

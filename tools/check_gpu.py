@@ -193,7 +193,7 @@ def lacks(overrides: tuple[str, ...], device: str) -> str | None:
 def mfu(config: Path, tokens_per_second: float) -> float:
     """6 × parameters × tokens/s over the peak: a lower bound, for attention's products are left out."""
     from opo_megatron.config import load_config
-    from opo_megatron.weights.table import Stages, parameters
+    from opo_megatron.weights.param_mapping import Stages, parameters
 
     model = load_config(config).policy.model
     numbers = parameters(model, model.vocab_size or 0, Stages(model.num_layers))

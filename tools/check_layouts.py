@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from opo_megatron.batch.rollouts import Rollouts
     from opo_megatron.config import Config
-    from opo_megatron.policy.parallel import Parallel
-    from opo_megatron.rollout.rollouts import Rollouts
+    from opo_megatron.distributed.process_groups import Parallel
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 STEPS = 3
@@ -108,7 +108,7 @@ def main() -> int:
 
 def compare(names: list[str]) -> int:
     """Run the cases, one group of ranks per world size, and print the table."""
-    from opo_megatron.launch import run_ranks
+    from opo_megatron.distributed.launch import run_ranks
 
     cases = {name: LAYOUTS[name] for name in names}
     cases |= {
@@ -150,7 +150,7 @@ def print_table(names: list[str], results: dict[str, list[list[float]]]) -> int:
 def run_cases(names: list[str], output: Path) -> None:
     """In one rank: every case in turn; rank 0 writes {case: [[loss, grad norm] per step]}."""
     from opo_megatron.config import load_config
-    from opo_megatron.policy.parallel import initialize, leave, leave_layout
+    from opo_megatron.distributed.process_groups import initialize, leave, leave_layout
 
     results: dict[str, list[list[float]]] = {}
     for name in names:
@@ -171,7 +171,7 @@ def take_steps(config: Config, parallel: Parallel) -> list[list[float]]:
     """[loss, grad norm] of each step, on rollouts that every layout shares."""
     from opo_megatron.algorithm.objective import PolicyGradient
     from opo_megatron.policy.policy import Policy
-    from opo_megatron.weights.random import random_weights
+    from opo_megatron.weights.random_init import random_weights
 
     weights = random_weights(config.policy.model, VOCAB_SIZE, config.run.seed)
     policy = Policy(config, VOCAB_SIZE, parallel, config.optimizer, weights)
@@ -193,7 +193,7 @@ def fixed_rollouts(step: int) -> Rollouts:
     """40 ragged samples of random tokens with random advantages, a third of them 0."""
     import torch
 
-    from opo_megatron.rollout.rollouts import Rollouts
+    from opo_megatron.batch.rollouts import Rollouts
 
     rng = random.Random(step)
     prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 12))] for _ in range(40)]

@@ -12,20 +12,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from opo_megatron.cli import print_error
+from opo_megatron.cli.main import print_error
 from opo_megatron.config import Config
 from opo_megatron.config.arithmetic import smallest_world
 from opo_megatron.config.choices import Device
 from opo_megatron.config.load import resolve
 from opo_megatron.config.schema import ModelConfig, PolicyConfig, RunConfig
 from opo_megatron.config.validate import check_experts, check_layout, check_model, check_world
+from opo_megatron.distributed.launch import CHILD, run_ranks
 from opo_megatron.errors import EXIT_USER_ERROR, UserError
-from opo_megatron.launch import CHILD, run_ranks
 
 if TYPE_CHECKING:
     import torch
 
-    from opo_megatron.policy.parallel import Parallel
+    from opo_megatron.distributed.process_groups import Parallel
 
 
 def reuse_memory() -> None:
@@ -114,7 +114,7 @@ def run_tool(
             code = run_ranks([sys.executable, script, *arguments], world)
             yield None
             return
-        from opo_megatron.policy.parallel import initialize, leave
+        from opo_megatron.distributed.process_groups import initialize, leave
 
         yield initialize(config)
         leave()

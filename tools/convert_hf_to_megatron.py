@@ -18,9 +18,9 @@ from pathlib import Path
 
 from checkpoint_tool import add_options, config_of, run_tool, torch_dtype
 
-from opo_megatron.cli import Parser
+from opo_megatron.cli.main import Parser
 from opo_megatron.config.architecture import read_architecture
-from opo_megatron.weights.new_folder import check_new
+from opo_megatron.utils.atomic_dir import check_new
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +44,7 @@ def work(options: argparse.Namespace) -> None:
     with options.ranks(config) as parallel:
         if parallel is None:
             return
-        from opo_megatron.policy.convert import convert, verify
+        from opo_megatron.checkpoint.convert import convert, verify
 
         dtype = torch_dtype(options.dtype)
         convert(options.source, options.target, config, parallel, dtype, options.say)

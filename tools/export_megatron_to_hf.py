@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING
 from checkpoint_tool import add_options, config_of, run_tool, torch_dtype
 from quantization import add_quantization, check_quantization, export_calibrated
 
-from opo_megatron.cli import Parser
+from opo_megatron.cli.main import Parser
 from opo_megatron.config import Config, load_config
 from opo_megatron.config.architecture import hf_config, read_architecture
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
-from opo_megatron.weights.new_folder import check_new
+from opo_megatron.utils.atomic_dir import check_new
 
 if TYPE_CHECKING:
-    from opo_megatron.policy.parallel import Parallel
+    from opo_megatron.distributed.process_groups import Parallel
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,7 +73,7 @@ def work(options: argparse.Namespace) -> None:
     with options.ranks(config) as parallel:
         if parallel is None:
             return
-        from opo_megatron.policy.convert import verify
+        from opo_megatron.checkpoint.convert import verify
 
         write(options, config, parallel, companions)
         options.say(f"{options.target} is complete")
@@ -84,8 +84,8 @@ def work(options: argparse.Namespace) -> None:
 
 def write(options: argparse.Namespace, config: Config, parallel: Parallel, companions: list[Path]) -> None:
     """Export as the options say; a collective of all ranks."""
+    from opo_megatron.checkpoint.convert import export
     from opo_megatron.kernels.fp8 import Scales
-    from opo_megatron.policy.convert import export
     from opo_megatron.weights.fp8_folder import BlockFp8
 
     shard_bytes, dtype, say = int(options.max_shard_size * 2**30), torch_dtype(options.dtype), options.say

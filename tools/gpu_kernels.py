@@ -77,7 +77,7 @@ def group_advantage() -> Figures:
     import torch
 
     from opo_megatron.algorithm.advantages import group_advantages as twin
-    from opo_megatron.kernels.group_advantages import group_advantages
+    from opo_megatron.kernels.triton_advantages import group_advantages
 
     generator = torch.Generator().manual_seed(0)
     rewards = torch.rand(4096, generator=generator, dtype=torch.float64)
@@ -107,8 +107,8 @@ def token_kernel() -> Figures:
 
     from opo_megatron.algorithm.objective import PolicyGradient
     from opo_megatron.algorithm.on_policy import MismatchSums
-    from opo_megatron.algorithm.token_pass import TokenPass
-    from opo_megatron.kernels.token_pass import token_pass
+    from opo_megatron.kernels.token_loss import TokenPass
+    from opo_megatron.kernels.triton_token_loss import token_pass
 
     device, n = torch.device("cuda"), PACKED_TOKENS
     generator = torch.Generator(device).manual_seed(0)
@@ -155,7 +155,7 @@ def head() -> Figures:
     """Log-probabilities and both gradients of 8,192 tokens × 4,096 × 131,072 in bf16, dW added in float32."""
     import torch
 
-    from opo_megatron.kernels.head import VocabularyShard, default_chunk_tokens, sweep
+    from opo_megatron.kernels.lm_head import VocabularyShard, default_chunk_tokens, sweep
 
     device, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
 

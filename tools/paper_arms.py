@@ -21,8 +21,8 @@ from statistics import fmean
 from opo_megatron.config import Config, load_config
 from opo_megatron.config.compare import changed_settings
 from opo_megatron.errors import UserError
-from opo_megatron.observe.rows import Row, RowFile
-from opo_megatron.variance_report import relative_noise
+from opo_megatron.observe.metrics_file import Row, RowFile
+from opo_megatron.updates.variance_report import relative_noise
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes" / "paper_small"

@@ -9,10 +9,10 @@ from typing import Any
 
 from paper_claims import NO_DIFFERENCE, OPPOSITE, REPRODUCED, Finding, Interval
 
-from opo_megatron.parts import load_part
 from opo_megatron.report.arms import Arm, band
 from opo_megatron.report.figures import STYLE, draw_band
 from opo_megatron.report.runs import Run
+from opo_megatron.utils.extras import load_part
 
 MEASURES = {
     "eval/accuracy": "held-out accuracy",

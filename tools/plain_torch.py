@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opo_megatron.batch.micro_batch import MicroBatch
 from opo_megatron.config.schema import ModelConfig
-from opo_megatron.policy.microbatch import MicroBatch
 
 
 class PlainLayer(nn.Module):

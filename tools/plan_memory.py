@@ -75,7 +75,7 @@ def predicted(layout: str) -> list[int]:
 
 def measured(layout: str, folder: Path) -> list[int]:
     """The same as CPU ranks allocate it."""
-    from opo_megatron.launch import run_ranks
+    from opo_megatron.distributed.launch import run_ranks
 
     ranks = LAYOUTS[layout][0]
     code = run_ranks([sys.executable, "-W", "ignore", __file__, layout, str(folder)], ranks)
@@ -122,9 +122,9 @@ def measure_here(layout: str, folder: Path) -> None:
     import torch
 
     from opo_megatron.algorithm.objective import PolicyGradient
-    from opo_megatron.policy.parallel import initialize, leave
+    from opo_megatron.batch.rollouts import Rollouts
+    from opo_megatron.distributed.process_groups import initialize, leave
     from opo_megatron.policy.policy import Policy
-    from opo_megatron.rollout.rollouts import Rollouts
 
     config = config_of(layout)
     parallel = initialize(config)

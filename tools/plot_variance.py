@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opo_megatron.variance_report import UNBIASED, relative_noise
+from opo_megatron.updates.variance_report import UNBIASED, relative_noise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

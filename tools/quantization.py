@@ -11,7 +11,7 @@ from calibration import find_prompts, usable
 
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
-from opo_megatron.weights.new_folder import new_folder
+from opo_megatron.utils.atomic_dir import new_folder
 
 PROMPTS = 128
 """As many as there are, up to this."""

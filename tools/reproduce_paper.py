@@ -48,7 +48,7 @@ from paper_claims import BEST_RATE, Finding, claims, judge
 from paper_figures import draw_claims, draw_curves, interval_text, load_pyplot, shown
 from record import RECORDS, write_record
 
-from opo_megatron.cli import Parser, print_error
+from opo_megatron.cli.main import Parser, print_error
 from opo_megatron.errors import EXIT_USER_ERROR, UserError
 from opo_megatron.observe.console import Display
 from opo_megatron.report.runs import read_runs

@@ -31,10 +31,9 @@ import torch
 from torch import Tensor
 
 from opo_megatron import kernels
+from opo_megatron.algorithm.config import AlgorithmConfig, Scale, Scope, Weight
 from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.fitted_weights import FittedWeights
-from opo_megatron.config.choices import Scale, Scope, Weight
-from opo_megatron.config.schema import AlgorithmConfig
 
 STD_EPSILON = 1e-6
 
@@ -89,7 +88,7 @@ def advantages(
     epsilon = STD_EPSILON if config.scale is Scale.std else None
     device, compute = device or rewards.device, group_advantages
     if kernels.uses_triton(device):
-        from opo_megatron.kernels.group_advantages import group_advantages as compute
+        from opo_megatron.kernels.triton_advantages import group_advantages as compute
     _, found = compute(
         rewards.double()[order].to(device),
         weights[order].to(device),
@@ -129,7 +128,7 @@ def group_advantages(
         epsilon: divide by the group's standard deviation plus this; None leaves advantages as they are.
         tokens: also spread over tokens.
 
-    On GPUs `kernels/group_advantages.py` does all of this in one launch.
+    On GPUs `kernels/triton_advantages.py` does all of this in one launch.
     """
     rewards, weights = rewards.double(), weights.double()
     sizes = offsets.diff()

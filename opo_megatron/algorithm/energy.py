@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opo_megatron.config.choices import Weight
-from opo_megatron.config.schema import AlgorithmConfig
+from opo_megatron.algorithm.config import AlgorithmConfig, Weight
 
 
 @dataclass(frozen=True)

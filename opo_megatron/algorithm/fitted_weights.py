@@ -9,7 +9,7 @@ model.  So mixtures of what is known of every sample are tried on earlier steps'
 m the features' means, and the one with least Σ_p ‖ĝ_p‖² is taken: leave-one-out estimators share their
 expectation, so that is the one of least variance.  c and m are fixed before a step's responses are
 drawn; the weights are then functions of the samples alone and the estimator stays unbiased.  Reports
-(`variance_report.py`) fade by `DECAY` each.  Until the first one w is the length.
+(`updates/variance_report.py`) fade by `DECAY` each.  Until the first one w is the length.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Objectives as functions of one token: log π(y) and that token's columns → loss and ∂loss/∂log π.
 
-All training goes through one head (`kernels/head.py`), which knows the logits of a few tokens at a
+All training goes through one head (`kernels/lm_head.py`), which knows the logits of a few tokens at a
 time, asks the objective for the coefficient c = ∂L/∂log π, and writes the gradient with respect to
 the logits, c·(onehot − π)/T.  In exact on-policy OPO that coefficient, −A/N, is known before the
 forward pass; that no ratio and no clip appear here is the point.
@@ -14,8 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from opo_megatron.config.choices import LossNormalizer, MismatchAction
-from opo_megatron.config.schema import AlgorithmConfig, OnPolicyConfig
+from opo_megatron.algorithm.config import AlgorithmConfig, LossNormalizer, MismatchAction, OnPolicyConfig
 
 
 class Objective(Protocol):

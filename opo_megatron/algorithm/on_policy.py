@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opo_megatron.config.choices import MismatchAction
-from opo_megatron.config.schema import OnPolicyConfig
+from opo_megatron.algorithm.config import MismatchAction, OnPolicyConfig
 from opo_megatron.errors import OnPolicyError
 
 

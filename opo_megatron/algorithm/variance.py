@@ -24,11 +24,10 @@ import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.advantages import advantages, group_advantages
+from opo_megatron.algorithm.config import AlgorithmConfig, Baseline, Scope, Weight
 from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.fitted_weights import FittedWeights
-from opo_megatron.config.choices import Baseline, Scope, Weight
-from opo_megatron.config.presets import PRESETS
-from opo_megatron.config.schema import AlgorithmConfig
+from opo_megatron.algorithm.presets import PRESETS
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,9 @@ from __future__ import annotations
 
 from math import ceil, lcm
 
-from opo_megatron.config.choices import (
-    EngineName,
-    LossNormalizer,
-    ObjectiveName,
-    Packing,
-    Scale,
-    Scope,
-    Weight,
-)
-from opo_megatron.config.schema import AlgorithmConfig, Config, PolicyConfig
+from opo_megatron.algorithm.config import AlgorithmConfig, LossNormalizer, ObjectiveName, Scale, Scope, Weight
+from opo_megatron.config.choices import EngineName, Packing
+from opo_megatron.config.schema import Config, PolicyConfig
 
 _WEIGHTS = {
     Weight.one: "1",

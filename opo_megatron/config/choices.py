@@ -10,57 +10,6 @@ class EngineName(str, Enum):
     sglang = "sglang"
 
 
-class Baseline(str, Enum):
-    """Presets of the switches `weight`, `leave_one_out`, `scale` and `scope`."""
-
-    opo = "opo"
-    opo_loo = "opo_loo"
-    group_mean = "group_mean"
-    rloo = "rloo"
-    grpo = "grpo"
-    batch_length = "batch_length"
-    energy = "energy"
-    energy_loo = "energy_loo"
-    auto = "auto"
-
-
-class Weight(str, Enum):
-    one = "one"
-    length = "length"
-    length_power = "length_power"
-    energy = "energy"
-    energy_hidden = "energy_hidden"
-    fitted = "fitted"
-
-
-class Scale(str, Enum):
-    none = "none"
-    std = "std"
-
-
-class Scope(str, Enum):
-    group = "group"
-    batch = "batch"
-
-
-class LossNormalizer(str, Enum):
-    tokens = "tokens"
-    sequences = "sequences"
-    constant = "constant"
-
-
-class ObjectiveName(str, Enum):
-    policy_gradient = "policy_gradient"
-    clipped = "clipped"
-
-
-class VarianceOf(str, Enum):
-    """Whose gradients the variance report compares."""
-
-    output_layer = "output_layer"
-    all_parameters = "all_parameters"
-
-
 class Schedule(str, Enum):
     constant = "constant"
     linear = "linear"
@@ -115,12 +64,6 @@ class Transport(str, Enum):
     tensor = "tensor"
     distributed = "distributed"
     disk = "disk"
-
-
-class MismatchAction(str, Enum):
-    refuse = "refuse"
-    warn = "warn"
-    correct = "correct"
 
 
 class Better(str, Enum):

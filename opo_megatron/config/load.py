@@ -17,10 +17,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from opo_megatron.algorithm.config import LossNormalizer, Weight
+from opo_megatron.algorithm.presets import PRESETS
 from opo_megatron.config.architecture import adopt_architecture
-from opo_megatron.config.choices import EngineName, Fp8, LossNormalizer, Weight
+from opo_megatron.config.choices import EngineName, Fp8
 from opo_megatron.config.keys import describe_type, key_types, unknown
-from opo_megatron.config.presets import PRESETS
 from opo_megatron.config.schema import Config
 from opo_megatron.config.validate import validate
 from opo_megatron.errors import UserError

@@ -12,14 +12,14 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from opo_megatron.config.algorithm_rules import check_algorithm
 from opo_megatron.config.arithmetic import expert_parallel_size, model_parallel_size, smallest_world
 from opo_megatron.config.choices import EngineName, Kl, Packing, RopeType
-from opo_megatron.config.exact import check_exact
-from opo_megatron.config.fault_rules import check_faults
-from opo_megatron.config.gpu_rules import check_gpu_options
 from opo_megatron.config.megatron_fields import MANAGED_FIELDS, check_megatron_fields
-from opo_megatron.config.rules import divides, require
+from opo_megatron.config.rules.algorithm import check_algorithm
+from opo_megatron.config.rules.exact import check_exact
+from opo_megatron.config.rules.gpu import check_gpu_options
+from opo_megatron.config.rules.require import divides, require
+from opo_megatron.config.rules.resilience import check_faults
 from opo_megatron.config.schema import Config, PolicyConfig, RopeScalingConfig
 
 __all__ = ["MANAGED_FIELDS", "TASKS", "validate"]

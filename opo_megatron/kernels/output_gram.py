@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opo_megatron.kernels.head import VocabularyShard
+from opo_megatron.kernels.lm_head import VocabularyShard
 
 
 @dataclass

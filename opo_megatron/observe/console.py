@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from opo_megatron.observe.rows import Row
+from opo_megatron.observe.metrics_file import Row
 
 COLUMNS = {
     "step": ("step", "{:d}"),

@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.checkpoint.checkpoint import RunProgress, abandon_later, run_of
 from opo_megatron.config import Config, to_yaml
-from opo_megatron.observe.boards import Axis, Board, TensorBoard, WandB
-from opo_megatron.observe.rows import Row, RowFile
-from opo_megatron.policy.checkpoint import RunProgress, abandon_later, run_of
-from opo_megatron.rollout.rollouts import Rollouts
+from opo_megatron.observe.loggers import Axis, Board, TensorBoard, WandB
+from opo_megatron.observe.metrics_file import Row, RowFile
 
 
 class RunFiles:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from opo_megatron.algorithm.advantages import without_signal
 from opo_megatron.algorithm.on_policy import HISTOGRAM
+from opo_megatron.batch.stats import Summary
 from opo_megatron.config import Config
-from opo_megatron.observe.rows import Row
-from opo_megatron.policy.step_sums import StepMetrics
-from opo_megatron.rollout.batch import Summary
+from opo_megatron.observe.metrics_file import Row
+from opo_megatron.policy.metric_sums import StepMetrics
 
 
 def step_row(

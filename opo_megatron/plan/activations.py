@@ -8,7 +8,7 @@ have another kernel on a GPU than in Megatron's local layers, and are taken as t
 keeps queries, keys, values, its result and one log-sum-exp per row, and no matrix of scores
 (FlashAttention, arXiv 2205.14135); a norm keeps its input and one number per row, where torch's own on a
 CPU keeps copies in fp32; rotary embeddings of packed sequences keep nothing, where Megatron's own keep
-sines and cosines of every place; the head's logits are in the weight's type (`kernels/head.py`).
+sines and cosines of every place; the head's logits are in the weight's type (`kernels/lm_head.py`).
 
 Left out: what kernels allocate inside and free before they return, such as the keys and values that come
 round under context parallelism, and the allocator's rounding.
@@ -30,15 +30,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opo_megatron.algorithm.objective import PolicyGradient
+from opo_megatron.batch.micro_batch import plan_for
+from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config.choices import Dtype, Packing, Recompute
 from opo_megatron.config.schema import PolicyConfig
-from opo_megatron.kernels import head
+from opo_megatron.distributed.process_groups import Parallel
 from opo_megatron.plan.ranks import META, inner_optimizers
-from opo_megatron.policy.microbatch import plan_for
-from opo_megatron.policy.parallel import Parallel
+from opo_megatron.policy.metric_sums import StepSums
 from opo_megatron.policy.policy import Policy
-from opo_megatron.policy.step_sums import StepSums
-from opo_megatron.rollout.rollouts import Rollouts
 
 
 class LiveBytes(TorchDispatchMode):
@@ -143,7 +142,7 @@ def _as_on_gpus(policy: Policy) -> Iterator[None]:
         module.forward = forward
     try:
         with ExitStack() as patches:
-            patches.enter_context(mock.patch("opo_megatron.policy.head_gradient.sweep", _sweep))
+            patches.enter_context(mock.patch("opo_megatron.policy.lm_head.sweep", _sweep))
             if policy.config.packing is Packing.thd:
                 rotary = "megatron.core.transformer.attention.apply_rotary_pos_emb"
                 patches.enter_context(mock.patch(rotary, _rotate))
@@ -206,17 +205,17 @@ def _sweep(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    vocabulary: head.VocabularyShard,
+    vocabulary: lm_head.VocabularyShard,
     temperature: float,
     chunk_tokens: int,
     coefficient: Callable[[Tensor, slice], tuple[Tensor, Tensor]] | None = None,
     d_weight: Tensor | None = None,
     exact: bool = False,
-) -> head.HeadOutput:
-    """The tensors of `kernels.head.sweep` by Triton."""
+) -> lm_head.HeadOutput:
+    """The tensors of `kernels.lm_head.sweep` by Triton."""
     n = hidden.shape[0]
-    output = head.HeadOutput(*(hidden.new_empty(n, dtype=torch.float32) for _ in range(3)))
-    room = head._aligned_room(min(n, chunk_tokens), weight)
+    output = lm_head.HeadOutput(*(hidden.new_empty(n, dtype=torch.float32) for _ in range(3)))
+    room = lm_head._aligned_room(min(n, chunk_tokens), weight)
     if coefficient is not None:
         output.loss = hidden.new_empty(n, dtype=torch.float32)
         output.d_hidden = torch.empty_like(hidden)

@@ -15,7 +15,7 @@ from opo_megatron.config.choices import Dtype, EngineName
 from opo_megatron.config.schema import Config
 from opo_megatron.plan.hardware import Gpu, constant
 from opo_megatron.plan.lengths import Lengths
-from opo_megatron.weights.table import EMBEDDING, HEAD, hf_shapes
+from opo_megatron.weights.param_mapping import EMBEDDING, HEAD, hf_shapes
 
 
 @dataclass(frozen=True)

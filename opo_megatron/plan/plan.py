@@ -1,6 +1,6 @@
 """A recipe → its plan: what every rank holds and when, what moves, how long a step takes, whether it fits.
 
-The order of phases, and who holds memory in each, is that of `rollout/turns.py`.
+The order of phases, and who holds memory in each, is that of `rollout/memory_sharing.py`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 
+from opo_megatron.algorithm.config import ObjectiveName, Weight
+from opo_megatron.batch.micro_batch import place_unit, plan_for, room
 from opo_megatron.config import Config, load_config
 from opo_megatron.config.arithmetic import model_parallel_size, smallest_world
-from opo_megatron.config.choices import Dtype, EngineName, ObjectiveName, Packing, Weight
+from opo_megatron.config.choices import Dtype, EngineName, Packing
 from opo_megatron.errors import UserError
-from opo_megatron.kernels.head import default_chunk_tokens
+from opo_megatron.kernels.lm_head import default_chunk_tokens
 from opo_megatron.plan.activations import activation_peak, recomputes_all, textbook_activations
 from opo_megatron.plan.engine import EnginePlan, plan_engine
 from opo_megatron.plan.hardware import GPUS_PER_NODE, Gpu, constant
@@ -28,12 +30,11 @@ from opo_megatron.plan.ranks import RankBytes, fake_rank, meta_policy, offloaded
 from opo_megatron.plan.sync import RankStream, SyncPlan, check_cover, combine, rank_stream
 from opo_megatron.plan.times import Times, Work, step_times, sync_seconds
 from opo_megatron.policy.layer_specs import row_multiple, token_multiple
-from opo_megatron.policy.microbatch import place_unit, plan_for, room
 from opo_megatron.policy.model import padded_vocab_size
 from opo_megatron.tasks import TASKS
 from opo_megatron.tasks.tokenizers import open_tokenizer
+from opo_megatron.weights.param_mapping import Stages, parameters
 from opo_megatron.weights.stream import buckets
-from opo_megatron.weights.table import Stages, parameters
 
 Say = Callable[[str, float], None]
 """Shows what is going on, and how much of it is done (0 to 1)."""

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from opo_megatron.config.schema import Config
-from opo_megatron.policy import cpu_backend
+from opo_megatron.distributed import cpu_backend
+from opo_megatron.distributed.process_groups import Parallel, leave, megatron_groups
 from opo_megatron.policy.adam import use_group_step_adam
-from opo_megatron.policy.parallel import Parallel, leave, megatron_groups
 from opo_megatron.policy.policy import Policy
-from opo_megatron.weights.layouts import Vocabulary
+from opo_megatron.weights.sharding import Vocabulary
 
 META = torch.device("meta")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opo_megatron.policy.policy import Policy
-from opo_megatron.weights.table import Shape, hf_shapes
+from opo_megatron.weights.param_mapping import Shape, hf_shapes
 
 
 @dataclass

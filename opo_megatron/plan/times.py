@@ -21,7 +21,7 @@ from opo_megatron.config.schema import ModelConfig
 from opo_megatron.plan.hardware import Gpu, constant
 from opo_megatron.plan.lengths import Lengths
 from opo_megatron.plan.sync import SyncPlan
-from opo_megatron.weights.table import EMBEDDING, hf_shapes
+from opo_megatron.weights.param_mapping import EMBEDDING, hf_shapes
 
 
 @dataclass(frozen=True)

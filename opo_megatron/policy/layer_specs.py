@@ -27,13 +27,13 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 
 from opo_megatron.config.choices import Dtype, Fp8, Packing, Recompute
-from opo_megatron.config.gpu_rules import FP8_BLOCK, FP8_MULTIPLE
+from opo_megatron.config.rules.gpu import FP8_BLOCK, FP8_MULTIPLE
 from opo_megatron.config.schema import PolicyConfig
+from opo_megatron.environment.versions import numbers, read_versions
 from opo_megatron.errors import UserError
 from opo_megatron.policy.exact_layers import use_exact_layers
 from opo_megatron.policy.packed_attention import PackedAttention
-from opo_megatron.versions import numbers, read_versions
-from opo_megatron.weights.table import LayerSpec
+from opo_megatron.weights.param_mapping import LayerSpec
 
 _LEAST_CAPABILITY = {
     Fp8.blockwise: ((9, 0), "Hopper"),
@@ -66,7 +66,7 @@ def layer_spec(config: TransformerConfig, name: LayerSpec, exact: bool) -> tuple
 
         spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.num_moe_experts is not None,  # whose names weights/table.py has
+            moe_grouped_gemm=config.num_moe_experts is not None,  # whose names weights/param_mapping.py has
             qk_layernorm=config.qk_layernorm,
         )
         return spec, TENorm

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opo_megatron.algorithm.energy import EnergySums, energy, sums_over
-from opo_megatron.policy.head_gradient import log_probs
-from opo_megatron.policy.microbatch import MicroBatch, Plan
+from opo_megatron.batch.micro_batch import MicroBatch, Plan
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.distributed.process_groups import all_reduce, gather_tokens
+from opo_megatron.policy.lm_head import log_probs
 from opo_megatron.policy.model import head_weight
-from opo_megatron.policy.parallel import all_reduce, gather_tokens
-from opo_megatron.rollout.rollouts import Rollouts
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel

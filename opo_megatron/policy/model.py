@@ -4,7 +4,7 @@ Layers are Transformer Engine's where that is installed beside GPUs, else Megatr
 `layer_specs.py`).  Two places differ from Megatron's local layer spec (and four more in exact mode, see
 `exact_layers.py`).  The norm is the project's, because Megatron's
 torch norm refuses sequence parallelism.  The output layer keeps its weight, name and checkpoint
-entry but passes hidden states through: logits exist only inside `kernels/head.py`, chunk by chunk.
+entry but passes hidden states through: logits exist only inside `kernels/lm_head.py`, chunk by chunk.
 Dropout is 0 everywhere, for the engine samples without it.
 """
 

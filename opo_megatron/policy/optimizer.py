@@ -17,8 +17,8 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
 from opo_megatron.config.choices import Dtype
 from opo_megatron.config.schema import OptimizerConfig, PolicyConfig
+from opo_megatron.environment.versions import read_versions
 from opo_megatron.errors import UserError
-from opo_megatron.versions import read_versions
 
 
 def megatron_optimizer(

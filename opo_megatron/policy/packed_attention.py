@@ -22,7 +22,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 
-from opo_megatron.policy.packing import context_places
+from opo_megatron.batch.packing import context_places
 
 
 class PackedAttention(DotProductAttention):

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.objective import PolicyGradient
+from opo_megatron.batch.micro_batch import MicroBatch, Plan
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.distributed.process_groups import all_reduce, gather_tokens
 from opo_megatron.kernels.output_gram import output_gram
-from opo_megatron.policy.microbatch import MicroBatch, Plan
 from opo_megatron.policy.model import head_weight
-from opo_megatron.policy.parallel import all_reduce, gather_tokens
-from opo_megatron.rollout.rollouts import Rollouts
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel

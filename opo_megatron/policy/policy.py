@@ -29,20 +29,21 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from opo_megatron.algorithm.objective import Objective
+from opo_megatron.batch.micro_batch import MicroBatch, Plan, build_micro_batches, plan_for
+from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config.choices import Dtype
 from opo_megatron.config.schema import Config, OptimizerConfig
+from opo_megatron.distributed.process_groups import Parallel, all_reduce
 from opo_megatron.errors import BadNumbers, UserError
-from opo_megatron.kernels.head import default_chunk_tokens
-from opo_megatron.policy.head_gradient import Head, HeadLoss, log_probs
+from opo_megatron.kernels.lm_head import default_chunk_tokens
 from opo_megatron.policy.layer_specs import row_multiple, spec_name, token_multiple
+from opo_megatron.policy.lm_head import Head, HeadLoss, log_probs
 from opo_megatron.policy.measure import measure_tokens
 from opo_megatron.policy.memory import PolicyMemory
-from opo_megatron.policy.microbatch import MicroBatch, Plan, build_micro_batches, plan_for
+from opo_megatron.policy.metric_sums import StepMetrics, StepSums
 from opo_megatron.policy.model import build_chunks, head_shares_embedding, head_weight, padded_vocab_size
 from opo_megatron.policy.optimizer import megatron_optimizer
-from opo_megatron.policy.parallel import Parallel, all_reduce
-from opo_megatron.policy.step_sums import StepMetrics, StepSums
-from opo_megatron.rollout.rollouts import Rollouts
+from opo_megatron.weights.param_mapping import Stages, parameters
 from opo_megatron.weights.stream import (
     Bucket,
     ModelShards,
@@ -52,7 +53,6 @@ from opo_megatron.weights.stream import (
     load_weights,
     stream_weights,
 )
-from opo_megatron.weights.table import Stages, parameters
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from html import escape
 from io import BytesIO, StringIO
 from typing import TYPE_CHECKING, Any
 
-from opo_megatron.parts import load_part
 from opo_megatron.report.arms import Arm, Band, band, bin_size
 from opo_megatron.report.measures import Measure, sections_of
 from opo_megatron.report.runs import Run
+from opo_megatron.utils.extras import load_part
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

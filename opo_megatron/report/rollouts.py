@@ -19,7 +19,7 @@ from opo_megatron.errors import UserError
 from opo_megatron.report.runs import Run
 
 if TYPE_CHECKING:
-    from opo_megatron.rollout.rollouts import Rollouts
+    from opo_megatron.batch.rollouts import Rollouts
 
 TOKENS_KEPT = 2000
 """Of a prompt or a response; half of them from its beginning."""
@@ -97,7 +97,7 @@ def decoder_of(run: Run) -> tuple[Decode, str | None]:
 
 
 def _load(path: Path) -> Rollouts:
-    from opo_megatron.rollout.rollouts import Rollouts
+    from opo_megatron.batch.rollouts import Rollouts
 
     try:
         return Rollouts.load(path)

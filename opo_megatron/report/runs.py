@@ -16,7 +16,7 @@ import yaml
 
 from opo_megatron.config.compare import flat
 from opo_megatron.errors import UserError
-from opo_megatron.observe.rows import Row, RowFile
+from opo_megatron.observe.metrics_file import Row, RowFile
 
 
 @dataclass(frozen=True)

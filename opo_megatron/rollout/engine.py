@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from opo_megatron.rollout.rollouts import Rollouts
+from opo_megatron.batch.rollouts import Rollouts
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ import random
 import torch
 
 from opo_megatron.algorithm.objective import PolicyGradient
+from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config import Config
-from opo_megatron.config.exact import needs
+from opo_megatron.config.rules.exact import needs
+from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import OnPolicyError, UserError
-from opo_megatron.policy.parallel import Parallel, all_gather_objects
 from opo_megatron.policy.policy import Policy
 from opo_megatron.rollout.engine import Request, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
-from opo_megatron.rollout.rollouts import Rollouts
 
 LONGEST_PROMPT = 32
 """Tokens of the prompts that do not fill the context."""

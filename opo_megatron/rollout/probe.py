@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config.schema import ModelConfig
+from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, all_reduce
 from opo_megatron.errors import OnPolicyError
-from opo_megatron.policy.parallel import Parallel, all_gather_objects, all_reduce
 from opo_megatron.rollout.engine import Request, Sampling
-from opo_megatron.rollout.rollouts import Rollouts
 
 if TYPE_CHECKING:
     from opo_megatron.policy.policy import Policy

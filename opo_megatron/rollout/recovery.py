@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.distributed.process_groups import all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
-from opo_megatron.policy.parallel import all_gather_objects
 from opo_megatron.rollout.engine import Progress, Request, Sampling
 from opo_megatron.rollout.probe import PROBE_SAMPLING, check_sync, largest_difference, probe_requests
-from opo_megatron.rollout.rollouts import Rollouts
 
 if TYPE_CHECKING:
     from opo_megatron.run import Run

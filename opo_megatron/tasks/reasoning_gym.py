@@ -12,11 +12,11 @@ from typing import Any
 
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
-from opo_megatron.parts import load_part
 from opo_megatron.tasks.base import OneByOne, Prompt, Split
 from opo_megatron.tasks.text import prompt_tokens
 from opo_megatron.tasks.tokenizers import open_tokenizer
 from opo_megatron.tasks.verifiers import compile_pattern, last_match
+from opo_megatron.utils.extras import load_part
 
 SEEDS: dict[Split, int] = {"train": 1, "held_out": 2}
 

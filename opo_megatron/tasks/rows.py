@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opo_megatron.errors import UserError
-from opo_megatron.parts import load_part
+from opo_megatron.utils.extras import load_part
 
 HUB = "hub:"
 _SPLIT = re.compile(r"(train|test|validation)(\[.*\])?")

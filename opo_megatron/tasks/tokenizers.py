@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from opo_megatron.errors import UserError
-from opo_megatron.parts import load_part
+from opo_megatron.utils.extras import load_part
 
 
 class Tokenizer(Protocol):

@@ -20,8 +20,8 @@ from decimal import Decimal
 
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
-from opo_megatron.parts import load_part
 from opo_megatron.tasks.worker_pool import WorkerPool
+from opo_megatron.utils.extras import load_part
 
 MATH = "math"
 Verifier = Callable[[str, str, str], float]

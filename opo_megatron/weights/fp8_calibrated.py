@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.fp8 import not_finite
-from opo_megatron.parts import load_part
+from opo_megatron.utils.extras import load_part
 from opo_megatron.weights.hf_folder import copy_companions
 
 WANTED_BY = "--quantize fp8"

@@ -20,8 +20,8 @@ from torch import Tensor
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.fp8 import BLOCK, Scales, blocks, quantize_blocks
+from opo_megatron.weights.param_mapping import HEAD, Stages, parameters
 from opo_megatron.weights.safetensors_file import TensorInfo
-from opo_megatron.weights.table import HEAD, Stages, parameters
 
 
 class BlockFp8:

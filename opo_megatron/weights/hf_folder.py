@@ -15,8 +15,8 @@ from torch import Tensor
 from opo_megatron.config.architecture import hf_config
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UnreadableWeights, UserError
+from opo_megatron.weights.param_mapping import EMBEDDING, HEAD, hf_shapes
 from opo_megatron.weights.safetensors_file import FileWriter, StoredTensor, TensorInfo, read_header
-from opo_megatron.weights.table import EMBEDDING, HEAD, hf_shapes
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 4 * 2**30

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opo_megatron.policy.parallel import Parallel
-from opo_megatron.weights.layouts import Sliceable
-from opo_megatron.weights.table import Parameter
+from opo_megatron.distributed.process_groups import Parallel
+from opo_megatron.weights.param_mapping import Parameter
+from opo_megatron.weights.sharding import Sliceable
 
 Bucket = list[tuple[str, Tensor]]
 """(Hugging Face name, full tensor)."""

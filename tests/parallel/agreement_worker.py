@@ -18,8 +18,14 @@ import torch
 import torch.distributed as dist
 from small import VOCAB_SIZE, small_config, small_policy
 
-from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize, leave, leave_layout
-from opo_megatron.rollout.batch import exchange, gather_on_first, gather_summary, own_block
+from opo_megatron.batch.stats import exchange, gather_on_first, gather_summary, own_block
+from opo_megatron.distributed.process_groups import (
+    Parallel,
+    all_gather_objects,
+    initialize,
+    leave,
+    leave_layout,
+)
 from opo_megatron.rollout.engine import Request, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 

@@ -20,12 +20,12 @@ from small import ragged_rollouts, small_config, small_policy
 from torch import Tensor
 
 from opo_megatron.algorithm.objective import PolicyGradient
-from opo_megatron.kernels.head import VocabularyShard, sweep
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.distributed.process_groups import Parallel, initialize, leave, leave_layout
+from opo_megatron.kernels.lm_head import VocabularyShard, sweep
 from opo_megatron.policy import per_sample
 from opo_megatron.policy.measure import measure_energies
-from opo_megatron.policy.parallel import Parallel, initialize, leave, leave_layout
 from opo_megatron.policy.policy import Policy
-from opo_megatron.rollout.rollouts import Rollouts
 from opo_megatron.weights.stream import ModelShards, stream_weights
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))

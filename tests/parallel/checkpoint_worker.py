@@ -20,8 +20,8 @@ from small import ragged_rollouts, small_config, small_policy
 from torch import Tensor
 
 from opo_megatron.algorithm.objective import PolicyGradient
-from opo_megatron.policy.checkpoint import RunProgress, load, save
-from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize, leave
+from opo_megatron.checkpoint.checkpoint import RunProgress, load, save
+from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, initialize, leave
 from opo_megatron.policy.policy import Policy
 
 STEPS = 2

@@ -20,10 +20,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from round_trip import config_from
 from small import small_config, small_policy
 
+from opo_megatron.checkpoint.checkpoint import RunProgress, save
+from opo_megatron.checkpoint.convert import convert
+from opo_megatron.distributed.process_groups import (
+    Parallel,
+    all_gather_objects,
+    initialize,
+    leave,
+    leave_layout,
+)
 from opo_megatron.errors import UserError
-from opo_megatron.policy.checkpoint import RunProgress, save
-from opo_megatron.policy.convert import convert
-from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize, leave, leave_layout
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 LIMIT = 4096

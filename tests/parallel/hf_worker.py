@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch.distributed as dist
 from round_trip import run_layouts
 
-from opo_megatron.policy.parallel import leave
+from opo_megatron.distributed.process_groups import leave
 
 
 def main() -> None:

@@ -20,13 +20,19 @@ import torch
 import torch.distributed as dist
 from small import VOCAB_SIZE, small_config, small_policy
 
-from opo_megatron.evaluate import kl_to_start
+from opo_megatron.batch.stats import gather_summary, own_block
+from opo_megatron.distributed.process_groups import (
+    Parallel,
+    all_gather_objects,
+    initialize,
+    leave,
+    leave_layout,
+)
+from opo_megatron.evaluation.evaluate import kl_to_start
 from opo_megatron.observe.console import Display
-from opo_megatron.policy.parallel import Parallel, all_gather_objects, initialize, leave, leave_layout
-from opo_megatron.rollout.batch import gather_summary, own_block
 from opo_megatron.rollout.engine import Request, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
-from opo_megatron.weights.start_weights import StartWeights
+from opo_megatron.weights.reference_weights import StartWeights
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 PROMPTS, SAMPLES = 24, 2

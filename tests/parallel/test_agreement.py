@@ -14,7 +14,7 @@ import pytest
 from conftest import run_ranks_of
 from small import small_config
 
-from opo_megatron.policy.parallel import initialize, leave
+from opo_megatron.distributed.process_groups import initialize, leave
 
 WORKER = Path(__file__).parent / "agreement_worker.py"
 TP2, PP2 = "policy.tensor_model_parallel_size=2", "policy.pipeline_model_parallel_size=2"

@@ -14,8 +14,8 @@ from conftest import run_ranks_of
 from small import VOCAB_SIZE, small_config
 from torch import Tensor
 
-from opo_megatron.policy.parallel import initialize, leave
-from opo_megatron.weights.random import random_weights
+from opo_megatron.distributed.process_groups import initialize, leave
+from opo_megatron.weights.random_init import random_weights
 
 WORKER = Path(__file__).parent / "algorithm_worker.py"
 TP2, PP2 = "policy.tensor_model_parallel_size=2", "policy.pipeline_model_parallel_size=2"

@@ -19,7 +19,7 @@ from opo_megatron.errors import EXIT_HUNG, EXIT_PREEMPTED
 TP2 = "policy.tensor_model_parallel_size=2"
 CP2 = ("policy.packing=thd", "policy.context_parallel_size=2")
 CLIPPED = ("algorithm.objective=clipped", "algorithm.updates_per_batch=2", "algorithm.kl_coefficient=0.1")
-LAUNCH = "from opo_megatron.launch import run_ranks; import sys; n, *command = sys.argv[1:]; "
+LAUNCH = "from opo_megatron.distributed.launch import run_ranks; import sys; n, *command = sys.argv[1:]; "
 LAUNCH += "sys.exit(run_ranks(command, int(n)))"
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config import load_config, to_yaml
-from opo_megatron.rollout.rollouts import Rollouts
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 BYTES = (

@@ -15,7 +15,7 @@ from conftest import require
 from made_runs import BYTES, HOSTILE, make_run
 
 import opo_megatron
-from opo_megatron.cli import main
+from opo_megatron.cli.main import main
 from opo_megatron.report.arms import MOST_POINTS, band, bin_size, binned, differing_keys, group_runs, mean_of
 from opo_megatron.report.page import as_script_data
 from opo_megatron.report.rollouts import choose_steps, shares, token_texts
@@ -297,8 +297,8 @@ def test_training_does_not_import_the_report() -> None:
         for path in package.rglob("*.py")
         if "opo_megatron.report" in path.read_text() and path.parent.name != "report"
     }
-    assert importing == {"cli.py"}
-    program = "import sys, opo_megatron.cli; print({'torch', 'matplotlib', 'numpy'} & set(sys.modules))"
+    assert importing == {"cli/main.py"}
+    program = "import sys, opo_megatron.cli.main; print({'torch', 'matplotlib', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

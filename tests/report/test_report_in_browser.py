@@ -11,7 +11,7 @@ from browser import Browser, browser
 from conftest import require
 from made_runs import BYTES, HOSTILE, make_run
 
-from opo_megatron.cli import main
+from opo_megatron.cli.main import main
 
 pytestmark = pytest.mark.slow
 

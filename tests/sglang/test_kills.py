@@ -15,9 +15,9 @@ from scipy.stats import ks_2samp
 from servers import processes_of, sglang_python
 from small import small_config
 
+from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.build import open_run
 from opo_megatron.rollout.engine import Request, Sampling
-from opo_megatron.rollout.rollouts import Rollouts
 from opo_megatron.rollout.sglang import engine as sglang_engine
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.run import Run

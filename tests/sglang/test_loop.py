@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from servers import ROOT, processes_of, sglang_python
 
-from opo_megatron.rollout.rollouts import Rollouts
+from opo_megatron.batch.rollouts import Rollouts
 
 WARM_STEPS, STEPS = 40, 3
 RECIPE = ROOT / "recipes" / "quickstart_sglang.yaml"

@@ -124,7 +124,7 @@ def test_preflight_then_training_on_all_nodes_with_one_task_each(job: Job) -> No
     assert (code, status) == (0, "completed")
     preflight, train = job.words
     assert preflight.endswith(
-        "bash slurm/node.sh opo_megatron.preflight recipes/quickstart.yaml resume=auto run.seed=2"
+        "bash slurm/node.sh opo_megatron.environment.preflight recipes/quickstart.yaml resume=auto run.seed=2"
     )
     assert train.endswith(
         "bash slurm/node.sh opo_megatron train recipes/quickstart.yaml resume=auto run.seed=2"

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
-from opo_megatron.hashing import hash_of
 from opo_megatron.kernels.exact import padded_keys
 from opo_megatron.rollout.engine import NamedTensors, Progress, Request, Sampling
 from opo_megatron.rollout.local.decoder import Decoder, KeyValueCache
 from opo_megatron.rollout.local.sampler import draw, uniforms
-from opo_megatron.rollout.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
+from opo_megatron.utils.hashing import hash_of
 
 PREFILL_TOKENS = 16384
 """Prompt tokens, padding included, that are run at once."""

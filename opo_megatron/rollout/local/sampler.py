@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.energy import energy
-from opo_megatron.hashing import GOLDEN, mix_tensor, shift_right, signed
 from opo_megatron.kernels.exact import log_softmax
 from opo_megatron.rollout.engine import Sampling
+from opo_megatron.utils.hashing import GOLDEN, mix_tensor, shift_right, signed
 
 
 def uniforms(keys: Tensor, positions: Tensor) -> Tensor:

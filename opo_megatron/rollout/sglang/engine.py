@@ -23,14 +23,14 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config.choices import Transport
 from opo_megatron.config.schema import Config
+from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
-from opo_megatron.policy.parallel import Parallel, all_gather_objects
 from opo_megatron.rollout.engine import NamedTensors, Progress, Request, Sampling
-from opo_megatron.rollout.rollouts import Rollouts
-from opo_megatron.rollout.sglang.answers import rollouts_of, sampling_params
 from opo_megatron.rollout.sglang.client import Client
+from opo_megatron.rollout.sglang.replies import rollouts_of, sampling_params
 from opo_megatron.rollout.sglang.server import Server, free_port
 from opo_megatron.rollout.sglang.transfer import (
     Bucket,

@@ -1,0 +1,1 @@
+"""Digests of every step's rollouts and weights, by which two runs are compared."""

@@ -1,0 +1,296 @@
+"""Ragged rollouts → micro-batches under a token budget, balanced over data-parallel ranks.
+
+Their sequences are rows padded on the right, or stand one behind another in a single row (`packing.py`).
+The plan is made from all lengths of the batch, identically on every rank, so it also says which samples
+each data-parallel rank needs.  All ranks get the same number of micro-batches.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from opo_megatron.batch.packing import context_places, fill, packed_params, segments_of
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.config.choices import Packing
+from opo_megatron.config.schema import PolicyConfig
+
+MICRO_BATCH_TOKENS = 100
+"""What a micro-batch costs besides its tokens, in tokens: kernel launches, or Python on a CPU."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples form which micro-batch, for every data-parallel rank."""
+
+    rows: list[list[list[int]]]
+    """[data-parallel rank][micro-batch][row] → sample; an empty micro-batch has no rows."""
+    shape: tuple[int, int] | None = None
+    """(rows, places) of every micro-batch where the schedule needs one shape, else None.  The last token of
+    a sequence is only ever a target and takes no place."""
+    packed: bool = False
+    """Whether the sequences of a micro-batch stand one behind another in a single row."""
+    unit: int = 1
+    """A packed sequence takes a multiple of so many places."""
+    without_gradient: Plan | None = None
+    """Samples that only run forward, after the others: to be measured, not learned from."""
+
+    def samples_of(self, dp_rank: int) -> list[int]:
+        """The samples of one data-parallel rank, in the order of its micro-batches."""
+        own = [sample for rows in self.rows[dp_rank] for sample in rows]
+        return own if self.without_gradient is None else own + self.without_gradient.samples_of(dp_rank)
+
+    @property
+    def count(self) -> int:
+        """Micro-batches per data-parallel rank that run forward and backward."""
+        return len(self.rows[0])
+
+    def places(self, lengths: Sequence[int], multiple: int = 1, token_multiple: int = 1) -> list[int]:
+        """Places of each rank's micro-batches, padding included, for sequences of `lengths` tokens.
+
+        Args:
+            multiple, token_multiple: as `build_micro_batches` has them.
+        """
+
+        def size(rows: list[int]) -> int:
+            needed = [room(lengths[i], self.unit) for i in rows]
+            return math.prod(_shape(needed, self, multiple, token_multiple))
+
+        return [sum(map(size, batches)) for batches in self.rows]
+
+
+def plan_for(policy: PolicyConfig, lengths: Sequence[int], dp_size: int) -> Plan:
+    """The plan that a recipe's schedule, budget and form of micro-batches ask for."""
+    interleaved = policy.virtual_pipeline_model_parallel_size is not None
+    return plan_micro_batches(
+        lengths,
+        dp_size,
+        policy.max_tokens_per_micro_batch,
+        fixed_shape=interleaved,
+        multiple=policy.pipeline_model_parallel_size if interleaved else 1,
+        packed=policy.packing is Packing.thd,
+        unit=place_unit(policy),
+    )
+
+
+def place_unit(policy: PolicyConfig) -> int:
+    """What a packed sequence's places are a multiple of: context-parallel ranks get equal pieces."""
+    return 1 if policy.context_parallel_size == 1 else 2 * policy.context_parallel_size
+
+
+def room(length: int, unit: int) -> int:
+    """Places that a sequence of `length` tokens takes, in units: its last token is only ever a target."""
+    needed = max(0, length - 1)
+    return needed + -needed % unit
+
+
+def plan_micro_batches(
+    lengths: Sequence[int],
+    dp_size: int,
+    max_tokens: int,
+    fixed_shape: bool = False,
+    multiple: int = 1,
+    packed: bool = False,
+    unit: int = 1,
+) -> Plan:
+    """Split samples of `lengths` tokens into micro-batches of at most `max_tokens` padded tokens.
+
+    Samples are dealt by falling length, each to the rank that has least so far, so that every rank
+    gets nearly the same tokens (with one shape for all, the same rows); neighbours in length share a
+    micro-batch, so that little is padding.
+
+    Args:
+        fixed_shape: one shape for all (interleaved pipeline schedules cannot announce shapes).
+        multiple: the number of micro-batches per rank is a multiple of this.
+        packed: sequences stand one behind another, none is padded, and micro-batches are evenly full.
+        unit: packed sequences take a multiple of so many places.
+    """
+    if packed:
+        needed = [room(length, unit) for length in lengths]
+        if fixed_shape:
+            max_tokens = max([max_tokens, *needed])
+        dealt, width = fill(needed, dp_size, max_tokens, multiple)
+        return Plan(dealt, (1, width) if fixed_shape else None, packed=True, unit=unit)
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    hands: list[list[int]] = [[] for _ in range(dp_size)]
+    loads = [(0, rank) for rank in range(dp_size)]
+    for sample in order:
+        load, rank = heapq.heappop(loads)
+        hands[rank].append(sample)
+        heapq.heappush(loads, (load + (1 if fixed_shape else lengths[sample]), rank))
+    if fixed_shape:
+        longest = max(lengths, default=1)
+        rows = max(1, max_tokens // longest)
+        pieces = [[hand[i : i + rows] for i in range(0, len(hand), rows)] for hand in hands]
+    else:
+        pieces = [_cut(hand, lengths, max_tokens) for hand in hands]
+    count = max(1, *(len(p) for p in pieces))
+    count += -count % multiple
+    if not fixed_shape:
+        for piece in pieces:
+            _split_until(piece, count)
+    padded = [piece + [[] for _ in range(count - len(piece))] for piece in pieces]
+    return Plan(padded, (rows, max(1, longest - 1)) if fixed_shape else None)
+
+
+def _cut(hand: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cut samples of falling length into runs of least cost; the first of a run sets its padded length.
+
+    The cost of a run is rows × padded length, plus what one more micro-batch costs at all.  Dynamic
+    programming: best[i] = min over j < i of best[j] + cost(hand[j:i]).
+    """
+    best, start = [0], [0]
+    for i in range(1, len(hand) + 1):
+        least, cut = math.inf, i - 1
+        for j in range(i - 1, -1, -1):
+            padded = lengths[hand[j]] * (i - j)
+            if padded > max_tokens and i - j > 1:
+                break
+            if best[j] + padded < least:
+                least, cut = best[j] + padded, j
+        best.append(int(least) + MICRO_BATCH_TOKENS)
+        start.append(cut)
+    pieces: list[list[int]] = []
+    end = len(hand)
+    while end > 0:
+        pieces.append(hand[start[end] : end])
+        end = start[end]
+    return pieces[::-1]
+
+
+def _split_until(pieces: list[list[int]], count: int) -> None:
+    """Halve the piece with most rows until there are `count` pieces or none can be halved."""
+    while len(pieces) < count:
+        largest = max(range(len(pieces)), key=lambda i: len(pieces[i]), default=None)
+        if largest is None or len(pieces[largest]) < 2:
+            return
+        rows = pieces[largest]
+        pieces[largest : largest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+
+
+@dataclass
+class MicroBatch:
+    """What the model is given, and the places that have a loss; of this context-parallel rank."""
+
+    tokens: Tensor
+    """[b, s] input ids: rows padded on the right, or one row of packed sequences, or a rank's part of it."""
+    position_ids: Tensor
+    """[b, s], from 0 in every sequence."""
+    places: Tensor
+    """[n] flat places in [b, s] whose next token is a response token, sequence by sequence."""
+    targets: Tensor
+    """[n] those response tokens,"""
+    numbers: Tensor
+    """[n] and which of the replica's they are, counted through its batch."""
+    columns: dict[str, Tensor]
+    """Per-token columns of the batch at those tokens, [n] each."""
+    packed: PackedSeqParams | None = None
+    """Where packed sequences begin and end."""
+
+
+def build_micro_batches(
+    batch: Rollouts,
+    plan: Plan,
+    dp_rank: int,
+    columns: dict[str, Tensor],
+    multiple: int,
+    device: torch.device,
+    token_multiple: int = 1,
+    context: tuple[int, int] = (0, 1),
+) -> list[MicroBatch]:
+    """The micro-batches of one rank.
+
+    Args:
+        batch: exactly `plan.samples_of(dp_rank)`, in that order.
+        columns: per-token columns [Σl] in the order of `batch`.
+        multiple: the length of rows is a multiple of this,
+        token_multiple: and rows × length of this.
+        context: (rank, size) of context parallelism; of packed sequences only.
+    """
+    sequences = batch.sequences()
+    lengths = batch.response_lengths.tolist()
+    responses = batch.response_tokens.split(lengths)
+    numbers = torch.arange(batch.response_tokens.numel()).split(lengths)
+    ragged = {name: values.split(lengths) for name, values in columns.items()}
+    prompts = batch.prompt_lengths.tolist()
+    micro_batches, begin = [], 0
+    for rows in plan.rows[dp_rank]:
+        part = range(begin, begin + len(rows))
+        begin += len(rows)
+        inputs = [sequences[i][:-1] for i in part]  # the last token of a sequence is only ever a target
+        needed = [room(sequences[i].numel(), plan.unit) for i in part]
+        height, width = _shape(needed, plan, multiple, token_multiple)
+        starts = [sum(needed[:k]) if plan.packed else k * width for k in range(len(needed))]
+        tokens = torch.zeros(height * width, dtype=torch.int64)
+        places = []
+        for i, start, one in zip(part, starts, inputs, strict=True):
+            tokens[start : start + one.numel()] = one
+            first = start + prompts[i] - 1
+            places.append(torch.arange(first, first + lengths[i]))
+        segments = segments_of(needed, width) if plan.packed else [width] * height
+        positions = torch.cat([torch.arange(length) for length in segments])
+        micro = MicroBatch(
+            tokens=tokens.view(height, width),
+            position_ids=positions.view(height, width),
+            places=_joined(places, torch.int64),
+            targets=_joined([responses[i] for i in part], torch.int64),
+            numbers=_joined([numbers[i] for i in part], torch.int64),
+            columns={
+                name: _joined([values[i] for i in part], torch.float32) for name, values in ragged.items()
+            },
+            packed=packed_params(segments, device, context[1]) if plan.packed else None,
+        )
+        if context[1] > 1:
+            micro = _part_of(micro, context_places(segments, *context))
+        micro_batches.append(_moved(micro, device))
+    return micro_batches
+
+
+def _part_of(micro: MicroBatch, held: Tensor) -> MicroBatch:
+    """What a context-parallel rank has, whose places of the row are `held`."""
+    local = torch.full((micro.tokens.numel(),), -1)
+    local[held] = torch.arange(held.numel())
+    places = local[micro.places]
+    own = places >= 0
+    return replace(
+        micro,
+        tokens=micro.tokens[:, held],
+        position_ids=micro.position_ids[:, held],
+        places=places[own],
+        targets=micro.targets[own],
+        numbers=micro.numbers[own],
+        columns={name: values[own] for name, values in micro.columns.items()},
+    )
+
+
+def _moved(micro: MicroBatch, device: torch.device) -> MicroBatch:
+    tensors = {
+        field.name: value.to(device)
+        for field in fields(micro)
+        if isinstance(value := getattr(micro, field.name), Tensor)
+    }
+    columns = {name: values.to(device) for name, values in micro.columns.items()}
+    return replace(micro, **tensors, columns=columns)
+
+
+def _shape(needed: Sequence[int], plan: Plan, multiple: int, token_multiple: int) -> tuple[int, int]:
+    """(rows, places) of a micro-batch of sequences that need so many places each."""
+    if plan.shape is not None:
+        height, width = plan.shape
+    elif plan.packed:
+        height, width = 1, sum(needed)
+    else:
+        height, width = len(needed), max(needed, default=0)
+    height, width = max(1, height), max(1, width)
+    whole = math.lcm(multiple, plan.unit, token_multiple // math.gcd(token_multiple, height))
+    return height, width + -width % whole
+
+
+def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat(parts).to(dtype) if parts else torch.empty(0, dtype=dtype)

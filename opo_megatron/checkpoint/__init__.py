@@ -1,0 +1,1 @@
+"""Checkpoints: saving, loading, retention, and conversion to and from Hugging Face folders."""

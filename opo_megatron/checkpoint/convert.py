@@ -1,0 +1,221 @@
+"""Between a Hugging Face folder and a Megatron checkpoint, with little more than one tensor in memory.
+
+`convert` and `export` are collectives of as many ranks as the layout has; each rank reads, and where a
+Megatron checkpoint is written also writes, the shards that it would own.  `verify` runs both models on
+the same tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.checkpoint.weights import CheckpointShards, build_meta_chunks, save_weights
+from opo_megatron.config.schema import Config, ModelConfig
+from opo_megatron.distributed.process_groups import Parallel
+from opo_megatron.errors import UserError
+from opo_megatron.policy.model import padded_vocab_size
+from opo_megatron.policy.policy import Policy
+from opo_megatron.utils.atomic_dir import new_folder
+from opo_megatron.weights.fp8_folder import BlockFp8
+from opo_megatron.weights.hf_folder import HfWriter, read_weights, write_companions
+from opo_megatron.weights.param_mapping import Parameter, Stages, parameters
+from opo_megatron.weights.safetensors_file import TensorInfo
+from opo_megatron.weights.stream import Bucket, read_shard, stream_weights
+
+BUCKET_BYTES = 32 * 2**20
+"""What travels between ranks at a time, unless one tensor is larger."""
+
+VERIFY_LENGTHS = (3, 9, 17, 32)
+VERIFY_TOLERANCE = 1e-3
+"""In float32; on CPUs the difference is about 1e-5."""
+
+Say = Callable[[str], None]
+
+
+def convert(
+    source: Path, target: Path, config: Config, parallel: Parallel, dtype: torch.dtype | None, say: Say
+) -> None:
+    """Write the weights of a Hugging Face folder as a Megatron checkpoint that `policy.init_from` reads.
+
+    Args:
+        dtype: of the stored weights; None keeps each tensor's.
+    """
+    model, policy = config.policy.model, config.policy
+    stored = read_weights(source, model)
+
+    def dtype_of(parameter: Parameter) -> torch.dtype:
+        return dtype or stored[parameter.tensors[0][0][0]].dtype
+
+    table = _table(config, parallel)
+    _check_types(table, {name: tensor.dtype for name, tensor in stored.items()})
+    progress = _Progress(_bytes(table, dtype_of) // parallel.world_size, "read", say)
+
+    def read(parameter: Parameter) -> Tensor:
+        shard = read_shard(parameter, parallel, stored.__getitem__)
+        progress.add(shard.nbytes)
+        return shard
+
+    assert model.vocab_size is not None
+    with new_folder(target, leads=parallel.rank == 0) as partial:
+        chunks = build_meta_chunks(policy, model.vocab_size, parallel)
+        save_weights(partial, chunks, table, parallel, read, dtype_of)
+        if parallel.rank == 0:
+            write_companions(partial, model, {n: dtype or t.dtype for n, t in stored.items()}, source)
+
+
+def export(
+    source: Path,
+    target: Path,
+    config: Config,
+    parallel: Parallel,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    companions: Sequence[Path | None],
+    say: Say,
+    blocks: BlockFp8 | None = None,
+) -> None:
+    """Write the weights of a Megatron checkpoint, of a run or converted, as a Hugging Face folder.
+
+    Args:
+        dtype: of the written weights; None keeps that of the stored parameters.
+        companions: folders that may hold config.json and a tokenizer.
+        blocks: quantizes the layers' matrices to FP8.
+    """
+    model, table = config.policy.model, _table(config, parallel)
+    assert model.vocab_size is not None
+    chunks = build_meta_chunks(config.policy, model.vocab_size, parallel)
+    shards = CheckpointShards(source, chunks, table, parallel)
+    infos = [
+        TensorInfo(name, shape, dtype or shards.dtype(parameter))
+        for parameter in table
+        if not parameter.is_copy
+        for rank in parameter.tensors
+        for name, shape in rank
+    ]
+    stream = stream_weights(shards, table, parallel, BUCKET_BYTES, to="one")
+    if parallel.rank > 0:
+        for _ in stream:
+            pass
+        return
+    with new_folder(target) as partial:
+        write_hf_folder(partial, model, infos, stream, shard_bytes, companions, say, blocks)
+
+
+def write_hf_folder(
+    folder: Path,
+    model: ModelConfig,
+    infos: Sequence[TensorInfo],
+    stream: Iterator[Bucket],
+    shard_bytes: int,
+    companions: Sequence[Path | None],
+    say: Say,
+    blocks: BlockFp8 | None = None,
+) -> None:
+    """Fill an empty folder from a weight stream, whose order is that of `infos`."""
+    dtypes = {info.name: info.dtype for info in infos}
+    quantization = None if blocks is None else blocks.config
+    write_companions(folder, model, dtypes, *companions, quantization=quantization)
+    written = infos if blocks is None else blocks.infos(infos)
+    types = {info.name: info.dtype for info in written}
+    progress = _Progress(sum(info.nbytes for info in written), "written", say)
+    with HfWriter(folder, written, shard_bytes) as writer:
+        for name, tensor in (named for bucket in stream for named in bucket):
+            for part, values in [(name, tensor)] if blocks is None else blocks.tensors(name, tensor):
+                writer.write(part, values.to(types[part]))
+                progress.add(values.numel() * types[part].itemsize)
+
+
+def verify(checkpoint: Path, hf_folder: Path, config: Config, parallel: Parallel) -> float | None:
+    """Largest |Δ log-probability| between both models on a few random prompts, in float32.
+
+    Returns:
+        None on every rank but the first.
+
+    Raises:
+        UserError: without transformers, or where the models differ.
+    """
+    transformers = _transformers() if parallel.rank == 0 else None
+    model = config.policy.model
+    assert model.vocab_size is not None
+    longest = min(model.max_sequence_length, max(VERIFY_LENGTHS))
+    config = replace(config, policy=replace(config.policy, model=replace(model, max_sequence_length=longest)))
+    policy = Policy(config, model.vocab_size, parallel, config.optimizer, None)
+    policy.set_weights(CheckpointShards(checkpoint, policy.chunks, policy.table, parallel))
+    rng = random.Random(0)
+    rows = [[rng.randrange(model.vocab_size) for _ in range(min(n, longest))] for n in VERIFY_LENGTHS]
+    batch = Rollouts.from_demonstrations([row[:1] for row in rows], [row[1:] for row in rows])
+    plan = policy.plan(batch.sequence_lengths)
+    ours = policy.log_probs(batch.select(plan.samples_of(parallel.dp_rank)), plan, 1.0)
+    if transformers is None:
+        return None
+    transformers.utils.logging.disable_progress_bar()
+    theirs_model = transformers.AutoModelForCausalLM.from_pretrained(
+        hf_folder, dtype=torch.float32, local_files_only=True
+    ).eval()
+    theirs = []
+    with torch.no_grad():
+        for row in (rows[i] for i in plan.samples_of(parallel.dp_rank)):
+            logits = theirs_model(torch.tensor([row])).logits[0, :-1].double()
+            theirs.append(logits.log_softmax(-1).gather(1, torch.tensor(row[1:]).unsqueeze(1))[:, 0])
+    worst = float((ours - torch.cat(theirs)).abs().max())
+    if not worst <= VERIFY_TOLERANCE:
+        raise UserError(
+            f"the log-probabilities of {checkpoint} and {hf_folder} differ by {worst:.2g}, more than "
+            f"{VERIFY_TOLERANCE:g}; do not use the result"
+        )
+    return worst
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("--verify compares with transformers; run pip install 'opo-megatron[data]'") from None
+    return transformers
+
+
+def _table(config: Config, parallel: Parallel) -> list[Parameter]:
+    model = config.policy.model
+    assert model.vocab_size is not None
+    padded = padded_vocab_size(config.policy, model.vocab_size, parallel.dp_size)
+    stages = Stages(model.num_layers, parallel.pp_size, parallel.vpp_size)
+    return parameters(model, model.vocab_size, stages, parallel.ep_size, padded)
+
+
+def _check_types(table: Sequence[Parameter], dtypes: dict[str, torch.dtype]) -> None:
+    """Tensors that one Megatron parameter holds must be of one type, or one of them would be changed."""
+    for parameter in table:
+        names = [name for rank in parameter.tensors for name, _ in rank]
+        for name in names:
+            if dtypes[name] != dtypes[names[0]]:
+                raise UserError(
+                    f"{names[0]} is stored as {dtypes[names[0]]} and {name} as {dtypes[name]}, which become "
+                    "one parameter; choose a type with --dtype"
+                )
+
+
+def _bytes(table: Sequence[Parameter], dtype_of: Callable[[Parameter], torch.dtype]) -> int:
+    return sum(p.numel * dtype_of(p).itemsize for p in table if not p.is_copy)
+
+
+class _Progress:
+    """One line for every tenth of the bytes."""
+
+    def __init__(self, total: int, verb: str, say: Say) -> None:
+        self._total, self._verb, self._say, self._done, self._said = total, verb, say, 0, 0
+
+    def add(self, count: int) -> None:
+        self._done += count
+        tenth = min(10, 10 * self._done // max(1, self._total))
+        if tenth > self._said:
+            self._said = tenth
+            done = min(self._done, self._total)
+            self._say(f"{10 * tenth:3d} %  {done / 1e6:,.1f} of {self._total / 1e6:,.1f} MB {self._verb}")

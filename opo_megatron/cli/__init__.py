@@ -1,0 +1,1 @@
+"""The command `opo`, one file per command."""

@@ -1,0 +1,107 @@
+"""`opo plan`: the command line around a plan."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+from rich.console import Console
+
+from opo_megatron.errors import UserError
+from opo_megatron.utils.extras import hidden
+
+SUMMARY = "what a run will hold, move and take, for every rank, without a GPU"
+EPILOG = """\
+examples:
+  opo plan recipes/quickstart.yaml
+      the fewest GPUs that the layout needs
+  opo plan my.yaml --gpus 64 --gpu h200 policy.tensor_model_parallel_size=8
+      another layout, on other GPUs; does it fit?
+  opo plan my.yaml policy.init_from=Llama-3.1-70B policy.dtype=bf16 --gpus 64 --mean-response 2000
+      a model by its name, without its weights; answers of 2,000 tokens on average
+  opo plan my.yaml --gpus 64 --json | jq '.times.step, .parameters'
+      for scripts
+
+Every rank is built by the code that will run, on tensors without memory: parameters, gradients, optimizer
+state, activations and the weight stream are counted.  Memory of SGLang and all times are models, whose
+constants are printed with their sources by --json.  Exit code 2 where the recipe does not fit; the last line
+says what would.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `opo plan` besides recipe and overrides."""
+    add = parser.add_argument
+    add("--gpus", metavar="N", type=_count, help="number of GPUs; default the recipe's run.ranks")
+    add("--gpu", metavar="KIND", default="h100", help="h100 (80 GB) or h200 (141 GB); default h100")
+    add(
+        "--mean-response",
+        metavar="TOKENS",
+        type=float,
+        help="mean length of a response; default half of rollout.max_response_tokens",
+    )
+    add("--json", action="store_true", help="print the whole plan as JSON")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GPUs, 1 or more")
+    return int(text)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plan.
+
+    Raises:
+        UserError: for a recipe that does not fit, after its plan is printed, naming what does.
+    """
+    from opo_megatron.plan.hardware import GPUS, gpu_of
+
+    gpu = gpu_of(options.gpu)
+    progress = _Progress()
+    progress("loading Megatron", 0.0)
+    with hidden("wandb"):  # Megatron would import it
+        from opo_megatron.plan.plan import load_job, make_plan
+        from opo_megatron.plan.search import gpu_that_fits, nearest_fit
+        from opo_megatron.plan.show import show, to_json
+
+    arguments = (options.recipe, options.overrides, options.gpus, gpu, options.mean_response)
+    job = load_job(*arguments)
+    plan = make_plan(job, progress)
+    nearest = None
+    if plan.problem is not None:
+        nearest = nearest_fit(options.recipe, options.overrides, job, options.mean_response, progress)
+    progress.close()
+    if options.json:
+        print(json.dumps(to_json(plan, nearest), indent=1))
+    else:
+        show(plan, Console(file=sys.stdout, highlight=False))
+    if plan.problem is None:
+        return 0
+    other = gpu_that_fits(job, GPUS)
+    remedy = "the nearest that fits adds " + " ".join(nearest) if nearest else (
+        "no layout was found that fits; use more GPUs" + (f" or --gpu {other}" if other else "")
+    )  # fmt: skip
+    raise UserError(f"{plan.problem}; {remedy}")
+
+
+class _Progress:
+    """A line on stderr while it works, in a terminal only."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        console = Console(file=sys.stderr, highlight=False)
+        self._status = console.status("") if console.is_terminal else None
+        if self._status is not None:
+            self._status.start()
+
+    def __call__(self, text: str, done: float) -> None:
+        if self._status is not None:
+            seconds = time.monotonic() - self._started
+            self._status.update(f"{done:4.0%}  {seconds:3.0f} s  {text}")
+
+    def close(self) -> None:
+        if self._status is not None:
+            self._status.stop()

@@ -1,0 +1,70 @@
+"""A server of this recipe's model on a node of its own, for `rollout.sglang.urls` of a run on other nodes.
+
+    python -m opo_megatron.cli.serve RECIPE key=value… --port N
+
+It begins with dummy weights, as a managed one does, and takes the node's first
+`rollout.sglang.tensor_parallel_size` GPUs; the run sends weights over `rollout.sglang.transport=distributed`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from opo_megatron.config import load_config
+from opo_megatron.config.choices import Device, EngineName
+from opo_megatron.errors import EXIT_USER_ERROR, UserError
+from opo_megatron.rollout.sglang.server import SERVE, Server, interpreter, write_model_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Become the server; returns only where it cannot."""
+    parser = argparse.ArgumentParser(prog="python -m opo_megatron.cli.serve")
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--port", type=int, required=True)
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        command, environment = server_command(options.recipe, options.overrides, options.port)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    os.execve(command[0], command, environment)
+
+
+def server_command(recipe: str, overrides: Sequence[str], port: int) -> tuple[list[str], dict[str, str]]:
+    """What to run, and its environment.
+
+    Raises:
+        UserError: for recipes whose model the file alone does not say.
+    """
+    config = load_config(recipe, overrides)
+    model = config.policy.model
+    if config.rollout.engine is not EngineName.sglang:
+        raise UserError(
+            "OPO_ENGINE_NODES asks for servers, and rollout.engine is local; set rollout.engine=sglang"
+        )
+    if model.vocab_size is None:
+        raise UserError("policy.model.vocab_size is null, and a server needs it; set it, or policy.init_from")
+    quantization = None
+    if config.rollout.sglang.fp8:
+        from opo_megatron.kernels.fp8 import Scales
+        from opo_megatron.weights.fp8_folder import BlockFp8
+
+        quantization = BlockFp8(model, Scales.power_of_two).config
+    folder = Path(tempfile.mkdtemp(prefix="opo-engine-"))
+    write_model_config(config, model.vocab_size, folder, quantization)
+    gpus = [str(i) for i in range(config.rollout.sglang.tensor_parallel_size)]
+    on_cpu = config.policy.device is Device.cpu
+    server = Server(config, folder, folder / "log", "external", None if on_cpu else gpus)
+    arguments = [*server.arguments(port), "--host", "0.0.0.0"]  # the last one wins
+    python = str(interpreter(config.rollout.sglang).absolute())
+    return [python, str(SERVE), *arguments], server.environment()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

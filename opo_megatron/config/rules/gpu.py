@@ -1,0 +1,103 @@
+"""What FP8 and the options of big models ask of a recipe.
+
+FP8 of a policy is Transformer Engine's: weights and activations are quantized inside each linear layer,
+parameters and the stream of weights stay in bf16.  An engine draws from the same policy only if it
+quantizes alike.  One recipe allows that: `blockwise`, whose weights have a scale for every 128×128
+block, a function of that block alone.  So every matrix must be made of whole blocks on every rank, and the
+query, key and value rows that Megatron keeps in one matrix must begin at block boundaries.
+"""
+
+from __future__ import annotations
+
+from opo_megatron.config.choices import Device, Dtype, EngineName, Fp8, Recompute
+from opo_megatron.config.rules.require import require
+from opo_megatron.config.schema import Config, PolicyConfig
+
+FP8_MULTIPLE = 16
+"""Transformer Engine's FP8 products take matrices whose sides are multiples of this."""
+FP8_BLOCK = 128
+
+
+def check_gpu_options(config: Config) -> None:
+    """Raise UserError at the first option that contradicts another or is not built."""
+    check_recompute(config.policy)
+    check_offload(config.policy)
+    check_fp8(config)
+
+
+def check_recompute(policy: PolicyConfig) -> None:
+    """One place says what is recomputed."""
+    other = next((name for name in policy.megatron if name.startswith("recompute_")), None)
+    require(
+        other is None or policy.recompute is Recompute.none,
+        f"policy.recompute is {policy.recompute.value} and policy.megatron.{other} is set too; remove one",
+    )
+
+
+def check_offload(policy: PolicyConfig) -> None:
+    """What Megatron's optimizer in host memory needs besides GPUs."""
+    if not policy.optimizer_offload:
+        return
+    offload = f"policy.optimizer_offload={policy.optimizer_offload:g}"
+    require(
+        policy.device is not Device.cpu,
+        f"{offload} with policy.device=cpu, whose optimizer is in host memory anyway; set "
+        "policy.optimizer_offload=0",
+    )
+    require(
+        policy.dtype is Dtype.bf16 and policy.distributed_optimizer,
+        f"{offload} with policy.dtype={policy.dtype.value} and policy.distributed_optimizer="
+        f"{str(policy.distributed_optimizer).lower()}, but Megatron steps in host memory only what it has "
+        "sharded for a model in bf16; set policy.dtype=bf16 and policy.distributed_optimizer=true, or "
+        "policy.optimizer_offload=0",
+    )
+
+
+def check_fp8(config: Config) -> None:
+    """What FP8 needs besides a device that has it."""
+    policy, wants_engine = config.policy, bool(config.rollout.sglang.fp8)
+    fp8 = "null" if policy.fp8 is None else policy.fp8.value
+    require(
+        not wants_engine or policy.fp8 is Fp8.blockwise,
+        f"rollout.sglang.fp8 is true and policy.fp8 is {fp8}, so the engine would draw from other weights "
+        "than the policy's; set policy.fp8=blockwise or rollout.sglang.fp8=false",
+    )
+    if policy.fp8 is None:
+        return
+    require(
+        policy.device is not Device.cpu,
+        f"policy.fp8={fp8} with policy.device=cpu, but Transformer Engine has no FP8 on a CPU; set "
+        "policy.fp8=null",
+    )
+    require(
+        policy.dtype is Dtype.bf16,
+        f"policy.fp8={fp8} with policy.dtype={policy.dtype.value}, but what is not in FP8 is in bf16; set "
+        "policy.dtype=bf16",
+    )
+    require(
+        policy.model.num_moe_experts is None,
+        f"policy.fp8={fp8} with policy.model.num_moe_experts={policy.model.num_moe_experts}, but experts in "
+        "FP8 are not built yet; set policy.fp8=null",
+    )
+    same_as_engine = config.rollout.engine is EngineName.sglang and wants_engine
+    check_fp8_shapes(policy, FP8_BLOCK if same_as_engine else FP8_MULTIPLE)
+
+
+def check_fp8_shapes(policy: PolicyConfig, multiple: int) -> None:
+    """Whether the part of every matrix that a rank holds has sides that are multiples of `multiple`."""
+    model, tensor = policy.model, policy.tensor_model_parallel_size
+    heads, width = model.num_attention_heads, model.kv_channels or 0
+    blocks = multiple == FP8_BLOCK
+    why = "the engine's blocks of 128×128 to be the trainer's" if blocks else "FP8 products"
+    for name, size in (
+        ("policy.model.hidden_size", model.hidden_size),
+        ("policy.model.ffn_hidden_size / policy.tensor_model_parallel_size", model.ffn_hidden_size // tensor),
+        ("policy.model.kv_channels", width)
+        if blocks
+        else ("num_attention_heads × kv_channels / tensor_model_parallel_size", heads * width // tensor),
+    ):
+        require(
+            size % multiple == 0,
+            f"{name} is {size}, which must be a multiple of {multiple} for {why}; use fewer tensor-parallel "
+            "ranks, or policy.fp8=null",
+        )

@@ -1,0 +1,1 @@
+"""Process groups, the CPU backend, and the launcher of ranks."""

@@ -1,0 +1,236 @@
+"""Where this rank stands: process groups, coordinates, and the exchange of samples between ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opo_megatron.config.choices import Device
+from opo_megatron.config.schema import Config, PolicyConfig
+from opo_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Coordinates of this rank, and the groups that its collectives use."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    vpp_size: int
+    """Model chunks per pipeline stage; 1 without virtual stages."""
+    cp_rank: int
+    cp_size: int
+    dp_rank: int
+    dp_size: int
+    copy_rank: int
+    """Which copy of the weights this rank's are part of; a replica's context-parallel ranks have one each."""
+    copies: int
+    ep_rank: int
+    ep_size: int
+    edp_rank: int
+    """Which copy of the experts this rank's are part of."""
+    etp_rank: int
+    etp_size: int
+    tp_group: Any
+    pp_group: Any
+    cp_group: Any
+    ep_group: Any
+    etp_group: Any
+    cpu_group: Any
+    """All ranks, gloo: host data travels here."""
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether this rank's sums over its tokens count: it has the logits, and nobody else these tokens."""
+        return self.is_last_stage and self.tp_rank == 0
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank speaks for its data-parallel replica."""
+        return self.counts_tokens and self.cp_rank == 0
+
+
+def choose_device(device: Device) -> torch.device:
+    """The device of this rank's policy."""
+    if device is Device.cpu or (device is Device.auto and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise UserError(
+            f"policy.device=cuda, but this machine shows torch {torch.cuda.device_count()} GPUs and rank "
+            f"{index} of it needs one; set policy.device=cpu, or start fewer ranks"
+        )
+    return torch.device("cuda", index)
+
+
+def initialize(config: Config) -> Parallel:
+    """Join the ranks that torchrun, srun or `--nproc` started (or stand alone) into Megatron's groups."""
+    device = choose_device(config.policy.device)
+    if device.type == "cpu":
+        from opo_megatron.distributed.cpu_backend import install
+
+        _check_cpu_layout(config.policy)
+        torch.set_num_threads(config.run.threads_per_rank)
+        install("cpu")
+    else:
+        torch.cuda.set_device(device)
+    from opo_megatron.policy.adam import use_group_step_adam
+    from opo_megatron.policy.layer_specs import check_context_device, check_fp8_device
+    from opo_megatron.policy.optimizer import check_offload_device
+
+    check_fp8_device(config.policy, device)
+    check_context_device(config.policy, device)
+    check_offload_device(config.policy, device)
+    use_group_step_adam()
+    # Megatron reports every object that it builds at INFO; a run's own lines say what matters.
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    if not dist.is_initialized():
+        _join(device, timedelta(minutes=config.run.distributed_timeout_minutes))
+    return megatron_groups(config, device)
+
+
+def _check_cpu_layout(policy: PolicyConfig) -> None:
+    if policy.expert_model_parallel_size > 1 and (policy.expert_tensor_parallel_size or 1) > 1:
+        raise UserError(
+            f"policy.expert_tensor_parallel_size={policy.expert_tensor_parallel_size} with expert "
+            "parallelism gathers unequal numbers of tokens, which gloo cannot; set it to 1, or use GPUs"
+        )
+
+
+def _join(device: torch.device, timeout: timedelta) -> None:
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def megatron_groups(config: Config, device: torch.device) -> Parallel:
+    """Megatron's groups over all ranks of the process group that this process is in.
+
+    Meta tensors stand for ranks that are not there: none of their groups is of gloo, which would wait.
+    """
+    from megatron.core import parallel_state as state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    policy = config.policy
+    state.initialize_model_parallel(
+        policy.tensor_model_parallel_size,
+        policy.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=policy.virtual_pipeline_model_parallel_size,
+        context_parallel_size=policy.context_parallel_size,
+        expert_model_parallel_size=policy.expert_model_parallel_size,
+        expert_tensor_parallel_size=policy.expert_tensor_parallel_size,
+        distributed_timeout_minutes=max(1, round(config.run.distributed_timeout_minutes)),
+        create_gloo_process_groups=device.type != "meta",
+    )
+    model_parallel_cuda_manual_seed(config.run.seed)
+    timeout = timedelta(minutes=config.run.distributed_timeout_minutes)
+    return Parallel(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=state.get_tensor_model_parallel_rank(),
+        tp_size=state.get_tensor_model_parallel_world_size(),
+        pp_rank=state.get_pipeline_model_parallel_rank(),
+        pp_size=state.get_pipeline_model_parallel_world_size(),
+        vpp_size=policy.virtual_pipeline_model_parallel_size or 1,
+        cp_rank=state.get_context_parallel_rank(),
+        cp_size=state.get_context_parallel_world_size(),
+        dp_rank=state.get_data_parallel_rank(),
+        dp_size=state.get_data_parallel_world_size(),
+        copy_rank=state.get_data_parallel_rank(with_context_parallel=True),
+        copies=state.get_data_parallel_world_size(with_context_parallel=True),
+        ep_rank=state.get_expert_model_parallel_rank(),
+        ep_size=state.get_expert_model_parallel_world_size(),
+        edp_rank=state.get_expert_data_parallel_rank(),
+        etp_rank=state.get_expert_tensor_parallel_rank(),
+        etp_size=state.get_expert_tensor_parallel_world_size(),
+        tp_group=state.get_tensor_model_parallel_group(),
+        pp_group=state.get_pipeline_model_parallel_group(),
+        cp_group=state.get_context_parallel_group(),
+        ep_group=state.get_expert_model_parallel_group(),
+        etp_group=state.get_expert_tensor_parallel_group(),
+        cpu_group=dist.new_group(backend=None if device.type == "meta" else "gloo", timeout=timeout),
+    )
+
+
+def leave_layout() -> None:
+    """Forget Megatron's groups, so that the same ranks can be laid out anew by `initialize`."""
+    from megatron.core import parallel_state as state
+
+    state.destroy_model_parallel()
+
+
+def leave() -> None:
+    """Undo `initialize`."""
+    leave_layout()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def share_of(count: int, rank: int, world_size: int) -> range:
+    """The contiguous block of `count` items that falls to `rank`; blocks differ by one at most."""
+    return range(count * rank // world_size, count * (rank + 1) // world_size)
+
+
+def all_gather_objects(parallel: Parallel, value: Any) -> list[Any]:
+    """`value` of every rank, by rank."""
+    if parallel.world_size == 1:
+        return [value]
+    gathered: list[Any] = [None] * parallel.world_size
+    dist.all_gather_object(gathered, value, group=parallel.cpu_group)
+    return gathered
+
+
+def all_to_all_objects(parallel: Parallel, values: list[Any]) -> list[Any]:
+    """Send values[r] to every rank r; returns what each rank sent here.  The ranks trust each other."""
+    if parallel.world_size == 1:
+        return values
+    blobs = [torch.frombuffer(bytearray(pickle.dumps(v)), dtype=torch.uint8) for v in values]
+    sent = torch.tensor([b.numel() for b in blobs])
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=parallel.cpu_group)
+    buffer = torch.empty(int(received.sum()), dtype=torch.uint8)
+    dist.all_to_all_single(
+        buffer, torch.cat(blobs), received.tolist(), sent.tolist(), group=parallel.cpu_group
+    )
+    return [pickle.loads(part.numpy().tobytes()) for part in buffer.split(received.tolist())]
+
+
+def gather_tokens(parallel: Parallel, values: Tensor, numbers: Tensor, total: int) -> Tensor:
+    """What context-parallel ranks know of their tokens, [n, …] each → [total, …] of all, on each of them.
+
+    Args:
+        numbers: [n] which of the `total` tokens these are; each token is one rank's.
+    """
+    if parallel.cp_size == 1:
+        return values
+    gathered = values.new_zeros(total, *values.shape[1:])
+    gathered[numbers] = values
+    dist.all_reduce(gathered, group=parallel.cp_group)
+    return gathered
+
+
+def all_reduce(parallel: Parallel, values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+    """`values` (on the CPU) reduced over all ranks, in place."""
+    if parallel.world_size > 1:
+        dist.all_reduce(values, op=operation, group=parallel.cpu_group)
+    return values

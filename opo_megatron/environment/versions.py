@@ -1,0 +1,108 @@
+"""The set of versions in `versions.toml`: its reader, and pip constraints for whoever installs.
+
+    python opo_megatron/environment/versions.py            constraints, one NAME==VERSION a line
+    python opo_megatron/environment/versions.py apex       the version of one part
+
+Needs nothing but Python, for it runs before anything is installed.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+FILE = Path(__file__).parent / "versions.toml"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One package of the set."""
+
+    name: str
+    """Of the distribution."""
+    needed: str
+    """always | gpu | choice"""
+    costs: str
+    """What is lost without it."""
+    version: str | None = None
+    """The one that was tried."""
+    at_least: str | None = None
+    below: str | None = None
+    module: str | None = None
+    """What is imported of it; default its name."""
+    extra: str | None = None
+    """Of opo-megatron, which brings it."""
+    install: str | None = None
+    why: str = ""
+    git: str | None = None
+    """Where it comes from, if not from the registry."""
+
+    @property
+    def wanted(self) -> str:
+        """The accepted versions in words."""
+        if self.at_least and self.below:
+            return f"{self.at_least} or newer, below {self.below}"
+        return self.version or "any"
+
+    def accepts(self, version: str) -> bool:
+        """Whether this version is in the set; a local part such as `+cpu` does not count."""
+        public = version.partition("+")[0]
+        if self.at_least and self.below:
+            return numbers(self.at_least) <= numbers(public) < numbers(self.below)
+        return self.version is None or public == self.version
+
+    @property
+    def fix(self) -> str:
+        """The command that brings the right version."""
+        if self.install is not None:
+            return self.install
+        if self.extra is not None:
+            return f"pip install 'opo-megatron[{self.extra}]'"
+        if self.version is not None:
+            return f"pip install {self.name}=={self.version}"
+        return f"pip install '{self.name}>={self.at_least},<{self.below}'"
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Everything that the file says."""
+
+    python: tuple[str, str]
+    """At least, below."""
+    cuda: dict[str, str]
+    packages: tuple[Part, ...]
+    sglang: tuple[Part, ...]
+    """Of SGLang's own environment."""
+
+    def part(self, name: str) -> Part:
+        return next(part for part in self.packages if part.name == name)
+
+
+def read_versions(file: Path = FILE) -> Versions:
+    """The set as the file has it."""
+    raw = tomllib.loads(file.read_text(encoding="utf-8"))
+    return Versions(
+        python=(raw["python"]["at_least"], raw["python"]["below"]),
+        cuda=raw["cuda"],
+        packages=tuple(Part(name, **entry) for name, entry in raw["packages"].items()),
+        sglang=tuple(Part(name, needed="choice", **entry) for name, entry in raw["sglang"].items()),
+    )
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version, which compare as versions do."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found.group().split("."))) if found else ()
+
+
+def constraints(versions: Versions) -> list[str]:
+    """Pip constraints of the trainer's environment."""
+    return [f"{part.name}=={part.version}" for part in versions.packages if part.version and part.git is None]
+
+
+if __name__ == "__main__":
+    known = read_versions()
+    print("\n".join([known.part(name).version or "" for name in sys.argv[1:]] or constraints(known)))

@@ -1,0 +1,1 @@
+"""Held-out evaluation during training, and `opo eval`."""

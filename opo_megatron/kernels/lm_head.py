@@ -1,0 +1,316 @@
+"""The head: hidden states → log-probabilities, loss and both gradients, without storing logits.
+
+For a chunk of tokens with hidden states h [m, H] and this rank's rows W [V, H] of the output matrix:
+
+    z  = h Wᵀ / T                          1st matrix product
+    ℓ  = z_y − logsumexp(z)                log π_T of the sampled token
+    dz = c ⊙ (onehot(y) − π) / T           c = ∂L/∂ℓ, from the objective
+    dh = dz W,   dW += dzᵀ h               2nd and 3rd
+
+The gradient is written in the forward pass, so nothing of size tokens × vocabulary outlives its
+chunk and nothing is computed twice.  Under vocabulary parallelism the maximum and four sums are
+reduced over the tensor-parallel group; dh is left for the caller to reduce, once.  Entropy and Σπ²
+come from the same sums.  Rows of a padded vocabulary are not part of W.
+
+Only response tokens are passed in: prompts and padding have no loss.
+
+On GPUs softmax and gradient are two passes of Triton over the logits (`kernels/triton_softmax.py`), which
+are held in the weight's type: in bf16 a logit takes 2 bytes and is rounded as the engine rounds it.
+Elsewhere they are float32.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opo_megatron import kernels
+from opo_megatron.kernels.exact import linear, log_softmax
+
+Coefficient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""(log π [m], place in the batch) → (loss [m], ∂loss/∂log π [m])."""
+
+
+@dataclass
+class HeadOutput:
+    """Per token of the sweep, float32."""
+
+    log_prob: Tensor
+    """[n]: log π_T(y)."""
+    entropy: Tensor
+    """[n]: −Σ π log π."""
+    sum_squares: Tensor
+    """[n]: Σ π²."""
+    loss: Tensor | None = None
+    """[n]; None without an objective."""
+    d_hidden: Tensor | None = None
+    """[n, H]: this vocabulary shard's part of the gradient."""
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """This rank's part of the output rows."""
+
+    start: int
+    """First token id of the shard."""
+    group: Any = None
+    """Tensor-parallel process group; None where the vocabulary is whole."""
+
+
+Gradient = Callable[[Tensor], Tensor]
+"""∂loss/∂log π [m] → ∂loss/∂z [m, V] of this shard, in the weight's type."""
+
+ROOM_BYTES = 64 * 2**20
+FEWEST_TOKENS, MOST_TOKENS = 512, 1024
+CACHED_BYTES = 2**22
+"""On a CPU exponentials are computed so many bytes at a time, which stay in its cache."""
+GPU_ROOM_BYTES = 480 * 10**6
+GPU_MOST_TOKENS, GPU_MULTIPLE = 8192, 128
+LINE_BYTES = 128
+"""On a GPU rows of logits begin at a multiple of this, without which matrix products are slow."""
+
+
+def default_chunk_tokens(
+    rows: int, weight_type: torch.dtype = torch.float32, device: torch.device | None = None
+) -> int:
+    """Tokens of a chunk for `rows` of the vocabulary on this rank: as many logits as there is room for.
+
+    On a CPU, with fewer than 512 the matrix products get slow; with more than 1024 they do not get
+    faster.  On a GPU every chunk reads and writes all of the weight's gradient, so chunks are as large
+    as memory allows, in whole tiles of the product.
+    """
+    if device is None or not kernels.uses_triton(device):
+        return min(MOST_TOKENS, max(FEWEST_TOKENS, ROOM_BYTES // (4 * rows)))
+    fits = GPU_ROOM_BYTES // (weight_type.itemsize * rows) // GPU_MULTIPLE * GPU_MULTIPLE
+    return min(GPU_MOST_TOKENS, max(FEWEST_TOKENS, fits))
+
+
+def sweep(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocabulary: VocabularyShard,
+    temperature: float,
+    chunk_tokens: int,
+    coefficient: Coefficient | None = None,
+    d_weight: Tensor | None = None,
+    exact: bool = False,
+) -> HeadOutput:
+    """Run the head over `hidden` in chunks.
+
+    Args:
+        hidden: [n, H] hidden states that predict `targets`.
+        weight: [V, H] this rank's valid rows of the output matrix.
+        targets: [n] token ids of the whole vocabulary.
+        coefficient: the objective; without it nothing is differentiated.
+        d_weight: [V, H] to which the weight's gradient is added.
+        exact: log-probabilities bit for bit those of the engine in exact mode; the vocabulary is whole.
+    """
+    n = hidden.shape[0]
+    output = HeadOutput(*(hidden.new_empty(n, dtype=torch.float32) for _ in range(3)))
+    if coefficient is not None:
+        output.loss = hidden.new_empty(n, dtype=torch.float32)
+        output.d_hidden = torch.empty_like(hidden)
+    if exact:
+        softmax: Callable[..., Gradient] = _exact_softmax
+    elif kernels.uses_triton(hidden.device):
+        softmax = partial(_triton_softmax, _aligned_room(min(n, chunk_tokens), weight))
+    else:
+        room = hidden.new_empty(min(n, chunk_tokens), weight.shape[0], dtype=torch.float32)
+        softmax = partial(_softmax, room)
+    for begin in range(0, n, chunk_tokens):
+        part = slice(begin, min(begin + chunk_tokens, n))
+        gradient = softmax(output, part, hidden, weight, targets, vocabulary, temperature)
+        if coefficient is None or output.loss is None or output.d_hidden is None:
+            continue
+        output.loss[part], d_log_prob = coefficient(output.log_prob[part], part)
+        d_logits = gradient(d_log_prob)
+        torch.mm(d_logits, weight, out=output.d_hidden[part])
+        if d_weight is not None:
+            _add_product(d_weight, d_logits, hidden[part])
+    return output
+
+
+def _aligned_room(tokens: int, weight: Tensor) -> Tensor:
+    """[tokens, V] in the weight's type, whose rows begin at multiples of `LINE_BYTES`."""
+    multiple = LINE_BYTES // weight.dtype.itemsize
+    rows = weight.shape[0]
+    return weight.new_empty(tokens, -(-rows // multiple) * multiple)[:, :rows]
+
+
+def _triton_softmax(
+    room: Tensor,
+    output: HeadOutput,
+    part: slice,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocabulary: VocabularyShard,
+    temperature: float,
+) -> Gradient:
+    """`_softmax` in one launch, and its gradient in another, over the logits; `room` is in weight's type."""
+    from opo_megatron.kernels.triton_softmax import gradient_in_place, row_statistics
+
+    logits = torch.mm(hidden[part], weight.t(), out=room[: part.stop - part.start])
+    found = row_statistics(logits, targets[part], vocabulary.start, temperature)
+    highest, sums = found.highest, torch.stack((found.target, found.total, found.weighted, found.squares))
+    if vocabulary.group is not None:
+        highest = found.highest.clone()
+        _reduce(highest, vocabulary, dist.ReduceOp.MAX)
+        shift = (found.highest - highest) / temperature
+        scale = shift.exp()
+        sums[2] = scale * (found.weighted + shift * found.total)
+        sums[1].mul_(scale)
+        sums[3].mul_(scale.square())
+        _reduce(sums, vocabulary, dist.ReduceOp.SUM)
+    _fill(output, part, (sums[0] - highest) / temperature, *sums[1:])
+    return partial(gradient_in_place, logits, targets[part], vocabulary.start, temperature, highest, sums[1])
+
+
+def _fill(
+    output: HeadOutput, part: slice, target: Tensor, total: Tensor, weighted: Tensor, squares: Tensor
+) -> None:
+    """What is asked of each token, from x_y, Σ e, Σ e·x and Σ e² with x = (z − max z)/T, e = exp x."""
+    log_total = total.log()
+    output.log_prob[part] = target - log_total
+    output.entropy[part] = log_total - weighted / total
+    output.sum_squares[part] = squares / total.square()
+
+
+def _softmax(
+    room: Tensor,
+    output: HeadOutput,
+    part: slice,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocabulary: VocabularyShard,
+    temperature: float,
+) -> Gradient:
+    """Fill `output[part]`.
+
+    Args:
+        room: [≥ m, V] float32, written over: on a CPU all that is as large as a chunk's logits.
+
+    Returns:
+        What writes the chunk's gradient, over `room`.
+    """
+    logits = room[: part.stop - part.start]
+    if weight.dtype == logits.dtype:
+        torch.mm(hidden[part], weight.t(), out=logits)
+    else:
+        logits.copy_(torch.mm(hidden[part], weight.t()))
+    if temperature != 1.0:
+        logits.div_(temperature)
+    rows = weight.shape[0]
+    local_target = targets[part] - vocabulary.start
+    owned = (local_target >= 0) & (local_target < rows)
+    local_target = local_target.clamp(0, rows - 1)
+    highest = logits.amax(1)
+    _reduce(highest, vocabulary, dist.ReduceOp.MAX)
+    target_logit = logits.gather(1, local_target.unsqueeze(1))[:, 0] - highest
+    sums = torch.cat((torch.where(owned, target_logit, 0.0).unsqueeze(0), _exponentiate(logits, highest)))
+    _reduce(sums, vocabulary, dist.ReduceOp.SUM)
+    _fill(output, part, *sums)
+    return partial(_gradient, logits, sums[1], local_target, owned, temperature, weight.dtype)
+
+
+def _gradient(
+    exponentials: Tensor,
+    total: Tensor,
+    local_target: Tensor,
+    owned: Tensor,
+    temperature: float,
+    result_type: torch.dtype,
+    d_log_prob: Tensor,
+) -> Tensor:
+    """c/T ⊙ (onehot(y) − π) [m, V], over the exponentials.
+
+    Args:
+        exponentials: e^(z − max z) of this shard [m, V].
+        total: its sum over the whole vocabulary [m].
+        local_target, owned: the target's row here, and whether it is here, [m].
+    """
+    scaled = d_log_prob / temperature
+    d_logits = exponentials.mul_((-scaled / total).unsqueeze(1))
+    d_logits.scatter_add_(1, local_target.unsqueeze(1), torch.where(owned, scaled, 0.0).unsqueeze(1))
+    return d_logits.to(result_type)
+
+
+def _exponentiate(logits: Tensor, highest: Tensor) -> Tensor:
+    """z [m, V] → e^(z − max z) in place; returns Σ e, Σ e·(z − max z) and Σ e² [3, m] of each row."""
+    rows, width = logits.shape
+    block = max(1, rows if logits.is_cuda else CACHED_BYTES // (4 * width))
+    sums, scratch = logits.new_empty(3, rows), logits.new_empty(min(block, rows), width)
+    for z, high, found in zip(logits.split(block), highest.split(block), sums.split(block, 1), strict=True):
+        z.sub_(high.unsqueeze(1))
+        e = torch.exp(z, out=scratch[: z.shape[0]])
+        torch.sum(e, 1, out=found[0])
+        torch.sum(z.mul_(e), 1, out=found[1])
+        torch.linalg.vector_norm(e, dim=1, out=found[2]).square_()
+        z.copy_(e)
+    return sums
+
+
+def _exact_softmax(
+    output: HeadOutput,
+    part: slice,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocabulary: VocabularyShard,
+    temperature: float,
+) -> Gradient:
+    """`_softmax` by the product and the logarithm that the engine uses in exact mode."""
+    log_probs = log_softmax(linear(hidden[part], weight), temperature)
+    probabilities, target = log_probs.exp(), targets[part]
+    output.log_prob[part] = log_probs.gather(1, target.unsqueeze(1))[:, 0]
+    output.entropy[part] = -(probabilities * log_probs).sum(1)
+    output.sum_squares[part] = probabilities.square().sum(1)
+    total = torch.ones_like(output.log_prob[part])
+    owned = torch.ones_like(target, dtype=torch.bool)
+    return partial(_gradient, probabilities, total, target, owned, temperature, weight.dtype)
+
+
+def _reduce(values: Tensor, vocabulary: VocabularyShard, operation: Any) -> None:
+    if vocabulary.group is not None:
+        dist.all_reduce(values, op=operation, group=vocabulary.group)
+
+
+def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
+    """total += d_logitsᵀ · hidden, summed in total's own precision."""
+    if total.dtype == d_logits.dtype:
+        total.addmm_(d_logits.t(), hidden)
+    elif total.device.type != "cuda":
+        total.addmm_(d_logits.t().to(total.dtype), hidden.to(total.dtype))
+    elif _adds_in_float32(total.device, d_logits.dtype):
+        torch.addmm(total, d_logits.t(), hidden, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(torch.mm(d_logits.t(), hidden, out_dtype=total.dtype))
+
+
+@cache
+def _adds_in_float32(device: torch.device, factors: torch.dtype) -> bool:
+    """Whether this torch adds products of `factors` to float32 in place; older ones take memory for both."""
+    total, factor = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device, dtype=factors)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error)
+    else:
+        if bool((total == 17).all()):
+            return True
+        reason = "its sum is wrong"
+    warnings.warn(
+        f"torch {torch.__version__} cannot add a product of {factors} to float32 in place ({reason}), so the "
+        "head's gradient takes another buffer of its size",
+        stacklevel=2,
+    )
+    return False

@@ -1,0 +1,138 @@
+"""Softmax and gradient of one chunk's logits (Triton): two passes over them, the second in place.
+
+    1st  reads z [m, V]:   M = max z,  Σ e,  Σ e·x,  Σ e²,  z_y      x = (z − M)/T,  e = exp x
+    2nd  z ← c/T ⊙ (onehot(y) − π),                                  π = e / Σ e
+
+Two launches, not one, because two things stand between them: under vocabulary parallelism the sums of
+all shards must be known, and the objective turns log π into c.  The torch twin is `_softmax` in
+`kernels/lm_head.py`.
+
+The first pass sees each logit once (online softmax): one program per row keeps the highest logit so far
+and one partial sum per lane, and where a block of logits has a higher one, M → M', the sums are brought
+to it.  With d = (M − M')/T and a = e^d,
+
+    Σ e → a Σ e,   Σ e·x → a (Σ e·x + d Σ e),   Σ e² → a² Σ e².
+
+Logits are float32 or bf16; all arithmetic is float32.  The temperature scales differences to the
+maximum, not logits, which rounds less.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton's functions take pointers and numbers; their types are those of the launch.
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096
+"""Logits that a program holds at a time."""
+WARPS = 8
+
+
+class RowStatistics(NamedTuple):
+    """Of the logits of each token in one vocabulary shard, [m] float32 each."""
+
+    highest: Tensor
+    """M."""
+    total: Tensor
+    """Σ e."""
+    weighted: Tensor
+    """Σ e·x."""
+    squares: Tensor
+    """Σ e²."""
+    target: Tensor
+    """z_y; 0 where the target is in another shard."""
+
+
+@triton.jit
+def _statistics_kernel(
+    logits, targets, statistics, tokens, rows, stride, start, inverse_temperature, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    line = logits + token * stride
+    lanes = tl.arange(0, BLOCK)
+    highest = -1e30  # lower than any logit, and finite: 0 · (−∞) would be NaN
+    total, weighted = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, rows, BLOCK):
+        inside = begin + lanes < rows
+        z = tl.load(line + begin + lanes, mask=inside, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(highest, tl.max(z, 0))
+        shift = (highest - higher) * inverse_temperature
+        scale = tl.exp(shift)
+        x = tl.where(inside, (z - higher) * inverse_temperature, 0.0)
+        e = tl.where(inside, tl.exp(x), 0.0)
+        weighted = scale * (weighted + shift * total) + e * x
+        total = scale * total + e
+        squares = scale * scale * squares + e * e
+        highest = higher
+    row = tl.load(targets + token) - start
+    owned = (row >= 0) & (row < rows)
+    target = tl.load(line + row, mask=owned, other=0.0).to(tl.float32)
+    tl.store(statistics + token, highest)
+    tl.store(statistics + tokens + token, tl.sum(total, 0))
+    tl.store(statistics + 2 * tokens + token, tl.sum(weighted, 0))
+    tl.store(statistics + 3 * tokens + token, tl.sum(squares, 0))
+    tl.store(statistics + 4 * tokens + token, target)
+
+
+@triton.jit
+def _gradient_kernel(
+    logits, targets, highest, total, d_log_prob, rows, stride, start, inverse_temperature, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < rows
+    line = logits + token * stride + place
+    scaled = tl.load(d_log_prob + token) * inverse_temperature
+    factor = -scaled / tl.load(total + token)
+    z = tl.load(line, mask=inside, other=0.0).to(tl.float32)
+    e = tl.exp((z - tl.load(highest + token)) * inverse_temperature)
+    at_target = place == tl.load(targets + token) - start
+    gradient = e * factor + tl.where(at_target, scaled, 0.0)
+    tl.store(line, gradient.to(logits.dtype.element_ty), mask=inside)
+
+
+def row_statistics(logits: Tensor, targets: Tensor, start: int, temperature: float) -> RowStatistics:
+    """The first pass.
+
+    Args:
+        logits: [m, V] float32 or bf16, not divided by the temperature; rows may be further apart than V.
+        targets: [m] int64 token ids of the whole vocabulary.
+        start: first token id of this shard.
+    """
+    tokens, rows = logits.shape
+    statistics = logits.new_empty(5, tokens, dtype=torch.float32)
+    _statistics_kernel[(tokens,)](
+        logits, targets, statistics, tokens, rows, logits.stride(0), start, 1.0 / temperature,
+        BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+    return RowStatistics(*statistics)
+
+
+def gradient_in_place(
+    logits: Tensor,
+    targets: Tensor,
+    start: int,
+    temperature: float,
+    highest: Tensor,
+    total: Tensor,
+    d_log_prob: Tensor,
+) -> Tensor:
+    """The second pass: ∂loss/∂z over the logits of `row_statistics`, which it returns.
+
+    Args:
+        highest, total: M and Σ e of the whole vocabulary, [m] float32.
+        d_log_prob: c [m] float32.
+    """
+    tokens, rows = logits.shape
+    _gradient_kernel[(tokens, triton.cdiv(rows, BLOCK))](
+        logits, targets, highest, total, d_log_prob.contiguous(), rows, logits.stride(0), start,
+        1.0 / temperature, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+    return logits

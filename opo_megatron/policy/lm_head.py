@@ -1,0 +1,120 @@
+"""The head's place in Megatron's schedule: its loss function, with the gradients already computed.
+
+`kernels/lm_head.py` knows matrices; this file knows where Megatron keeps them.  The weight's gradient
+goes straight into DDP's `main_grad` during the forward pass, and the hidden states' gradient waits
+for the backward pass of the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opo_megatron.batch.micro_batch import MicroBatch
+from opo_megatron.distributed.process_groups import Parallel
+from opo_megatron.kernels.lm_head import Coefficient, HeadOutput, VocabularyShard, sweep
+
+
+@dataclass(frozen=True)
+class Head:
+    """What every sweep of one policy shares."""
+
+    parallel: Parallel
+    vocab_size: int
+    chunk_tokens: int
+    sequence_parallel: bool
+    exact: bool = False
+
+    def vocabulary(self, weight: Tensor) -> tuple[VocabularyShard, Tensor]:
+        """This rank's place in the vocabulary, and its rows without padding."""
+        start = weight.shape[0] * self.parallel.tp_rank
+        rows = max(0, min(weight.shape[0], self.vocab_size - start))
+        group = self.parallel.tp_group if self.parallel.tp_size > 1 else None
+        return VocabularyShard(start, group), weight.detach()[:rows]
+
+    def gather(self, hidden: Tensor) -> Tensor:
+        """[b, s, H] of this rank's part of the sequence → of the whole sequence."""
+        if not self.sequence_parallel:
+            return hidden
+        parts = [torch.empty_like(hidden) for _ in range(self.parallel.tp_size)]
+        dist.all_gather(parts, hidden.contiguous(), group=self.parallel.tp_group)
+        return torch.cat(parts, 1)
+
+    def select(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
+        """[b, s, H] → [n, H]: the hidden states that predict response tokens, without a gradient."""
+        return self.gather(hidden.detach()).flatten(0, 1)[micro.places]
+
+    def reduce(self, d_hidden: Tensor) -> Tensor:
+        """Sum the vocabulary shards' parts of the gradient [b, s, H], once, and keep this rank's part."""
+        if self.parallel.tp_size == 1:
+            return d_hidden
+        dist.all_reduce(d_hidden, group=self.parallel.tp_group)
+        if self.sequence_parallel:
+            return d_hidden.chunk(self.parallel.tp_size, 1)[self.parallel.tp_rank].contiguous()
+        return d_hidden
+
+
+def log_probs(
+    head: Head, hidden: Tensor, weight: Tensor, micro: MicroBatch, temperature: float
+) -> HeadOutput:
+    """The sweep without gradients, over the response tokens of a micro-batch."""
+    vocabulary, rows = head.vocabulary(weight)
+    flat = head.select(hidden, micro).to(weight.dtype)
+    return sweep(flat, rows, micro.targets, vocabulary, temperature, head.chunk_tokens, exact=head.exact)
+
+
+class HeadLoss(torch.autograd.Function):
+    """hidden [b, s, H], weight [V, H] → the micro-batch's part of the loss, a scalar.
+
+    The gradient of the scalar is 1 (the normaliser is in the coefficients), so the gradients that the
+    forward pass computed are final.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        head: Head,
+        micro: MicroBatch,
+        coefficient: Coefficient,
+        temperature: float,
+        keep: Callable[[HeadOutput], None],
+        shares_embedding: bool,
+    ) -> Tensor:
+        vocabulary, rows = head.vocabulary(weight)
+        whole = head.gather(hidden.detach())
+        selected = whole.flatten(0, 1)[micro.places].to(weight.dtype)
+
+        output = sweep(
+            selected,
+            rows,
+            micro.targets,
+            vocabulary,
+            temperature,
+            head.chunk_tokens,
+            coefficient,
+            d_weight=weight.main_grad[: rows.shape[0]],  # type: ignore[attr-defined]
+            exact=head.exact,
+        )
+        assert output.d_hidden is not None and output.loss is not None
+        d_whole = torch.zeros_like(whole).flatten(0, 1)
+        d_whole[micro.places] = output.d_hidden.to(whole.dtype)
+        ctx.d_hidden = head.reduce(d_whole.view_as(whole))
+        ctx.weight, ctx.shares_embedding = weight, shares_embedding
+        output.d_hidden = None
+        keep(output)
+        return output.loss.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        # DDP must not add the placeholder to what the sweep wrote; where the parameter is also the
+        # embedding, the same hook has the embedding's gradient to add.
+        ctx.weight.grad_added_to_main_grad = not ctx.shares_embedding
+        placeholder = ctx.weight.new_zeros(()).expand_as(ctx.weight)
+        return ctx.d_hidden, placeholder, None, None, None, None, None, None

@@ -1,0 +1,1 @@
+"""`opo replay`: a step of a run is done again and compared with what was recorded."""

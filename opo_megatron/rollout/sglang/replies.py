@@ -1,0 +1,102 @@
+"""SGLang's words for sampling, and its answers as `Rollouts`: ids in, ids out, nothing re-tokenised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
+from opo_megatron.errors import EngineFailure, UserError
+from opo_megatron.rollout.engine import Request, Sampling
+
+UNKNOWN_VERSION = -1
+"""Of a token whose server names no number as its weights' version."""
+
+
+def sampling_params(sampling: Sampling) -> dict[str, Any]:
+    """Sampling as SGLang wants it.  It ignores seeds outside its deterministic mode."""
+    params: dict[str, Any] = {
+        "max_new_tokens": sampling.max_tokens,
+        "temperature": 0.0 if sampling.greedy else sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k if sampling.top_k > 0 else -1,
+    }
+    if sampling.stop_tokens:
+        params["stop_token_ids"] = list(sampling.stop_tokens)
+    else:
+        params["ignore_eos"] = True
+    return params
+
+
+def rollouts_of(requests: Sequence[Request], answers: Sequence[Any], sampling: Sampling) -> Rollouts:
+    """One answer per request, in that order.
+
+    Raises:
+        EngineFailure: an answer is not whole.
+        UserError: the server ended a response at a token that is not one of the task's stop tokens.
+    """
+    tokens: list[int] = []
+    log_probs: list[float] = []
+    versions: list[int] = []
+    lengths, reasons = [], []
+    for request, answer in zip(requests, answers, strict=True):
+        ids, about = answer["output_ids"], answer["meta_info"]
+        drawn = about.get("output_token_logprobs") or []
+        if [token for _, token, *_ in drawn] != ids:
+            raise EngineFailure(
+                f"{len(drawn)} log-probabilities came with the {len(ids)} tokens of prompt "
+                f"{request.prompt_id}"
+            )
+        tokens += ids
+        log_probs += [value for value, *_ in drawn]
+        versions += versions_of(about, len(ids))
+        lengths.append(len(ids))
+        reasons.append(_finish_reason(request, ids, about["finish_reason"], sampling))
+    return Rollouts(
+        prompt_ids=torch.tensor([r.prompt_id for r in requests], dtype=torch.int64),
+        groups=torch.tensor([r.group for r in requests], dtype=torch.int64),
+        sample_indices=torch.tensor([r.sample_index for r in requests], dtype=torch.int64),
+        prompt_lengths=torch.tensor([len(r.tokens) for r in requests], dtype=torch.int64),
+        prompt_tokens=torch.tensor([t for r in requests for t in r.tokens], dtype=torch.int64),
+        response_lengths=torch.tensor(lengths, dtype=torch.int64),
+        response_tokens=torch.tensor(tokens, dtype=torch.int64),
+        finish_reasons=torch.tensor(reasons, dtype=torch.int64),
+        weight_versions=torch.tensor(versions, dtype=torch.int64),
+        engine_log_prob=torch.tensor(log_probs, dtype=torch.float32),
+    )
+
+
+def versions_of(about: dict[str, Any], length: int) -> list[int]:
+    """The weight version of each token: from spans where the server names them, else one for all."""
+    spans = about.get("weight_versions")
+    if not spans:
+        return [_number(about.get("weight_version"))] * length
+    versions = [UNKNOWN_VERSION] * length
+    for span in spans:
+        for place in range(span["start"], min(span["end"], length)):
+            versions[place] = _number(span["version"])
+    return versions
+
+
+def _number(version: Any) -> int:
+    text = str(version)
+    return int(text) if text.isdecimal() else UNKNOWN_VERSION
+
+
+def _finish_reason(request: Request, ids: list[int], reason: dict[str, Any], sampling: Sampling) -> int:
+    kind = reason["type"]
+    if kind == "length":
+        return FINISH_LENGTH
+    if kind == "stop" and ids and ids[-1] in sampling.stop_tokens:
+        return FINISH_STOP
+    if kind == "stop":
+        raise UserError(
+            f"the server ended a response to prompt {request.prompt_id} at {reason.get('matched')!r}, which "
+            f"is none of the task's stop tokens {list(sampling.stop_tokens)}; start it without stop "
+            "strings or stop tokens of its own"
+        )
+    raise EngineFailure(
+        f"a response to prompt {request.prompt_id} was ended by {kind}: {reason.get('message')}"
+    )

@@ -1,0 +1,98 @@
+"""The other arm of the comparison: updates of PPO and GRPO, with a clipped ratio, on the same policy.
+
+What it takes more than OPO's one update: a forward pass for old log-probabilities, one for those of the
+start weights where the KL to them counts, and several optimizer steps, each on its own part of the
+prompts, after the first of which the samples are no longer the policy's.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from statistics import fmean
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opo_megatron.algorithm.config import LossNormalizer
+from opo_megatron.algorithm.objective import Clipped, loss_normalizer
+from opo_megatron.algorithm.on_policy import Mismatch, MismatchSums
+from opo_megatron.batch.micro_batch import Plan
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.batch.stats import Summary, exchange
+from opo_megatron.distributed.process_groups import Parallel, all_reduce
+from opo_megatron.policy.metric_sums import StepMetrics
+from opo_megatron.run import Run, accept_on_policy
+
+
+def clipped_updates(
+    run: Run, step: int, rollouts: Rollouts, batch: Summary, advantage: Tensor, rate: float
+) -> StepMetrics:
+    """`algorithm.updates_per_batch` optimizer steps; means of what they report.
+
+    That engine and policy agree is proven by the old log-probabilities, before the first of them.
+    """
+    config, policy, algorithm = run.config, run.policy, run.config.algorithm
+    mini_batches = split_prompts(batch.groups, algorithm.updates_per_batch, f"{config.run.seed}/{step}")
+    plans = [policy.plan(batch.sequence_lengths, only=part) for part in mini_batches]
+    parts = [exchange(run.parallel, rollouts, plan, len(advantage)) for plan in plans]
+    temperature = config.rollout.temperature
+    for part, plan in zip(parts, plans, strict=True):
+        part.old_log_prob = policy.log_probs(part, plan, temperature)
+    mismatch = _mismatch(run.parallel, parts)
+    nothing_yet = StepMetrics(0.0, int(batch.response_lengths.sum()), None, mismatch)
+    accept_on_policy(run, nothing_yet)
+    if algorithm.kl_coefficient:
+        _measure_reference(run, parts, plans, temperature)
+    found = []
+    for part, plan, samples in zip(parts, plans, mini_batches, strict=True):
+        normalizer = loss_normalizer(algorithm, batch.response_lengths[torch.tensor(samples)])
+        if algorithm.loss_normalizer is LossNormalizer.constant:
+            normalizer /= algorithm.updates_per_batch
+        objective = Clipped(
+            normalizer, temperature, algorithm.clip_low, algorithm.clip_high, algorithm.kl_coefficient
+        )
+        found.append(policy.train_step(part, plan, objective, rate))
+    entropies = [one.entropy for one in found if one.entropy is not None]
+    return replace(
+        nothing_yet,
+        loss=fmean(one.loss for one in found),
+        entropy=fmean(entropies) if entropies else None,
+        grad_norm=fmean(one.grad_norm for one in found),
+    )
+
+
+def split_prompts(groups: Tensor, parts: int, seed: str) -> list[list[int]]:
+    """Samples of `parts` equally many prompts each, a function of the arguments alone."""
+    prompts = groups.unique().tolist()
+    if parts > 1:
+        random.Random(seed).shuffle(prompts)
+    size = len(prompts) // parts
+    hands = [set(prompts[i * size : (i + 1) * size]) for i in range(parts)]
+    return [[i for i, group in enumerate(groups.tolist()) if group in hand] for hand in hands]
+
+
+def _mismatch(parallel: Parallel, parts: list[Rollouts]) -> Mismatch | None:
+    """Old log-probabilities against the engine's, over all tokens of all ranks."""
+    sums, tokens = MismatchSums(torch.device("cpu")), 0
+    for part in parts:
+        if part.engine_log_prob is None or part.old_log_prob is None:
+            return None
+        if part.old_log_prob.numel():
+            sums.add(part.old_log_prob - part.engine_log_prob)
+        tokens += part.old_log_prob.numel()
+    mine = torch.cat((sums.values, torch.tensor([float(tokens)], dtype=torch.float64)))
+    *values, count = all_reduce(parallel, mine * float(parallel.reports)).tolist()
+    highest = all_reduce(parallel, sums.highest, dist.ReduceOp.MAX)
+    return MismatchSums.result(values, float(highest), count) if count else None
+
+
+def _measure_reference(run: Run, parts: list[Rollouts], plans: list[Plan], temperature: float) -> None:
+    """Log-probabilities under the start weights, of which this rank keeps its part on the host."""
+    assert run.start_weights is not None
+    if run.reference is None:
+        run.reference = run.policy.shards_of(run.start_weights)
+    with run.policy.weights_from(run.reference):
+        for part, plan in zip(parts, plans, strict=True):
+            part.reference_log_prob = run.policy.log_probs(part, plan, temperature)

@@ -1,0 +1,62 @@
+"""Supervised steps on the task's demonstrations, through the same policy step as OPO's.
+
+A random policy is rewarded too rarely to learn from; some steps on demonstrations give it the format
+and a first accuracy.  The stage has its own learning rate, its own stream of prompts, and leaves
+nothing behind but weights: the optimizer starts anew before OPO's first step.
+"""
+
+from __future__ import annotations
+
+import random
+
+from opo_megatron.algorithm.objective import Supervised
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.policy.lr_schedule import learning_rate
+from opo_megatron.run import STREAM_WARM_START, Run
+
+SAY_EVERY = 100
+"""Steps between lines where there is no terminal to show progress in."""
+
+
+def warm_start(run: Run) -> None:
+    """Run the steps that are left of the stage, then give OPO an optimizer of its own."""
+    config = run.config.warm_start
+    if run.step >= 0:
+        return
+    while run.warm_step < config.steps:
+        _supervised_step(run, run.warm_step + 1)
+    if config.steps:
+        run.policy.start_optimizer(run.config.optimizer)
+
+
+def _supervised_step(run: Run, step: int) -> None:
+    config, timer = run.config.warm_start, run.timer(step)
+    demonstrations = _demonstrations(run, step)
+    plan = run.policy.plan(demonstrations.sequence_lengths)
+    objective = Supervised(max(1.0, float(demonstrations.response_lengths.sum())))
+    rate = learning_rate(config, step, config.steps)
+    batch = demonstrations.select(plan.samples_of(run.parallel.dp_rank))
+    metrics = run.policy.train_step(batch, plan, objective, rate)
+    row = {
+        "step": step,
+        "loss": metrics.loss,
+        "grad_norm": metrics.grad_norm,
+        "lr": rate,
+    }
+    if metrics.entropy is not None:
+        row["entropy"] = metrics.entropy
+    run.display.status(f"warm start {step}/{config.steps}  loss {metrics.loss:.3f}", step / config.steps)
+    if step % SAY_EVERY == 0 or step == config.steps:
+        run.display.say(f"warm start  step {step}/{config.steps}  loss {metrics.loss:.3f}")
+    run.finish_warm_step(row | timer.metrics())
+
+
+def _demonstrations(run: Run, step: int) -> Rollouts:
+    """The whole batch of a step: a function of (seed, step), so every rank makes the same one."""
+    seed, count = run.config.run.seed, run.config.warm_start.batch_size
+    prompts = run.choose_prompts("train", STREAM_WARM_START, seed, step - 1, count)
+    responses = [
+        run.task.demonstration(prompt, random.Random(f"{seed}/{step}/{place}"))
+        for place, prompt in enumerate(prompts)
+    ]
+    return Rollouts.from_demonstrations([prompt.tokens for prompt in prompts], responses)

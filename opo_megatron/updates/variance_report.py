@@ -1,0 +1,117 @@
+"""Which baseline would have had the least noise?  Measured on the run's own policy, every now and then.
+
+A bounded number of the step's prompts is looked at, before the update, while the policy is still the
+one that drew them.  `variance/*` and `signal/*` of every estimator go to the metrics, a line to the
+console; `tools/plot_variance.py` draws them.  With `baseline=auto` the report is also what it learns from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opo_megatron.algorithm.advantages import advantages
+from opo_megatron.algorithm.config import AlgorithmConfig, Baseline, VarianceOf, Weight
+from opo_megatron.algorithm.fitted_weights import FEATURES, STATE
+from opo_megatron.algorithm.presets import PRESETS
+from opo_megatron.algorithm.variance import (
+    Measured,
+    between_prompts,
+    correlation,
+    estimators,
+    learn,
+    variance_and_signal,
+)
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.batch.stats import Summary, exchange
+from opo_megatron.config import Config
+from opo_megatron.observe.metrics_file import Row
+from opo_megatron.policy import per_sample
+from opo_megatron.run import Run
+
+UNBIASED = ("none", "rloo", "opo_loo", "energy_loo", "auto", "true_norm_loo")
+"""Estimators of one expectation, whose variances can be compared as they are."""
+
+
+def report_is_due(config: Config, step: int) -> bool:
+    """Whether OPO step `step` is looked at: the first one, and every so often after it."""
+    every = config.algorithm.variance_every or 0
+    return every > 0 and (step - 1) % every == 0
+
+
+def variance_report(run: Run, step: int, rollouts: Rollouts, batch: Summary, advantage: Tensor) -> Row:
+    """Measure, learn where the baseline does, and say it; a collective of all ranks.
+
+    Args:
+        rollouts: this rank's part of the step's samples.
+        advantage: [N] of all samples, as the step uses them.
+    """
+    run.turns.before_training()
+    chosen = (batch.groups < run.config.algorithm.variance_prompts).nonzero()[:, 0]
+    measured = _measure(run, rollouts, batch, chosen)
+    used = {"this_run": advantage[chosen], "batch_length": _over_batch(batch)[chosen]}
+    row: Row = {}
+    for name, a in (estimators(measured, run.fitted_weights) | used).items():
+        row[f"variance/{name}"], row[f"signal/{name}"] = variance_and_signal(measured, a)
+    measures = {
+        "between_prompts": between_prompts(measured),
+        "correlation_length": correlation(measured, measured.lengths),
+        "correlation_energy": correlation(measured, measured.energies.energy),
+        "correlation_energy_hidden": correlation(measured, measured.energies.energy_hidden),
+    }
+    row |= {f"variance/{name}": value for name, value in measures.items() if value is not None}
+    if run.config.algorithm.weight is Weight.fitted:
+        learn(run.fitted_weights, measured)
+        run.extra_state[STATE] = run.fitted_weights.state()
+        mixture = zip(FEATURES, run.fitted_weights.coefficients.tolist(), strict=True)
+        row |= {f"baseline/auto_{name}": value for name, value in mixture}
+    if run.files.writes:
+        run.display.say(_line(step, [*run.files.metrics.read(), row]))
+    return row
+
+
+def _measure(run: Run, rollouts: Rollouts, batch: Summary, chosen: Tensor) -> Measured:
+    """Inner products and energies of the samples `chosen`, in that order."""
+    policy, config = run.policy, run.config
+    plan = policy.plan_for_all(batch.sequence_lengths, chosen.tolist())
+    samples = exchange(run.parallel, rollouts, plan, len(batch.groups))
+    whole = config.algorithm.variance_of is VarianceOf.all_parameters
+    measure = per_sample.all_parameters if whole else per_sample.output_layer
+    found = measure(policy, samples, plan, config.rollout.temperature)
+    order = torch.tensor(plan.samples_of(run.parallel.dp_rank)).argsort()
+    return Measured(
+        gram=found.gram[order][:, order],
+        rewards=batch.rewards[chosen],
+        lengths=batch.response_lengths[chosen].double(),
+        groups=batch.groups[chosen],
+        energies=found.energies.select(order),
+    )
+
+
+def _over_batch(batch: Summary) -> Tensor:
+    config = AlgorithmConfig(Baseline.batch_length, **PRESETS[Baseline.batch_length]._asdict())
+    return advantages(config, batch.rewards, batch.response_lengths, batch.groups)
+
+
+def relative_noise(reports: Sequence[Row]) -> dict[str, float]:
+    """What the responses to a prompt add to the variance, under each unbiased estimator, RLOO's being 1.
+
+    Sums over reports, because single ones are noisy; the part that prompts make is taken off where known.
+    """
+    noise = {
+        name: sum(row[f"variance/{name}"] - row.get("variance/between_prompts", 0.0) for row in reports)
+        for name in UNBIASED
+    }
+    return {name: value / noise["rloo"] for name, value in noise.items()} if noise["rloo"] > 0 else {}
+
+
+def _line(step: int, rows: Sequence[Row]) -> str:
+    reports = [row for row in rows if "variance/rloo" in row]
+    ratios = [f"{name} {ratio:.2f}" for name, ratio in relative_noise(reports).items()]
+    keys = {word: f"variance/correlation_{word}" for word in ("length", "energy")}
+    assumed = [f"{reports[-1][key]:+.2f} with {word}" for word, key in keys.items() if key in reports[-1]]
+    return f"step {step}  gradient's noise: {', '.join(ratios) or 'none yet'} ({len(reports)} reports)" + (
+        f"; ‖∇log π‖² correlates {', '.join(assumed)}" if assumed else ""
+    )

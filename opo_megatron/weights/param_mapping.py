@@ -1,0 +1,245 @@
+"""The table: every parameter of the policy, where it lives, and the Hugging Face tensors it holds.
+
+A row pairs one Megatron parameter, by its name in either layer spec, with Hugging Face tensors and
+the layout that cuts them.  Transformer Engine's spec fuses a norm into the linear behind it and the
+experts of a layer into one module, so some names differ.  What a family has is said by the features
+of its `ModelConfig`; a family with tensors of its own is a matter of further rows.
+
+The table is made from the recipe alone, so every rank holds the same one, whatever part of the model
+is its own: that is what lets a receiver know the shapes of what it is about to receive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from opo_megatron.config.schema import ModelConfig
+from opo_megatron.weights.sharding import GateUp, Layout, QueryKeyValue, Replicated, Sharded, Vocabulary
+
+Shape = tuple[int, ...]
+LayerSpec = Literal["local", "transformer_engine"]
+"""Which of Megatron's layer specs names the parameters."""
+
+
+def _dense(model: ModelConfig) -> bool:
+    return model.num_moe_experts is None
+
+
+def _sparse(model: ModelConfig) -> bool:
+    return model.num_moe_experts is not None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter of every layer."""
+
+    local: str
+    """Name in the local layer spec; {j} is a local expert."""
+    tensors: dict[str, str]
+    """Hugging Face name in the layer → its dimensions, by the names of `_dimensions`; {e} is an expert."""
+    layout: Callable[[ModelConfig], Layout]
+    when: Callable[[ModelConfig], bool] = lambda model: True
+    transformer_engine: str | None = None
+    """Name in Transformer Engine's spec where it is another one."""
+
+    @property
+    def is_expert(self) -> bool:
+        return "{j}" in self.local
+
+
+_REPLICATED: Callable[[ModelConfig], Layout] = lambda model: Replicated()  # noqa: E731
+_ROW_PARALLEL: Callable[[ModelConfig], Layout] = lambda model: Sharded(1)  # noqa: E731
+_GATE_UP: Callable[[ModelConfig], Layout] = lambda model: GateUp()  # noqa: E731
+
+ROWS = (
+    Row(
+        "input_layernorm.weight",
+        {"input_layernorm.weight": "hidden"},
+        _REPLICATED,
+        transformer_engine="self_attention.linear_qkv.layer_norm_weight",
+    ),
+    Row(
+        "self_attention.linear_qkv.weight",
+        {
+            "self_attn.q_proj.weight": "queries hidden",
+            "self_attn.k_proj.weight": "keys hidden",
+            "self_attn.v_proj.weight": "keys hidden",
+        },
+        QueryKeyValue.of,
+    ),
+    Row(
+        "self_attention.linear_qkv.bias",
+        {
+            "self_attn.q_proj.bias": "queries",
+            "self_attn.k_proj.bias": "keys",
+            "self_attn.v_proj.bias": "keys",
+        },
+        QueryKeyValue.of,
+        when=lambda model: model.add_qkv_bias,
+    ),
+    Row(
+        "self_attention.q_layernorm.weight",
+        {"self_attn.q_norm.weight": "width"},
+        _REPLICATED,
+        when=lambda model: model.qk_layernorm,
+    ),
+    Row(
+        "self_attention.k_layernorm.weight",
+        {"self_attn.k_norm.weight": "width"},
+        _REPLICATED,
+        when=lambda model: model.qk_layernorm,
+    ),
+    Row(
+        "self_attention.linear_proj.weight",
+        {"self_attn.o_proj.weight": "hidden queries"},
+        _ROW_PARALLEL,
+    ),
+    Row(
+        "pre_mlp_layernorm.weight",
+        {"post_attention_layernorm.weight": "hidden"},
+        _REPLICATED,
+        when=_dense,
+        transformer_engine="mlp.linear_fc1.layer_norm_weight",
+    ),
+    Row(
+        "mlp.linear_fc1.weight",
+        {"mlp.gate_proj.weight": "ffn hidden", "mlp.up_proj.weight": "ffn hidden"},
+        _GATE_UP,
+        when=_dense,
+    ),
+    Row("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "hidden ffn"}, _ROW_PARALLEL, when=_dense),
+    # Before experts the norm stands alone in both specs: the router needs its output too.
+    Row(
+        "pre_mlp_layernorm.weight",
+        {"post_attention_layernorm.weight": "hidden"},
+        _REPLICATED,
+        when=_sparse,
+    ),
+    Row("mlp.router.weight", {"mlp.gate.weight": "experts hidden"}, _REPLICATED, when=_sparse),
+    Row(
+        "mlp.experts.local_experts.{j}.linear_fc1.weight",
+        {
+            "mlp.experts.{e}.gate_proj.weight": "moe_ffn hidden",
+            "mlp.experts.{e}.up_proj.weight": "moe_ffn hidden",
+        },
+        _GATE_UP,
+        when=_sparse,
+        transformer_engine="mlp.experts.linear_fc1.weight{j}",
+    ),
+    Row(
+        "mlp.experts.local_experts.{j}.linear_fc2.weight",
+        {"mlp.experts.{e}.down_proj.weight": "hidden moe_ffn"},
+        _ROW_PARALLEL,
+        when=_sparse,
+        transformer_engine="mlp.experts.linear_fc2.weight{j}",
+    ),
+)
+"""The parameters of a layer, in the order in which they are streamed."""
+
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+def _dimensions(model: ModelConfig) -> dict[str, int]:
+    assert model.num_query_groups is not None and model.kv_channels is not None
+    return {
+        "hidden": model.hidden_size,
+        "width": model.kv_channels,
+        "queries": model.num_attention_heads * model.kv_channels,
+        "keys": model.num_query_groups * model.kv_channels,
+        "ffn": model.ffn_hidden_size,
+        "experts": model.num_moe_experts or 0,
+        "moe_ffn": model.moe_ffn_hidden_size or 0,
+    }
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One Megatron parameter, or with experts the j-th local one of every expert-parallel rank."""
+
+    local_name: str
+    """In its chunk, e.g. `decoder.layers.0.mlp.linear_fc1.weight`."""
+    layout: Layout
+    tensors: tuple[tuple[tuple[str, Shape], ...], ...]
+    """Per expert-parallel rank (one entry where there are no experts): its (name, shape) tensors."""
+    stage: int
+    """Pipeline rank that owns it."""
+    chunk: int
+    """Virtual stage there."""
+    is_expert: bool = False
+    is_copy: bool = False
+    """The last stage's copy of a tied embedding: loaded, never streamed."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of all its Hugging Face tensors."""
+        return sum(math.prod(shape) for rank in self.tensors for _, shape in rank)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """How layers lie on pipeline ranks and their virtual stages."""
+
+    layers: int
+    pipeline: int = 1
+    virtual: int = 1
+
+    def place(self, layer: int) -> tuple[int, int, int]:
+        """(pipeline rank, virtual stage, index in that chunk) of a layer."""
+        per_chunk = self.layers // (self.pipeline * self.virtual)
+        chunk = layer // per_chunk
+        return chunk % self.pipeline, chunk // self.pipeline, layer % per_chunk
+
+
+def parameters(
+    model: ModelConfig,
+    vocab_size: int,
+    stages: Stages,
+    ep_size: int = 1,
+    padded_vocab: int | None = None,
+    spec: LayerSpec = "local",
+) -> list[Parameter]:
+    """All parameters, in the order in which they are streamed."""
+    vocabulary, hidden = Vocabulary(vocab_size, padded_vocab), model.hidden_size
+    stage, chunk = stages.pipeline - 1, stages.virtual - 1
+    embedding = (((EMBEDDING, (vocab_size, hidden)),),)
+    table = [Parameter("embedding.word_embeddings.weight", vocabulary, embedding, stage=0, chunk=0)]
+    for layer in range(model.num_layers):
+        table.extend(_layer(model, layer, stages, ep_size, spec))
+    norm = (((FINAL_NORM, (hidden,)),),)
+    table.append(Parameter("decoder.final_layernorm.weight", Replicated(), norm, stage, chunk))
+    if not model.tie_embeddings:
+        head = (((HEAD, (vocab_size, hidden)),),)
+        table.append(Parameter("output_layer.weight", vocabulary, head, stage, chunk))
+    elif stages.pipeline > 1:
+        table.append(Parameter("output_layer.weight", vocabulary, embedding, stage, chunk, is_copy=True))
+    return table
+
+
+def hf_shapes(model: ModelConfig, vocab_size: int) -> dict[str, Shape]:
+    """Every Hugging Face tensor of the model and its shape."""
+    table = parameters(model, vocab_size, Stages(model.num_layers))
+    return {name: shape for parameter in table for rank in parameter.tensors for name, shape in rank}
+
+
+def _layer(
+    model: ModelConfig, layer: int, stages: Stages, ep_size: int, spec: LayerSpec
+) -> Iterator[Parameter]:
+    stage, chunk, local = stages.place(layer)
+    sizes, local_experts = _dimensions(model), (model.num_moe_experts or 0) // ep_size
+    for row in (row for row in ROWS if row.when(model)):
+        name = row.local if spec == "local" or row.transformer_engine is None else row.transformer_engine
+        shapes = {
+            hf_name: tuple(sizes[dimension] for dimension in dimensions.split())
+            for hf_name, dimensions in row.tensors.items()
+        }
+        for j in range(local_experts if row.is_expert else 1):
+            experts = [rank * local_experts + j for rank in range(ep_size)] if row.is_expert else [0]
+            tensors = tuple(
+                tuple((f"model.layers.{layer}.{n.format(e=e)}", shape) for n, shape in shapes.items())
+                for e in experts
+            )
+            ours = f"decoder.layers.{local}.{name.format(j=j)}"
+            yield Parameter(ours, row.layout(model), tensors, stage, chunk, row.is_expert)
