@@ -25,7 +25,7 @@ from opo_megatron.config import Config
 from opo_megatron.config.choices import Dtype, EngineName, Kl
 from opo_megatron.config.compare import changed_settings, check_resume
 from opo_megatron.config.schema import OptimizerConfig
-from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, initialize, leave
+from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, initialize, shutdown
 from opo_megatron.errors import Preempted, UserError
 from opo_megatron.kernels.fp8 import Scales
 from opo_megatron.observe.console import Display
@@ -37,16 +37,16 @@ from opo_megatron.resilience.watchdog import Watchdog
 from opo_megatron.rollout.engine import RolloutEngine
 from opo_megatron.rollout.exact_check import check_device, check_exact
 from opo_megatron.rollout.local.engine import LocalEngine
-from opo_megatron.rollout.memory_sharing import Turns
+from opo_megatron.rollout.memory_sharing import MemorySharing
 from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.server import write_model_config
 from opo_megatron.run import Run
 from opo_megatron.tasks import TASKS, Task
-from opo_megatron.utils.disk import writing
+from opo_megatron.utils.disk import report_disk_errors
 from opo_megatron.weights.fp8_folder import BlockFp8
 from opo_megatron.weights.hf_folder import read_weights
 from opo_megatron.weights.random_init import random_weights
-from opo_megatron.weights.reference_weights import StartWeights
+from opo_megatron.weights.reference_weights import ReferenceWeights
 from opo_megatron.weights.stream import WeightSource
 
 
@@ -64,14 +64,14 @@ def open_run(config: Config, allowed: Sequence[str] = ()) -> Iterator[Run]:
     watchdog = Watchdog(parallel, Path(config.run.dir), config.run.hang_minutes)
     run = None
     try:
-        with writing(config.run.dir):
+        with report_disk_errors(config.run.dir):
             run = _build(config, parallel, display, stop, watchdog, allowed)
             try:
                 yield run
             except Preempted as reason:
                 _close(run)
-                display.say(f"ended before its last step ({reason}) and saved; resume=auto goes on from here")
-                leave()
+                display.log(f"ended before its last step ({reason}) and saved; resume=auto goes on from here")
+                shutdown()
                 raise
     except Preempted:
         raise
@@ -85,13 +85,13 @@ def open_run(config: Config, allowed: Sequence[str] = ()) -> Iterator[Run]:
                 run.files.close(failed=True)
         # Leaving waits for ranks that may be waiting for this one; what went wrong must be said first.
         if parallel.world_size == 1:
-            leave()
+            shutdown()
         raise
     finally:
         watchdog.close()
         stop.close()
     _close(run)
-    leave()
+    shutdown()
 
 
 def _close(run: Run) -> None:
@@ -115,8 +115,8 @@ def _build(
         check_device(parallel)
     task = TASKS[config.task.name](config.task)
     for note in task.notes:
-        display.say(note)
-    checkpoint = find_checkpoint(config, parallel, display.say)
+        display.log(note)
+    checkpoint = find_checkpoint(config, parallel, display.log)
     progress = read_progress(checkpoint) if checkpoint else RunProgress("warm_start", 0)
     if checkpoint is not None:
         finished_steps = progress.step if progress.phase == "step" else 0
@@ -127,29 +127,29 @@ def _build(
     vocab_size = vocabulary_of(config, task)
     start_weights = None
     if config.observe.kl is Kl.eval or config.algorithm.kl_coefficient:
-        start_weights = StartWeights(Path(config.run.dir), parallel, config.policy.model, vocab_size)
+        start_weights = ReferenceWeights(Path(config.run.dir), parallel, config.policy.model, vocab_size)
     optimizer = config.warm_start if warms_up else config.optimizer
     policy = start_policy(config, parallel, vocab_size, optimizer, checkpoint is None)
     if checkpoint is not None:
         load(policy, config, checkpoint)
         if start_weights is not None and not in_warm_start:
             start_weights.check(run_of(checkpoint))
-        display.say(f"resumed from {checkpoint}")
+        display.log(f"resumed from {checkpoint}")
         if changed := changed_settings(config, checkpoint / CONFIG_FILE):
-            display.say(f"other settings than before: {', '.join(map(str, changed))}")
+            display.log(f"other settings than before: {', '.join(map(str, changed))}")
     elif config.policy.init_from is not None:
-        display.say(f"starts from the weights of {config.policy.init_from}")
+        display.log(f"starts from the weights of {config.policy.init_from}")
     files = RunFiles(config, parallel.rank == 0, progress, checkpoint)
     watchdog.start()
     policy.on_micro_batch = watchdog.progress
     if start_weights is not None and checkpoint is not None and not in_warm_start:
         start_weights.take_over(run_of(checkpoint))
-    takes_turns = shares_memory(config, parallel)
-    if takes_turns:  # a server takes what it finds free when it starts
+    is_enabled = shares_memory(config, parallel)
+    if is_enabled:  # a server takes what it finds free when it starts
         policy.memory.free_gradients()
         policy.memory.offload_optimizer()
     engine = _start_engine(config, parallel, policy, display)
-    turns = Turns(policy, engine, parallel, takes_turns)
+    turns = MemorySharing(policy, engine, parallel, is_enabled)
     turns.before_training()
     step = -1 if in_warm_start else progress.step
     warm_step = progress.step if in_warm_start else config.warm_start.steps
@@ -192,7 +192,7 @@ def build_to_draw(
         task,
         policy,
         engine,
-        Turns(policy, engine, parallel, shares_memory(config, parallel)),
+        MemorySharing(policy, engine, parallel, shares_memory(config, parallel)),
         RunFiles(config, False, RunProgress("warm_start", 0), checkpoint),
         display,
         StopRequest(parallel, 0.0),
@@ -255,7 +255,7 @@ def _start_engine(config: Config, parallel: Parallel, policy: Policy, display: D
         if exact and policy.optimizer is not None:  # the promise is about the training pass
             display.status("testing that engine and policy agree bit for bit")
             compared = check_exact(config, policy, engine, parallel)
-            display.say(
+            display.log(
                 f"exact mode: {compared} log-probabilities of engine and policy are equal bit for bit"
             )
         return engine

@@ -30,7 +30,7 @@ class SaveError(UserError):
     """A checkpoint that could not be written; those that were there before are as they were."""
 
 
-class BadNumbers(UserError):
+class NonFiniteError(UserError):
     """A step with a reward, a loss or a gradient that is not finite, on all ranks; no weight has changed."""
 
     def __init__(self, reason: str, remedy: str) -> None:

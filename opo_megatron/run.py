@@ -16,29 +16,29 @@ from opo_megatron.algorithm.fitted_weights import STATE, FittedWeights
 from opo_megatron.algorithm.on_policy import check_mismatch
 from opo_megatron.audit.record import audit_row
 from opo_megatron.batch.rollouts import Rollouts
-from opo_megatron.batch.stats import Summary, exchange, gather_on_first
-from opo_megatron.checkpoint.checkpoint import RunProgress, Saving
+from opo_megatron.batch.stats import BatchStats, gather_to_rank0, redistribute_to_dp
+from opo_megatron.checkpoint.checkpoint import PendingCheckpoint, RunProgress
 from opo_megatron.checkpoint.retention import Retention
 from opo_megatron.config import Config
 from opo_megatron.distributed.process_groups import Parallel, all_reduce
 from opo_megatron.errors import OnPolicyError, Preempted, SaveError
 from opo_megatron.observe.console import Display
-from opo_megatron.observe.metrics_file import Row
+from opo_megatron.observe.metrics_file import MetricsRow
 from opo_megatron.observe.run_files import RunFiles
 from opo_megatron.observe.step_metrics import memory_metrics, throughput_metrics
 from opo_megatron.observe.summary_table import closing_table
 from opo_megatron.observe.timing import PhaseTimer
 from opo_megatron.policy.measure import measure_energies
 from opo_megatron.policy.metric_sums import StepMetrics
-from opo_megatron.policy.policy import OwnShards, Policy
+from opo_megatron.policy.policy import LocalParams, Policy
 from opo_megatron.resilience.stop import StopRequest
 from opo_megatron.resilience.watchdog import Watchdog
-from opo_megatron.rollout.engine import Progress, Request, RolloutEngine, Sampling
-from opo_megatron.rollout.memory_sharing import Turns
+from opo_megatron.rollout.engine import GenerationRequest, Progress, RolloutEngine, Sampling
+from opo_megatron.rollout.memory_sharing import MemorySharing
 from opo_megatron.rollout.recovery import draw, synchronize
 from opo_megatron.tasks import Prompt, Task
 from opo_megatron.tasks.base import PromptOrder, Split
-from opo_megatron.weights.reference_weights import StartWeights
+from opo_megatron.weights.reference_weights import ReferenceWeights
 
 STREAM_TRAIN, STREAM_WARM_START, STREAM_EVAL = range(3)
 """Independent streams of random numbers."""
@@ -53,7 +53,7 @@ class Run:
     task: Task
     policy: Policy
     engine: RolloutEngine
-    turns: Turns
+    turns: MemorySharing
     """With memory, between policy and engine."""
     files: RunFiles
     display: Display
@@ -63,7 +63,7 @@ class Run:
     extra_state: dict[str, Any]
     """What estimators remember beyond the weights, name → JSON value: it goes into every checkpoint and
     comes back from it."""
-    start_weights: StartWeights | None = None
+    start_weights: ReferenceWeights | None = None
     """Those of step 0, where the KL to them is measured."""
     step: int = -1
     """Last finished OPO step; step 0 is the evaluation before the first update, −1 is before that."""
@@ -73,13 +73,13 @@ class Run:
     """Largest |Δ log-probability| of the probe after the last sync."""
     engine_failures: int = 0
     """Of this attempt."""
-    reference: OwnShards | None = None
+    reference: LocalParams | None = None
     """This rank's part of the start weights, where the objective has a KL to them."""
     fitted_weights: FittedWeights = field(default_factory=FittedWeights)
     """What `baseline=auto` has learned."""
     drawn: Rollouts | None = None
     """This rank's part of the last training batch."""
-    pending: Saving | None = None
+    pending: PendingCheckpoint | None = None
     """The checkpoint that is being written."""
     saved: RunProgress | None = None
     """The last checkpoint, of this attempt or the one that it went on from."""
@@ -139,7 +139,7 @@ class Run:
         synchronize(self)
 
     def draw(
-        self, requests: Sequence[Request], sampling: Sampling, what: str, may_be_cut: bool = True
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, what: str, interruptible: bool = True
     ) -> Rollouts:
         """One response per request of this rank, from the engine's current weights; a collective.
 
@@ -153,9 +153,9 @@ class Run:
 
         def show_or_stop(done: int, total: int, tokens: int) -> None:
             show(done, total, tokens)
-            self.stop.cut_if_heard()
+            self.stop.raise_if_stopping()
 
-        if not may_be_cut:
+        if not interruptible:
             return draw(self, requests, sampling, show)
         try:
             self.drawn = draw(self, requests, sampling, show_or_stop)
@@ -164,7 +164,7 @@ class Run:
             self._save_before_leaving(RunProgress("step", self.step))
             raise
 
-    def with_energies(self, rollouts: Rollouts, batch: Summary) -> Summary:
+    def with_energies(self, rollouts: Rollouts, batch: BatchStats) -> BatchStats:
         """The step's summary with the energies that the baseline needs: by a forward-only pass where the
         engine returned none; a collective.
 
@@ -176,10 +176,10 @@ class Run:
         self.turns.before_training()
         total, temperature = len(batch.groups), self.config.rollout.temperature
         plan = self.policy.plan(batch.sequence_lengths)
-        samples = exchange(self.parallel, rollouts, plan, total)
+        samples = redistribute_to_dp(self.parallel, rollouts, plan, total)
         return replace(batch, energies=measure_energies(self.policy, samples, plan, total, temperature))
 
-    def keep_start_weights(self) -> None:
+    def save_reference_weights(self) -> None:
         """Write the weights that OPO begins with, where the KL to them is measured."""
         if self.start_weights is not None:
             self.display.status("keeping the start weights")
@@ -187,16 +187,16 @@ class Run:
 
     # ------------------------------------------------------------------ finishing a step
 
-    def finish_warm_step(self, row: Row) -> None:
+    def finish_warm_step(self, row: MetricsRow) -> None:
         """Write a warm-start step, then save where it is time to."""
         self.files.write_warm_start(row)
         self.warm_step = row["step"]
         self._save_or_leave(RunProgress("warm_start", self.warm_step), self.config.warm_start.steps, {})
 
-    def finish_step(self, row: Row, rollouts: Rollouts | None = None) -> None:
+    def finish_step(self, row: MetricsRow, rollouts: Rollouts | None = None) -> None:
         """Write an OPO step, then save where it is time to."""
         if rollouts is not None and self.config.observe.save_rollouts:
-            self.files.write_rollouts(row["step"], gather_on_first(self.parallel, rollouts))
+            self.files.write_rollouts(row["step"], gather_to_rank0(self.parallel, rollouts))
         if self.config.observe.audit:
             started = time.perf_counter()
             audit = audit_row(self.policy, self.config, self.extra_state, row["step"], rollouts)
@@ -209,7 +209,7 @@ class Run:
         self.step = row["step"]
         self._save_or_leave(RunProgress("step", self.step), self.config.train.steps, row)
 
-    def _save_or_leave(self, progress: RunProgress, last: int, row: Row) -> None:
+    def _save_or_leave(self, progress: RunProgress, last: int, row: MetricsRow) -> None:
         """Save where it is due; where any rank was told to stop, save and leave.
 
         Raises:
@@ -243,7 +243,7 @@ class Run:
         beside = self.config.checkpoint.asynchronous and not must_succeed
         with self._failure_survived(progress, must_succeed):
             with self.turns.saving():
-                self.pending = Saving(self.policy, self.config, progress, self.extra_state, beside)
+                self.pending = PendingCheckpoint(self.policy, self.config, progress, self.extra_state, beside)
             if not beside:
                 self._complete_pending(must_succeed)
 
@@ -270,7 +270,7 @@ class Run:
             if must_succeed or self.config.checkpoint.on_failure == "stop":
                 raise
             self.retention.failed(progress)
-            self.display.say(f"warning: {error}; the run goes on without it")
+            self.display.log(f"warning: {error}; the run goes on without it")
 
     def summarize(self) -> None:
         """Write summary.json and show the closing table."""
@@ -281,7 +281,7 @@ class Run:
         first, last = rows[0], rows[-1]
         if last["run/attempt"] != self.files.attempt:
             steps = self.config.train.steps
-            self.display.say(f"nothing was left to do: {self.config.run.dir} has its {steps} OPO steps")
+            self.display.log(f"nothing was left to do: {self.config.run.dir} has its {steps} OPO steps")
             return
         names = [name for name in last if not name.startswith(("time/", "memory/", "throughput/", "run/"))]
         self.files.write_summary(
@@ -297,10 +297,10 @@ class Run:
         self.display.summary(*closing_table(self.config, rows, seconds))
 
 
-def accept_on_policy(run: Run, metrics: StepMetrics) -> None:
+def check_on_policy(run: Run, metrics: StepMetrics) -> None:
     """Refuse a step whose samples the policy did not draw, before its optimizer step."""
     if metrics.mismatch is None:
         raise OnPolicyError("the engine recorded no log-probabilities, so on-policyness cannot be measured")
     warning = check_mismatch(run.config.on_policy, metrics.mismatch)
     if warning is not None:
-        run.display.say(f"warning: {warning}")
+        run.display.log(f"warning: {warning}")

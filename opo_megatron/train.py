@@ -19,29 +19,29 @@ from functools import partial
 
 from torch import Tensor
 
-from opo_megatron.algorithm.advantages import advantages
+from opo_megatron.algorithm.advantages import compute_advantages
 from opo_megatron.algorithm.config import ObjectiveName
 from opo_megatron.algorithm.objective import opo_objective
 from opo_megatron.algorithm.on_policy import check_versions
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.batch.stats import (
-    Summary,
-    exchange,
-    gather_summary,
-    own_block,
+    BatchStats,
+    gather_stats,
+    local_slice,
+    redistribute_to_dp,
     requests_for,
     rewards_of,
 )
 from opo_megatron.build import open_run
 from opo_megatron.config import Config
 from opo_megatron.evaluation.evaluate import evaluate, evaluation_is_due
-from opo_megatron.observe.metrics_file import Row
+from opo_megatron.observe.metrics_file import MetricsRow
 from opo_megatron.observe.step_metrics import step_row
 from opo_megatron.policy.lr_schedule import learning_rate
 from opo_megatron.policy.metric_sums import StepMetrics
-from opo_megatron.run import Run, accept_on_policy
-from opo_megatron.updates.nonfinite import surviving_bad_numbers
-from opo_megatron.updates.ppo import clipped_updates
+from opo_megatron.run import Run, check_on_policy
+from opo_megatron.updates.nonfinite import handle_nonfinite
+from opo_megatron.updates.ppo import ppo_updates
 from opo_megatron.updates.sft import warm_start
 from opo_megatron.updates.variance_report import report_is_due, variance_report
 
@@ -56,10 +56,10 @@ def train(config: Config, allowed: Sequence[str] = ()) -> None:
         warm_start(run)
         run.synchronize()
         if run.step < 0:
-            run.keep_start_weights()
+            run.save_reference_weights()
             run.finish_step({"step": 0} | evaluate(run))
         while run.step < config.train.steps:
-            with surviving_bad_numbers(run, run.step + 1):
+            with handle_nonfinite(run, run.step + 1):
                 opo_step(run, run.step + 1)
         run.summarize()
 
@@ -76,14 +76,14 @@ def opo_step(run: Run, step: int) -> None:
 
     with timer.phase("reward"):
         rollouts.rewards = rewards_of(run.task, prompts, rollouts)
-        batch = run.with_energies(rollouts, gather_summary(parallel, rollouts))
-        advantage = advantages(
+        batch = run.with_energies(rollouts, gather_stats(parallel, rollouts))
+        advantage = compute_advantages(
             config.algorithm, batch.rewards, batch.response_lengths, batch.groups, parallel.device,
             batch.energies, run.fitted_weights,
         )  # fmt: skip
-        rollouts.advantages = advantage[own_block(parallel, len(advantage))]
+        rollouts.advantages = advantage[local_slice(parallel, len(advantage))]
 
-    report: Row = {}
+    report: MetricsRow = {}
     if report_is_due(config, step):
         with timer.phase("variance"):
             report = variance_report(run, step, rollouts, batch, advantage)
@@ -104,16 +104,16 @@ def opo_step(run: Run, step: int) -> None:
 
 
 def opo_update(
-    run: Run, step: int, rollouts: Rollouts, batch: Summary, advantage: Tensor, rate: float
+    run: Run, step: int, rollouts: Rollouts, batch: BatchStats, advantage: Tensor, rate: float
 ) -> StepMetrics:
     """The one optimizer step of `step`; samples without an advantage run forward only."""
     config, policy = run.config, run.policy
     plan = policy.plan(batch.sequence_lengths, silent=advantage == 0)
-    samples = exchange(run.parallel, rollouts, plan, len(advantage))
+    samples = redistribute_to_dp(run.parallel, rollouts, plan, len(advantage))
     objective = opo_objective(
         config.algorithm, config.on_policy, batch.response_lengths, config.rollout.temperature
     )
-    return policy.train_step(samples, plan, objective, rate, partial(accept_on_policy, run))
+    return policy.train_step(samples, plan, objective, rate, partial(check_on_policy, run))
 
 
-UPDATES = {ObjectiveName.policy_gradient: opo_update, ObjectiveName.clipped: clipped_updates}
+UPDATES = {ObjectiveName.policy_gradient: opo_update, ObjectiveName.clipped: ppo_updates}

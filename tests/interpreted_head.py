@@ -19,8 +19,8 @@ from opo_megatron.algorithm.objective import PolicyGradient
 from opo_megatron.algorithm.on_policy import MismatchSums
 from opo_megatron.kernels import lm_head as head_file
 from opo_megatron.kernels import triton_softmax as head_softmax
-from opo_megatron.kernels.lm_head import HeadOutput, VocabularyShard, sweep
-from opo_megatron.kernels.token_loss import TokenPass
+from opo_megatron.kernels.lm_head import HeadOutput, VocabularyShard, chunked_logprobs
+from opo_megatron.kernels.token_loss import TokenLoss
 
 SIZES = ((1, 1), (1, 5), (3, 64), (7, 65), (4, 300))
 WHOLE = VocabularyShard(0)
@@ -96,10 +96,10 @@ def learned(inputs: Inputs, temperature: float, chunk: int, sums: MismatchSums) 
     """The whole sweep with OPO's objective."""
     engine = -torch.rand(len(inputs.targets), generator=torch.Generator().manual_seed(2))
     columns = {"advantages": inputs.advantages, "engine_log_prob": engine}
-    tokens = TokenPass(PolicyGradient(5.0, temperature, 2.0), columns, sums)
+    tokens = TokenLoss(PolicyGradient(5.0, temperature, 2.0), columns, sums)
     d_weight = torch.ones(inputs.weight.shape)
     given = (inputs.hidden, inputs.weight, inputs.targets, WHOLE, temperature, chunk, tokens, d_weight)
-    output = sweep(*given)
+    output = chunked_logprobs(*given)
     tokens.finish(output.log_prob)
     return output, d_weight
 
@@ -125,7 +125,7 @@ def test_log_probs_alone_are_one_launch_per_chunk(
     launches: tuple[Counted, Counted], temperature: float
 ) -> None:
     inputs = Inputs.random(20, 8, 130)
-    output = sweep(inputs.hidden, inputs.weight, inputs.targets, WHOLE, temperature, 8)
+    output = chunked_logprobs(inputs.hidden, inputs.weight, inputs.targets, WHOLE, temperature, 8)
     assert [counted.launches for counted in launches] == [3, 0]
     tokens, _, _ = reference(inputs, temperature)
     for name in ("log_prob", "entropy", "sum_squares"):
@@ -147,7 +147,7 @@ def test_large_logits_stay_finite_and_right() -> None:
     hidden = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, 1.0]])
     weight = torch.tensor([[80.0, 5000.0], [-80.0, 5000.0], [0.0, 5000.0]])
     inputs = Inputs(hidden, weight, torch.tensor([1, 1, 0]), torch.ones(3))
-    output = sweep(hidden, weight, inputs.targets, WHOLE, 1.0, 2)
+    output = chunked_logprobs(hidden, weight, inputs.targets, WHOLE, 1.0, 2)
     for name in ("log_prob", "entropy", "sum_squares"):
         assert_near(getattr(output, name), reference(inputs, 1.0)[0][name])
 
@@ -155,7 +155,7 @@ def test_large_logits_stay_finite_and_right() -> None:
 def test_a_logit_that_is_nan_shows_in_its_tokens_log_prob_alone() -> None:
     inputs = Inputs.random(5, 8, 130)
     inputs.hidden[3, 2] = float("nan")
-    output = sweep(inputs.hidden, inputs.weight, inputs.targets, WHOLE, 1.0, 8)
+    output = chunked_logprobs(inputs.hidden, inputs.weight, inputs.targets, WHOLE, 1.0, 8)
     assert output.log_prob.isnan().tolist() == [False, False, False, True, False]
 
 
@@ -167,7 +167,9 @@ def test_bf16_is_right_but_for_its_rounding() -> None:
     def minus_log_prob(log_prob: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         return -log_prob, torch.full_like(log_prob, -1.0)
 
-    output = sweep(inputs.hidden, inputs.weight, inputs.targets, WHOLE, 1.0, 16, minus_log_prob, d_weight)
+    output = chunked_logprobs(
+        inputs.hidden, inputs.weight, inputs.targets, WHOLE, 1.0, 16, minus_log_prob, d_weight
+    )
     h, w = inputs.hidden.double(), inputs.weight.double()
     log_pi = (h @ w.T).log_softmax(1)
     dz = log_pi.exp() - torch.nn.functional.one_hot(inputs.targets, 130)
@@ -223,7 +225,7 @@ def test_two_shards_of_the_vocabulary_are_the_whole(
             d_weight, shard = torch.zeros_like(weight), VocabularyShard(rows.start, group="both")
             given = (inputs.hidden, weight, inputs.targets, shard, temperature, 16, coefficient, d_weight)
             try:
-                done.append((sweep(*given), d_weight))
+                done.append((chunked_logprobs(*given), d_weight))
             except OneByOne.NotKnown:
                 continue
         if reduce.met:

@@ -16,7 +16,7 @@ from opo_megatron import kernels
 from opo_megatron.algorithm.objective import PolicyGradient
 from opo_megatron.distributed.process_groups import Parallel
 from opo_megatron.kernels import triton_softmax as head_softmax
-from opo_megatron.kernels import triton_token_loss as token_pass
+from opo_megatron.kernels import triton_token_loss as token_loss
 from opo_megatron.policy.metric_sums import StepMetrics
 
 
@@ -31,14 +31,14 @@ def test_a_step_by_kernels_is_a_step_by_torch(parallel: Parallel, monkeypatch: p
     batch = rollouts.select(plan.samples_of(0))
     counted = {}
     for file, name in (
-        (token_pass, "_kernel"),
+        (token_loss, "_kernel"),
         (head_softmax, "_statistics_kernel"),
         (head_softmax, "_gradient_kernel"),
     ):
         counted[name] = Counted(getattr(file, name))
         monkeypatch.setattr(file, name, counted[name])
     monkeypatch.setattr(head_softmax, "BLOCK", 16)
-    monkeypatch.setattr(token_pass, "BLOCK", 16)
+    monkeypatch.setattr(token_loss, "BLOCK", 16)
     found: list[tuple[StepMetrics, dict[str, torch.Tensor]]] = []
     for triton in (False, True):
         monkeypatch.setattr(kernels, "uses_triton", lambda device, triton=triton: triton)

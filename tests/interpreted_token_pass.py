@@ -16,7 +16,7 @@ from opo_megatron import kernels
 from opo_megatron.algorithm.objective import PolicyGradient, Supervised
 from opo_megatron.algorithm.on_policy import HISTOGRAM, MismatchSums
 from opo_megatron.kernels import triton_token_loss as kernel_file
-from opo_megatron.kernels.token_loss import TokenPass
+from opo_megatron.kernels.token_loss import TokenLoss
 
 CPU = torch.device("cpu")
 SIZES = (1, 2, 64, 65, 1000)
@@ -61,7 +61,7 @@ def test_one_launch_gives_loss_coefficient_and_mismatch(
 ) -> None:
     log_prob, given = columns(tokens, scale)
     objective, sums = PolicyGradient(37.0, 1.0, cap), MismatchSums(CPU)
-    work = TokenPass(objective, given, sums)
+    work = TokenLoss(objective, given, sums)
     loss, coefficient = work(log_prob, slice(0, tokens))
     work.finish(log_prob)
     assert kernel.launches == 1
@@ -77,7 +77,7 @@ def test_k3_keeps_its_digits_at_every_size(scale: float) -> None:
     """Against Δ²/2 + Δ³/6 + …, summed to the end in float64: also e^Δ − 1 itself loses digits of k3."""
     engine = torch.tensor([-scale, scale, -scale / 3])  # of a token with log π = 0
     sums = MismatchSums(CPU)
-    TokenPass(None, {"engine_log_prob": engine}, sums).finish(torch.zeros(3))
+    TokenLoss(None, {"engine_log_prob": engine}, sums).finish(torch.zeros(3))
     deltas = (-engine.double()).tolist()
     truth = sum(math.fsum(delta**n / math.factorial(n) for n in range(2, 120)) for delta in deltas)
     assert float(sums.values[1]) == pytest.approx(truth, rel=1e-9)
@@ -86,11 +86,11 @@ def test_k3_keeps_its_digits_at_every_size(scale: float) -> None:
 def test_chunks_and_measured_micro_batches_add_up(kernel: Counted) -> None:
     log_prob, given = columns(300)
     sums = MismatchSums(CPU)
-    learned = TokenPass(PolicyGradient(10.0, 1.0), {n: v[:200] for n, v in given.items()}, sums)
+    learned = TokenLoss(PolicyGradient(10.0, 1.0), {n: v[:200] for n, v in given.items()}, sums)
     for part in (slice(0, 130), slice(130, 200)):
         learned(log_prob[part], part)
     learned.finish(log_prob[:200])
-    TokenPass(None, {n: v[200:] for n, v in given.items()}, sums).finish(log_prob[200:])
+    TokenLoss(None, {n: v[200:] for n, v in given.items()}, sums).finish(log_prob[200:])
     assert kernel.launches == 3
     assert_same_sums(sums, expected_sums(log_prob, given["engine_log_prob"]))
 
@@ -98,7 +98,7 @@ def test_chunks_and_measured_micro_batches_add_up(kernel: Counted) -> None:
 def test_other_objectives_are_called_and_their_mismatch_is_one_launch(kernel: Counted) -> None:
     log_prob, given = columns(100)
     sums = MismatchSums(CPU)
-    work = TokenPass(Supervised(100.0), given, sums)
+    work = TokenLoss(Supervised(100.0), given, sums)
     loss, _ = work(log_prob, slice(0, 100))
     assert kernel.launches == 0
     torch.testing.assert_close(loss, -log_prob / 100)
@@ -110,7 +110,7 @@ def test_other_objectives_are_called_and_their_mismatch_is_one_launch(kernel: Co
 def test_without_an_engine_there_is_no_mismatch(kernel: Counted) -> None:
     log_prob, given = columns(100)
     del given["engine_log_prob"]
-    work = TokenPass(PolicyGradient(4.0, 1.0), given, None)
+    work = TokenLoss(PolicyGradient(4.0, 1.0), given, None)
     loss, coefficient = work(log_prob, slice(0, 100))
     work.finish(log_prob)
     assert kernel.launches == 1
@@ -121,7 +121,7 @@ def test_without_an_engine_there_is_no_mismatch(kernel: Counted) -> None:
 def test_no_tokens_launch_nothing(kernel: Counted) -> None:
     log_prob, given = columns(0)
     sums = MismatchSums(CPU)
-    work = TokenPass(PolicyGradient(4.0, 1.0, 2.0), given, sums)
+    work = TokenLoss(PolicyGradient(4.0, 1.0, 2.0), given, sums)
     loss, coefficient = work(log_prob, slice(0, 0))
     work.finish(log_prob)
     assert loss.shape == coefficient.shape == (0,) and kernel.launches == 0
@@ -133,7 +133,7 @@ def test_what_is_not_finite_shows_in_the_largest_difference(wrong: float) -> Non
     log_prob, given = columns(100)
     given["engine_log_prob"][70] = wrong
     found, expected = MismatchSums(CPU), expected_sums(log_prob, given["engine_log_prob"])
-    loss, _ = TokenPass(PolicyGradient(4.0, 1.0, 2.0), given, found)(log_prob, slice(0, 100))
+    loss, _ = TokenLoss(PolicyGradient(4.0, 1.0, 2.0), given, found)(log_prob, slice(0, 100))
     assert loss.isfinite().sum() == (99 if math.isnan(wrong) else 100)
     torch.testing.assert_close(found.highest, expected.highest, equal_nan=True)
     assert torch.equal(found.values[4:], expected.values[4:]) and len(HISTOGRAM) == found.edges.numel()

@@ -52,7 +52,7 @@ def log_probs(policy: Policy, parallel: Parallel) -> list[float]:
 def check_stream(policy: Policy, parallel: Parallel, folder: Path) -> None:
     """The policy's stream is the folder, bit by bit: on every rank, and on the first alone."""
     truth = tensors_of(folder)
-    for to in ("all", "one"):
+    for to in ("all", "rank0"):
         found: dict[str, torch.Tensor] = {}
         for bucket in policy.stream_weights(to):  # type: ignore[arg-type]
             assert to == "all" or parallel.rank == 0 or not bucket
@@ -68,7 +68,7 @@ def run_layouts(folder: Path, work: Path, world_size: int, layouts: list[list[st
 
     Leaves `work/exported<i>` for the comparison.
     """
-    from opo_megatron.distributed.process_groups import leave_layout
+    from opo_megatron.distributed.process_groups import destroy_model_parallel
 
     def quiet(line: str) -> None: ...
 
@@ -81,7 +81,7 @@ def run_layouts(folder: Path, work: Path, world_size: int, layouts: list[list[st
         results.append({"log_probs": log_probs(policy, parallel)})
         del policy
         convert(folder, work / f"checkpoint{i}", config, parallel, None, quiet)
-        leave_layout()
+        destroy_model_parallel()
     for i, overrides in enumerate(layouts):
         before = work / f"checkpoint{i - 1}" if i else work / f"checkpoint{len(layouts) - 1}"
         config = config_from(before, work, world_size, *overrides)
@@ -89,5 +89,5 @@ def run_layouts(folder: Path, work: Path, world_size: int, layouts: list[list[st
         target = work / f"exported{i}"
         export(before, target, config, parallel, None, DEFAULT_SHARD_BYTES, [before], quiet)
         check_stream(policy_from(config, parallel), parallel, folder)
-        leave_layout()
+        destroy_model_parallel()
     return results

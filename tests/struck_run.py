@@ -98,13 +98,13 @@ def during_writing(strike: Callable[[], None]) -> None:
 
 def during_saving(strike: Callable[[], None]) -> None:
     """A checkpoint's tensors are written, it has no manifest and no name yet."""
-    finish = checkpoint.Saving._finish
+    finish = checkpoint.PendingCheckpoint._finish
 
-    def struck(self: checkpoint.Saving, *arguments: Any) -> Any:
+    def struck(self: checkpoint.PendingCheckpoint, *arguments: Any) -> Any:
         strike()
         return finish(self, *arguments)
 
-    checkpoint.Saving._finish = struck
+    checkpoint.PendingCheckpoint._finish = struck
 
 
 MOMENTS = {

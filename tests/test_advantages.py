@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opo_megatron.algorithm.advantages import STD_EPSILON, advantages, without_signal
+from opo_megatron.algorithm.advantages import STD_EPSILON, compute_advantages, zero_variance
 from opo_megatron.algorithm.config import AlgorithmConfig, Baseline, Scope, Weight
 from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.fitted_weights import FittedWeights
@@ -96,7 +96,7 @@ def by_loop(preset: Baseline, rewards: Tensor, lengths: Tensor, groups: Tensor) 
 def test_every_preset_equals_the_definition_in_fractions(preset: Baseline, seed: int) -> None:
     batch = ragged(seed)
     expected = torch.tensor(by_loop(preset, *batch), dtype=torch.float64)
-    found = advantages(setting(preset), *batch, **sums_of(batch[1]))
+    found = compute_advantages(setting(preset), *batch, **sums_of(batch[1]))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -108,14 +108,14 @@ def test_length_power_weighs_by_a_power_of_the_length(exponent: float) -> None:
     baseline = sum(w * r for w, r in zip(weights, rewards.tolist(), strict=True)) / sum(weights)
     expected = rewards.double() - baseline
     torch.testing.assert_close(
-        advantages(config, rewards, lengths, torch.zeros(3, dtype=torch.int64)), expected
+        compute_advantages(config, rewards, lengths, torch.zeros(3, dtype=torch.int64)), expected
     )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_advantages_of_opo_weighted_by_length_sum_to_zero_in_every_group(seed: int) -> None:
     rewards, lengths, groups = ragged(seed)
-    weighted = advantages(setting(Baseline.opo), rewards, lengths, groups) * lengths
+    weighted = compute_advantages(setting(Baseline.opo), rewards, lengths, groups) * lengths
     for group in groups.unique():
         if lengths[groups == group].sum() > 0:
             assert abs(float(weighted[groups == group].sum())) < 1e-12
@@ -125,8 +125,8 @@ def test_advantages_of_opo_weighted_by_length_sum_to_zero_in_every_group(seed: i
 def test_opo_is_its_leave_one_out_form_times_a_factor_of_the_sample(seed: int) -> None:
     """A_i = (1 − w_i/W)(r_i − b_{−i}), so A_loo = A·W/(W − w_i)."""
     rewards, lengths, groups = ragged(seed)
-    plain = advantages(setting(Baseline.opo), rewards, lengths, groups)
-    left_out = advantages(setting(Baseline.opo_loo), rewards, lengths, groups)
+    plain = compute_advantages(setting(Baseline.opo), rewards, lengths, groups)
+    left_out = compute_advantages(setting(Baseline.opo_loo), rewards, lengths, groups)
     total = torch.stack([lengths[groups == g].sum() for g in groups]).double()
     others = total - lengths
     applies = others > 0
@@ -146,7 +146,7 @@ def test_opo_is_its_leave_one_out_form_times_a_factor_of_the_sample(seed: int) -
 @pytest.mark.parametrize("preset", [p for p in Baseline if p is not Baseline.batch_length])
 def test_a_group_of_one_has_advantage_zero(preset: Baseline) -> None:
     lengths = torch.tensor([4, 0])
-    got = advantages(
+    got = compute_advantages(
         setting(preset), torch.tensor([0.7, 3.0]), lengths, torch.tensor([5, 1]), **sums_of(lengths)
     )
     assert got.tolist() == [0.0, 0.0]
@@ -160,15 +160,19 @@ def test_empty_responses_count_alike_where_all_of_a_group_are_empty(
     preset: Baseline, expected: list[float]
 ) -> None:
     rewards, lengths = torch.tensor([1.0, 0, 0, 0]), torch.zeros(4, dtype=torch.int64)
-    got = advantages(setting(preset), rewards, lengths, torch.zeros(4, dtype=torch.int64))
+    got = compute_advantages(setting(preset), rewards, lengths, torch.zeros(4, dtype=torch.int64))
     assert got.tolist() == pytest.approx(expected, abs=1e-15)
 
 
 def test_a_sample_with_all_the_weight_is_its_own_baseline() -> None:
     rewards, lengths = torch.tensor([1.0, 0.25, 0.5]), torch.tensor([6, 0, 0])
     groups = torch.zeros(3, dtype=torch.int64)
-    assert advantages(setting(Baseline.opo), rewards, lengths, groups).tolist() == [0, -0.75, -0.5]
-    assert advantages(setting(Baseline.opo_loo), rewards, lengths, groups).tolist() == [0, -0.75, -0.5]
+    assert compute_advantages(setting(Baseline.opo), rewards, lengths, groups).tolist() == [0, -0.75, -0.5]
+    assert compute_advantages(setting(Baseline.opo_loo), rewards, lengths, groups).tolist() == [
+        0,
+        -0.75,
+        -0.5,
+    ]
 
 
 @pytest.mark.parametrize("preset", Baseline)
@@ -176,23 +180,25 @@ def test_rewards_that_agree_give_exactly_zero_although_sums_round(preset: Baseli
     lengths = torch.arange(21) * 13 % 17
     for reward in (0.0, 0.1, 1 / 3, -0.7, 1e-300, 1e15 + 0.3):
         rewards = torch.full((21,), reward, dtype=torch.float64)
-        found = advantages(setting(preset), rewards, lengths, torch.arange(21) // 7, **sums_of(lengths))
+        found = compute_advantages(
+            setting(preset), rewards, lengths, torch.arange(21) // 7, **sums_of(lengths)
+        )
         assert not found.any()
 
 
 def test_without_signal_are_those_whose_rewards_agree() -> None:
     rewards = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.2, 5.0])
     groups = torch.tensor([3, 8, 3, 8, 8, 1])
-    in_groups = without_signal(setting(Baseline.opo), rewards, groups)
+    in_groups = zero_variance(setting(Baseline.opo), rewards, groups)
     assert in_groups.tolist() == [True, False, True, False, False, True]
-    assert not without_signal(setting(Baseline.batch_length), rewards, groups).any()
+    assert not zero_variance(setting(Baseline.batch_length), rewards, groups).any()
 
 
 def test_standard_deviation_has_the_baselines_scope() -> None:
     """A group that agrees has a spread of 0, which must not divide a difference from the batch's mean."""
     rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
     config = setting(Baseline.grpo, scope=Scope.batch)
-    got = advantages(config, rewards, torch.ones(6), torch.arange(6) // 2)
+    got = compute_advantages(config, rewards, torch.ones(6), torch.arange(6) // 2)
     torch.testing.assert_close(got, (rewards - 0.5) / (rewards.std() + STD_EPSILON))
 
 
@@ -201,9 +207,9 @@ def test_batch_scope_is_one_group_of_everything(leave_one_out: bool) -> None:
     rewards, lengths, groups = ragged(9)
     over_batch = setting(Baseline.batch_length, leave_one_out=leave_one_out)
     over_group = setting(Baseline.opo, leave_one_out=leave_one_out)
-    got = advantages(over_batch, rewards, lengths, groups)
-    assert torch.equal(got, advantages(over_group, rewards, lengths, torch.zeros_like(groups)))
-    assert not torch.equal(got, advantages(over_group, rewards, lengths, groups))
+    got = compute_advantages(over_batch, rewards, lengths, groups)
+    assert torch.equal(got, compute_advantages(over_group, rewards, lengths, torch.zeros_like(groups)))
+    assert not torch.equal(got, compute_advantages(over_group, rewards, lengths, groups))
 
 
 @pytest.mark.parametrize("weight", [Weight.one, Weight.length, Weight.length_power])
@@ -219,7 +225,7 @@ def test_advantages_are_never_nan_and_bounded_by_the_range_of_rewards(
         rewards = torch.rand(n, generator=generator).double()
         lengths = torch.tensor([0, 1, 2, 30_000, 10**10])[torch.randint(5, (n,), generator=generator)]
         groups = torch.randint(0, 5, (n,), generator=generator)
-        got = advantages(config, rewards, lengths, groups)
+        got = compute_advantages(config, rewards, lengths, groups)
         assert got.shape == (n,) and bool(torch.isfinite(got).all())
         if preset is not Baseline.grpo:
             assert bool((got.abs() <= 1 + 1e-6).all())
@@ -228,6 +234,6 @@ def test_advantages_are_never_nan_and_bounded_by_the_range_of_rewards(
 def test_a_baseline_left_with_almost_no_weight_is_still_a_mean_of_the_others() -> None:
     rewards, lengths = torch.tensor([0.5, 0.0, 1.0]).double(), torch.tensor([10**10, 1, 2])
     config = setting(Baseline.opo_loo, weight=Weight.length_power)
-    got = advantages(config, rewards, lengths, torch.zeros(3, dtype=torch.int64))
+    got = compute_advantages(config, rewards, lengths, torch.zeros(3, dtype=torch.int64))
     others = 2**1.6 / (1 + 2**1.6)
     assert got.tolist() == pytest.approx([0.5 - others, -0.5, 0.5], rel=1e-6)

@@ -17,8 +17,8 @@ from small import small_config, small_policy
 from tiny_run import lasting, train
 
 from opo_megatron.checkpoint import writer as checkpoint_writer
-from opo_megatron.checkpoint.checkpoint import RunProgress, Saving, damage_of, load, save
-from opo_megatron.distributed.process_groups import Parallel, initialize, leave
+from opo_megatron.checkpoint.checkpoint import PendingCheckpoint, RunProgress, damage_of, load, save
+from opo_megatron.distributed.process_groups import Parallel, initialize, shutdown
 from opo_megatron.errors import SaveError
 from opo_megatron.policy.policy import Policy
 
@@ -40,7 +40,7 @@ def test_a_run_that_waits_for_its_checkpoints_is_the_same(tmp_path: Path) -> Non
 @pytest.fixture(scope="module")
 def parallel() -> Iterator[Parallel]:
     yield initialize(small_config())
-    leave()
+    shutdown()
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_processes_that_write_end_with_the_one_that_started_them(
             return True
 
     monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(hang))
-    saving = Saving(policy, small_config(f"run.dir={tmp_path / 'run'}"), PROGRESS, beside=True)
+    saving = PendingCheckpoint(policy, small_config(f"run.dir={tmp_path / 'run'}"), PROGRESS, beside=True)
     _until(lambda: any(path.read_text() for path in tmp_path.glob("*.pid")))
     saving.cancel()
     for path in tmp_path.glob("*.pid"):
@@ -89,7 +89,7 @@ def test_what_is_written_is_the_state_of_the_beginning(policy: Policy, tmp_path:
     here, beside = (small_config(f"run.dir={tmp_path / name}") for name in ("here", "beside"))
     save(policy, here, PROGRESS)
     extra = {"note": 1}
-    saving = Saving(policy, beside, PROGRESS, extra, beside=True)
+    saving = PendingCheckpoint(policy, beside, PROGRESS, extra, beside=True)
     extra["note"] = 2
     with torch.no_grad():
         for chunk in policy.chunks:
@@ -117,7 +117,7 @@ def test_training_does_not_wait_for_the_disk(
 
     monkeypatch.setattr(checkpoint_writer, "_write", slow)
     started = time.monotonic()
-    saving = Saving(policy, small_config(f"run.dir={tmp_path}"), PROGRESS, beside=True)
+    saving = PendingCheckpoint(policy, small_config(f"run.dir={tmp_path}"), PROGRESS, beside=True)
     assert time.monotonic() - started < 1.5 and not saving.is_written()
     while not saving.is_written():
         time.sleep(0.05)
@@ -130,7 +130,7 @@ def test_a_writer_that_dies_is_a_sentence_and_leaves_nothing(
     policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint_writer, "_write", lambda *arguments: os.kill(os.getpid(), SIGKILL))
-    saving = Saving(policy, small_config(f"run.dir={tmp_path}"), PROGRESS, beside=True)
+    saving = PendingCheckpoint(policy, small_config(f"run.dir={tmp_path}"), PROGRESS, beside=True)
     with pytest.raises(SaveError, match=r"cannot be written .*ended with code -9"):
         saving.complete()
     assert list((tmp_path / "checkpoints").iterdir()) == []

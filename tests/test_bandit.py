@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opo_megatron.algorithm.advantages import advantages
+from opo_megatron.algorithm.advantages import compute_advantages
 from opo_megatron.algorithm.config import AlgorithmConfig, Baseline, LossNormalizer
 from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.fitted_weights import FittedWeights
@@ -65,7 +65,7 @@ def _weighted_gradients(config: AlgorithmConfig, batches: Tensor, chances: Tenso
     groups = torch.arange(len(batches)).unsqueeze(1).expand_as(batches)
     fitted = FittedWeights()
     fitted.restore({"means": [1, 11.25, 0.7], "noise": [0] * 15, "coefficients": [0.25, 0.25, 0.5]})
-    every = advantages(
+    every = compute_advantages(
         config, REWARDS[batches].flatten(), lengths[batches].flatten(), groups.flatten(),
         energies=EnergySums(ENERGIES[batches].flatten(), ENERGIES[batches].flatten()), fitted=fitted,
     ).view_as(batches)  # fmt: skip
@@ -174,7 +174,7 @@ def test_the_weighted_mean_is_the_best_baseline_where_weights_are_squared_scores
     squares = (torch.eye(4, dtype=torch.float64) - policy).square().sum(1)
     best = policy @ (squares * REWARDS) / (policy @ squares)
     config = setting(Baseline.opo, LossNormalizer.tokens)
-    got = advantages(config, REWARDS[group], squares[group], torch.zeros(8, dtype=torch.int64))
+    got = compute_advantages(config, REWARDS[group], squares[group], torch.zeros(8, dtype=torch.int64))
     torch.testing.assert_close(got, REWARDS[group] - best, rtol=0, atol=1e-14)
 
 

@@ -50,7 +50,7 @@ def all_digests(
         tp_rank, dp_rank, pp_rank = rank % tp, rank // tp % dp, rank // tp // dp
         ep_rank = rank % (tp * dp) % ep if ep > 1 else 0
         parallel = parallel_of(
-            tp_rank=tp_rank, tp_size=tp, pp_rank=pp_rank, pp_size=pp, copy_rank=dp_rank, copies=dp,
+            tp_rank=tp_rank, tp_size=tp, pp_rank=pp_rank, pp_size=pp, dp_cp_rank=dp_rank, dp_cp_size=dp,
             ep_rank=ep_rank, ep_size=ep, edp_rank=rank % (tp * dp) // ep if ep > 1 else dp_rank,
             etp_rank=0 if ep > 1 else tp_rank, etp_size=1 if ep > 1 else tp,
         )  # fmt: skip

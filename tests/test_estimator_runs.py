@@ -11,7 +11,7 @@ import pytest
 import torch
 from small import RECIPE, SMALL_MODEL, VOCAB_SIZE, small_config, small_policy
 
-from opo_megatron.algorithm.advantages import advantages
+from opo_megatron.algorithm.advantages import compute_advantages
 from opo_megatron.algorithm.config import AlgorithmConfig, MismatchAction, OnPolicyConfig
 from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.fitted_weights import FEATURES
@@ -19,9 +19,9 @@ from opo_megatron.algorithm.objective import opo_objective
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.cli.main import main
 from opo_megatron.config import load_config
-from opo_megatron.distributed.process_groups import initialize, leave
+from opo_megatron.distributed.process_groups import initialize, shutdown
 from opo_megatron.policy.measure import measure_energies
-from opo_megatron.rollout.engine import Request, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.tasks.lift import LiftTask
 
@@ -61,7 +61,7 @@ def test_energies_of_the_engine_are_those_of_a_forward_pass(temperature: float) 
     policy = small_policy(config, parallel)
     engine = LocalEngine(config.policy.model, VOCAB_SIZE, torch.float32, parallel.device, slots=5)
     engine.update_weights(policy.stream_weights(), policy.version)
-    requests = [Request(i // 3, i // 3, i % 3, tuple(range(1, 2 + i // 3 % 7))) for i in range(24)]
+    requests = [GenerationRequest(i // 3, i // 3, i % 3, tuple(range(1, 2 + i // 3 % 7))) for i in range(24)]
     drawn = [
         engine.generate(requests, Sampling(12, (0,), (1,), temperature, energies=wanted))
         for wanted in (True, False)
@@ -69,7 +69,7 @@ def test_energies_of_the_engine_are_those_of_a_forward_pass(temperature: float) 
     assert torch.equal(drawn[0].response_tokens, drawn[1].response_tokens) and drawn[1].energy is None
     plan = policy.plan(drawn[0].sequence_lengths)
     found = measure_energies(policy, drawn[0].select(plan.samples_of(0)), plan, 24, temperature)
-    leave()
+    shutdown()
     assert drawn[0].energy is not None and drawn[0].energy_hidden is not None
     torch.testing.assert_close(drawn[0].energy, found.energy, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(drawn[0].energy_hidden, found.energy_hidden, rtol=1e-5, atol=1e-6)
@@ -84,10 +84,12 @@ def test_advantages_of_a_run_are_weighted_by_its_energies(tmp_path: Path, weight
     assert rollouts.rewards is not None and rollouts.energy is not None
     assert rollouts.energy_hidden is not None and rollouts.advantages is not None
     lengths, sums = rollouts.response_lengths, EnergySums(rollouts.energy, rollouts.energy_hidden)
-    expected = advantages(config, rollouts.rewards, lengths, rollouts.groups, energies=sums)
+    expected = compute_advantages(config, rollouts.rewards, lengths, rollouts.groups, energies=sums)
     assert torch.equal(rollouts.advantages, expected)
     by_length = load_config(RECIPE, ["algorithm.baseline=opo_loo"]).algorithm
-    assert not torch.equal(expected, advantages(by_length, rollouts.rewards, lengths, rollouts.groups))
+    assert not torch.equal(
+        expected, compute_advantages(by_length, rollouts.rewards, lengths, rollouts.groups)
+    )
 
 
 def test_a_run_that_needs_no_energies_keeps_none(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor
 from opo_megatron.algorithm.objective import PolicyGradient
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config import Config
-from opo_megatron.distributed.process_groups import Parallel, initialize, leave
+from opo_megatron.distributed.process_groups import Parallel, initialize, shutdown
 from opo_megatron.errors import OnPolicyError, UserError
 from opo_megatron.kernels import exact
 from opo_megatron.policy.policy import Policy
-from opo_megatron.rollout.engine import Request, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.exact_check import check_exact
 from opo_megatron.rollout.local import sampler
 from opo_megatron.rollout.local.decoder import Decoder
@@ -43,7 +43,7 @@ MODELS = {
 @pytest.fixture(scope="module")
 def parallel() -> Iterator[Parallel]:
     yield initialize(small_config())
-    leave()
+    shutdown()
 
 
 def make(parallel: Parallel, *overrides: str, exact: bool = True) -> tuple[Config, Policy]:
@@ -76,7 +76,7 @@ def draw(
     engine.update_weights(policy.stream_weights(), policy.version)
     rng = random.Random(slots)
     prompts = [tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, longest))) for _ in range(count)]
-    requests = [Request(i, i, 0, prompt) for i, prompt in enumerate(prompts)]
+    requests = [GenerationRequest(i, i, 0, prompt) for i, prompt in enumerate(prompts)]
     sampling = Sampling(max_tokens=20, stop_tokens=(0, 1), seed=(1,), temperature=temperature)
     rollouts = engine.generate(requests, sampling)
     rollouts.advantages = (torch.arange(count) % 3).double() - 1

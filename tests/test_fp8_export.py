@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opo_megatron.checkpoint.convert import convert, export
-from opo_megatron.distributed.process_groups import initialize, leave
+from opo_megatron.distributed.process_groups import initialize, shutdown
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.fp8 import Scales, dequantize_blocks, quantize_blocks
 from opo_megatron.weights.fp8_folder import BlockFp8
@@ -44,7 +44,7 @@ SCALE = "_scale_inv"
 @pytest.fixture(autouse=True)
 def leave_groups() -> Iterator[None]:
     yield
-    leave()
+    shutdown()
 
 
 def quantized_folder(

@@ -22,11 +22,11 @@ from megatron.core.optimizer import optimizer_config
 from small import VOCAB_SIZE, ragged_rollouts, small_config, small_policy
 
 from opo_megatron.algorithm.objective import Supervised
-from opo_megatron.batch.micro_batch import build_micro_batches, plan_micro_batches
+from opo_megatron.batch.micro_batch import build_micro_batches, schedule_micro_batches
 from opo_megatron.config import to_yaml
 from opo_megatron.config.choices import Fp8
 from opo_megatron.config.compare import check_resume
-from opo_megatron.distributed.process_groups import initialize, leave
+from opo_megatron.distributed.process_groups import initialize, shutdown
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.fp8 import Scales, dequantize_blocks, quantize_blocks
 from opo_megatron.policy import layer_specs, optimizer
@@ -257,7 +257,7 @@ def test_fp8_micro_batches_hold_whole_blocks_on_every_rank(fp8: str, one: int) -
     assert token_multiple(parallel) == 2 * one
     assert token_multiple(replace(parallel, context_parallel_size=4)) == 8 * one
     batch = ragged_rollouts(24)
-    plan = plan_micro_batches(batch.sequence_lengths.tolist(), 1, 128)
+    plan = schedule_micro_batches(batch.sequence_lengths.tolist(), 1, 128)
     batch = batch.select([i for rows in plan.rows[0] for i in rows])
     plain = build_micro_batches(batch, plan, 0, {}, 2, CPU)
     for before, micro in zip(plain, build_micro_batches(batch, plan, 0, {}, 2, CPU, 2 * one), strict=True):
@@ -302,7 +302,7 @@ def test_recomputed_activations_give_the_same_gradient() -> None:
             policy.accumulate_gradients(batch.select(plan.samples_of(0)), plan, Supervised(len(batch)))
             gradients[recompute] = [b.grad_data.clone() for c in policy.ddp_chunks for b in c.buffers]
     finally:
-        leave()
+        shutdown()
     assert float(gradients["none"][0].norm()) > 0
     for recompute in ("selective", "full"):
         for ours, theirs in zip(gradients[recompute], gradients["none"], strict=True):

@@ -13,8 +13,8 @@ from opo_megatron.kernels.lm_head import (
     HeadOutput,
     VocabularyShard,
     _adds_in_float32,
+    chunked_logprobs,
     default_chunk_tokens,
-    sweep,
 )
 
 SHAPES = [(1, 4, 5), (7, 8, 21), (64, 16, 33), (129, 24, 300)]
@@ -49,7 +49,7 @@ def run(inputs: Inputs, temperature: float, chunk: int, d_weight: Tensor | None)
         advantages = inputs.advantages[part]
         return likelihood_and_square(log_prob, advantages), -advantages + 0.2 * log_prob
 
-    return sweep(
+    return chunked_logprobs(
         inputs.hidden, inputs.weight, inputs.targets, WHOLE, temperature, chunk, coefficient, d_weight
     )
 
@@ -115,7 +115,7 @@ def test_no_tokens_give_empty_results_and_leave_the_weights_gradient_alone() -> 
 
 def test_without_an_objective_only_the_distribution_is_measured() -> None:
     inputs = Inputs.random(7, 8, 21)
-    output = sweep(inputs.hidden, inputs.weight, inputs.targets, WHOLE, 1.0, 3)
+    output = chunked_logprobs(inputs.hidden, inputs.weight, inputs.targets, WHOLE, 1.0, 3)
     tokens, _, _ = reference(inputs, 1.0)
     assert output.loss is None and output.d_hidden is None
     for name in ("log_prob", "entropy", "sum_squares"):
@@ -141,7 +141,7 @@ def test_large_logits_stay_finite_and_right(offset: float) -> None:
 
 
 def test_uniform_logits_have_the_entropy_of_the_vocabulary() -> None:
-    output = sweep(torch.zeros(3, 4), torch.randn(50, 4), torch.tensor([0, 7, 49]), WHOLE, 0.5, 2)
+    output = chunked_logprobs(torch.zeros(3, 4), torch.randn(50, 4), torch.tensor([0, 7, 49]), WHOLE, 0.5, 2)
     log = float(torch.tensor(50.0).log())
     assert output.entropy.tolist() == pytest.approx([log] * 3, rel=1e-6)
     assert output.log_prob.tolist() == pytest.approx([-log] * 3, rel=1e-6)
@@ -159,7 +159,7 @@ def test_bf16_gradients_are_summed_in_the_buffers_fp32() -> None:
     def minus_log_prob(log_prob: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         return -log_prob, torch.full_like(log_prob, -1.0)
 
-    output = sweep(hidden, weight, targets, WHOLE, 1.0, 1, minus_log_prob, d_weight)
+    output = chunked_logprobs(hidden, weight, targets, WHOLE, 1.0, 1, minus_log_prob, d_weight)
     logits = (hidden[:1].double() @ weight.double().T).softmax(-1)
     d_logits = logits - torch.nn.functional.one_hot(inputs.targets, 21)
     assert_near(d_weight, 512 * d_logits.T @ hidden[:1].double(), 1e-2)
@@ -176,7 +176,7 @@ def test_the_projects_objectives_are_minus_weighted_mean_log_probs() -> None:
         (PolicyGradient(5.0, temperature=0.8), -(inputs.advantages * log_prob).sum() / 5),
         (Supervised(40.0, temperature=0.8), -log_prob.mean()),
     ):
-        output = sweep(
+        output = chunked_logprobs(
             inputs.hidden,
             inputs.weight,
             inputs.targets,

@@ -17,7 +17,7 @@ from opo_megatron import kernels
 from opo_megatron.algorithm.on_policy import HISTOGRAM
 from opo_megatron.kernels import triton_advantages as group_advantages
 from opo_megatron.kernels import triton_softmax as head_softmax
-from opo_megatron.kernels import triton_token_loss as token_pass
+from opo_megatron.kernels import triton_token_loss as token_loss
 
 INTERPRETED = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 
@@ -79,9 +79,9 @@ CASES: dict[str, list[tuple[Any, dict[str, str], dict[str, Any], int]]] = {
     ],
     "token_pass": [
         (
-            token_pass._kernel,
+            token_loss._kernel,
             TOKEN_PASS,
-            switches | {"EDGES": len(HISTOGRAM) * switches["MEASURES"], "BLOCK": token_pass.BLOCK},
+            switches | {"EDGES": len(HISTOGRAM) * switches["MEASURES"], "BLOCK": token_loss.BLOCK},
             4,
         )
         for switches in both("LEARNS", "CAPPED", "MEASURES")

@@ -78,7 +78,7 @@ def test_transformer_engine_names_are_those_of_megatrons_spec(family: str, provi
     )
     ep_size = 1 if model.num_moe_experts is None else model.num_moe_experts // EXPERTS_PER_RANK
     prefix = "decoder.layers.1."
-    ours = [p.local_name for p in table_of(model, ep_size) if p.local_name.startswith(prefix)]
+    ours = [p.mcore_name for p in table_of(model, ep_size) if p.mcore_name.startswith(prefix)]
     assert sorted(ours) == sorted(prefix + name for name in walk(spec, "", model))
 
 
@@ -90,13 +90,13 @@ def test_every_tensor_is_covered_once_under_transformer_engine_names(family: str
         names = [name for p in table for rank in p.tensors for name, _ in rank]
         assert len(names) == len(set(names))
         assert set(names) == set(hf_shapes(model, VOCAB_SIZE))
-        assert len({p.local_name for p in table}) == len(table)
+        assert len({p.mcore_name for p in table}) == len(table)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_specs_cut_the_same_tensors_the_same_way(family: str) -> None:
     model = FAMILIES[family]
     local = parameters(model, VOCAB_SIZE, Stages(model.num_layers))
-    assert [(p.tensors, p.layout, p.stage) for p in local] == [
-        (p.tensors, p.layout, p.stage) for p in table_of(model)
+    assert [(p.tensors, p.sharding, p.stage) for p in local] == [
+        (p.tensors, p.sharding, p.stage) for p in table_of(model)
     ]

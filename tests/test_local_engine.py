@@ -16,7 +16,7 @@ from torch import Tensor
 from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
-from opo_megatron.rollout.engine import Request, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.weights.param_mapping import hf_shapes
 from opo_megatron.weights.random_init import random_weights
@@ -46,12 +46,14 @@ def engine_of(model: ModelConfig, slots: int = 16, sharpness: float = 1.0) -> Lo
     return engine
 
 
-def some_requests(prompts: int, samples: int = 1, longest: int = 12, seed: int = 0) -> list[Request]:
+def some_requests(
+    prompts: int, samples: int = 1, longest: int = 12, seed: int = 0
+) -> list[GenerationRequest]:
     rng = random.Random(seed)
     tokens = [
         tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, longest))) for _ in range(prompts)
     ]
-    return [Request(1000 + p, p, s, tokens[p]) for p in range(prompts) for s in range(samples)]
+    return [GenerationRequest(1000 + p, p, s, tokens[p]) for p in range(prompts) for s in range(samples)]
 
 
 def log_probs_of(model: torch.nn.Module, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
@@ -91,7 +93,7 @@ def test_greedy_takes_the_argmax_of_transformers_at_every_step(tmp_path: Path) -
 
 
 @cache
-def reference_rollouts() -> tuple[list[Request], Sampling, Rollouts]:
+def reference_rollouts() -> tuple[list[GenerationRequest], Sampling, Rollouts]:
     requests = some_requests(64, samples=4)
     sampling = Sampling(max_tokens=8, stop_tokens=(STOP, 5), seed=(1, 2))
     return requests, sampling, engine_of(LLAMA, slots=256, sharpness=2.0).generate(requests, sampling)
@@ -136,9 +138,9 @@ def test_responses_do_not_depend_on_the_order_of_requests() -> None:
 def test_responses_depend_on_seed_prompt_id_and_sample_index_but_not_on_the_group() -> None:
     engine = engine_of(LLAMA)
     sampling = Sampling(max_tokens=12, stop_tokens=(), seed=(1, 2))
-    request = Request(5, 0, 0, (1, 2, 3))
+    request = GenerationRequest(5, 0, 0, (1, 2, 3))
 
-    def drawn(request: Request, sampling: Sampling = sampling) -> list[int]:
+    def drawn(request: GenerationRequest, sampling: Sampling = sampling) -> list[int]:
         return engine.generate([request], sampling).responses()[0]
 
     assert drawn(replace(request, group=9)) == drawn(request)
@@ -231,7 +233,7 @@ def test_a_stream_that_breaks_off_leaves_no_version() -> None:
 @pytest.mark.parametrize(("prompt", "fits"), [(54, True), (55, False)])
 def test_a_prompt_that_leaves_no_room_for_its_response_is_refused(prompt: int, fits: bool) -> None:
     engine = engine_of(LLAMA)
-    requests = [Request(0, 0, 0, (1,)), Request(1, 1, 0, (1,) * prompt)]
+    requests = [GenerationRequest(0, 0, 0, (1,)), GenerationRequest(1, 1, 0, (1,) * prompt)]
     sampling = Sampling(max_tokens=10, stop_tokens=(), seed=(0,))
     if fits:
         assert engine.generate(requests, sampling).response_lengths.tolist() == [10, 10]
@@ -245,7 +247,7 @@ def test_twenty_thousand_first_tokens_are_distributed_as_their_probabilities() -
     """Pearson's χ² of the counts; the survival function is the regularised upper incomplete gamma."""
     engine, count = engine_of(LLAMA, slots=1000), 20_000
     prompt = (4, 8, 15, 16)
-    requests = [Request(11, 0, sample, prompt) for sample in range(count)]
+    requests = [GenerationRequest(11, 0, sample, prompt) for sample in range(count)]
     rollouts = engine.generate(requests, Sampling(max_tokens=1, stop_tokens=(), seed=(1, 2)))
     assert rollouts.engine_log_prob is not None
     probabilities = torch.zeros(VOCAB_SIZE, dtype=torch.float64)

@@ -17,7 +17,7 @@ from opo_megatron.build import build_to_draw
 from opo_megatron.cli.main import main
 from opo_megatron.config import load_config
 from opo_megatron.config.schema import TaskConfig
-from opo_megatron.distributed.process_groups import initialize, leave
+from opo_megatron.distributed.process_groups import initialize, shutdown
 from opo_megatron.observe.console import Display
 from opo_megatron.rollout.engine import Sampling
 from opo_megatron.tasks.text import TextTask
@@ -105,7 +105,7 @@ def test_what_was_trained_opens_in_transformers_and_answers_alike(run_dir: Path,
         ours = run.engine.generate(requests_for(prompts, 1, parallel), sampling)
     finally:
         task.close()
-        leave()
+        shutdown()
     log_probs = ours.engine_log_prob.split(ours.response_lengths.tolist())
     for prompt, answer, found in zip(prompts, ours.responses(), log_probs, strict=True):
         logits = theirs(torch.tensor([[*prompt.tokens, *answer]])).logits[0, len(prompt.tokens) - 1 : -1]

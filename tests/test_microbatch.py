@@ -14,7 +14,7 @@ from opo_megatron.batch.micro_batch import (
     MicroBatch,
     Plan,
     build_micro_batches,
-    plan_micro_batches,
+    schedule_micro_batches,
 )
 from opo_megatron.batch.rollouts import Rollouts
 
@@ -47,7 +47,7 @@ def test_every_sample_is_dealt_once_within_the_budget_and_all_ranks_count_alike(
 ) -> None:
     lengths = some_lengths(count, seed=count)
     for multiple, fixed_shape in product((1, 2, 3), (False, True)):
-        plan = plan_micro_batches(lengths, dp_size, 1000, fixed_shape, multiple)
+        plan = schedule_micro_batches(lengths, dp_size, 1000, fixed_shape, multiple)
         assert_complete(plan, count, dp_size)
         assert_within(plan, lengths, 1000)
         assert plan.count % multiple == 0
@@ -64,14 +64,14 @@ def test_every_sample_is_dealt_once_within_the_budget_and_all_ranks_count_alike(
 @pytest.mark.parametrize("seed", range(5))
 def test_data_parallel_ranks_get_nearly_the_same_tokens(dp_size: int, seed: int) -> None:
     lengths = some_lengths(384, seed)
-    plan = plan_micro_batches(lengths, dp_size, 4096)
+    plan = schedule_micro_batches(lengths, dp_size, 4096)
     tokens = [sum(lengths[i] for i in plan.samples_of(rank)) for rank in range(dp_size)]
     assert max(tokens) / min(tokens) < 1.02
 
 
 def test_padding_is_a_fraction_of_what_filling_in_order_of_arrival_would_need() -> None:
     lengths = some_lengths(384)
-    plan = plan_micro_batches(lengths, 2, 4096)
+    plan = schedule_micro_batches(lengths, 2, 4096)
     padded = sum(len(rows) * max(lengths[i] for i in rows) for batches in plan.rows for rows in batches)
     arrival: list[list[int]] = [[]]
     for length in lengths:
@@ -95,23 +95,23 @@ def test_no_other_cuts_of_the_sorted_samples_cost_less(seed: int) -> None:
 
     cuts = range(1, len(lengths))
     least = min(cost(bounds) for k in range(len(lengths)) for bounds in combinations(cuts, k))
-    rows = plan_micro_batches(lengths, 1, 600).rows[0]
+    rows = schedule_micro_batches(lengths, 1, 600).rows[0]
     assert sum(len(batch) * lengths[batch[0]] + MICRO_BATCH_TOKENS for batch in rows) == least
 
 
 def test_fewer_samples_than_ranks_leave_empty_micro_batches() -> None:
-    plan = plan_micro_batches([5, 9], 4, 100)
+    plan = schedule_micro_batches([5, 9], 4, 100)
     assert_complete(plan, 2, 4)
     assert plan.rows == [[[1]], [[0]], [[]], [[]]]
 
 
 def test_no_samples_still_make_a_micro_batch_for_everyone() -> None:
-    assert plan_micro_batches([], 2, 100, multiple=3).rows == [[[]] * 3] * 2
+    assert schedule_micro_batches([], 2, 100, multiple=3).rows == [[[]] * 3] * 2
 
 
 def test_a_sequence_above_the_budget_is_alone_and_the_others_keep_to_it() -> None:
     lengths = [10] * 20 + [5000]
-    plan = plan_micro_batches(lengths, 2, 100)
+    plan = schedule_micro_batches(lengths, 2, 100)
     assert_complete(plan, 21, 2)
     assert_within(plan, lengths, 100)
     assert [20] in plan.rows[0] + plan.rows[1]
@@ -119,7 +119,7 @@ def test_a_sequence_above_the_budget_is_alone_and_the_others_keep_to_it() -> Non
 
 def test_the_plan_depends_on_the_lengths_only() -> None:
     lengths = some_lengths(100)
-    assert plan_micro_batches(lengths, 3, 1000) == plan_micro_batches(list(lengths), 3, 1000)
+    assert schedule_micro_batches(lengths, 3, 1000) == schedule_micro_batches(list(lengths), 3, 1000)
 
 
 # ---------------------------------------------------------------------- building
@@ -149,7 +149,7 @@ def test_places_point_at_the_token_before_each_response_token(
 ) -> None:
     batch = batch_of(23, seed, empty=seed == 1)
     sequences = batch.sequences()
-    plan = plan_micro_batches(batch.sequence_lengths.tolist(), 2, 40, fixed_shape)
+    plan = schedule_micro_batches(batch.sequence_lengths.tolist(), 2, 40, fixed_shape)
     for rank in range(2):
         _, micro_batches = build(batch, plan, rank, multiple)
         assert len(micro_batches) == plan.count
@@ -163,7 +163,7 @@ def test_places_point_at_the_token_before_each_response_token(
                 for place in range(int(batch.prompt_lengths[i]) - 1, len(inputs)):
                     expected_places.append(row * width + place)
                     expected_targets.append(int(sequences[i][place + 1]))
-            assert micro.places.tolist() == expected_places
+            assert micro.loss_positions.tolist() == expected_places
             assert micro.targets.tolist() == expected_targets
             assert micro.columns["number"].tolist() == expected_targets
             assert micro.columns["half"].tolist() == [target / 2 for target in expected_targets]
@@ -173,7 +173,7 @@ def test_places_point_at_the_token_before_each_response_token(
 
 def test_all_response_tokens_of_a_batch_are_targets_once() -> None:
     batch = batch_of(50)
-    plan = plan_micro_batches(batch.sequence_lengths.tolist(), 3, 60)
+    plan = schedule_micro_batches(batch.sequence_lengths.tolist(), 3, 60)
     built = [micro for rank in range(3) for micro in build(batch, plan, rank, 2)[1]]
     targets = [token for micro in built for token in micro.targets.tolist()]
     assert sorted(targets) == batch.response_tokens.tolist()
@@ -182,14 +182,14 @@ def test_all_response_tokens_of_a_batch_are_targets_once() -> None:
 def test_padded_lengths_are_no_longer_than_they_must_be() -> None:
     """The last token of a sequence is no input: 9 tokens need 8 places, with multiple 4 as well as with 1."""
     batch = Rollouts.from_demonstrations([[1, 2, 3], [1]], [[4, 5, 6, 7, 8, 9], [2]])
-    plan = plan_micro_batches([9, 2], 1, 100)
+    plan = schedule_micro_batches([9, 2], 1, 100)
     for multiple, width in ((1, 8), (4, 8), (5, 10)):
         assert build(batch, plan, 0, multiple)[1][0].tokens.shape == (2, width)
 
 
 def test_micro_batches_of_a_fixed_shape_all_have_it() -> None:
     batch = batch_of(23)
-    plan = plan_micro_batches(batch.sequence_lengths.tolist(), 3, 45, fixed_shape=True, multiple=2)
+    plan = schedule_micro_batches(batch.sequence_lengths.tolist(), 3, 45, fixed_shape=True, multiple=2)
     shapes = {tuple(m.tokens.shape) for rank in range(3) for m in build(batch, plan, rank, 4)[1]}
     assert plan.shape is not None
     assert shapes == {(plan.shape[0], plan.shape[1] + -plan.shape[1] % 4)}
@@ -197,22 +197,22 @@ def test_micro_batches_of_a_fixed_shape_all_have_it() -> None:
 
 def test_a_micro_batch_without_rows_has_a_shape_and_no_loss() -> None:
     batch = batch_of(1)
-    plan = plan_micro_batches(batch.sequence_lengths.tolist(), 2, 100)
+    plan = schedule_micro_batches(batch.sequence_lengths.tolist(), 2, 100)
     own, (micro,) = build(batch, plan, 1, 4)
     assert len(own) == 0
     assert micro.tokens.shape == (1, 4)
-    assert micro.places.numel() == micro.targets.numel() == micro.columns["number"].numel() == 0
+    assert micro.loss_positions.numel() == micro.targets.numel() == micro.columns["number"].numel() == 0
 
 
 def test_empty_responses_have_no_places() -> None:
     batch = Rollouts.from_demonstrations([[1, 2], [3], [4, 5]], [[], [6, 7], []])
-    plan = plan_micro_batches([2, 3, 2], 1, 100)
+    plan = schedule_micro_batches([2, 3, 2], 1, 100)
     _, (micro,) = build(batch, plan, 0, 1)
     assert plan.rows == [[[1, 0, 2]]]
-    assert micro.targets.tolist() == [6, 7] and micro.places.tolist() == [0, 1]
+    assert micro.targets.tolist() == [6, 7] and micro.loss_positions.tolist() == [0, 1]
 
 
 def test_with_one_shape_for_all_ranks_get_the_same_rows() -> None:
     """A micro-batch of a fixed shape costs the same whatever stands in it."""
-    plan = plan_micro_batches([1000] + [10] * 40, 2, 2000, fixed_shape=True)
+    plan = schedule_micro_batches([1000] + [10] * 40, 2, 2000, fixed_shape=True)
     assert sorted(len(plan.samples_of(rank)) for rank in range(2)) == [20, 21]

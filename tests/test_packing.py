@@ -11,9 +11,9 @@ from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_
 from small import ragged_rollouts, small_config, small_policy
 
 from opo_megatron.algorithm.objective import PolicyGradient
-from opo_megatron.batch.micro_batch import Plan, build_micro_batches, plan_micro_batches
-from opo_megatron.batch.packing import context_places, fill
-from opo_megatron.distributed.process_groups import initialize, leave
+from opo_megatron.batch.micro_batch import Plan, build_micro_batches, schedule_micro_batches
+from opo_megatron.batch.packing import bin_pack, context_positions
+from opo_megatron.distributed.process_groups import initialize, shutdown
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def test_every_sequence_is_in_one_bin_within_the_budget_and_all_ranks_count_alik
 ) -> None:
     lengths = some_lengths(count, seed=count)
     for multiple, budget in product((1, 2, 3), (100, 1000, 4096)):
-        dealt, fullest = fill(lengths, dp_size, budget, multiple)
+        dealt, fullest = bin_pack(lengths, dp_size, budget, multiple)
         assert sorted(i for hand in dealt for one in hand for i in one) == list(range(count))
         assert {len(hand) for hand in dealt} == {len(dealt[0])} and len(dealt) == dp_size
         assert len(dealt[0]) % multiple == 0 and dealt[0]
@@ -45,7 +45,7 @@ def test_every_sequence_is_in_one_bin_within_the_budget_and_all_ranks_count_alik
 @pytest.mark.parametrize("seed", range(4))
 def test_bins_are_as_few_as_can_be_told_and_nearly_equal(seed: int) -> None:
     lengths = some_lengths(384, seed)
-    dealt, fullest = fill(lengths, 2, 4096, 1)
+    dealt, fullest = bin_pack(lengths, 2, 4096, 1)
     least = -(-sum(lengths) // 4096)
     assert len(dealt[0]) == -(-least // 2)  # no packing has fewer
     assert fullest * 2 * len(dealt[0]) < 1.01 * sum(lengths)
@@ -56,19 +56,19 @@ def test_long_sequences_of_which_two_hardly_fit_waste_little() -> None:
     rng = random.Random(0)
     lengths = [512 + min(8192, max(1, int(rng.expovariate(1 / 6000)))) for _ in range(1024)]
     padded, packed = (
-        plan_micro_batches(lengths, 2, 9216, fixed_shape=True, multiple=4, packed=packed)
+        schedule_micro_batches(lengths, 2, 9216, fixed_shape=True, multiple=4, packed=packed)
         for packed in (False, True)
     )
     wanted = sum(lengths) - len(lengths)
-    shares = [1 - wanted / sum(plan.places(lengths)) for plan in (padded, packed)]
+    shares = [1 - wanted / sum(plan.padded_tokens(lengths)) for plan in (padded, packed)]
     assert shares[0] > 0.3 and shares[1] < 0.05
 
 
 def test_with_one_shape_a_longest_sequence_above_the_budget_sets_it() -> None:
     lengths = [5000, 10, 10, 10, 4000]
-    plan = plan_micro_batches(lengths, 1, 100, fixed_shape=True, packed=True)
+    plan = schedule_micro_batches(lengths, 1, 100, fixed_shape=True, packed=True)
     assert plan.shape == (1, 4999) and plan.count == 2
-    loose = plan_micro_batches(lengths, 1, 100, packed=True)
+    loose = schedule_micro_batches(lengths, 1, 100, packed=True)
     assert loose.shape is None and sorted(map(sorted, loose.rows[0])) == [[0], [1, 2, 3], [4]]
 
 
@@ -76,10 +76,10 @@ def test_places_are_those_of_the_micro_batches_that_are_built() -> None:
     batch = ragged_rollouts(24)
     lengths = batch.sequence_lengths.tolist()
     for fixed_shape, packed in product((False, True), repeat=2):
-        plan = plan_micro_batches(lengths, 2, 100, fixed_shape, packed=packed)
+        plan = schedule_micro_batches(lengths, 2, 100, fixed_shape, packed=packed)
         for rank in range(2):
             built = build_micro_batches(batch.select(plan.samples_of(rank)), plan, rank, {}, 1, CPU)
-            assert sum(micro.tokens.numel() for micro in built) == plan.places(lengths)[rank]
+            assert sum(micro.tokens.numel() for micro in built) == plan.padded_tokens(lengths)[rank]
 
 
 @pytest.mark.parametrize(("fixed_shape", "multiple", "tokens"), [(False, 1, 1), (True, 4, 1), (False, 2, 32)])
@@ -87,7 +87,7 @@ def test_sequences_stand_one_behind_another_and_the_rest_is_one_of_its_own(
     fixed_shape: bool, multiple: int, tokens: int
 ) -> None:
     batch = ragged_rollouts(24)
-    plan = plan_micro_batches(batch.sequence_lengths.tolist(), 2, 60, fixed_shape, packed=True)
+    plan = schedule_micro_batches(batch.sequence_lengths.tolist(), 2, 60, fixed_shape, packed=True)
     widths = set()
     for rank in range(2):
         own = batch.select(plan.samples_of(rank))
@@ -113,7 +113,7 @@ def test_sequences_stand_one_behind_another_and_the_rest_is_one_of_its_own(
                 i += 1
             for start, end in segments:
                 assert micro.position_ids[0, start:end].tolist() == list(range(end - start))
-            assert micro.places.tolist() == expected
+            assert micro.loss_positions.tolist() == expected
             for start, end in segments[len(rows) :]:
                 assert not micro.tokens[0, start:end].any()
             widths.add(ends[-1])
@@ -123,7 +123,7 @@ def test_sequences_stand_one_behind_another_and_the_rest_is_one_of_its_own(
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_context_parallel_ranks_have_the_places_whose_frequencies_megatron_gives_them(size: int) -> None:
     segments = [2 * size * count for count in (1, 5, 2, 7)]
-    held = [context_places(segments, rank, size) for rank in range(size)]
+    held = [context_positions(segments, rank, size) for rank in range(size)]
     assert sorted(torch.cat(held).tolist()) == list(range(sum(segments)))
     starts = torch.tensor([0, *segments]).cumsum(0)
     positions = torch.arange(max(segments))
@@ -136,7 +136,7 @@ def test_context_parallel_ranks_have_the_places_whose_frequencies_megatron_gives
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_context_parallel_ranks_attend_to_as_many_keys_each(size: int) -> None:
-    keys = {int((context_places([240], rank, size) + 1).sum()) for rank in range(size)}
+    keys = {int((context_positions([240], rank, size) + 1).sum()) for rank in range(size)}
     assert keys == {240 * 241 // 2 // size}
 
 
@@ -147,7 +147,7 @@ def test_context_parallel_ranks_share_every_row_and_every_response_token(
 ) -> None:
     batch = ragged_rollouts(24)
     lengths = batch.sequence_lengths.tolist()
-    plan = plan_micro_batches(lengths, 1, 60, fixed_shape, packed=True, unit=2 * size)
+    plan = schedule_micro_batches(lengths, 1, 60, fixed_shape, packed=True, alignment=2 * size)
     own = batch.select(plan.samples_of(0))
     columns = {"number": torch.arange(own.response_tokens.numel()).float()}
     built = [
@@ -157,26 +157,28 @@ def test_context_parallel_ranks_share_every_row_and_every_response_token(
     whole = build_micro_batches(own, plan, 0, columns, multiple * size, CPU, tokens * size)
     assert (
         sum(micro.tokens.numel() for micro in whole)
-        == plan.places(lengths, multiple * size, tokens * size)[0]
+        == plan.padded_tokens(lengths, multiple * size, tokens * size)[0]
     )
     for row, *parts in zip(whole, *built, strict=True):
         assert row.packed is not None
         segments = row.packed.cu_seqlens_q.diff().tolist()
         assert not any(length % (2 * size) for length in segments)
-        found = torch.cat([part.numbers for part in parts])
-        assert torch.equal(found.sort().values, row.numbers)
+        found = torch.cat([part.token_indices for part in parts])
+        assert torch.equal(found.sort().values, row.token_indices)
         for rank, part in enumerate(parts):
-            held = context_places(segments, rank, size)
+            held = context_positions(segments, rank, size)
             assert part.packed is not None
             assert torch.equal(part.packed.cu_seqlens_q, row.packed.cu_seqlens_q)
             assert torch.equal(part.packed.cu_seqlens_q_padded, row.packed.cu_seqlens_q)
             assert part.tokens.shape[1] % multiple == 0 == part.tokens.shape[1] % tokens
             assert torch.equal(part.tokens[0], row.tokens[0, held])
             assert torch.equal(part.position_ids[0], row.position_ids[0, held])
-            assert torch.equal(part.targets, own.response_tokens[part.numbers])
-            assert torch.equal(part.columns["number"].long(), part.numbers)
-            in_row = dict(zip(row.numbers.tolist(), row.places.tolist(), strict=True))
-            assert held[part.places].tolist() == [in_row[number] for number in part.numbers.tolist()]
+            assert torch.equal(part.targets, own.response_tokens[part.token_indices])
+            assert torch.equal(part.columns["number"].long(), part.token_indices)
+            in_row = dict(zip(row.token_indices.tolist(), row.loss_positions.tolist(), strict=True))
+            assert held[part.loss_positions].tolist() == [
+                in_row[number] for number in part.token_indices.tolist()
+            ]
 
 
 def test_without_a_sequence_there_is_still_a_row() -> None:
@@ -215,6 +217,6 @@ def test_a_packed_step_is_a_padded_step_and_one_sequence_leaves_the_others_alone
         assert not torch.equal(after[0], parts[0])
         assert all(torch.equal(a, b) for a, b in zip(after[1:], parts[1:], strict=True))
     finally:
-        leave()
+        shutdown()
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)

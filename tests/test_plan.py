@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from opo_megatron.batch.micro_batch import place_unit, plan_for, room
+from opo_megatron.batch.micro_batch import padded_length, schedule_for, sequence_alignment
 from opo_megatron.cli.main import main
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.plan.activations import LiveBytes
@@ -162,7 +162,7 @@ def test_padding_is_that_of_the_micro_batches_that_a_run_would_have(packing: str
     job = load_job(str(RECIPE), [*interleaved, f"policy.packing={packing}"], 4, GPUS["h100"], 8)
     count, places, padding = _micro_batches(job)
     lengths = [round(job.lengths.prompt) + response for response in job.lengths.responses()]
-    plan = plan_for(job.config.policy, lengths, 2)
+    plan = schedule_for(job.config.policy, lengths, 2)
     assert count == plan.count and count % 2 == 0 and plan.shape is not None
     assert places == 2 * count * math.prod(plan.shape)
     assert padding == pytest.approx(1 - (sum(lengths) - len(lengths)) / places)
@@ -176,11 +176,14 @@ def test_the_longest_packed_samples_fill_their_micro_batches(budget: int, contex
     overrides += [f"policy.context_parallel_size={context}"]
     job = load_job(str(RECIPE), overrides, 2 * context, GPUS["h100"], None)
     samples = longest_samples(job)
-    plan = plan_for(job.config.policy, [sum(one) for one in samples], 2)
-    places = plan.places([sum(one) for one in samples])
+    plan = schedule_for(job.config.policy, [sum(one) for one in samples], 2)
+    places = plan.padded_tokens([sum(one) for one in samples])
     assert min(response for _, response in samples) > 0 < min(prompt for prompt, _ in samples)
     longest = job.lengths.longest_prompt + job.lengths.longest_response
-    assert places == [plan.count * max(budget, room(longest, place_unit(job.config.policy)))] * 2
+    assert (
+        places
+        == [plan.count * max(budget, padded_length(longest, sequence_alignment(job.config.policy)))] * 2
+    )
 
 
 def test_an_offloaded_share_of_the_optimizer_is_in_host_memory_and_takes_time_there() -> None:

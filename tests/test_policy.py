@@ -10,15 +10,15 @@ import pytest
 import torch
 from small import VOCAB_SIZE, ragged_rollouts, small_config, small_policy
 
-from opo_megatron.algorithm.advantages import advantages
+from opo_megatron.algorithm.advantages import compute_advantages
 from opo_megatron.algorithm.objective import PolicyGradient, Supervised
 from opo_megatron.algorithm.on_policy import check_mismatch
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config import Config
-from opo_megatron.distributed.process_groups import Parallel, initialize, leave
+from opo_megatron.distributed.process_groups import Parallel, initialize, shutdown
 from opo_megatron.errors import OnPolicyError
 from opo_megatron.policy.policy import Policy
-from opo_megatron.rollout.engine import Request, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 
 TEMPERATURE = 0.7
@@ -28,7 +28,7 @@ PACKED = "policy.packing=thd"
 @pytest.fixture(scope="module")
 def parallel() -> Iterator[Parallel]:
     yield initialize(small_config())
-    leave()
+    shutdown()
 
 
 def make_policy(parallel: Parallel, *overrides: str) -> tuple[Policy, Config]:
@@ -44,9 +44,9 @@ def gradients_of(policy: Policy) -> dict[str, torch.Tensor]:
     """Accumulated gradients under Hugging Face names."""
     named = {}
     for parameter in policy.table:
-        gradient = policy.chunks[0].get_parameter(parameter.local_name).main_grad
+        gradient = policy.chunks[0].get_parameter(parameter.mcore_name).main_grad
         names = [name for name, _ in parameter.tensors[0]]
-        named |= dict(zip(names, parameter.layout.join([gradient]), strict=True))
+        named |= dict(zip(names, parameter.sharding.join([gradient]), strict=True))
     return named
 
 
@@ -56,7 +56,7 @@ def test_gradient_equals_float64_gradient_of_the_objective(parallel: Parallel, t
     policy, config = make_policy(parallel, f"policy.model.tie_embeddings={tied}", form)
     rollouts = ragged_rollouts()
     lengths = rollouts.response_lengths
-    rollouts.advantages = advantages(config.algorithm, rollouts.rewards, lengths, rollouts.groups)
+    rollouts.advantages = compute_advantages(config.algorithm, rollouts.rewards, lengths, rollouts.groups)
     plan = policy.plan(rollouts.sequence_lengths)
     assert plan.count >= 3
     objective = PolicyGradient(float(lengths.sum()), TEMPERATURE)
@@ -101,8 +101,8 @@ def test_skipping_what_has_no_gradient_changes_nothing_but_the_time(parallel: Pa
         metrics = policy.accumulate_gradients(batch, plan, objective)
         found.append((metrics, {name: gradient.clone() for name, gradient in gradients_of(policy).items()}))
     (full, gradients), (skipped, others) = found
-    assert plan.without_gradient is not None
-    assert sorted(plan.without_gradient.samples_of(0)) == silent.nonzero()[:, 0].tolist()
+    assert plan.forward_only is not None
+    assert sorted(plan.forward_only.samples_of(0)) == silent.nonzero()[:, 0].tolist()
     assert skipped.tokens == full.tokens and skipped.mismatch is not None and full.mismatch is not None
     assert skipped.loss == pytest.approx(full.loss, abs=1e-6)
     assert skipped.entropy == pytest.approx(full.entropy, rel=1e-6)
@@ -171,7 +171,7 @@ def draw(policy: Policy, config: Config, parallel: Parallel) -> Rollouts:
     dtype = policy.megatron_config.params_dtype
     engine = LocalEngine(config.policy.model, VOCAB_SIZE, dtype, parallel.device, slots=5)
     engine.update_weights(policy.stream_weights(), policy.version)
-    requests = [Request(i // 3, i // 3, i % 3, tuple(range(1, 2 + i // 3 % 7))) for i in range(24)]
+    requests = [GenerationRequest(i // 3, i // 3, i % 3, tuple(range(1, 2 + i // 3 % 7))) for i in range(24)]
     sampling = Sampling(max_tokens=12, stop_tokens=(0,), seed=(1,), temperature=TEMPERATURE)
     rollouts = engine.generate(requests, sampling)
     rollouts.advantages = torch.linspace(-1, 1, len(rollouts), dtype=torch.float64)

@@ -9,7 +9,7 @@ import torch
 from small import VOCAB_SIZE, ragged_rollouts, small_config, small_policy
 
 from opo_megatron.algorithm.objective import PolicyGradient
-from opo_megatron.distributed.process_groups import Parallel, initialize, leave
+from opo_megatron.distributed.process_groups import Parallel, initialize, shutdown
 from opo_megatron.policy.policy import Policy
 from opo_megatron.weights.random_init import random_weights
 
@@ -17,7 +17,7 @@ from opo_megatron.weights.random_init import random_weights
 @pytest.fixture(scope="module")
 def parallel() -> Iterator[Parallel]:
     yield initialize(small_config())
-    leave()
+    shutdown()
 
 
 def train(policy: Policy, seed: int) -> None:

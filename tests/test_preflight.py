@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from opo_megatron.cli import serve
 from opo_megatron.config import load_config
 from opo_megatron.environment.preflight import Floors, main, node_problems
 from opo_megatron.errors import UserError
-from opo_megatron.rollout.sglang import external
 from opo_megatron.rollout.sglang.server import SERVE
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -109,7 +109,7 @@ def test_a_node_of_its_own_serves_the_recipes_model(tmp_path: Path, monkeypatch:
     python = tmp_path / "python"
     python.touch()
     recipe, chosen = str(RECIPES / "opo_llama3_70b.yaml"), f"rollout.sglang.python={python}"
-    command, environment = external.server_command(recipe, [chosen], 10123)
+    command, environment = serve.server_command(recipe, [chosen], 10123)
     assert command[:2] == [str(python), str(SERVE)]
     options = dict(pairwise(command))
     assert options["--port"] == "10123" and options["--tensor-parallel-size"] == "8"
@@ -118,4 +118,4 @@ def test_a_node_of_its_own_serves_the_recipes_model(tmp_path: Path, monkeypatch:
     assert '"num_hidden_layers": 80' in described and '"weight_block_size"' in described
     assert environment["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
     with pytest.raises(UserError, match=r"rollout\.engine is local"):
-        external.server_command(recipe, [chosen, "rollout.engine=local"], 1)
+        serve.server_command(recipe, [chosen, "rollout.engine=local"], 1)

@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from opo_megatron.batch.micro_batch import plan_micro_batches
+from opo_megatron.batch.micro_batch import schedule_micro_batches
 from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
 from opo_megatron.batch.stats import (
-    exchange,
-    gather_on_first,
-    gather_summary,
-    own_block,
+    gather_stats,
+    gather_to_rank0,
+    local_slice,
+    redistribute_to_dp,
     requests_for,
     rewards_of,
 )
-from opo_megatron.distributed.process_groups import Parallel, share_of
-from opo_megatron.errors import BadNumbers
+from opo_megatron.distributed.process_groups import Parallel, rank_range
+from opo_megatron.errors import NonFiniteError
 from opo_megatron.tasks import Prompt
 from opo_megatron.tasks.base import OneByOne
 
@@ -170,18 +170,18 @@ def test_demonstrations_are_rollouts_of_one_sample_per_group_without_measurement
 
 def test_one_rank_exchanges_by_reordering_to_the_plan() -> None:
     rollouts = random_rollouts(30)
-    plan = plan_micro_batches(rollouts.sequence_lengths.tolist(), 1, 20)
-    received = exchange(alone(), rollouts, plan, total=30)
+    plan = schedule_micro_batches(rollouts.sequence_lengths.tolist(), 1, 20)
+    received = redistribute_to_dp(alone(), rollouts, plan, total=30)
     samples = samples_of(rollouts)
     assert samples_of(received) == [samples[i] for i in plan.samples_of(0)]
 
 
 def test_one_rank_gathers_its_own() -> None:
     rollouts = random_rollouts(6)
-    gathered = gather_on_first(alone(), rollouts)
+    gathered = gather_to_rank0(alone(), rollouts)
     assert gathered is not None
     assert_same(gathered, rollouts)
-    summary = gather_summary(alone(), rollouts)
+    summary = gather_stats(alone(), rollouts)
     assert torch.equal(summary.sequence_lengths, rollouts.prompt_lengths + rollouts.response_lengths)
     cut = rollouts.finish_reasons.tolist().count(FINISH_LENGTH)
     assert summary.truncated == cut / 6
@@ -189,7 +189,7 @@ def test_one_rank_gathers_its_own() -> None:
 
 @pytest.mark.parametrize(("count", "world"), [(10, 1), (10, 3), (2, 5), (0, 2), (384, 7)])
 def test_shares_are_contiguous_complete_and_even(count: int, world: int) -> None:
-    shares = [share_of(count, rank, world) for rank in range(world)]
+    shares = [rank_range(count, rank, world) for rank in range(world)]
     assert [i for share in shares for i in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -200,7 +200,7 @@ def test_every_prompt_is_asked_for_as_often_as_the_group_is_large() -> None:
     assert [(r.prompt_id, r.group, r.sample_index, r.tokens) for r in requests] == [
         (100 + g, g, s, (g, g + 1)) for g in range(3) for s in range(2)
     ]
-    assert own_block(alone(), 6) == slice(0, 6)
+    assert local_slice(alone(), 6) == slice(0, 6)
 
 
 class Lengths(OneByOne):
@@ -225,5 +225,5 @@ def test_rewards_are_those_of_each_samples_own_prompt() -> None:
 def test_a_reward_that_is_not_finite_is_refused(special: float) -> None:
     rollouts = random_rollouts(8)
     rollouts.rewards = rewards_of(Lengths(special), [Prompt(0, "", (0,), "")] * 2, rollouts)  # type: ignore[arg-type]
-    with pytest.raises(BadNumbers, match="must return a finite number"):
-        gather_summary(alone(), rollouts)
+    with pytest.raises(NonFiniteError, match="must return a finite number"):
+        gather_stats(alone(), rollouts)

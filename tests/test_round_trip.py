@@ -22,9 +22,9 @@ from round_trip import config_from, policy_from, run_layouts
 
 from opo_megatron.build import vocabulary_of
 from opo_megatron.checkpoint.convert import convert, export
-from opo_megatron.distributed.process_groups import initialize, leave, leave_layout
+from opo_megatron.distributed.process_groups import destroy_model_parallel, initialize, shutdown
 from opo_megatron.errors import UserError
-from opo_megatron.rollout.engine import Request, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.tasks.base import Task
 from opo_megatron.weights.safetensors_file import read_header
@@ -33,7 +33,7 @@ from opo_megatron.weights.safetensors_file import read_header
 @pytest.fixture(autouse=True)
 def leave_groups() -> Iterator[None]:
     yield
-    leave()
+    shutdown()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,7 +57,7 @@ def test_the_local_engine_agrees_with_the_policy(family: str, tmp_path: Path) ->
     policy = policy_from(config, parallel)
     engine = LocalEngine(config.policy.model, VOCAB_SIZE, torch.float32, parallel.device, slots=4)
     engine.update_weights(policy.stream_weights(), 0)
-    requests = [Request(i, i, 0, tuple(prompt)) for i, prompt in enumerate(PROMPTS)]
+    requests = [GenerationRequest(i, i, 0, tuple(prompt)) for i, prompt in enumerate(PROMPTS)]
     rollouts = engine.generate(requests, Sampling(max_tokens=12, stop_tokens=(0,), seed=(1,)))
     rollouts.rewards = torch.zeros(len(rollouts), dtype=torch.float64)
     plan = policy.plan(rollouts.sequence_lengths)
@@ -133,7 +133,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     config = config_from(tmp_path / "llama", tmp_path, 1)
     convert(tmp_path / "llama", tmp_path / "out", config, initialize(config), None, print)
     other = config_from(tmp_path / "qwen3", tmp_path, 1)
-    leave_layout()
+    destroy_model_parallel()
     parallel = initialize(other)
     policy = policy_from(other, parallel)
     with pytest.raises(UserError, match=r"another model|with shape"):
@@ -183,8 +183,8 @@ def test_a_rank_asks_for_no_more_than_it_owns(tmp_path: Path, monkeypatch: pytes
         total = sum(4 * t.shape[0] * (t.shape[1] if len(t.shape) > 1 else 1) for t in tensors)
         for rank in (0, 1):
             sizes.clear()
-            parameter.layout.split(tensors, rank, 2)
-            if parameter.layout.partition_dim is None:
+            parameter.sharding.split(tensors, rank, 2)
+            if parameter.sharding.partition_dim is None:
                 assert sum(sizes) == total
             else:
                 assert abs(sum(sizes) - total / 2) <= 4 * 32  # one row of padding

@@ -8,29 +8,29 @@ from pathlib import Path
 
 import pytest
 
-from opo_megatron.observe.metrics_file import RowFile
+from opo_megatron.observe.metrics_file import MetricsFile
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> RowFile:
-    return RowFile(tmp_path / "metrics.jsonl")
+def rows(tmp_path: Path) -> MetricsFile:
+    return MetricsFile(tmp_path / "metrics.jsonl")
 
 
-def fill(rows: RowFile, steps: int) -> None:
+def fill(rows: MetricsFile, steps: int) -> None:
     for step in range(steps):
         rows.append({"step": step, "loss": step / 3, "name": "Füße\n\u2028"})
 
 
-def test_rows_are_read_back_as_they_were_appended(rows: RowFile) -> None:
+def test_rows_are_read_back_as_they_were_appended(rows: MetricsFile) -> None:
     assert rows.read() == []
     fill(rows, 4)
     assert rows.read() == [{"step": s, "loss": s / 3, "name": "Füße\n\u2028"} for s in range(4)]
-    assert RowFile(rows.path).read() == rows.read()
+    assert MetricsFile(rows.path).read() == rows.read()
     assert len(rows.path.read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step": 4}', "{", "\x00\x00"])
-def test_a_torn_last_line_is_not_a_row(rows: RowFile, torn: str) -> None:
+def test_a_torn_last_line_is_not_a_row(rows: MetricsFile, torn: str) -> None:
     """A line without its end was not written whole, even where it happens to be JSON."""
     fill(rows, 4)
     with rows.path.open("a") as file:
@@ -43,7 +43,7 @@ def test_a_torn_last_line_is_not_a_row(rows: RowFile, torn: str) -> None:
 
 @pytest.mark.parametrize(("step", "kept"), [(-1, []), (0, [0]), (2, [0, 1, 2]), (99, [0, 1, 2, 3])])
 def test_cutting_drops_what_lies_behind_a_step_and_leaves_the_rest_to_the_byte(
-    rows: RowFile, step: int, kept: list[int]
+    rows: MetricsFile, step: int, kept: list[int]
 ) -> None:
     fill(rows, 4)
     before = rows.path.read_bytes().splitlines(keepends=True)
@@ -53,13 +53,13 @@ def test_cutting_drops_what_lies_behind_a_step_and_leaves_the_rest_to_the_byte(
     assert [file.name for file in rows.path.parent.iterdir()] == [rows.path.name]
 
 
-def test_cutting_a_file_that_is_not_there_leaves_no_rows(rows: RowFile) -> None:
+def test_cutting_a_file_that_is_not_there_leaves_no_rows(rows: MetricsFile) -> None:
     rows.cut_after(5)
     assert rows.read() == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_values_that_json_has_not_are_null(rows: RowFile, value: float) -> None:
+def test_values_that_json_has_not_are_null(rows: MetricsFile, value: float) -> None:
     rows.append({"step": 1, "loss": value, "fine": 0.1})
 
     def refuse(name: str) -> None:

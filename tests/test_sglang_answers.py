@@ -21,7 +21,7 @@ from torch.multiprocessing import reductions
 from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP
 from opo_megatron.cli.main import main
 from opo_megatron.errors import EngineFailure, UserError
-from opo_megatron.rollout.engine import Request, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.engine import server_group
 from opo_megatron.rollout.sglang.replies import UNKNOWN_VERSION, rollouts_of, sampling_params
@@ -30,7 +30,7 @@ from opo_megatron.rollout.sglang.transfer import _handle, _pickled, check_alloca
 
 STOP = 7
 SAMPLING = Sampling(max_tokens=3, stop_tokens=(STOP,), seed=(1,), temperature=0.7)
-REQUESTS = [Request(11, 0, 0, (1, 2)), Request(12, 1, 0, (3,))]
+REQUESTS = [GenerationRequest(11, 0, 0, (1, 2)), GenerationRequest(12, 1, 0, (3,))]
 
 
 def answer(ids: list[int], finish: dict[str, Any], **about: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.cli.main import main
 from opo_megatron.config import load_config
 from opo_megatron.config.choices import Kl
-from opo_megatron.distributed.process_groups import Parallel, initialize, leave
+from opo_megatron.distributed.process_groups import Parallel, initialize, shutdown
 from opo_megatron.tasks.lift import LiftTask
 from opo_megatron.weights.random_init import random_weights
 
@@ -202,7 +202,7 @@ def test_start_weights_that_cannot_be_used_are_refused_before_anything_is_writte
 @pytest.fixture
 def parallel() -> Iterator[Parallel]:
     yield initialize(small_config())
-    leave()
+    shutdown()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -217,13 +217,13 @@ def test_weights_come_back_bit_for_bit_also_after_an_error(parallel: Parallel, d
             raise RuntimeError("half way")
         return source(name)
 
-    with one.weights_from(source):
+    with one.swap_weights(source):
         named = dict(one.chunks[0].named_parameters())
         loaded = named["embedding.word_embeddings.weight"]
         assert torch.equal(loaded, source("model.embed_tokens.weight").to(loaded.dtype))
-    with pytest.raises(RuntimeError, match="half way"), one.weights_from(fail):
+    with pytest.raises(RuntimeError, match="half way"), one.swap_weights(fail):
         pass
-    with pytest.raises(KeyError), one.weights_from(source):
+    with pytest.raises(KeyError), one.swap_weights(source):
         raise KeyError
     assert all(torch.equal(a, b) for a, b in zip(before, one.chunks[0].parameters(), strict=True))
     # A step afterwards is the step of a policy that never held other weights.

@@ -15,7 +15,7 @@ from torch import Tensor
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.weights.param_mapping import Parameter, Stages, hf_shapes, parameters
 from opo_megatron.weights.random_init import random_weights
-from opo_megatron.weights.sharding import GateUp, Layout, QueryKeyValue, Replicated, Sharded, Vocabulary
+from opo_megatron.weights.sharding import GateUp, QueryKeyValue, Replicated, Sharded, Sharding, Vocabulary
 
 SIZES = [1, 2, 4]
 
@@ -25,7 +25,7 @@ def counted(*shape: int, start: int = 0) -> Tensor:
     return start + torch.arange(torch.Size(shape).numel()).reshape(shape)
 
 
-LAYOUTS: dict[str, tuple[Layout, list[Tensor]]] = {
+SHARDINGS: dict[str, tuple[Sharding, list[Tensor]]] = {
     "replicated": (Replicated(), [counted(7)]),
     "columns": (Sharded(0), [counted(12, 5)]),
     "rows": (Sharded(1), [counted(5, 12)]),
@@ -44,24 +44,24 @@ LAYOUTS: dict[str, tuple[Layout, list[Tensor]]] = {
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", SHARDINGS)
 def test_joining_what_was_split_gives_the_tensors_back(name: str, size: int) -> None:
-    layout, tensors = LAYOUTS[name]
-    shards = [layout.split(tensors, rank, size) for rank in range(size)]
+    sharding, tensors = SHARDINGS[name]
+    shards = [sharding.split(tensors, rank, size) for rank in range(size)]
     assert len({shard.shape for shard in shards}) == 1
-    joined = layout.join(shards)
+    joined = sharding.join(shards)
     assert len(joined) == len(tensors)
     assert all(torch.equal(got, full) for got, full in zip(joined, tensors, strict=True))
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", SHARDINGS)
 def test_the_partition_dimension_is_the_one_that_is_cut(name: str, size: int) -> None:
-    layout, tensors = LAYOUTS[name]
-    whole, shard = layout.split(tensors, 0, 1), layout.split(tensors, 0, size)
+    sharding, tensors = SHARDINGS[name]
+    whole, shard = sharding.split(tensors, 0, 1), sharding.split(tensors, 0, size)
     expected = list(whole.shape)
-    if layout.partition_dim is not None:
-        expected[layout.partition_dim] = -(-expected[layout.partition_dim] // size)
+    if sharding.partition_dim is not None:
+        expected[sharding.partition_dim] = -(-expected[sharding.partition_dim] // size)
     assert list(shard.shape) == expected
 
 
@@ -109,7 +109,7 @@ EXPERTS = replace(QWEN3_MOE, num_layers=8)
 
 
 def names_of(table: list[Parameter]) -> list[str]:
-    return [name for p in table if not p.is_copy for rank in p.tensors for name, _ in rank]
+    return [name for p in table if not p.tied_duplicate for rank in p.tensors for name, _ in rank]
 
 
 @pytest.mark.parametrize("model", [DENSE, TIED, EXPERTS], ids=["dense", "tied", "experts"])
@@ -125,7 +125,7 @@ def test_every_tensor_is_in_the_table_once_under_every_layout(
     names = names_of(table)
     assert len(names) == len(set(names))
     assert set(names) == set(hf_shapes(model, VOCAB_SIZE))
-    places = [(p.stage, p.chunk, p.local_name) for p in table]
+    places = [(p.stage, p.chunk, p.mcore_name) for p in table]
     assert len(places) == len(set(places))
     for p in table:
         assert len(p.tensors) == (ep_size if p.is_expert else 1)
@@ -149,15 +149,15 @@ def test_each_layers_tensors_stand_on_the_layers_own_stage() -> None:
             if name.startswith("model.layers."):
                 stage, chunk, local = stages.place(int(name.split(".")[2]))
                 assert (p.stage, p.chunk) == (stage, chunk)
-                assert p.local_name.startswith(f"decoder.layers.{local}.")
+                assert p.mcore_name.startswith(f"decoder.layers.{local}.")
 
 
 def test_experts_are_dealt_in_blocks_to_expert_parallel_ranks() -> None:
     table = parameters(replace(EXPERTS, num_moe_experts=6), VOCAB_SIZE, Stages(8), ep_size=2)
     held = {
-        p.local_name.split(".")[6]: [rank[0][0].split(".")[5] for rank in p.tensors]
+        p.mcore_name.split(".")[6]: [rank[0][0].split(".")[5] for rank in p.tensors]
         for p in table
-        if p.local_name.startswith("decoder.layers.0.") and p.local_name.endswith("linear_fc2.weight")
+        if p.mcore_name.startswith("decoder.layers.0.") and p.mcore_name.endswith("linear_fc2.weight")
     }
     assert held == {"0": ["0", "3"], "1": ["1", "4"], "2": ["2", "5"]}
 
@@ -165,8 +165,8 @@ def test_experts_are_dealt_in_blocks_to_expert_parallel_ranks() -> None:
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_a_tied_output_is_the_embedding_and_a_copy_of_it_on_another_stage(pipeline: int) -> None:
     table = parameters(TIED, VOCAB_SIZE, Stages(8, pipeline))
-    outputs = [p for p in table if p.local_name == "output_layer.weight"]
-    assert [(p.stage, p.is_copy, p.tensors[0][0][0]) for p in outputs] == (
+    outputs = [p for p in table if p.mcore_name == "output_layer.weight"]
+    assert [(p.stage, p.tied_duplicate, p.tensors[0][0][0]) for p in outputs] == (
         [] if pipeline == 1 else [(1, True, "model.embed_tokens.weight")]
     )
 
@@ -179,7 +179,7 @@ def test_every_parameter_of_a_model_is_cut_and_joined_without_loss(family: str, 
     for p in parameters(model, VOCAB_SIZE, Stages(model.num_layers)):
         tensors = [source(name) for name, _ in p.tensors[0]]
         assert [tuple(t.shape) for t in tensors] == [shape for _, shape in p.tensors[0]]
-        joined = p.layout.join([p.layout.split(tensors, rank, size) for rank in range(size)])
+        joined = p.sharding.join([p.sharding.split(tensors, rank, size) for rank in range(size)])
         assert all(torch.equal(got, full) for got, full in zip(joined, tensors, strict=True))
         assert p.numel == sum(t.numel() for t in tensors)
 

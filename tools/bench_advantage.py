@@ -24,7 +24,7 @@ import torch
 from record import write_record
 from torch import Tensor
 
-from opo_megatron.algorithm.advantages import advantages
+from opo_megatron.algorithm.advantages import compute_advantages
 from opo_megatron.algorithm.config import AlgorithmConfig, Baseline
 from opo_megatron.algorithm.presets import PRESETS
 
@@ -49,7 +49,7 @@ def main() -> int:
     config = AlgorithmConfig(Baseline.opo, **PRESETS[Baseline.opo]._asdict())
 
     def ours(rewards: Tensor, lengths: Tensor) -> Tensor:
-        return advantages(config, rewards, lengths, groups).float()
+        return compute_advantages(config, rewards, lengths, groups).float()
 
     results: dict[str, Any] = {
         "samples": count,

@@ -29,9 +29,9 @@ from record import write_record
 
 from opo_megatron.algorithm.objective import Supervised
 from opo_megatron.batch.rollouts import Rollouts
-from opo_megatron.checkpoint.checkpoint import RunProgress, Saving
+from opo_megatron.checkpoint.checkpoint import PendingCheckpoint, RunProgress
 from opo_megatron.config import Config, load_config
-from opo_megatron.distributed.process_groups import initialize, leave
+from opo_megatron.distributed.process_groups import initialize, shutdown
 from opo_megatron.policy.policy import Policy
 from opo_megatron.weights.random_init import random_weights
 
@@ -93,7 +93,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
         "MB/s of a plain write": median(one["plain"] for one in writes),
         "rounds": rounds,
     }
-    leave()
+    shutdown()
     return results
 
 
@@ -107,7 +107,7 @@ def step(policy: Policy, number: int) -> None:
 
 def run(policy: Policy, config: Config, beside: bool | None) -> float:
     """Mean seconds of a step, the last save included until it has its name; None saves nothing."""
-    pending: Saving | None = None
+    pending: PendingCheckpoint | None = None
     started = time.perf_counter()
     for number in range(1, STEPS + 1):
         step(policy, number)
@@ -117,7 +117,7 @@ def run(policy: Policy, config: Config, beside: bool | None) -> float:
         if beside is not None and number % EVERY == 0:
             if pending is not None:
                 pending.complete()
-            pending = Saving(policy, config, RunProgress("step", number), beside=beside)
+            pending = PendingCheckpoint(policy, config, RunProgress("step", number), beside=beside)
             if not beside:
                 pending.complete()
                 pending = None
@@ -131,7 +131,7 @@ def run(policy: Policy, config: Config, beside: bool | None) -> float:
 def write_one(policy: Policy, config: Config, folder: Path) -> dict[str, float]:
     """One checkpoint, and as many bytes from memory, both until they are on the disk."""
     started = time.perf_counter()
-    saving = Saving(policy, config, RunProgress("step", 1))
+    saving = PendingCheckpoint(policy, config, RunProgress("step", 1))
     saving.complete()
     seconds = time.perf_counter() - started
     size = sum(path.stat().st_size for path in saving.final.iterdir())

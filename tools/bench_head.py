@@ -134,7 +134,7 @@ Work = Callable[[], tuple[Any, Any]]
 
 
 def ours(hidden: Any, weight: Any, targets: Any, coefficients: Any, d_weight: Any) -> Work:
-    from opo_megatron.kernels.lm_head import VocabularyShard, default_chunk_tokens, sweep
+    from opo_megatron.kernels.lm_head import VocabularyShard, chunked_logprobs, default_chunk_tokens
 
     chunk = default_chunk_tokens(weight.shape[0])
 
@@ -142,7 +142,9 @@ def ours(hidden: Any, weight: Any, targets: Any, coefficients: Any, d_weight: An
         return coefficients[part] * log_prob, coefficients[part]
 
     def work() -> tuple[Any, Any]:
-        output = sweep(hidden, weight, targets, VocabularyShard(0), 1.0, chunk, coefficient, d_weight)
+        output = chunked_logprobs(
+            hidden, weight, targets, VocabularyShard(0), 1.0, chunk, coefficient, d_weight
+        )
         return output.log_prob, output.d_hidden
 
     return work

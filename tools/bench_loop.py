@@ -246,7 +246,7 @@ def training(run: Any, weights: dict[str, Any]) -> dict[str, float]:
     from opo_megatron.algorithm.objective import PolicyGradient
     from opo_megatron.batch.micro_batch import build_micro_batches
     from opo_megatron.batch.stats import requests_for
-    from opo_megatron.run import accept_on_policy
+    from opo_megatron.run import check_on_policy
 
     requests = requests_for(run.prompts(1), run.config.rollout.samples_per_prompt, run.parallel)
     drawn = run.engine.generate(requests, run.sampling(1))
@@ -265,7 +265,7 @@ def training(run: Any, weights: dict[str, Any]) -> dict[str, float]:
 
     def ours() -> int:
         objective = PolicyGradient(normalizer, run.config.rollout.temperature)
-        metrics = run.policy.train_step(batch, plan, objective, 0.0, partial(accept_on_policy, run))
+        metrics = run.policy.train_step(batch, plan, objective, 0.0, partial(check_on_policy, run))
         norms["ours"] = metrics.grad_norm
         return tokens
 

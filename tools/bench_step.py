@@ -34,7 +34,7 @@ from record import write_record
 from opo_megatron.algorithm.objective import Clipped, PolicyGradient
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config import load_config
-from opo_megatron.distributed.process_groups import initialize, leave
+from opo_megatron.distributed.process_groups import initialize, shutdown
 from opo_megatron.policy.policy import Policy
 from opo_megatron.weights.random_init import random_weights
 
@@ -117,7 +117,7 @@ def time_arms(rounds: int, shares: tuple[float, ...]) -> dict[str, float]:
             step()
             least[name] = min(least[name], time.perf_counter() - started)
             print(f"round {number + 1}  {name}: {least[name]:.2f} s", flush=True)
-    leave()
+    shutdown()
     return least
 
 
@@ -151,7 +151,7 @@ def grpo_arms(policy: Policy, start: Any) -> dict[str, Callable[[], object]]:
 
     def usual() -> None:
         batch.old_log_prob = policy.log_probs(batch, plan, 1.0)
-        with policy.weights_from(start):
+        with policy.swap_weights(start):
             batch.reference_log_prob = policy.log_probs(batch, plan, 1.0)
         update(0.1)
 

@@ -95,7 +95,7 @@ def main() -> int:
 def measure(size: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Every transport of one model, `repeats` times in turn."""
     from opo_megatron.build import start_policy
-    from opo_megatron.distributed.process_groups import initialize, leave
+    from opo_megatron.distributed.process_groups import initialize, shutdown
     from opo_megatron.rollout.sglang.engine import SglangEngine
     from opo_megatron.rollout.sglang.server import Server, write_model_config
 
@@ -137,7 +137,7 @@ def measure(size: str, folder: Path, options: argparse.Namespace) -> dict[str, A
             engine.close()
     finally:
         server.stop()
-    leave()
+    shutdown()
     largest = max(buckets)
     return {
         "parameters": parameters,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from opo_megatron.config import load_config
 from opo_megatron.errors import UserError
-from opo_megatron.utils.extras import load_part
+from opo_megatron.utils.extras import require_extra
 
 LONGEST = 2048
 """Tokens of a prompt that are used."""
@@ -57,7 +57,7 @@ def file_prompts(path: Path, folders: Sequence[Path], count: int) -> list[list[i
             "--calibration-data needs the model's tokenizer, which no folder of it holds; name one with "
             "--like, or take prompts from a task with --calibrate-recipe"
         )
-    transformers = load_part("transformers", "--calibration-data", "data")
+    transformers = require_extra("transformers", "--calibration-data", "data")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a damaged file raises whatever its parser does

@@ -53,41 +53,41 @@ PLAIN_OPTIMIZER = "policy.distributed_optimizer=false"
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     ranks: int
     overrides: tuple[str, ...] = ()
     moe: bool = False
 
 
 LAYOUTS = {
-    "tp2": Layout(2, (TP2,)),
-    "tp2+sp": Layout(2, (TP2, SP)),
-    "pp2": Layout(2, (PP2,)),
-    "pp2vpp2": Layout(2, (PP2, VPP2)),
-    "dp2": Layout(2),
-    "dp2-plain-optimizer": Layout(2, (PLAIN_OPTIMIZER,)),
-    "tp2pp2": Layout(4, (TP2, PP2)),
-    "tp2pp2+sp": Layout(4, (TP2, PP2, SP)),
-    "tp2dp2": Layout(4, (TP2,)),
-    "moe-dp2": Layout(2, moe=True),
-    "moe-ep2": Layout(2, (EP2,), moe=True),
-    "moe-tp2sp": Layout(2, (TP2, SP), moe=True),
-    "moe-tp2sp-ep2": Layout(2, (TP2, SP, EP2, ETP1), moe=True),
-    "moe-tp2sp-dp2": Layout(4, (TP2, SP), moe=True),
-    "packed-tp2+sp": Layout(2, (THD, TP2, SP)),
-    "packed-pp2vpp2": Layout(2, (THD, PP2, VPP2)),
-    "packed-dp2": Layout(2, (THD,)),
-    "packed-tp2pp2vpp2+sp": Layout(4, (THD, TP2, PP2, VPP2, SP)),
-    "packed-tp2dp2": Layout(4, (THD, TP2)),
-    "cp2": Layout(2, (THD, CP2)),
-    "cp2-plain-optimizer": Layout(2, (THD, CP2, PLAIN_OPTIMIZER)),
-    "cp4": Layout(4, (THD, "policy.context_parallel_size=4")),
-    "cp2dp2": Layout(4, (THD, CP2)),
-    "tp2cp2+sp": Layout(4, (THD, TP2, CP2, SP)),
-    "cp2pp2vpp2": Layout(4, (THD, CP2, PP2, VPP2)),
-    "packed-moe-tp2sp-ep2": Layout(2, (THD, TP2, SP, EP2, ETP1), moe=True),
+    "tp2": ParallelLayout(2, (TP2,)),
+    "tp2+sp": ParallelLayout(2, (TP2, SP)),
+    "pp2": ParallelLayout(2, (PP2,)),
+    "pp2vpp2": ParallelLayout(2, (PP2, VPP2)),
+    "dp2": ParallelLayout(2),
+    "dp2-plain-optimizer": ParallelLayout(2, (PLAIN_OPTIMIZER,)),
+    "tp2pp2": ParallelLayout(4, (TP2, PP2)),
+    "tp2pp2+sp": ParallelLayout(4, (TP2, PP2, SP)),
+    "tp2dp2": ParallelLayout(4, (TP2,)),
+    "moe-dp2": ParallelLayout(2, moe=True),
+    "moe-ep2": ParallelLayout(2, (EP2,), moe=True),
+    "moe-tp2sp": ParallelLayout(2, (TP2, SP), moe=True),
+    "moe-tp2sp-ep2": ParallelLayout(2, (TP2, SP, EP2, ETP1), moe=True),
+    "moe-tp2sp-dp2": ParallelLayout(4, (TP2, SP), moe=True),
+    "packed-tp2+sp": ParallelLayout(2, (THD, TP2, SP)),
+    "packed-pp2vpp2": ParallelLayout(2, (THD, PP2, VPP2)),
+    "packed-dp2": ParallelLayout(2, (THD,)),
+    "packed-tp2pp2vpp2+sp": ParallelLayout(4, (THD, TP2, PP2, VPP2, SP)),
+    "packed-tp2dp2": ParallelLayout(4, (THD, TP2)),
+    "cp2": ParallelLayout(2, (THD, CP2)),
+    "cp2-plain-optimizer": ParallelLayout(2, (THD, CP2, PLAIN_OPTIMIZER)),
+    "cp4": ParallelLayout(4, (THD, "policy.context_parallel_size=4")),
+    "cp2dp2": ParallelLayout(4, (THD, CP2)),
+    "tp2cp2+sp": ParallelLayout(4, (THD, TP2, CP2, SP)),
+    "cp2pp2vpp2": ParallelLayout(4, (THD, CP2, PP2, VPP2)),
+    "packed-moe-tp2sp-ep2": ParallelLayout(2, (THD, TP2, SP, EP2, ETP1), moe=True),
 }
-REFERENCES = {"one process": Layout(1), "moe, one process": Layout(1, moe=True)}
+REFERENCES = {"one process": ParallelLayout(1), "moe, one process": ParallelLayout(1, moe=True)}
 
 
 def main() -> int:
@@ -150,7 +150,7 @@ def print_table(names: list[str], results: dict[str, list[list[float]]]) -> int:
 def run_cases(names: list[str], output: Path) -> None:
     """In one rank: every case in turn; rank 0 writes {case: [[loss, grad norm] per step]}."""
     from opo_megatron.config import load_config
-    from opo_megatron.distributed.process_groups import initialize, leave, leave_layout
+    from opo_megatron.distributed.process_groups import destroy_model_parallel, initialize, shutdown
 
     results: dict[str, list[list[float]]] = {}
     for name in names:
@@ -161,10 +161,10 @@ def run_cases(names: list[str], output: Path) -> None:
             config = load_config(RECIPE, overrides, case.ranks)
             parallel = initialize(config)
             results[f"{name}/{ties}"] = take_steps(config, parallel)
-            leave_layout()
+            destroy_model_parallel()
     if parallel.rank == 0:
         output.write_text(json.dumps(results))
-    leave()
+    shutdown()
 
 
 def take_steps(config: Config, parallel: Parallel) -> list[list[float]]:

@@ -101,7 +101,7 @@ def run_tool(
     arguments = list(sys.argv[1:] if argv is None else argv)
     code = 0
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(line, flush=True)
 
@@ -114,15 +114,15 @@ def run_tool(
             code = run_ranks([sys.executable, script, *arguments], world)
             yield None
             return
-        from opo_megatron.distributed.process_groups import initialize, leave
+        from opo_megatron.distributed.process_groups import initialize, shutdown
 
         yield initialize(config)
-        leave()
+        shutdown()
 
     reuse_memory()
     try:
         options: Any = parser.parse_args(arguments)
-        options.say, options.ranks = say, ranks
+        options.log, options.ranks = log, ranks
         work(options)
     except UserError as error:
         print_error(error)

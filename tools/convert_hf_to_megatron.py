@@ -47,11 +47,11 @@ def work(options: argparse.Namespace) -> None:
         from opo_megatron.checkpoint.convert import convert, verify
 
         dtype = torch_dtype(options.dtype)
-        convert(options.source, options.target, config, parallel, dtype, options.say)
-        options.say(f"{options.target} is complete; use it with policy.init_from={options.target}")
+        convert(options.source, options.target, config, parallel, dtype, options.log)
+        options.log(f"{options.target} is complete; use it with policy.init_from={options.target}")
         if options.verify:
             difference = verify(options.target, options.source, config, parallel)
-            options.say(f"verified: log-probabilities differ by at most {difference or 0:.1e}")
+            options.log(f"verified: log-probabilities differ by at most {difference or 0:.1e}")
 
 
 if __name__ == "__main__":

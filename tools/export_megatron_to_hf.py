@@ -76,10 +76,10 @@ def work(options: argparse.Namespace) -> None:
         from opo_megatron.checkpoint.convert import verify
 
         write(options, config, parallel, companions)
-        options.say(f"{options.target} is complete")
+        options.log(f"{options.target} is complete")
         if options.verify:
             difference = verify(options.source, options.target, config, parallel)
-            options.say(f"verified: log-probabilities differ by at most {difference or 0:.1e}")
+            options.log(f"verified: log-probabilities differ by at most {difference or 0:.1e}")
 
 
 def write(options: argparse.Namespace, config: Config, parallel: Parallel, companions: list[Path]) -> None:
@@ -88,15 +88,15 @@ def write(options: argparse.Namespace, config: Config, parallel: Parallel, compa
     from opo_megatron.kernels.fp8 import Scales
     from opo_megatron.weights.fp8_folder import BlockFp8
 
-    shard_bytes, dtype, say = int(options.max_shard_size * 2**30), torch_dtype(options.dtype), options.say
+    shard_bytes, dtype, log = int(options.max_shard_size * 2**30), torch_dtype(options.dtype), options.log
     blocks = None
     if options.quantize == "fp8_block":
         blocks = BlockFp8(config.policy.model, Scales(options.scales or "fp32"))
         for note in blocks.notes:
-            say(note)
+            log(note)
 
     def export_to(target: Path) -> None:
-        export(options.source, target, config, parallel, dtype, shard_bytes, companions, say, blocks)
+        export(options.source, target, config, parallel, dtype, shard_bytes, companions, log, blocks)
 
     if options.quantize == "fp8":
         export_calibrated(options, config.policy.model, parallel.rank == 0, companions, export_to)

@@ -107,8 +107,8 @@ def token_kernel() -> Figures:
 
     from opo_megatron.algorithm.objective import PolicyGradient
     from opo_megatron.algorithm.on_policy import MismatchSums
-    from opo_megatron.kernels.token_loss import TokenPass
-    from opo_megatron.kernels.triton_token_loss import token_pass
+    from opo_megatron.kernels.token_loss import TokenLoss
+    from opo_megatron.kernels.triton_token_loss import token_loss
 
     device, n = torch.device("cuda"), PACKED_TOKENS
     generator = torch.Generator(device).manual_seed(0)
@@ -119,7 +119,7 @@ def token_kernel() -> Figures:
         "engine_log_prob": engine,
     }
     objective, sums = PolicyGradient(float(n), 1.0, 2.0), MismatchSums(device)
-    work = TokenPass(objective, columns, sums)
+    work = TokenLoss(objective, columns, sums)
     loss, coefficient = work(log_prob, slice(0, n))
     expected, double = MismatchSums(device), {name: values.double() for name, values in columns.items()}
     expected.add(log_prob - engine)
@@ -133,9 +133,9 @@ def token_kernel() -> Figures:
     target = torch.empty_like(source)
     given = (log_prob, objective, columns["advantages"], engine)
     copy = milliseconds(lambda: target.copy_(source), repeats=10)
-    ours = milliseconds(lambda: token_pass(*given, sums), repeats=10)
+    ours = milliseconds(lambda: token_loss(*given, sums), repeats=10)
     again = MismatchSums(device)
-    others = token_pass(*given, again)
+    others = token_loss(*given, again)
     figures = {
         "microseconds": 1e3 * ours,
         "microseconds, copy of the same bytes": 1e3 * copy,
@@ -155,7 +155,7 @@ def head() -> Figures:
     """Log-probabilities and both gradients of 8,192 tokens × 4,096 × 131,072 in bf16, dW added in float32."""
     import torch
 
-    from opo_megatron.kernels.lm_head import VocabularyShard, default_chunk_tokens, sweep
+    from opo_megatron.kernels.lm_head import VocabularyShard, chunked_logprobs, default_chunk_tokens
 
     device, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
 
@@ -170,7 +170,9 @@ def head() -> Figures:
 
     def work(learns: bool = True) -> Any:
         coefficient = (lambda log_prob, part: (c[part] * log_prob, c[part])) if learns else None
-        return sweep(hidden, weight, targets, VocabularyShard(0), 1.0, chunk, coefficient, d_weight)
+        return chunked_logprobs(
+            hidden, weight, targets, VocabularyShard(0), 1.0, chunk, coefficient, d_weight
+        )
 
     work()  # compiles, and lets cuBLAS take its workspace
     d_weight.zero_()

@@ -21,7 +21,7 @@ from statistics import fmean
 from opo_megatron.config import Config, load_config
 from opo_megatron.config.compare import changed_settings
 from opo_megatron.errors import UserError
-from opo_megatron.observe.metrics_file import Row, RowFile
+from opo_megatron.observe.metrics_file import MetricsFile, MetricsRow
 from opo_megatron.updates.variance_report import relative_noise
 
 ROOT = Path(__file__).parent.parent
@@ -161,9 +161,9 @@ class Place:
             )
 
 
-def rows_of(place: Place, arm: Arm) -> list[Row]:
+def rows_of(place: Place, arm: Arm) -> list[MetricsRow]:
     """Of a finished run's steps, from step 0 on."""
-    return RowFile(place.run(arm) / "metrics.jsonl").read()
+    return MetricsFile(place.run(arm) / "metrics.jsonl").read()
 
 
 def read_measures(place: Place, arm: Arm) -> dict[str, float | None]:

@@ -12,7 +12,7 @@ from paper_claims import NO_DIFFERENCE, OPPOSITE, REPRODUCED, Finding, Interval
 from opo_megatron.report.arms import Arm, band
 from opo_megatron.report.figures import STYLE, draw_band
 from opo_megatron.report.runs import Run
-from opo_megatron.utils.extras import load_part
+from opo_megatron.utils.extras import require_extra
 
 MEASURES = {
     "eval/accuracy": "held-out accuracy",
@@ -31,7 +31,7 @@ def load_pyplot() -> Any:
     Raises:
         UserError: where it is missing.
     """
-    matplotlib = load_part("matplotlib", "tools/reproduce_paper.py", "report")
+    matplotlib = require_extra("matplotlib", "tools/reproduce_paper.py", "report")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

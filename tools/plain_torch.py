@@ -77,7 +77,7 @@ def policy_gradient_step(
     """One AdamW step on −(1/N) Σ A log π; returns the gradient's norm before clipping."""
     optimizer.zero_grad()
     for micro in micro_batches:
-        hidden = model(micro.tokens).flatten(0, 1)[micro.places]
+        hidden = model(micro.tokens).flatten(0, 1)[micro.loss_positions]
         log_prob = -F.cross_entropy(model.head(hidden), micro.targets, reduction="none")
         loss = -(micro.columns["advantages"] * log_prob).sum() / normalizer
         loss.backward()

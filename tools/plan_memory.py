@@ -123,7 +123,7 @@ def measure_here(layout: str, folder: Path) -> None:
 
     from opo_megatron.algorithm.objective import PolicyGradient
     from opo_megatron.batch.rollouts import Rollouts
-    from opo_megatron.distributed.process_groups import initialize, leave
+    from opo_megatron.distributed.process_groups import initialize, shutdown
     from opo_megatron.policy.policy import Policy
 
     config = config_of(layout)
@@ -144,7 +144,7 @@ def measure_here(layout: str, folder: Path) -> None:
             policy.train_step(batch, plan, PolicyGradient(1000.0, 1.0), 1e-4)
     peak = sampled.peak
     (folder / f"{parallel.rank}.json").write_text(str(peak))
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

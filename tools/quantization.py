@@ -91,10 +91,10 @@ def export_calibrated(
         assert model.vocab_size is not None
         load_modelopt()  # what is missing is said before anything is written
         prompts = usable(find_prompts(options, companions), model.vocab_size, model.max_sequence_length)
-        options.say(f"calibrating with {len(prompts)} prompts of {sum(map(len, prompts))} tokens")
-    with new_folder(options.target, leads=is_first) as partial:
+        options.log(f"calibrating with {len(prompts)} prompts of {sum(map(len, prompts))} tokens")
+    with new_folder(options.target, is_writer=is_first) as partial:
         plain = partial / "unquantized"
         export_to(plain)
         if is_first:
-            quantize_calibrated(plain, partial, prompts, int(options.max_shard_size * 2**30), options.say)
+            quantize_calibrated(plain, partial, prompts, int(options.max_shard_size * 2**30), options.log)
             shutil.rmtree(plain)

@@ -156,7 +156,7 @@ def compare(options: argparse.Namespace) -> None:
     }
     pictures = draw(places, best, findings, target, name)
     path = write_record(name, results, target)
-    say(findings)
+    log(findings)
     print(f"written to {path} and {', '.join(picture.name for picture in pictures)} beside it")
 
 
@@ -184,7 +184,7 @@ def run_all(places: Sequence[Place], at_once: int) -> None:
                     )
         there = len(places) * len(ARMS) - len(jobs)
         if there:
-            display.say(f"{there} of {there + len(jobs)} runs are complete in {places[0].folder}")
+            display.log(f"{there} of {there + len(jobs)} runs are complete in {places[0].folder}")
         run_jobs(jobs, at_once, display, "runs")
     finally:
         display.close()
@@ -216,7 +216,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, display: Display, what: str) -> 
                 finished += job.cost
                 left = (time.monotonic() - began) * (total - finished) / finished
                 count = f"{len(jobs) - len(waiting) - len(running)}/{len(jobs)} {what}"
-                display.say(f"{count}  {job.name} is done; about {_minutes(left)} left")
+                display.log(f"{count}  {job.name} is done; about {_minutes(left)} left")
             display.status(f"{what}: {', '.join(job.name for job in running)}", finished / total)
     finally:
         for job in running:
@@ -296,7 +296,7 @@ def draw(
     ]  # fmt: skip
 
 
-def say(findings: Sequence[Finding]) -> None:
+def log(findings: Sequence[Finding]) -> None:
     """Every claim on a line of its own."""
     width = max(len(finding.claim.says) for finding in findings)
     for one in findings:

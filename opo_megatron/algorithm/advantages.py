@@ -62,7 +62,7 @@ def baseline_weights(
     return fitted(lengths, energies)
 
 
-def advantages(
+def compute_advantages(
     config: AlgorithmConfig,
     rewards: Tensor,
     lengths: Tensor,
@@ -163,7 +163,7 @@ def _without_itself(
     return torch.where(others > 0, others_weighted / others, rewards)
 
 
-def without_signal(config: AlgorithmConfig, rewards: Tensor, groups: Tensor) -> Tensor:
+def zero_variance(config: AlgorithmConfig, rewards: Tensor, groups: Tensor) -> Tensor:
     """[n] bool: whether all rewards of the sample's scope agree, so that it has no gradient."""
     return _agrees(rewards.double(), _scope(config, groups))
 

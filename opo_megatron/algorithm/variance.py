@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opo_megatron.algorithm.advantages import advantages, group_advantages
+from opo_megatron.algorithm.advantages import compute_advantages, group_advantages
 from opo_megatron.algorithm.config import AlgorithmConfig, Baseline, Scope, Weight
 from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.fitted_weights import FittedWeights
@@ -67,7 +67,7 @@ def estimators(measured: Measured, fitted: FittedWeights) -> dict[str, Tensor]:
     for baseline, preset in PRESETS.items():
         if preset.scope is Scope.group:
             config = AlgorithmConfig(baseline, **preset._asdict())
-            found[baseline.value] = advantages(
+            found[baseline.value] = compute_advantages(
                 config, measured.rewards, measured.lengths, measured.groups,
                 energies=measured.energies, fitted=fitted,
             )  # fmt: skip
@@ -75,7 +75,7 @@ def estimators(measured: Measured, fitted: FittedWeights) -> dict[str, Tensor]:
     true = EnergySums(measured.squared_norms, measured.squared_norms)
     config = AlgorithmConfig(Baseline.energy_loo, **PRESETS[Baseline.energy_loo]._asdict())
     assert config.weight is Weight.energy
-    found["true_norm_loo"] = advantages(
+    found["true_norm_loo"] = compute_advantages(
         config, measured.rewards, measured.lengths, measured.groups, energies=true
     )
     return found
@@ -87,7 +87,7 @@ def between_prompts(measured: Measured) -> float | None:
     if size < 3:
         return None
     config = AlgorithmConfig(Baseline.rloo, **PRESETS[Baseline.rloo]._asdict())
-    rloo = advantages(config, measured.rewards, measured.lengths, measured.groups)
+    rloo = compute_advantages(config, measured.rewards, measured.lengths, measured.groups)
     within = []
     for group in range(int(measured.groups.max()) + 1):
         inside = (measured.groups == group).nonzero()[:, 0]

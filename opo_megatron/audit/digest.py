@@ -60,7 +60,11 @@ def digest_weights(
 ) -> dict[str, Digest]:
     """Of every tensor, by Hugging Face name; a collective of all ranks."""
     names = [
-        name for parameter in table if not parameter.is_copy for part in parameter.tensors for name, _ in part
+        name
+        for parameter in table
+        if not parameter.tied_duplicate
+        for part in parameter.tensors
+        for name, _ in part
     ]
     place = {name: i for i, name in enumerate(names)}
     sums = torch.zeros(len(names), dtype=torch.int64)
@@ -89,12 +93,12 @@ def digest_weights(
 
 def _is_counted_here(parameter: Parameter, parallel: Parallel, turn: int) -> bool:
     """Whether this rank counts its shard: one of its copies does, and they take turns."""
-    if parameter.stage != parallel.pp_rank or parameter.is_copy:
+    if parameter.stage != parallel.pp_rank or parameter.tied_duplicate:
         return False
-    is_cut = parameter.layout.partition_dim is not None
+    is_cut = parameter.sharding.partition_dim is not None
     if parameter.is_expert:
         return parallel.edp_rank == 0 and (is_cut or parallel.etp_rank == 0)
-    return parallel.copy_rank == turn % parallel.copies and (is_cut or parallel.tp_rank == 0)
+    return parallel.dp_cp_rank == turn % parallel.dp_cp_size and (is_cut or parallel.tp_rank == 0)
 
 
 def digest_shard(values: Tensor, positions: Tensor, names: Sequence[str]) -> tuple[list[int], list[float]]:

@@ -19,7 +19,7 @@ from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config import Config
 from opo_megatron.config.choices import Packing
 from opo_megatron.distributed.process_groups import Parallel, all_reduce
-from opo_megatron.observe.metrics_file import Row
+from opo_megatron.observe.metrics_file import MetricsRow
 from opo_megatron.policy.policy import Policy
 from opo_megatron.utils.hashing import MASK, hash_of, mix_tensor
 
@@ -31,7 +31,7 @@ PER_TOKEN = {"prompt_tokens": "prompt_lengths", "response_tokens": "response_len
 
 def audit_row(
     policy: Policy, config: Config, state: dict[str, Any], step: int, rollouts: Rollouts | None
-) -> Row:
+) -> MetricsRow:
     """The row of a step, of which `state` gets the chain; a collective of all ranks.
 
     Args:

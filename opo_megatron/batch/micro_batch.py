@@ -16,7 +16,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from opo_megatron.batch.packing import context_places, fill, packed_params, segments_of
+from opo_megatron.batch.packing import bin_pack, context_positions, packed_params, segments_of
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config.choices import Packing
 from opo_megatron.config.schema import PolicyConfig
@@ -36,22 +36,22 @@ class Plan:
     a sequence is only ever a target and takes no place."""
     packed: bool = False
     """Whether the sequences of a micro-batch stand one behind another in a single row."""
-    unit: int = 1
+    alignment: int = 1
     """A packed sequence takes a multiple of so many places."""
-    without_gradient: Plan | None = None
+    forward_only: Plan | None = None
     """Samples that only run forward, after the others: to be measured, not learned from."""
 
     def samples_of(self, dp_rank: int) -> list[int]:
         """The samples of one data-parallel rank, in the order of its micro-batches."""
         own = [sample for rows in self.rows[dp_rank] for sample in rows]
-        return own if self.without_gradient is None else own + self.without_gradient.samples_of(dp_rank)
+        return own if self.forward_only is None else own + self.forward_only.samples_of(dp_rank)
 
     @property
     def count(self) -> int:
         """Micro-batches per data-parallel rank that run forward and backward."""
         return len(self.rows[0])
 
-    def places(self, lengths: Sequence[int], multiple: int = 1, token_multiple: int = 1) -> list[int]:
+    def padded_tokens(self, lengths: Sequence[int], multiple: int = 1, token_multiple: int = 1) -> list[int]:
         """Places of each rank's micro-batches, padding included, for sequences of `lengths` tokens.
 
         Args:
@@ -59,45 +59,45 @@ class Plan:
         """
 
         def size(rows: list[int]) -> int:
-            needed = [room(lengths[i], self.unit) for i in rows]
+            needed = [padded_length(lengths[i], self.alignment) for i in rows]
             return math.prod(_shape(needed, self, multiple, token_multiple))
 
         return [sum(map(size, batches)) for batches in self.rows]
 
 
-def plan_for(policy: PolicyConfig, lengths: Sequence[int], dp_size: int) -> Plan:
+def schedule_for(policy: PolicyConfig, lengths: Sequence[int], dp_size: int) -> Plan:
     """The plan that a recipe's schedule, budget and form of micro-batches ask for."""
     interleaved = policy.virtual_pipeline_model_parallel_size is not None
-    return plan_micro_batches(
+    return schedule_micro_batches(
         lengths,
         dp_size,
         policy.max_tokens_per_micro_batch,
         fixed_shape=interleaved,
         multiple=policy.pipeline_model_parallel_size if interleaved else 1,
         packed=policy.packing is Packing.thd,
-        unit=place_unit(policy),
+        alignment=sequence_alignment(policy),
     )
 
 
-def place_unit(policy: PolicyConfig) -> int:
+def sequence_alignment(policy: PolicyConfig) -> int:
     """What a packed sequence's places are a multiple of: context-parallel ranks get equal pieces."""
     return 1 if policy.context_parallel_size == 1 else 2 * policy.context_parallel_size
 
 
-def room(length: int, unit: int) -> int:
+def padded_length(length: int, alignment: int) -> int:
     """Places that a sequence of `length` tokens takes, in units: its last token is only ever a target."""
     needed = max(0, length - 1)
-    return needed + -needed % unit
+    return needed + -needed % alignment
 
 
-def plan_micro_batches(
+def schedule_micro_batches(
     lengths: Sequence[int],
     dp_size: int,
     max_tokens: int,
     fixed_shape: bool = False,
     multiple: int = 1,
     packed: bool = False,
-    unit: int = 1,
+    alignment: int = 1,
 ) -> Plan:
     """Split samples of `lengths` tokens into micro-batches of at most `max_tokens` padded tokens.
 
@@ -112,24 +112,24 @@ def plan_micro_batches(
         unit: packed sequences take a multiple of so many places.
     """
     if packed:
-        needed = [room(length, unit) for length in lengths]
+        needed = [padded_length(length, alignment) for length in lengths]
         if fixed_shape:
             max_tokens = max([max_tokens, *needed])
-        dealt, width = fill(needed, dp_size, max_tokens, multiple)
-        return Plan(dealt, (1, width) if fixed_shape else None, packed=True, unit=unit)
+        assigned, width = bin_pack(needed, dp_size, max_tokens, multiple)
+        return Plan(assigned, (1, width) if fixed_shape else None, packed=True, alignment=alignment)
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    hands: list[list[int]] = [[] for _ in range(dp_size)]
+    per_rank: list[list[int]] = [[] for _ in range(dp_size)]
     loads = [(0, rank) for rank in range(dp_size)]
     for sample in order:
         load, rank = heapq.heappop(loads)
-        hands[rank].append(sample)
+        per_rank[rank].append(sample)
         heapq.heappush(loads, (load + (1 if fixed_shape else lengths[sample]), rank))
     if fixed_shape:
         longest = max(lengths, default=1)
         rows = max(1, max_tokens // longest)
-        pieces = [[hand[i : i + rows] for i in range(0, len(hand), rows)] for hand in hands]
+        pieces = [[assigned[i : i + rows] for i in range(0, len(assigned), rows)] for assigned in per_rank]
     else:
-        pieces = [_cut(hand, lengths, max_tokens) for hand in hands]
+        pieces = [partition(assigned, lengths, max_tokens) for assigned in per_rank]
     count = max(1, *(len(p) for p in pieces))
     count += -count % multiple
     if not fixed_shape:
@@ -139,17 +139,17 @@ def plan_micro_batches(
     return Plan(padded, (rows, max(1, longest - 1)) if fixed_shape else None)
 
 
-def _cut(hand: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def partition(assigned: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Cut samples of falling length into runs of least cost; the first of a run sets its padded length.
 
     The cost of a run is rows × padded length, plus what one more micro-batch costs at all.  Dynamic
     programming: best[i] = min over j < i of best[j] + cost(hand[j:i]).
     """
     best, start = [0], [0]
-    for i in range(1, len(hand) + 1):
+    for i in range(1, len(assigned) + 1):
         least, cut = math.inf, i - 1
         for j in range(i - 1, -1, -1):
-            padded = lengths[hand[j]] * (i - j)
+            padded = lengths[assigned[j]] * (i - j)
             if padded > max_tokens and i - j > 1:
                 break
             if best[j] + padded < least:
@@ -157,9 +157,9 @@ def _cut(hand: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[
         best.append(int(least) + MICRO_BATCH_TOKENS)
         start.append(cut)
     pieces: list[list[int]] = []
-    end = len(hand)
+    end = len(assigned)
     while end > 0:
-        pieces.append(hand[start[end] : end])
+        pieces.append(assigned[start[end] : end])
         end = start[end]
     return pieces[::-1]
 
@@ -182,11 +182,11 @@ class MicroBatch:
     """[b, s] input ids: rows padded on the right, or one row of packed sequences, or a rank's part of it."""
     position_ids: Tensor
     """[b, s], from 0 in every sequence."""
-    places: Tensor
+    loss_positions: Tensor
     """[n] flat places in [b, s] whose next token is a response token, sequence by sequence."""
     targets: Tensor
     """[n] those response tokens,"""
-    numbers: Tensor
+    token_indices: Tensor
     """[n] and which of the replica's they are, counted through its batch."""
     columns: dict[str, Tensor]
     """Per-token columns of the batch at those tokens, [n] each."""
@@ -216,7 +216,7 @@ def build_micro_batches(
     sequences = batch.sequences()
     lengths = batch.response_lengths.tolist()
     responses = batch.response_tokens.split(lengths)
-    numbers = torch.arange(batch.response_tokens.numel()).split(lengths)
+    token_indices = torch.arange(batch.response_tokens.numel()).split(lengths)
     ragged = {name: values.split(lengths) for name, values in columns.items()}
     prompts = batch.prompt_lengths.tolist()
     micro_batches, begin = [], 0
@@ -224,52 +224,52 @@ def build_micro_batches(
         part = range(begin, begin + len(rows))
         begin += len(rows)
         inputs = [sequences[i][:-1] for i in part]  # the last token of a sequence is only ever a target
-        needed = [room(sequences[i].numel(), plan.unit) for i in part]
+        needed = [padded_length(sequences[i].numel(), plan.alignment) for i in part]
         height, width = _shape(needed, plan, multiple, token_multiple)
         starts = [sum(needed[:k]) if plan.packed else k * width for k in range(len(needed))]
         tokens = torch.zeros(height * width, dtype=torch.int64)
-        places = []
+        loss_positions = []
         for i, start, one in zip(part, starts, inputs, strict=True):
             tokens[start : start + one.numel()] = one
             first = start + prompts[i] - 1
-            places.append(torch.arange(first, first + lengths[i]))
+            loss_positions.append(torch.arange(first, first + lengths[i]))
         segments = segments_of(needed, width) if plan.packed else [width] * height
         positions = torch.cat([torch.arange(length) for length in segments])
         micro = MicroBatch(
             tokens=tokens.view(height, width),
             position_ids=positions.view(height, width),
-            places=_joined(places, torch.int64),
+            loss_positions=_joined(loss_positions, torch.int64),
             targets=_joined([responses[i] for i in part], torch.int64),
-            numbers=_joined([numbers[i] for i in part], torch.int64),
+            token_indices=_joined([token_indices[i] for i in part], torch.int64),
             columns={
                 name: _joined([values[i] for i in part], torch.float32) for name, values in ragged.items()
             },
             packed=packed_params(segments, device, context[1]) if plan.packed else None,
         )
         if context[1] > 1:
-            micro = _part_of(micro, context_places(segments, *context))
-        micro_batches.append(_moved(micro, device))
+            micro = cp_shard(micro, context_positions(segments, *context))
+        micro_batches.append(to_device(micro, device))
     return micro_batches
 
 
-def _part_of(micro: MicroBatch, held: Tensor) -> MicroBatch:
+def cp_shard(micro: MicroBatch, held: Tensor) -> MicroBatch:
     """What a context-parallel rank has, whose places of the row are `held`."""
     local = torch.full((micro.tokens.numel(),), -1)
     local[held] = torch.arange(held.numel())
-    places = local[micro.places]
-    own = places >= 0
+    loss_positions = local[micro.loss_positions]
+    own = loss_positions >= 0
     return replace(
         micro,
         tokens=micro.tokens[:, held],
         position_ids=micro.position_ids[:, held],
-        places=places[own],
+        loss_positions=loss_positions[own],
         targets=micro.targets[own],
-        numbers=micro.numbers[own],
+        token_indices=micro.token_indices[own],
         columns={name: values[own] for name, values in micro.columns.items()},
     )
 
 
-def _moved(micro: MicroBatch, device: torch.device) -> MicroBatch:
+def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
     tensors = {
         field.name: value.to(device)
         for field in fields(micro)
@@ -288,7 +288,7 @@ def _shape(needed: Sequence[int], plan: Plan, multiple: int, token_multiple: int
     else:
         height, width = len(needed), max(needed, default=0)
     height, width = max(1, height), max(1, width)
-    whole = math.lcm(multiple, plan.unit, token_multiple // math.gcd(token_multiple, height))
+    whole = math.lcm(multiple, plan.alignment, token_multiple // math.gcd(token_multiple, height))
     return height, width + -width % whole
 
 

@@ -27,7 +27,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 
-def fill(
+def bin_pack(
     lengths: Sequence[int], dp_size: int, max_tokens: int, multiple: int
 ) -> tuple[list[list[list[int]]], int]:
     """Split sequences of `lengths` places into bins of at most `max_tokens`, evenly over ranks.
@@ -51,35 +51,37 @@ def fill(
         else:
             low = middle + 1
     loads = [sum(lengths[i] for i in one) for one in bins]
-    return _deal(bins, loads, dp_size, count), max([1, *loads])
+    return _assign(bins, loads, dp_size, count), max([1, *loads])
 
 
 def _best_fit(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Each sequence, longest first, into the bin with least room that has enough, or into a new one."""
     bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (room, bin), sorted
+    capacities: list[tuple[int, int]] = []  # (room, bin), sorted
     for i in order:
-        place = bisect_left(rooms, (lengths[i], -1))
-        if place < len(rooms):
-            room, number = rooms.pop(place)
+        place = bisect_left(capacities, (lengths[i], -1))
+        if place < len(capacities):
+            capacity_left, number = capacities.pop(place)
         else:
-            room, number = capacity, len(bins)
+            capacity_left, number = capacity, len(bins)
             bins.append([])
         bins[number].append(i)
-        insort(rooms, (room - lengths[i], number))
+        insort(capacities, (capacity_left - lengths[i], number))
     return bins
 
 
-def _deal(bins: Sequence[list[int]], loads: Sequence[int], dp_size: int, count: int) -> list[list[list[int]]]:
+def _assign(
+    bins: Sequence[list[int]], loads: Sequence[int], dp_size: int, count: int
+) -> list[list[list[int]]]:
     """At most `count` bins to every rank, the fullest first, each to the rank that has least so far."""
-    hands: list[list[list[int]]] = [[] for _ in range(dp_size)]
+    per_rank: list[list[list[int]]] = [[] for _ in range(dp_size)]
     least = [(0, rank) for rank in range(dp_size)]
     for number in sorted(range(len(bins)), key=lambda n: (-loads[n], n)):
         load, rank = heapq.heappop(least)
-        hands[rank].append(bins[number])
-        if len(hands[rank]) < count:
+        per_rank[rank].append(bins[number])
+        if len(per_rank[rank]) < count:
             heapq.heappush(least, (load + loads[number], rank))
-    return [hand + [[] for _ in range(count - len(hand))] for hand in hands]
+    return [assigned + [[] for _ in range(count - len(assigned))] for assigned in per_rank]
 
 
 def segments_of(needed: Sequence[int], width: int) -> list[int]:
@@ -88,15 +90,15 @@ def segments_of(needed: Sequence[int], width: int) -> list[int]:
     return [length for length in (*needed, rest) if length > 0]
 
 
-def context_places(segments: Sequence[int], rank: int, size: int) -> Tensor:
+def context_positions(segments: Sequence[int], rank: int, size: int) -> Tensor:
     """[T / size] places of a row of `segments` that one of `size` context-parallel ranks has, in order."""
-    places, start = [], 0
+    positions, start = [], 0
     for length in segments:
         piece = length // (2 * size)
         for number in (rank, 2 * size - 1 - rank):
-            places.append(torch.arange(start + number * piece, start + (number + 1) * piece))
+            positions.append(torch.arange(start + number * piece, start + (number + 1) * piece))
         start += length
-    return torch.cat(places)
+    return torch.cat(positions)
 
 
 def packed_params(segments: Sequence[int], device: torch.device, context_size: int = 1) -> PackedSeqParams:

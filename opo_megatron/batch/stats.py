@@ -17,13 +17,20 @@ from torch import Tensor
 from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.batch.micro_batch import Plan
 from opo_megatron.batch.rollouts import FINISH_LENGTH, Rollouts
-from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, all_to_all_objects, share_of
-from opo_megatron.errors import BadNumbers, UserError
-from opo_megatron.rollout.engine import Request
+from opo_megatron.distributed.process_groups import (
+    Parallel,
+    all_gather_objects,
+    all_to_all_objects,
+    rank_range,
+)
+from opo_megatron.errors import NonFiniteError, UserError
+from opo_megatron.rollout.engine import GenerationRequest
 from opo_megatron.tasks import Prompt, Task
 
 
-def requests_for(prompts: Sequence[Prompt], samples_per_prompt: int, parallel: Parallel) -> list[Request]:
+def requests_for(
+    prompts: Sequence[Prompt], samples_per_prompt: int, parallel: Parallel
+) -> list[GenerationRequest]:
     """This rank's share of prompts × samples.
 
     A prompt that stands in the batch twice goes on counting its samples, so that none is drawn twice.
@@ -31,7 +38,7 @@ def requests_for(prompts: Sequence[Prompt], samples_per_prompt: int, parallel: P
     Raises:
         UserError: for a prompt without tokens.
     """
-    share = share_of(len(prompts) * samples_per_prompt, parallel.rank, parallel.world_size)
+    share = rank_range(len(prompts) * samples_per_prompt, parallel.rank, parallel.world_size)
     seen: Counter[int] = Counter()
     requests = []
     for group, prompt in enumerate(prompts):
@@ -43,18 +50,18 @@ def requests_for(prompts: Sequence[Prompt], samples_per_prompt: int, parallel: P
         seen[prompt.id] += 1
         for sample in range(samples_per_prompt):
             if group * samples_per_prompt + sample in share:
-                requests.append(Request(prompt.id, group, first + sample, prompt.tokens))
+                requests.append(GenerationRequest(prompt.id, group, first + sample, prompt.tokens))
     return requests
 
 
 def rewards_of(task: Task, prompts: Sequence[Prompt], rollouts: Rollouts) -> Tensor:
-    """[n] float64: the task's reward of each response; `gather_summary` checks them on all ranks alike."""
+    """[n] float64: the task's reward of each response; `gather_stats` checks them on all ranks alike."""
     asked = [prompts[group] for group in rollouts.groups.tolist()]
     return torch.tensor(task.rewards(asked, rollouts.responses()), dtype=torch.float64)
 
 
 @dataclass(frozen=True)
-class Summary:
+class BatchStats:
     """What every rank knows of all N samples of a step, in the order of the requests."""
 
     groups: Tensor
@@ -76,7 +83,7 @@ class Summary:
         return float((self.finish_reasons == FINISH_LENGTH).double().mean())
 
 
-def gather_summary(parallel: Parallel, rollouts: Rollouts) -> Summary:
+def gather_stats(parallel: Parallel, rollouts: Rollouts) -> BatchStats:
     """Lengths and rewards of all ranks' samples.
 
     Raises:
@@ -97,11 +104,11 @@ def gather_summary(parallel: Parallel, rollouts: Rollouts) -> Summary:
     wrong = (~torch.isfinite(rewards)).nonzero()
     if wrong.numel():
         i = int(wrong[0])
-        raise BadNumbers(
+        raise NonFiniteError(
             f"the reward of prompt {int(ids[i])} is {float(rewards[i])}",
             "a verifier must return a finite number",
         )
-    summary = Summary(groups, prompts, responses, reasons, rewards)
+    summary = BatchStats(groups, prompts, responses, reasons, rewards)
     if energies is None:
         return summary
     return replace(summary, energies=EnergySums(*_joined(found for _, found in gathered)))
@@ -112,29 +119,29 @@ def _joined(ranks: Iterable[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.cat(parts) for parts in zip(*ranks, strict=True)]
 
 
-def own_block(parallel: Parallel, total: int) -> slice:
+def local_slice(parallel: Parallel, total: int) -> slice:
     """Where this rank's samples stand among all `total` samples of a step."""
-    share = share_of(total, parallel.rank, parallel.world_size)
+    share = rank_range(total, parallel.rank, parallel.world_size)
     return slice(share.start, share.stop)
 
 
-def exchange(parallel: Parallel, rollouts: Rollouts, plan: Plan, total: int) -> Rollouts:
+def redistribute_to_dp(parallel: Parallel, rollouts: Rollouts, plan: Plan, total: int) -> Rollouts:
     """Each rank's block of `total` samples in, the samples of this data-parallel rank out, as planned."""
-    blocks = [share_of(total, r, parallel.world_size) for r in range(parallel.world_size)]
+    blocks = [rank_range(total, r, parallel.world_size) for r in range(parallel.world_size)]
     mine = blocks[parallel.rank]
     dp_ranks = all_gather_objects(parallel, parallel.dp_rank)
-    parcels = [
+    send_chunks = [
         rollouts.select([i - mine.start for i in plan.samples_of(dp_rank) if i in mine])
         for dp_rank in dp_ranks
     ]
-    received = Rollouts.concatenate(all_to_all_objects(parallel, parcels))
+    received = Rollouts.concatenate(all_to_all_objects(parallel, send_chunks))
     wanted = plan.samples_of(parallel.dp_rank)
     arrived = [i for block in blocks for i in wanted if i in block]
     place = {sample: position for position, sample in enumerate(arrived)}
     return received.select([place[sample] for sample in wanted])
 
 
-def gather_on_first(parallel: Parallel, rollouts: Rollouts) -> Rollouts | None:
+def gather_to_rank0(parallel: Parallel, rollouts: Rollouts) -> Rollouts | None:
     """All ranks' samples on rank 0, None elsewhere."""
     parts = all_to_all_objects(parallel, [rollouts if r == 0 else None for r in range(parallel.world_size)])
     return Rollouts.concatenate(parts) if parallel.rank == 0 else None

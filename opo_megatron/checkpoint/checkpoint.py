@@ -35,9 +35,9 @@ from opo_megatron.checkpoint.manifest import (
 )
 from opo_megatron.checkpoint.optimizer_state import gather_leanly
 from opo_megatron.checkpoint.writer import (
+    AsyncWriter,
+    SyncWriter,
     Writer,
-    WriterBeside,
-    WriterHere,
     Written,
     hand_over,
     keep_results_in_memory,
@@ -91,7 +91,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return [path for _, _, path in sorted(found)]
 
 
-def find_checkpoint(config: Config, parallel: Parallel, say: Callable[[str], None]) -> Path | None:
+def find_checkpoint(config: Config, parallel: Parallel, log: Callable[[str], None]) -> Path | None:
     """The checkpoint that `resume` asks for, its files checked; None where the run starts afresh.
 
     A collective: folders can look different from different machines, so one rank looks and all follow,
@@ -117,7 +117,7 @@ def find_checkpoint(config: Config, parallel: Parallel, say: Callable[[str], Non
     for path in reversed(found):
         if (reason := damage_of(path, parallel)) is None:
             return Path(path)
-        say(f"warning: {path} {reason}; the one before it is tried")
+        log(f"warning: {path} {reason}; the one before it is tried")
     if found:
         raise UserError(
             f"no checkpoint of {run_dir} is whole: {found[0].name} {reason}; choose another run.dir, or "
@@ -150,7 +150,7 @@ def run_of(checkpoint: Path) -> Path:
     return checkpoint.resolve().parent.parent
 
 
-class Saving:
+class PendingCheckpoint:
     """A checkpoint on its way to `<run.dir>/checkpoints/<progress>`, of the state of this moment."""
 
     def __init__(
@@ -188,7 +188,7 @@ class Saving:
                 self._request = dist_checkpointing.save(
                     _sharded_state(policy, is_loading=False), str(self._partial), async_sharded_save=True
                 )
-                writer = WriterBeside if beside else WriterHere
+                writer = AsyncWriter if beside else SyncWriter
                 place = (self._partial, self.parallel.rank, self.parallel.world_size)
                 self._writer = writer(self._request, texts, *place)
 
@@ -221,8 +221,8 @@ class Saving:
 
     def _make_room(self) -> None:
         if self.parallel.rank == 0:
-            for torn in self.final.parent.glob("*.partial"):  # left by attempts that were killed
-                shutil.rmtree(torn)
+            for partial in self.final.parent.glob("*.partial"):  # left by attempts that were killed
+                shutil.rmtree(partial)
             self._partial.mkdir(parents=True)
 
     def _finish(self, entries: Entries) -> Entries:
@@ -253,7 +253,7 @@ class Saving:
 
 def save(policy: Policy, config: Config, progress: RunProgress, extra: dict[str, Any] | None = None) -> None:
     """Write `<run.dir>/checkpoints/<progress>` and wait for it; a collective of all ranks."""
-    Saving(policy, config, progress, extra).complete()
+    PendingCheckpoint(policy, config, progress, extra).complete()
 
 
 def _raise_if_failed(written: Written) -> None:

@@ -37,11 +37,11 @@ VERIFY_LENGTHS = (3, 9, 17, 32)
 VERIFY_TOLERANCE = 1e-3
 """In float32; on CPUs the difference is about 1e-5."""
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def convert(
-    source: Path, target: Path, config: Config, parallel: Parallel, dtype: torch.dtype | None, say: Say
+    source: Path, target: Path, config: Config, parallel: Parallel, dtype: torch.dtype | None, log: Log
 ) -> None:
     """Write the weights of a Hugging Face folder as a Megatron checkpoint that `policy.init_from` reads.
 
@@ -56,7 +56,7 @@ def convert(
 
     table = _table(config, parallel)
     _check_types(table, {name: tensor.dtype for name, tensor in stored.items()})
-    progress = _Progress(_bytes(table, dtype_of) // parallel.world_size, "read", say)
+    progress = _Progress(_bytes(table, dtype_of) // parallel.world_size, "read", log)
 
     def read(parameter: Parameter) -> Tensor:
         shard = read_shard(parameter, parallel, stored.__getitem__)
@@ -64,7 +64,7 @@ def convert(
         return shard
 
     assert model.vocab_size is not None
-    with new_folder(target, leads=parallel.rank == 0) as partial:
+    with new_folder(target, is_writer=parallel.rank == 0) as partial:
         chunks = build_meta_chunks(policy, model.vocab_size, parallel)
         save_weights(partial, chunks, table, parallel, read, dtype_of)
         if parallel.rank == 0:
@@ -79,7 +79,7 @@ def export(
     dtype: torch.dtype | None,
     shard_bytes: int,
     companions: Sequence[Path | None],
-    say: Say,
+    log: Log,
     blocks: BlockFp8 | None = None,
 ) -> None:
     """Write the weights of a Megatron checkpoint, of a run or converted, as a Hugging Face folder.
@@ -96,17 +96,17 @@ def export(
     infos = [
         TensorInfo(name, shape, dtype or shards.dtype(parameter))
         for parameter in table
-        if not parameter.is_copy
+        if not parameter.tied_duplicate
         for rank in parameter.tensors
         for name, shape in rank
     ]
-    stream = stream_weights(shards, table, parallel, BUCKET_BYTES, to="one")
+    stream = stream_weights(shards, table, parallel, BUCKET_BYTES, to="rank0")
     if parallel.rank > 0:
         for _ in stream:
             pass
         return
     with new_folder(target) as partial:
-        write_hf_folder(partial, model, infos, stream, shard_bytes, companions, say, blocks)
+        write_hf_folder(partial, model, infos, stream, shard_bytes, companions, log, blocks)
 
 
 def write_hf_folder(
@@ -116,7 +116,7 @@ def write_hf_folder(
     stream: Iterator[Bucket],
     shard_bytes: int,
     companions: Sequence[Path | None],
-    say: Say,
+    log: Log,
     blocks: BlockFp8 | None = None,
 ) -> None:
     """Fill an empty folder from a weight stream, whose order is that of `infos`."""
@@ -125,7 +125,7 @@ def write_hf_folder(
     write_companions(folder, model, dtypes, *companions, quantization=quantization)
     written = infos if blocks is None else blocks.infos(infos)
     types = {info.name: info.dtype for info in written}
-    progress = _Progress(sum(info.nbytes for info in written), "written", say)
+    progress = _Progress(sum(info.nbytes for info in written), "written", log)
     with HfWriter(folder, written, shard_bytes) as writer:
         for name, tensor in (named for bucket in stream for named in bucket):
             for part, values in [(name, tensor)] if blocks is None else blocks.tensors(name, tensor):
@@ -203,19 +203,19 @@ def _check_types(table: Sequence[Parameter], dtypes: dict[str, torch.dtype]) -> 
 
 
 def _bytes(table: Sequence[Parameter], dtype_of: Callable[[Parameter], torch.dtype]) -> int:
-    return sum(p.numel * dtype_of(p).itemsize for p in table if not p.is_copy)
+    return sum(p.numel * dtype_of(p).itemsize for p in table if not p.tied_duplicate)
 
 
 class _Progress:
     """One line for every tenth of the bytes."""
 
-    def __init__(self, total: int, verb: str, say: Say) -> None:
-        self._total, self._verb, self._say, self._done, self._said = total, verb, say, 0, 0
+    def __init__(self, total: int, verb: str, log: Log) -> None:
+        self._total, self._verb, self._log, self._done, self._logged = total, verb, log, 0, 0
 
     def add(self, count: int) -> None:
         self._done += count
         tenth = min(10, 10 * self._done // max(1, self._total))
-        if tenth > self._said:
-            self._said = tenth
+        if tenth > self._logged:
+            self._logged = tenth
             done = min(self._done, self._total)
-            self._say(f"{10 * tenth:3d} %  {done / 1e6:,.1f} of {self._total / 1e6:,.1f} MB {self._verb}")
+            self._log(f"{10 * tenth:3d} %  {done / 1e6:,.1f} of {self._total / 1e6:,.1f} MB {self._verb}")

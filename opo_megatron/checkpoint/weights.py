@@ -93,7 +93,7 @@ def save_weights(
     parameters = {}
     for parameter in table:
         if parameter.stage == parallel.pp_rank:
-            weight = chunks[parameter.chunk].get_parameter(parameter.local_name)
+            weight = chunks[parameter.chunk].get_parameter(parameter.mcore_name)
             weight.data = weight.data.to(dtype_of(parameter))
             parameters[_storage(weight)] = parameter
     state = {f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)}
@@ -257,7 +257,7 @@ class CheckpointShards:
         return self._dtypes[parameter.tensors]
 
     def read(self, parameter: Parameter) -> Tensor:
-        entry = self._entries[parameter.chunk][parameter.local_name]
+        entry = self._entries[parameter.chunk][parameter.mcore_name]
         parts = [self._read(shard) for shard in self._shards(parameter)]
         if not isinstance(entry, ShardedTensorFactory):
             return parts[0]
@@ -269,7 +269,7 @@ class CheckpointShards:
 
     def _shards(self, parameter: Parameter) -> list[ShardedTensor]:
         """The tensors of the checkpoint that make a parameter: one, or gate and up."""
-        entry = self._entries[parameter.chunk][parameter.local_name]
+        entry = self._entries[parameter.chunk][parameter.mcore_name]
         return list(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
 
     def _check(self, parameter: Parameter, shard: ShardedTensor) -> TensorStorageMetadata:

@@ -72,7 +72,7 @@ class Writer(Protocol):
     def cancel(self) -> None: ...
 
 
-class WriterHere:
+class SyncWriter:
     """Has written when it is made."""
 
     def __init__(self, request: AsyncRequest, texts: Texts, folder: Path, rank: int, world_size: int) -> None:
@@ -87,7 +87,7 @@ class WriterHere:
     def cancel(self) -> None: ...
 
 
-class WriterBeside:
+class AsyncWriter:
     """A process that has begun to write."""
 
     def __init__(self, request: AsyncRequest, texts: Texts, folder: Path, rank: int, world_size: int) -> None:

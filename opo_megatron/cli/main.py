@@ -42,7 +42,7 @@ from opo_megatron.errors import (
     UserError,
 )
 from opo_megatron.rollout.sglang.server import interpreter
-from opo_megatron.utils.extras import hidden
+from opo_megatron.utils.extras import block_import
 
 EXIT_INTERRUPTED = 130
 
@@ -222,7 +222,7 @@ def _train(options: argparse.Namespace) -> int:
         command += [word for key in options.allow for word in ("--allow", key)]
         command += ["--debug"] if options.debug else []
         return run_ranks(command, options.nproc, config.run.threads_per_rank)
-    with hidden("wandb"):  # Megatron would import it
+    with block_import("wandb"):  # Megatron would import it
         from opo_megatron.train import train  # torch and Megatron take seconds
 
     train(config, options.allow)
@@ -238,7 +238,7 @@ def _replay(options: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "opo_megatron", "replay", str(options.run_dir), *options.overrides]
         command += ["--step", str(options.step), *(["--debug"] if options.debug else [])]
         return run_ranks(command, options.nproc, config.run.threads_per_rank)
-    with hidden("wandb"):
+    with block_import("wandb"):
         from opo_megatron.replay.replay import replay
 
     replay(config, options.run_dir, options.step)
@@ -255,10 +255,10 @@ def _eval(options: argparse.Namespace) -> int:
     if (options.nproc or 1) > 1:
         command = [sys.executable, "-m", "opo_megatron", "eval", *eval_command.words_of(options)]
         return run_ranks(command, options.nproc, config.run.threads_per_rank)
-    with hidden("wandb"):
-        from opo_megatron.evaluation.run_eval import Request, evaluate_weights
+    with block_import("wandb"):
+        from opo_megatron.evaluation.run_eval import EvalTask, evaluate_weights
 
-    evaluate_weights(config, Request(source, benchmarks, options.problems, options.out))
+    evaluate_weights(config, EvalTask(source, benchmarks, options.problems, options.out))
     return 0
 
 

@@ -10,7 +10,7 @@ import time
 from rich.console import Console
 
 from opo_megatron.errors import UserError
-from opo_megatron.utils.extras import hidden
+from opo_megatron.utils.extras import block_import
 
 SUMMARY = "what a run will hold, move and take, for every rank, without a GPU"
 EPILOG = """\
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     gpu = gpu_of(options.gpu)
     progress = _Progress()
     progress("loading Megatron", 0.0)
-    with hidden("wandb"):  # Megatron would import it
+    with block_import("wandb"):  # Megatron would import it
         from opo_megatron.plan.plan import load_job, make_plan
         from opo_megatron.plan.search import gpu_that_fits, nearest_fit
         from opo_megatron.plan.show import show, to_json

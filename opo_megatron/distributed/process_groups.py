@@ -35,9 +35,9 @@ class Parallel:
     cp_size: int
     dp_rank: int
     dp_size: int
-    copy_rank: int
+    dp_cp_rank: int
     """Which copy of the weights this rank's are part of; a replica's context-parallel ranks have one each."""
-    copies: int
+    dp_cp_size: int
     ep_rank: int
     ep_size: int
     edp_rank: int
@@ -57,14 +57,14 @@ class Parallel:
         return self.pp_rank == self.pp_size - 1
 
     @property
-    def counts_tokens(self) -> bool:
+    def owns_logits(self) -> bool:
         """Whether this rank's sums over its tokens count: it has the logits, and nobody else these tokens."""
         return self.is_last_stage and self.tp_rank == 0
 
     @property
-    def reports(self) -> bool:
+    def is_dp_leader(self) -> bool:
         """Whether this rank speaks for its data-parallel replica."""
-        return self.counts_tokens and self.cp_rank == 0
+        return self.owns_logits and self.cp_rank == 0
 
 
 def choose_device(device: Device) -> torch.device:
@@ -156,8 +156,8 @@ def megatron_groups(config: Config, device: torch.device) -> Parallel:
         cp_size=state.get_context_parallel_world_size(),
         dp_rank=state.get_data_parallel_rank(),
         dp_size=state.get_data_parallel_world_size(),
-        copy_rank=state.get_data_parallel_rank(with_context_parallel=True),
-        copies=state.get_data_parallel_world_size(with_context_parallel=True),
+        dp_cp_rank=state.get_data_parallel_rank(with_context_parallel=True),
+        dp_cp_size=state.get_data_parallel_world_size(with_context_parallel=True),
         ep_rank=state.get_expert_model_parallel_rank(),
         ep_size=state.get_expert_model_parallel_world_size(),
         edp_rank=state.get_expert_data_parallel_rank(),
@@ -172,21 +172,21 @@ def megatron_groups(config: Config, device: torch.device) -> Parallel:
     )
 
 
-def leave_layout() -> None:
+def destroy_model_parallel() -> None:
     """Forget Megatron's groups, so that the same ranks can be laid out anew by `initialize`."""
     from megatron.core import parallel_state as state
 
     state.destroy_model_parallel()
 
 
-def leave() -> None:
+def shutdown() -> None:
     """Undo `initialize`."""
-    leave_layout()
+    destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def share_of(count: int, rank: int, world_size: int) -> range:
+def rank_range(count: int, rank: int, world_size: int) -> range:
     """The contiguous block of `count` items that falls to `rank`; blocks differ by one at most."""
     return range(count * rank // world_size, count * (rank + 1) // world_size)
 

@@ -10,13 +10,13 @@ from dataclasses import replace
 
 from opo_megatron.algorithm.on_policy import k3
 from opo_megatron.batch.rollouts import Rollouts
-from opo_megatron.batch.stats import Summary, exchange, gather_summary, requests_for, rewards_of
+from opo_megatron.batch.stats import BatchStats, gather_stats, redistribute_to_dp, requests_for, rewards_of
 from opo_megatron.config import Config
 from opo_megatron.config.choices import Kl
 from opo_megatron.distributed.process_groups import all_reduce
-from opo_megatron.errors import BadNumbers, UserError
-from opo_megatron.evaluation.metrics import measure_answers
-from opo_megatron.observe.metrics_file import Row
+from opo_megatron.errors import NonFiniteError, UserError
+from opo_megatron.evaluation.metrics import measure_responses
+from opo_megatron.observe.metrics_file import MetricsRow
 from opo_megatron.rollout.engine import Sampling
 from opo_megatron.run import STREAM_EVAL, Run
 from opo_megatron.tasks import Prompt, Task
@@ -33,13 +33,13 @@ def evaluation_is_due(config: Config, step: int) -> bool:
     return step == config.train.steps or (every > 0 and step % every == 0)
 
 
-def evaluate(run: Run) -> Row:
+def evaluate(run: Run) -> MetricsRow:
     """`eval/*` metrics of the engine's current weights."""
     settings = run.config.eval
     sampling, samples = evaluation_sampling(run), settings.samples_per_problem
     problems = evaluation_problems(run.task, settings.problems)
     answers, sampled = answer(run, run.task, problems, samples, sampling, "evaluating")
-    row = measure_answers(run.parallel, answers, sampled, samples, sampling).row()
+    row = measure_responses(run.parallel, answers, sampled, samples, sampling).row()
     if run.config.observe.kl is Kl.eval and run.start_weights is not None:
         row |= kl_to_start(run, answers, sampled, run.start_weights)
     if settings.greedy:
@@ -68,7 +68,7 @@ def evaluation_problems(task: Task, count: int) -> list[Prompt]:
     return [task.prompt("held_out", index) for index in order.batch(0, min(count, order.size))]
 
 
-def kl_to_start(run: Run, answers: Rollouts, summary: Summary, start: WeightSource) -> Row:
+def kl_to_start(run: Run, answers: Rollouts, summary: BatchStats, start: WeightSource) -> MetricsRow:
     """KL(π ‖ π_0) of the policy to its start weights, over the tokens that it sampled.
 
     Each token gives exp(δ) − 1 − δ with δ = log π_0 − log π: never negative, and unbiased because the
@@ -76,13 +76,13 @@ def kl_to_start(run: Run, answers: Rollouts, summary: Summary, start: WeightSour
     """
     policy, parallel = run.policy, run.parallel
     plan = policy.plan(summary.sequence_lengths)
-    batch = exchange(parallel, answers, plan, len(summary.groups))
+    batch = redistribute_to_dp(parallel, answers, plan, len(summary.groups))
     assert batch.engine_log_prob is not None
     run.display.status("measuring the KL to the start weights")
-    with policy.weights_from(start):
+    with policy.swap_weights(start):
         start_log_prob = policy.log_probs(batch, plan, run.config.eval.temperature)
     divergence = k3(start_log_prob.double() - batch.engine_log_prob.double()).sum()
-    total = float(all_reduce(parallel, divergence * float(parallel.reports)))
+    total = float(all_reduce(parallel, divergence * float(parallel.is_dp_leader)))
     return {
         "eval/kl": total / float(summary.response_lengths.sum()),
         "eval/kl_per_response": total / len(summary.groups),
@@ -91,16 +91,16 @@ def kl_to_start(run: Run, answers: Rollouts, summary: Summary, start: WeightSour
 
 def answer(
     run: Run, task: Task, problems: Sequence[Prompt], samples: int, sampling: Sampling, what: str
-) -> tuple[Rollouts, Summary]:
+) -> tuple[Rollouts, BatchStats]:
     """`samples` rewarded answers to each problem, by the engine's current weights; a collective.
 
     Returns:
         This rank's block of them, and what every rank knows of all.
     """
     requests = requests_for(problems, samples, run.parallel)
-    rollouts = run.draw(requests, sampling, what, may_be_cut=False)
+    rollouts = run.draw(requests, sampling, what, interruptible=False)
     rollouts.rewards = rewards_of(task, problems, rollouts)
     try:
-        return rollouts, gather_summary(run.parallel, rollouts)
-    except BadNumbers as error:  # no step that could be skipped
+        return rollouts, gather_stats(run.parallel, rollouts)
+    except NonFiniteError as error:  # no step that could be skipped
         raise UserError(f"in the evaluation {error}") from error

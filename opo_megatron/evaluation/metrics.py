@@ -21,9 +21,14 @@ from torch import Tensor
 from opo_megatron.algorithm.diversity import repetition, self_bleu
 from opo_megatron.algorithm.pass_at_k import pass_at_k, powers_of_two
 from opo_megatron.batch.rollouts import Rollouts
-from opo_megatron.batch.stats import Summary
-from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, all_to_all_objects, share_of
-from opo_megatron.observe.metrics_file import Row
+from opo_megatron.batch.stats import BatchStats
+from opo_megatron.distributed.process_groups import (
+    Parallel,
+    all_gather_objects,
+    all_to_all_objects,
+    rank_range,
+)
+from opo_megatron.observe.metrics_file import MetricsRow
 from opo_megatron.rollout.engine import Sampling
 
 RIGHT = 1.0
@@ -32,7 +37,7 @@ REPETITION_ORDER = 4
 
 
 @dataclass(frozen=True)
-class AnswerMeasures:
+class ResponseMetrics:
     """Of `samples` answers to each of the problems, the same on every rank."""
 
     rewards: Tensor
@@ -66,9 +71,9 @@ class AnswerMeasures:
         right = (self.rewards >= RIGHT).sum(1)
         return {k: pass_at_k(right, self.samples, k) for k in powers_of_two(self.samples)}
 
-    def row(self) -> Row:
+    def row(self) -> MetricsRow:
         """As `eval/*` metrics of a step; what was not measured is absent."""
-        row: Row = {
+        row: MetricsRow = {
             "eval/problems": self.problems,
             "eval/accuracy": self.accuracy,
             "eval/response_length/mean": self.length_mean,
@@ -83,9 +88,9 @@ class AnswerMeasures:
         return row
 
 
-def measure_answers(
-    parallel: Parallel, rollouts: Rollouts, summary: Summary, samples: int, sampling: Sampling
-) -> AnswerMeasures:
+def measure_responses(
+    parallel: Parallel, rollouts: Rollouts, summary: BatchStats, samples: int, sampling: Sampling
+) -> ResponseMetrics:
     """Of all ranks' answers; a collective.
 
     Args:
@@ -96,13 +101,13 @@ def measure_answers(
     responses = rollouts.responses()
     repetitions = torch.tensor([repetition(r, REPETITION_ORDER) for r in responses], dtype=torch.float64)
     is_whole = sampling.top_p == 1 and sampling.top_k == 0 and not sampling.greedy
-    surprises = _sums(rollouts) if is_whole else None
-    gathered = all_gather_objects(parallel, (repetitions, surprises))
+    nll = _sums(rollouts) if is_whole else None
+    gathered = all_gather_objects(parallel, (repetitions, nll))
     entropy = None
     parts = [part for _, part in gathered if part is not None]
     if len(parts) == parallel.world_size:
         entropy = float(torch.cat(parts).sum() / summary.response_lengths.sum())
-    return AnswerMeasures(
+    return ResponseMetrics(
         rewards=summary.rewards.view(-1, samples),
         length_mean=float(summary.response_lengths.double().mean()),
         truncation_rate=summary.truncated,
@@ -122,14 +127,14 @@ def _sums(rollouts: Rollouts) -> Tensor | None:
 
 def _self_bleu(parallel: Parallel, responses: Sequence[list[int]], total: int, samples: int) -> float:
     """Mean over problems, each computed by the rank that has the problem's first answer."""
-    blocks = [share_of(total, rank, parallel.world_size) for rank in range(parallel.world_size)]
+    blocks = [rank_range(total, rank, parallel.world_size) for rank in range(parallel.world_size)]
     mine = blocks[parallel.rank]
-    parcels: list[list[list[int]]] = [[] for _ in blocks]
+    send_chunks: list[list[list[int]]] = [[] for _ in blocks]
     for place, response in zip(mine, responses, strict=True):
         first = place - place % samples
-        parcels[next(rank for rank, block in enumerate(blocks) if first in block)].append(response)
+        send_chunks[next(rank for rank, block in enumerate(blocks) if first in block)].append(response)
     # Blocks are contiguous, so what comes from rank after rank is in order.
-    answers = [answer for part in all_to_all_objects(parallel, parcels) for answer in part]
+    answers = [answer for part in all_to_all_objects(parallel, send_chunks) for answer in part]
     groups = [answers[i : i + samples] for i in range(0, len(answers), samples)]
     own = torch.tensor([self_bleu(group) for group in groups], dtype=torch.float64)
     return float(torch.cat(all_gather_objects(parallel, own)).mean())

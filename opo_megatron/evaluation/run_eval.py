@@ -18,20 +18,20 @@ from typing import Any
 
 from opo_megatron.algorithm.pass_at_k import bootstrap_interval
 from opo_megatron.batch.rollouts import FINISH_LENGTH, Rollouts
-from opo_megatron.batch.stats import gather_on_first
+from opo_megatron.batch.stats import gather_to_rank0
 from opo_megatron.build import build_to_draw
 from opo_megatron.checkpoint.checkpoint import damage_of, find_checkpoint, read_vocabulary, run_of
 from opo_megatron.cli.eval import Source
 from opo_megatron.config import Config
-from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, initialize, leave
+from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, initialize, shutdown
 from opo_megatron.errors import UserError
 from opo_megatron.evaluation.evaluate import answer, evaluation_problems, evaluation_sampling
-from opo_megatron.evaluation.metrics import AnswerMeasures, measure_answers
+from opo_megatron.evaluation.metrics import ResponseMetrics, measure_responses
 from opo_megatron.observe.console import Display
 from opo_megatron.run import Run
 from opo_megatron.tasks import TASKS, Prompt, Task
 from opo_megatron.tasks.benchmarks import HELD_OUT, Benchmark, check_vocabulary
-from opo_megatron.utils.disk import writing
+from opo_megatron.utils.disk import report_disk_errors
 
 WORK = "work"
 """Folder, in that of the results, of what is there only while it is worked: rank status, server logs."""
@@ -41,7 +41,7 @@ WITH_MEANING = 2
 
 
 @dataclass(frozen=True)
-class Request:
+class EvalTask:
     """What is to be evaluated, and where results go."""
 
     source: Source
@@ -52,12 +52,12 @@ class Request:
     """None is RUN/eval/CHECKPOINT."""
 
 
-def evaluate_weights(config: Config, request: Request) -> None:
+def evaluate_weights(config: Config, request: EvalTask) -> None:
     """Answer, measure and write; a collective of all ranks."""
     with _opened(config, request) as (run, tasks, folder, weights):
         run.synchronize()
         results: dict[str, Any] = {}
-        measured: dict[str, AnswerMeasures] = {}
+        measured: dict[str, ResponseMetrics] = {}
         for name, task in tasks.items():
             measured[name] = measures = _evaluate_task(run, name, task, request.problems, folder)
             results[name] = to_json(measures)
@@ -70,7 +70,7 @@ def evaluate_weights(config: Config, request: Request) -> None:
         run.display.summary(f"{weights}; everything is in {folder}", *table(measured, results))
 
 
-def _evaluate_task(run: Run, name: str, task: Task, count: int | None, folder: Path) -> AnswerMeasures:
+def _evaluate_task(run: Run, name: str, task: Task, count: int | None, folder: Path) -> ResponseMetrics:
     """Measures of one task's answers, which rank 0 writes."""
     if count is None:
         count = run.config.eval.problems if name == HELD_OUT else task.size("held_out")
@@ -82,8 +82,8 @@ def _evaluate_task(run: Run, name: str, task: Task, count: int | None, folder: P
     rollouts, summary = answer(run, task, problems, samples, sampling, name)
     run.watchdog.enter(f"measuring {name}")
     run.display.status(f"{name}  measuring")
-    measures = measure_answers(run.parallel, rollouts, summary, samples, sampling)
-    everything = gather_on_first(run.parallel, rollouts)
+    measures = measure_responses(run.parallel, rollouts, summary, samples, sampling)
+    everything = gather_to_rank0(run.parallel, rollouts)
     if everything is not None:
         _write_samples(folder / f"samples_{name}.jsonl", task, problems, everything)
     return measures
@@ -93,7 +93,7 @@ def _evaluate_task(run: Run, name: str, task: Task, count: int | None, folder: P
 
 
 @contextmanager
-def _opened(config: Config, request: Request) -> Iterator[tuple[Run, dict[str, Task], Path, str]]:
+def _opened(config: Config, request: EvalTask) -> Iterator[tuple[Run, dict[str, Task], Path, str]]:
     """The engine without weights, the tasks, the folder of the results, and the name of the weights."""
     parallel = initialize(config)
     display = Display(active=parallel.rank == 0)
@@ -104,7 +104,7 @@ def _opened(config: Config, request: Request) -> Iterator[tuple[Run, dict[str, T
         checkpoint = _checkpoint(config, request.source, parallel, display)
         folder = request.out or _default_folder(request.source, checkpoint)
         config = replace(config, run=replace(config.run, dir=str(folder / WORK)))
-        with writing(folder):
+        with report_disk_errors(folder):
             _make_room(folder, parallel)
             for benchmark in request.benchmarks:
                 is_own = benchmark.source is None
@@ -112,7 +112,7 @@ def _opened(config: Config, request: Request) -> Iterator[tuple[Run, dict[str, T
                     TASKS[config.task.name](config.task) if is_own else benchmark.task(config.task)
                 )
                 for note in tasks[benchmark.name].notes:
-                    display.say(f"{benchmark.name}: {note}")
+                    display.log(f"{benchmark.name}: {note}")
             first = next(iter(tasks.values()))
             rows = config.policy.model.vocab_size or first.vocab_size
             if checkpoint is not None:
@@ -138,9 +138,9 @@ def _opened(config: Config, request: Request) -> Iterator[tuple[Run, dict[str, T
                 folder.rmdir()
         # Leaving waits for ranks that may be waiting for this one; what went wrong must be said first.
         if parallel.world_size == 1:
-            leave()
+            shutdown()
         raise
-    leave()
+    shutdown()
 
 
 def _close(run: Run | None, tasks: dict[str, Task]) -> None:
@@ -164,7 +164,7 @@ def _checkpoint(config: Config, source: Source, parallel: Parallel, display: Dis
     if source.run is None:
         return None
     newest = replace(config, resume="auto", run=replace(config.run, dir=str(source.run)))
-    found = find_checkpoint(newest, parallel, display.say)
+    found = find_checkpoint(newest, parallel, display.log)
     if found is None:
         raise UserError(f"the run {source.run} has no checkpoint yet; wait for one, or name another run")
     return found
@@ -194,7 +194,7 @@ def _make_room(folder: Path, parallel: Parallel) -> None:
 # ---------------------------------------------------------------------- results
 
 
-def to_json(measures: AnswerMeasures) -> dict[str, Any]:
+def to_json(measures: ResponseMetrics) -> dict[str, Any]:
     """One task's entry in eval.json; what was not measured is null."""
     intervals = {}
     for k, values in measures.pass_at_k().items():
@@ -252,7 +252,7 @@ def _write_samples(path: Path, task: Task, problems: Sequence[Prompt], rollouts:
 
 
 def table(
-    measured: dict[str, AnswerMeasures], results: dict[str, Any]
+    measured: dict[str, ResponseMetrics], results: dict[str, Any]
 ) -> tuple[list[tuple[str, ...]], list[str]]:
     """(lines of (what, a value per task, what it means), the tasks' names)."""
 

@@ -67,11 +67,11 @@ class VocabularyShard:
 Gradient = Callable[[Tensor], Tensor]
 """∂loss/∂log π [m] → ∂loss/∂z [m, V] of this shard, in the weight's type."""
 
-ROOM_BYTES = 64 * 2**20
+BUFFER_BYTES = 64 * 2**20
 FEWEST_TOKENS, MOST_TOKENS = 512, 1024
 CACHED_BYTES = 2**22
 """On a CPU exponentials are computed so many bytes at a time, which stay in its cache."""
-GPU_ROOM_BYTES = 480 * 10**6
+GPU_BUFFER_BYTES = 480 * 10**6
 GPU_MOST_TOKENS, GPU_MULTIPLE = 8192, 128
 LINE_BYTES = 128
 """On a GPU rows of logits begin at a multiple of this, without which matrix products are slow."""
@@ -87,12 +87,12 @@ def default_chunk_tokens(
     as memory allows, in whole tiles of the product.
     """
     if device is None or not kernels.uses_triton(device):
-        return min(MOST_TOKENS, max(FEWEST_TOKENS, ROOM_BYTES // (4 * rows)))
-    fits = GPU_ROOM_BYTES // (weight_type.itemsize * rows) // GPU_MULTIPLE * GPU_MULTIPLE
+        return min(MOST_TOKENS, max(FEWEST_TOKENS, BUFFER_BYTES // (4 * rows)))
+    fits = GPU_BUFFER_BYTES // (weight_type.itemsize * rows) // GPU_MULTIPLE * GPU_MULTIPLE
     return min(GPU_MOST_TOKENS, max(FEWEST_TOKENS, fits))
 
 
-def sweep(
+def chunked_logprobs(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -121,10 +121,10 @@ def sweep(
     if exact:
         softmax: Callable[..., Gradient] = _exact_softmax
     elif kernels.uses_triton(hidden.device):
-        softmax = partial(_triton_softmax, _aligned_room(min(n, chunk_tokens), weight))
+        softmax = partial(_triton_softmax, _aligned_buffer(min(n, chunk_tokens), weight))
     else:
-        room = hidden.new_empty(min(n, chunk_tokens), weight.shape[0], dtype=torch.float32)
-        softmax = partial(_softmax, room)
+        buffer = hidden.new_empty(min(n, chunk_tokens), weight.shape[0], dtype=torch.float32)
+        softmax = partial(_softmax, buffer)
     for begin in range(0, n, chunk_tokens):
         part = slice(begin, min(begin + chunk_tokens, n))
         gradient = softmax(output, part, hidden, weight, targets, vocabulary, temperature)
@@ -138,7 +138,7 @@ def sweep(
     return output
 
 
-def _aligned_room(tokens: int, weight: Tensor) -> Tensor:
+def _aligned_buffer(tokens: int, weight: Tensor) -> Tensor:
     """[tokens, V] in the weight's type, whose rows begin at multiples of `LINE_BYTES`."""
     multiple = LINE_BYTES // weight.dtype.itemsize
     rows = weight.shape[0]
@@ -146,7 +146,7 @@ def _aligned_room(tokens: int, weight: Tensor) -> Tensor:
 
 
 def _triton_softmax(
-    room: Tensor,
+    buffer: Tensor,
     output: HeadOutput,
     part: slice,
     hidden: Tensor,
@@ -155,10 +155,10 @@ def _triton_softmax(
     vocabulary: VocabularyShard,
     temperature: float,
 ) -> Gradient:
-    """`_softmax` in one launch, and its gradient in another, over the logits; `room` is in weight's type."""
+    """`_softmax` in one launch, and its gradient in another, over the logits; `buffer` is in weight's type."""
     from opo_megatron.kernels.triton_softmax import gradient_in_place, row_statistics
 
-    logits = torch.mm(hidden[part], weight.t(), out=room[: part.stop - part.start])
+    logits = torch.mm(hidden[part], weight.t(), out=buffer[: part.stop - part.start])
     found = row_statistics(logits, targets[part], vocabulary.start, temperature)
     highest, sums = found.highest, torch.stack((found.target, found.total, found.weighted, found.squares))
     if vocabulary.group is not None:
@@ -185,7 +185,7 @@ def _fill(
 
 
 def _softmax(
-    room: Tensor,
+    buffer: Tensor,
     output: HeadOutput,
     part: slice,
     hidden: Tensor,
@@ -200,9 +200,9 @@ def _softmax(
         room: [≥ m, V] float32, written over: on a CPU all that is as large as a chunk's logits.
 
     Returns:
-        What writes the chunk's gradient, over `room`.
+        What writes the chunk's gradient, over `buffer`.
     """
-    logits = room[: part.stop - part.start]
+    logits = buffer[: part.stop - part.start]
     if weight.dtype == logits.dtype:
         torch.mm(hidden[part], weight.t(), out=logits)
     else:

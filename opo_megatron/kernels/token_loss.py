@@ -17,7 +17,7 @@ from opo_megatron.algorithm.objective import Objective, PolicyGradient
 from opo_megatron.algorithm.on_policy import MismatchSums
 
 
-class TokenPass:
+class TokenLoss:
     """The tokens of one micro-batch, learned from or only measured."""
 
     def __init__(
@@ -57,8 +57,8 @@ class TokenPass:
     def _launch(
         self, log_prob: Tensor, objective: PolicyGradient | None, columns: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        from opo_megatron.kernels.triton_token_loss import token_pass
+        from opo_megatron.kernels.triton_token_loss import token_loss
 
-        return token_pass(
+        return token_loss(
             log_prob, objective, columns.get("advantages"), columns.get("engine_log_prob"), self._mismatch
         )

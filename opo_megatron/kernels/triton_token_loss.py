@@ -81,7 +81,7 @@ def _kernel(
         tl.store(partial + (4 + EDGES) * parts, tl.where(total == total, tl.max(size, 0), total))
 
 
-def token_pass(
+def token_loss(
     log_prob: Tensor,
     objective: PolicyGradient | None,
     advantages: Tensor | None,

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from opo_megatron.observe.metrics_file import Row
+from opo_megatron.observe.metrics_file import MetricsRow
 
 COLUMNS = {
     "step": ("step", "{:d}"),
@@ -39,7 +39,7 @@ class Display:
         self.console = Console(file=sys.stdout, highlight=False)
         self.active = active
         self._live: Live | None = None
-        self._rows: list[Row] = []
+        self._rows: list[MetricsRow] = []
         self._status, self._done = "", 0.0
         self._last_refresh = 0.0
         if active and self.console.is_terminal:
@@ -52,12 +52,12 @@ class Display:
         if self._live is not None and time.monotonic() - self._last_refresh > REFRESH_SECONDS:
             self._refresh()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line that stays."""
         if self.active:
             self.console.print(text, markup=False, soft_wrap=True)
 
-    def row(self, row: Row) -> None:
+    def row(self, row: MetricsRow) -> None:
         """A finished step."""
         self._rows.append(row)
         if self._live is not None:

@@ -15,14 +15,14 @@ import yaml
 
 from opo_megatron.config import Config, to_yaml
 from opo_megatron.errors import UserError
-from opo_megatron.observe.metrics_file import Row
-from opo_megatron.utils.extras import load_part
+from opo_megatron.observe.metrics_file import MetricsRow
+from opo_megatron.utils.extras import require_extra
 
 Axis = Literal["step", "warm_start"]
 
 
 class Board(Protocol):
-    def write(self, axis: Axis, row: Row) -> None:
+    def write(self, axis: Axis, row: MetricsRow) -> None:
         """Draw a row at its step."""
         ...
 
@@ -41,7 +41,7 @@ class TensorBoard:
             "warm_start": SummaryWriter(folder / "warm_start", purge_step=warm_step + 1),
         }
 
-    def write(self, axis: Axis, row: Row) -> None:
+    def write(self, axis: Axis, row: MetricsRow) -> None:
         for name, value in row.items():
             if name != "step":
                 self._writers[axis].add_scalar(name, value, row["step"])
@@ -73,7 +73,7 @@ class WandB:
         id_file.write_text(f"{self._run.id}\n")
         self._drawn: set[str] = set()
 
-    def write(self, axis: Axis, row: Row) -> None:
+    def write(self, axis: Axis, row: MetricsRow) -> None:
         prefix = "warm_start/" if axis == "warm_start" else ""
         named = {prefix + name: value for name, value in row.items()}
         for name in named.keys() - self._drawn:
@@ -91,7 +91,7 @@ def load_wandb(config: Config) -> Any:
     Raises:
         UserError: naming what to install, or how to do without an account.
     """
-    wandb = load_part("wandb", f"observe.wandb_project={config.observe.wandb_project}", "wandb")
+    wandb = require_extra("wandb", f"observe.wandb_project={config.observe.wandb_project}", "wandb")
     try:
         mode = wandb.setup().settings.mode
         if mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):

@@ -15,16 +15,16 @@ from typing import Any
 
 from opo_megatron.errors import UserError
 
-Row = dict[str, Any]
+MetricsRow = dict[str, Any]
 
 
-class RowFile:
+class MetricsFile:
     """Appends rows in step order."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> list[Row]:
+    def read(self) -> list[MetricsRow]:
         """All complete rows; a torn last line is left out.
 
         Raises:
@@ -35,9 +35,9 @@ class RowFile:
         complete = self.path.read_bytes().split(b"\n")[:-1]
         return [self._parse(line, number) for number, line in enumerate(complete, 1)]
 
-    def _parse(self, line: bytes, number: int) -> Row:
+    def _parse(self, line: bytes, number: int) -> MetricsRow:
         try:
-            row: Row = json.loads(line)
+            row: MetricsRow = json.loads(line)
         except ValueError as error:
             raise UserError(
                 f"{self.path} line {number} is not JSON ({error}); take the line out, or mend it"
@@ -54,14 +54,14 @@ class RowFile:
             os.fsync(file.fileno())
         os.replace(partial, self.path)
 
-    def append(self, row: Row) -> None:
+    def append(self, row: MetricsRow) -> None:
         with self.path.open("a") as file:
             file.write(_line(row))
             file.flush()
             os.fsync(file.fileno())
 
 
-def _line(row: Row) -> str:
+def _line(row: MetricsRow) -> str:
     """One JSON line; NaN and infinity are written as null, because JSON has neither."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(finite) + "\n"

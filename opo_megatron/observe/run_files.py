@@ -12,7 +12,7 @@ from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.checkpoint.checkpoint import RunProgress, abandon_later, run_of
 from opo_megatron.config import Config, to_yaml
 from opo_megatron.observe.loggers import Axis, Board, TensorBoard, WandB
-from opo_megatron.observe.metrics_file import Row, RowFile
+from opo_megatron.observe.metrics_file import MetricsFile, MetricsRow
 
 
 class RunFiles:
@@ -21,9 +21,9 @@ class RunFiles:
     def __init__(self, config: Config, writes: bool, progress: RunProgress, checkpoint: Path | None) -> None:
         """Continue behind `progress`, that of `checkpoint` where the run resumes from one."""
         self.dir, self.writes = Path(config.run.dir), writes
-        self.metrics = RowFile(self.dir / "metrics.jsonl")
-        self.warm_start = RowFile(self.dir / "warm_start.jsonl")
-        self.audit = RowFile(self.dir / "audit.jsonl")
+        self.metrics = MetricsFile(self.dir / "metrics.jsonl")
+        self.warm_start = MetricsFile(self.dir / "warm_start.jsonl")
+        self.audit = MetricsFile(self.dir / "audit.jsonl")
         self._boards: list[Board] = []
         if not writes:
             return
@@ -65,20 +65,20 @@ class RunFiles:
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
 
-    def write_step(self, row: Row) -> None:
+    def write_step(self, row: MetricsRow) -> None:
         """One finished OPO step."""
         self._write(self.metrics, "step", row)
 
-    def write_audit(self, row: Row) -> None:
+    def write_audit(self, row: MetricsRow) -> None:
         """What a finished OPO step was."""
         if self.writes:
             self.audit.append(row)
 
-    def write_warm_start(self, row: Row) -> None:
+    def write_warm_start(self, row: MetricsRow) -> None:
         """One finished warm-start step."""
         self._write(self.warm_start, "warm_start", row)
 
-    def _write(self, file: RowFile, axis: Axis, row: Row) -> None:
+    def _write(self, file: MetricsFile, axis: Axis, row: MetricsRow) -> None:
         if not self.writes:
             return
         for board in self._boards:
@@ -90,7 +90,7 @@ class RunFiles:
         if self.writes and rollouts is not None:
             rollouts.save(self.dir / "rollouts" / f"step_{step:08d}.safetensors")
 
-    def write_bad_batch(self, step: int, rollouts: Rollouts | None) -> Path:
+    def write_nonfinite_batch(self, step: int, rollouts: Rollouts | None) -> Path:
         """The samples of a step with bad numbers (given on the writing rank), and where they are."""
         path = self.dir / "bad_batches" / f"step_{step:08d}.safetensors"
         if self.writes and rollouts is not None:

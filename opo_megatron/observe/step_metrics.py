@@ -6,21 +6,21 @@ import resource
 
 from torch import Tensor
 
-from opo_megatron.algorithm.advantages import without_signal
+from opo_megatron.algorithm.advantages import zero_variance
 from opo_megatron.algorithm.on_policy import HISTOGRAM
-from opo_megatron.batch.stats import Summary
+from opo_megatron.batch.stats import BatchStats
 from opo_megatron.config import Config
-from opo_megatron.observe.metrics_file import Row
+from opo_megatron.observe.metrics_file import MetricsRow
 from opo_megatron.policy.metric_sums import StepMetrics
 
 
 def step_row(
-    config: Config, step: int, batch: Summary, advantages: Tensor, metrics: StepMetrics, lr: float
-) -> Row:
+    config: Config, step: int, batch: BatchStats, advantages: Tensor, metrics: StepMetrics, lr: float
+) -> MetricsRow:
     """The row of an OPO step, before its times are known."""
-    silent = without_signal(config.algorithm, batch.rewards, batch.groups)
+    silent = zero_variance(config.algorithm, batch.rewards, batch.groups)
     lengths = batch.response_lengths.double()
-    row: Row = {
+    row: MetricsRow = {
         "step": step,
         "reward/mean": float(batch.rewards.mean()),
         "response_length/mean": float(lengths.mean()),
@@ -48,12 +48,12 @@ def step_row(
     return row
 
 
-def memory_metrics() -> Row:
+def memory_metrics() -> MetricsRow:
     """Peak memory of this process so far; that of its GPU is measured by phase."""
     return {"memory/peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
-def throughput_metrics(row: Row) -> Row:
+def throughput_metrics(row: MetricsRow) -> MetricsRow:
     """Response tokens per second of all ranks, by phase."""
     return {
         f"throughput/{phase}_tokens_per_second": row["tokens/response"] / row[f"time/{phase}"]

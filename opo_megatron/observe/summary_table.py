@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from opo_megatron.config import Config
-from opo_megatron.observe.metrics_file import Row
+from opo_megatron.observe.metrics_file import MetricsRow
 
 Line = tuple[str, str, str, str]
 
 
-def closing_table(config: Config, rows: Sequence[Row], seconds: float) -> tuple[str, list[Line]]:
+def closing_table(config: Config, rows: Sequence[MetricsRow], seconds: float) -> tuple[str, list[Line]]:
     """(title, lines of (what, at the start, at the end, what it means)) from all rows of metrics.jsonl."""
     evaluated = [row for row in rows if "eval/accuracy" in row]
     first, last = evaluated[0], evaluated[-1]
@@ -57,6 +57,6 @@ def closing_table(config: Config, rows: Sequence[Row], seconds: float) -> tuple[
     return title, lines
 
 
-def _pair(first: Row, last: Row, name: str, shape: str) -> tuple[str, str]:
+def _pair(first: MetricsRow, last: MetricsRow, name: str, shape: str) -> tuple[str, str]:
     before, after = (shape.format(row[name]) if row.get(name) is not None else "" for row in (first, last))
     return before, after

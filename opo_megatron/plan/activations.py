@@ -30,13 +30,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opo_megatron.algorithm.objective import PolicyGradient
-from opo_megatron.batch.micro_batch import plan_for
+from opo_megatron.batch.micro_batch import schedule_for
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config.choices import Dtype, Packing, Recompute
 from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.distributed.process_groups import Parallel
+from opo_megatron.kernels import lm_head
 from opo_megatron.plan.ranks import META, inner_optimizers
-from opo_megatron.policy.metric_sums import StepSums
+from opo_megatron.policy.metric_sums import MetricSums
 from opo_megatron.policy.policy import Policy
 
 
@@ -95,7 +96,7 @@ def activation_peak(policy: Policy, lengths: Sequence[tuple[int, int]], on_gpus:
     live = LiveBytes()
     with META:
         # The mismatch to the engine is some vectors of tokens, and its bins need values.
-        sums = StepSums(policy.parallel, measures_mismatch=False)
+        sums = MetricSums(policy.parallel, measures_mismatch=False)
     kernels = _as_on_gpus(policy) if on_gpus else _as_it_is()
     with kernels, live:
         policy.run_backward(batch, plan, objective, sums)
@@ -212,14 +213,14 @@ def _sweep(
     d_weight: Tensor | None = None,
     exact: bool = False,
 ) -> lm_head.HeadOutput:
-    """The tensors of `kernels.lm_head.sweep` by Triton."""
+    """The tensors of `kernels.lm_head.chunked_logprobs` by Triton."""
     n = hidden.shape[0]
     output = lm_head.HeadOutput(*(hidden.new_empty(n, dtype=torch.float32) for _ in range(3)))
-    room = lm_head._aligned_room(min(n, chunk_tokens), weight)
+    buffer = lm_head._aligned_buffer(min(n, chunk_tokens), weight)
     if coefficient is not None:
         output.loss = hidden.new_empty(n, dtype=torch.float32)
         output.d_hidden = torch.empty_like(hidden)
-    del room
+    del buffer
     return output
 
 
@@ -248,8 +249,8 @@ def textbook_activations(policy: PolicyConfig, lengths: Sequence[tuple[int, int]
         elements, shared = hidden, shared if policy.sequence_parallel else 1
     shared *= policy.context_parallel_size
     totals = [sum(one) for one in lengths]
-    plan = plan_for(policy, totals, parallel.dp_size)
-    tokens = plan.places(totals)[0] // plan.count
+    plan = schedule_for(policy, totals, parallel.dp_size)
+    tokens = plan.padded_tokens(totals)[0] // plan.count
     stages, chunks = parallel.pp_size, parallel.vpp_size
     in_flight = stages - parallel.pp_rank
     if chunks > 1:

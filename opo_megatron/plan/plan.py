@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from opo_megatron.algorithm.config import ObjectiveName, Weight
-from opo_megatron.batch.micro_batch import place_unit, plan_for, room
+from opo_megatron.batch.micro_batch import padded_length, schedule_for, sequence_alignment
 from opo_megatron.config import Config, load_config
 from opo_megatron.config.arithmetic import model_parallel_size, smallest_world
 from opo_megatron.config.choices import Dtype, EngineName, Packing
@@ -36,7 +36,7 @@ from opo_megatron.tasks.tokenizers import open_tokenizer
 from opo_megatron.weights.param_mapping import Stages, parameters
 from opo_megatron.weights.stream import buckets
 
-Say = Callable[[str, float], None]
+Log = Callable[[str, float], None]
 """Shows what is going on, and how much of it is done (0 to 1)."""
 
 
@@ -187,11 +187,13 @@ def longest_samples(job: Job) -> list[tuple[int, int]]:
     policy, lengths = job.config.policy, job.lengths
     longest, budget = lengths.longest_prompt + lengths.longest_response, policy.max_tokens_per_micro_batch
     packed = policy.packing is Packing.thd
-    unit = place_unit(policy)
-    each = room(longest, unit) if packed else longest
+    alignment = sequence_alignment(policy)
+    each = padded_length(longest, alignment) if packed else longest
     rows = max(1, budget // each)
     micro_batch = [(lengths.longest_prompt, lengths.longest_response)] * rows
-    if packed and (rest := (budget - rows * each) // unit * unit) > 0:  # places that a shorter one fills up
+    if (
+        packed and (rest := (budget - rows * each) // alignment * alignment) > 0
+    ):  # places that a shorter one fills up
         prompt = max(1, rest + 1 - lengths.longest_response)
         micro_batch.append((prompt, rest + 1 - prompt))
     stages = policy.pipeline_model_parallel_size
@@ -218,7 +220,7 @@ def count_stage(
         return held, Stage(activation_peak(policy, samples, on_gpus=True), textbook, is_counted=True)
 
 
-def make_plan(job: Job, say: Say) -> RunPlan:
+def make_plan(job: Job, log: Log) -> RunPlan:
     """Count every rank, then put the phases together."""
     use_meta_device()
     config = counted_config(job)
@@ -226,7 +228,7 @@ def make_plan(job: Job, say: Say) -> RunPlan:
     streams: list[RankStream] = []
     tensors = 0
     for rank in range(job.gpus):
-        say(f"rank {rank} of {job.gpus}: weights, optimizer, weight stream", 0.6 * rank / job.gpus)
+        log(f"rank {rank} of {job.gpus}: weights, optimizer, weight stream", 0.6 * rank / job.gpus)
         with fake_rank(config, rank, job.gpus) as parallel:
             policy = meta_policy(config, job.vocab_size, parallel)
             stream = rank_stream(policy, GPUS_PER_NODE)
@@ -236,7 +238,7 @@ def make_plan(job: Job, say: Say) -> RunPlan:
     pipeline = config.policy.pipeline_model_parallel_size
     stages = []
     for stage in range(pipeline):
-        say(f"activations of pipeline stage {stage} of {pipeline}", 0.6 + 0.4 * stage / pipeline)
+        log(f"activations of pipeline stage {stage} of {pipeline}", 0.6 + 0.4 * stage / pipeline)
         # Responses stand last: most of their tokens are the first context-parallel rank's or the last one's.
         ends = {0, config.policy.context_parallel_size - 1}
         first = [r for r in ranks if (r.pp_rank, r.tp_rank, r.dp_rank) == (stage, 0, 0) and r.cp_rank in ends]
@@ -346,8 +348,10 @@ def _micro_batches(job: Job) -> tuple[int, float, float]:
     of those that is padding, or waiting for that rank."""
     policy = job.config.policy
     lengths = [round(job.lengths.prompt) + response for response in job.lengths.responses()]
-    plan = plan_for(policy, lengths, job.data_parallel)
-    places = max(plan.places(lengths, row_multiple(policy), token_multiple(policy))) * job.data_parallel
+    plan = schedule_for(policy, lengths, job.data_parallel)
+    places = (
+        max(plan.padded_tokens(lengths, row_multiple(policy), token_multiple(policy))) * job.data_parallel
+    )
     return plan.count, float(places), 1 - (sum(lengths) - len(lengths)) / places
 
 

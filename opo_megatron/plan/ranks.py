@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from opo_megatron.config.schema import Config
 from opo_megatron.distributed import cpu_backend
-from opo_megatron.distributed.process_groups import Parallel, leave, megatron_groups
+from opo_megatron.distributed.process_groups import Parallel, megatron_groups, shutdown
 from opo_megatron.policy.adam import use_group_step_adam
 from opo_megatron.policy.policy import Policy
 from opo_megatron.weights.sharding import Vocabulary
@@ -74,7 +74,7 @@ def fake_rank(config: Config, rank: int, world_size: int) -> Iterator[Parallel]:
     try:
         yield megatron_groups(config, META)
     finally:
-        leave()
+        shutdown()
 
 
 def meta_policy(config: Config, vocab_size: int, parallel: Parallel) -> Policy:
@@ -151,13 +151,13 @@ def _own_parameters(policy: Policy) -> int:
     for parameter in policy.table:
         if parameter.stage != parallel.pp_rank:
             continue
-        weight = remaining[parameter.chunk].pop(parameter.local_name)
-        is_replica = parameter.layout.partition_dim is None and parallel.tp_rank > 0
-        copy = parallel.edp_rank if parameter.is_expert else parallel.copy_rank
-        if copy or is_replica or parameter.is_copy:
+        weight = remaining[parameter.chunk].pop(parameter.mcore_name)
+        is_replica = parameter.sharding.partition_dim is None and parallel.tp_rank > 0
+        copy = parallel.edp_rank if parameter.is_expert else parallel.dp_cp_rank
+        if copy or is_replica or parameter.tied_duplicate:
             continue
         rows = weight.shape[0]
-        if isinstance(parameter.layout, Vocabulary):
+        if isinstance(parameter.sharding, Vocabulary):
             rows = max(0, min(rows, policy.vocab_size - parallel.tp_rank * rows))
         total += rows * math.prod(weight.shape[1:])
     missed = [name for names in remaining for name in names]

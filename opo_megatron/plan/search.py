@@ -15,7 +15,7 @@ from opo_megatron.plan.engine import plan_engine
 from opo_megatron.plan.hardware import GPUS_PER_NODE, Gpu
 from opo_megatron.plan.plan import (
     Job,
-    Say,
+    Log,
     Stage,
     count_stage,
     counted_config,
@@ -30,7 +30,7 @@ MOST_TRIES = 12
 
 
 def nearest_fit(
-    recipe: str, overrides: Sequence[str], job: Job, mean_response: float | None, say: Say
+    recipe: str, overrides: Sequence[str], job: Job, mean_response: float | None, log: Log
 ) -> list[str] | None:
     """Settings to add to the command so that the recipe fits on the same GPUs; None where none was found."""
 
@@ -44,7 +44,7 @@ def nearest_fit(
     for layout in layouts(job):
         if (laid_out := load(layout)) is None:
             continue
-        say(f"looking for a layout that fits: {' '.join(layout)}", tries / MOST_TRIES)
+        log(f"looking for a layout that fits: {' '.join(layout)}", tries / MOST_TRIES)
         held = count_ends(laid_out, with_activations=False)
         serving = next(
             (one for one in engines(job) if (new := load([*layout, *one])) and _problem(new, held) is None),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opo_megatron.batch.micro_batch import MicroBatch
 from opo_megatron.distributed.process_groups import Parallel
-from opo_megatron.kernels.lm_head import Coefficient, HeadOutput, VocabularyShard, sweep
+from opo_megatron.kernels.lm_head import Coefficient, HeadOutput, VocabularyShard, chunked_logprobs
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Head:
 
     def select(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
         """[b, s, H] → [n, H]: the hidden states that predict response tokens, without a gradient."""
-        return self.gather(hidden.detach()).flatten(0, 1)[micro.places]
+        return self.gather(hidden.detach()).flatten(0, 1)[micro.loss_positions]
 
     def reduce(self, d_hidden: Tensor) -> Tensor:
         """Sum the vocabulary shards' parts of the gradient [b, s, H], once, and keep this rank's part."""
@@ -65,10 +65,12 @@ def log_probs(
     """The sweep without gradients, over the response tokens of a micro-batch."""
     vocabulary, rows = head.vocabulary(weight)
     flat = head.select(hidden, micro).to(weight.dtype)
-    return sweep(flat, rows, micro.targets, vocabulary, temperature, head.chunk_tokens, exact=head.exact)
+    return chunked_logprobs(
+        flat, rows, micro.targets, vocabulary, temperature, head.chunk_tokens, exact=head.exact
+    )
 
 
-class HeadLoss(torch.autograd.Function):
+class LMHeadLoss(torch.autograd.Function):
     """hidden [b, s, H], weight [V, H] → the micro-batch's part of the loss, a scalar.
 
     The gradient of the scalar is 1 (the normaliser is in the coefficients), so the gradients that the
@@ -89,9 +91,9 @@ class HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         vocabulary, rows = head.vocabulary(weight)
         whole = head.gather(hidden.detach())
-        selected = whole.flatten(0, 1)[micro.places].to(weight.dtype)
+        selected = whole.flatten(0, 1)[micro.loss_positions].to(weight.dtype)
 
-        output = sweep(
+        output = chunked_logprobs(
             selected,
             rows,
             micro.targets,
@@ -104,7 +106,7 @@ class HeadLoss(torch.autograd.Function):
         )
         assert output.d_hidden is not None and output.loss is not None
         d_whole = torch.zeros_like(whole).flatten(0, 1)
-        d_whole[micro.places] = output.d_hidden.to(whole.dtype)
+        d_whole[micro.loss_positions] = output.d_hidden.to(whole.dtype)
         ctx.d_hidden = head.reduce(d_whole.view_as(whole))
         ctx.weight, ctx.shares_embedding = weight, shares_embedding
         output.d_hidden = None

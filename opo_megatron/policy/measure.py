@@ -44,7 +44,7 @@ def measure_energies(
     """Of all `total` samples of a step, on every rank, from this replica's part of them."""
     measured = measure_tokens(policy, batch, plan, temperature)
     sums = torch.zeros(2, total, dtype=torch.float64)
-    if policy.parallel.reports:
+    if policy.parallel.is_dp_leader:
         place = torch.tensor(plan.samples_of(policy.parallel.dp_rank), dtype=torch.int64)
         sums[0, place] = sums_over(measured.energy, batch.response_lengths)
         sums[1, place] = sums_over(measured.energy_hidden, batch.response_lengths)
@@ -61,7 +61,7 @@ def measure_tokens(policy: Policy, batch: Rollouts, plan: Plan, temperature: flo
         size = energy(output.log_prob, output.sum_squares)
         squares = policy.head.select(hidden, micro).float().square().sum(1)
         parts.append(torch.stack((output.log_prob, size, size * squares), 1))
-        numbers.append(micro.numbers)
+        numbers.append(micro.token_indices)
 
     policy.run_forward(batch, plan, collect)
     tokens = int(batch.response_lengths.sum())

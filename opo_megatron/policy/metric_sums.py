@@ -13,7 +13,7 @@ from opo_megatron.algorithm.on_policy import Mismatch, MismatchSums
 from opo_megatron.batch.micro_batch import MicroBatch
 from opo_megatron.distributed.process_groups import Parallel, all_reduce
 from opo_megatron.kernels.lm_head import HeadOutput
-from opo_megatron.kernels.token_loss import TokenPass
+from opo_megatron.kernels.token_loss import TokenLoss
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class StepMetrics:
     """Before clipping."""
 
 
-class StepSums:
+class MetricSums:
     """This rank's part of a step's sums, on its device until the step is over."""
 
     def __init__(self, parallel: Parallel, measures_mismatch: bool) -> None:
@@ -38,11 +38,11 @@ class StepSums:
         self._sums = torch.zeros(2, dtype=torch.float64, device=parallel.device)
         self._mismatch = MismatchSums(parallel.device) if measures_mismatch else None
 
-    def tokens(self, micro: MicroBatch, objective: Objective | None) -> TokenPass:
+    def tokens(self, micro: MicroBatch, objective: Objective | None) -> TokenLoss:
         """What the head asks for coefficients, and what adds the mismatch; None: only measured."""
-        return TokenPass(objective, micro.columns, self._mismatch)
+        return TokenLoss(objective, micro.columns, self._mismatch)
 
-    def add(self, tokens: TokenPass, output: HeadOutput) -> None:
+    def add(self, tokens: TokenLoss, output: HeadOutput) -> None:
         """One micro-batch, learned from or only measured."""
         entropy = output.entropy.double().sum()
         loss = torch.zeros_like(entropy) if output.loss is None else output.loss.double().sum()
@@ -61,8 +61,8 @@ class StepSums:
         if self._mismatch is not None:
             parts.append(self._mismatch.values.cpu())
             highest = all_reduce(self._parallel, self._mismatch.highest.cpu(), dist.ReduceOp.MAX)
-        own = torch.cat(parts) * float(self._parallel.counts_tokens)
-        totals = torch.cat((tokens * float(self._parallel.reports), own))
+        own = torch.cat(parts) * float(self._parallel.owns_logits)
+        totals = torch.cat((tokens * float(self._parallel.is_dp_leader), own))
         count, entropy, loss, *differences = all_reduce(self._parallel, totals).tolist()
         if count == 0:
             return StepMetrics(loss, 0, entropy=None, mismatch=None)

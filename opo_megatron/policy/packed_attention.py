@@ -22,7 +22,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 
-from opo_megatron.batch.packing import context_places
+from opo_megatron.batch.packing import context_positions
 
 
 class PackedAttention(DotProductAttention):
@@ -72,11 +72,11 @@ class PackedAttention(DotProductAttention):
 def _whole_row(own: Tensor, lengths: list[int], size: int) -> Tensor:
     """[T / C, …] of each context-parallel rank → [T, …] in the row's order; gradients are summed back."""
     gathered = gather_from_sequence_parallel_region(own, group=parallel_state.get_context_parallel_group())
-    places = torch.cat([context_places(lengths, rank, size) for rank in range(size)])
+    places = torch.cat([context_positions(lengths, rank, size) for rank in range(size)])
     return gathered[places.argsort()]
 
 
 def _behind(length: int, rank: int, size: int) -> Tensor:
     """[1, 1, length / C, length] of a sequence: which keys are behind each query of a rank, and so hidden."""
-    positions = context_places([length], rank, size)
+    positions = context_positions([length], rank, size)
     return (torch.arange(length) > positions.unsqueeze(1)).view(1, 1, -1, length)

@@ -50,7 +50,7 @@ def output_layer(policy: Policy, batch: Rollouts, plan: Plan, temperature: float
     def collect(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> None:
         hidden_parts.append(policy.head.select(hidden, micro))
         target_parts.append(micro.targets)
-        number_parts.append(micro.numbers)
+        number_parts.append(micro.token_indices)
         matrix[:] = [head_weight(chunk)]
 
     policy.run_forward(batch, plan, collect)
@@ -69,7 +69,7 @@ def output_layer(policy: Policy, batch: Rollouts, plan: Plan, temperature: float
             vocabulary,
             temperature,
             policy.head.chunk_tokens,
-            (parallel.copy_rank, parallel.copies),
+            (parallel.dp_cp_rank, parallel.dp_cp_size),
         )
         sums = torch.cat((found.gram.flatten(), found.energy, found.energy_hidden)).cpu()
     all_reduce(parallel, sums)
@@ -85,7 +85,7 @@ def all_parameters(policy: Policy, batch: Rollouts, plan: Plan, temperature: flo
     for i in range(len(batch)):
         one = batch.select([i])
         one.advantages = torch.ones(1, dtype=torch.float64)
-        alone = policy.plan_for_all(one.sequence_lengths, [0])
+        alone = policy.schedule_replicated(one.sequence_lengths, [0])
         policy.accumulate_gradients(one, alone, objective)
         policy.optimizer.prepare_grads()
         for kept, optimizer in zip(gradients, optimizers, strict=True):

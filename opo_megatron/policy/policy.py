@@ -29,18 +29,18 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from opo_megatron.algorithm.objective import Objective
-from opo_megatron.batch.micro_batch import MicroBatch, Plan, build_micro_batches, plan_for
+from opo_megatron.batch.micro_batch import MicroBatch, Plan, build_micro_batches, schedule_for
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config.choices import Dtype
 from opo_megatron.config.schema import Config, OptimizerConfig
 from opo_megatron.distributed.process_groups import Parallel, all_reduce
-from opo_megatron.errors import BadNumbers, UserError
+from opo_megatron.errors import NonFiniteError, UserError
 from opo_megatron.kernels.lm_head import default_chunk_tokens
 from opo_megatron.policy.layer_specs import row_multiple, spec_name, token_multiple
-from opo_megatron.policy.lm_head import Head, HeadLoss, log_probs
+from opo_megatron.policy.lm_head import Head, LMHeadLoss, log_probs
 from opo_megatron.policy.measure import measure_tokens
 from opo_megatron.policy.memory import PolicyMemory
-from opo_megatron.policy.metric_sums import StepMetrics, StepSums
+from opo_megatron.policy.metric_sums import MetricSums, StepMetrics
 from opo_megatron.policy.model import build_chunks, head_shares_embedding, head_weight, padded_vocab_size
 from opo_megatron.policy.optimizer import megatron_optimizer
 from opo_megatron.weights.param_mapping import Stages, parameters
@@ -56,7 +56,7 @@ from opo_megatron.weights.stream import (
 
 
 @dataclass(frozen=True)
-class OwnShards:
+class LocalParams:
     """One rank's part of a set of weights, parameter by parameter."""
 
     tensors: list[Tensor]
@@ -133,10 +133,10 @@ class Policy:
         Unmarked ones count as copies, and the gradient norm would leave out all ranks but one.
         """
         for parameter in self.table:
-            if parameter.stage == self.parallel.pp_rank and parameter.layout.partition_dim is not None:
-                weight = self.chunks[parameter.chunk].get_parameter(parameter.local_name)
+            if parameter.stage == self.parallel.pp_rank and parameter.sharding.partition_dim is not None:
+                weight = self.chunks[parameter.chunk].get_parameter(parameter.mcore_name)
                 if not hasattr(weight, "tensor_model_parallel"):  # biases are marked always
-                    set_tensor_model_parallel_attributes(weight, True, parameter.layout.partition_dim, 1)
+                    set_tensor_model_parallel_attributes(weight, True, parameter.sharding.partition_dim, 1)
 
     def _wrap(self, chunk: GPTModel, trains: bool) -> Any:
         module = Float16Module(chunk.config, chunk) if self.config.dtype is Dtype.bf16 else chunk
@@ -177,19 +177,19 @@ class Policy:
         """
         samples = range(lengths.numel()) if only is None else only
         if silent is None or not bool(silent.any()):
-            return self._plan_of(lengths, samples, self.parallel.dp_size)
+            return self._schedule_of(lengths, samples, self.parallel.dp_size)
         known = silent.tolist()
         learned, measured = [i for i in samples if not known[i]], [i for i in samples if known[i]]
-        silent_plan = self._plan_of(lengths, measured, self.parallel.dp_size)
-        return replace(self._plan_of(lengths, learned, self.parallel.dp_size), without_gradient=silent_plan)
+        silent_plan = self._schedule_of(lengths, measured, self.parallel.dp_size)
+        return replace(self._schedule_of(lengths, learned, self.parallel.dp_size), forward_only=silent_plan)
 
-    def plan_for_all(self, lengths: Tensor, samples: Sequence[int]) -> Plan:
+    def schedule_replicated(self, lengths: Tensor, samples: Sequence[int]) -> Plan:
         """Micro-batches of `samples` that every data-parallel replica runs alike."""
-        plan = self._plan_of(lengths, samples, replicas=1)
+        plan = self._schedule_of(lengths, samples, replicas=1)
         return replace(plan, rows=plan.rows * self.parallel.dp_size)
 
-    def _plan_of(self, lengths: Tensor, samples: Sequence[int], replicas: int) -> Plan:
-        plan = plan_for(self.config, [int(lengths[i]) for i in samples], replicas)
+    def _schedule_of(self, lengths: Tensor, samples: Sequence[int], replicas: int) -> Plan:
+        plan = schedule_for(self.config, [int(lengths[i]) for i in samples], replicas)
         rows = [[[samples[i] for i in batch] for batch in batches] for batches in plan.rows]
         return replace(plan, rows=rows)
 
@@ -231,20 +231,20 @@ class Policy:
             raise ValueError(f"{type(objective).__name__} cannot learn from these rollouts")
         self.memory.reload()
         self.zero_gradients()
-        sums = StepSums(self.parallel, batch.engine_log_prob is not None)
+        sums = MetricSums(self.parallel, batch.engine_log_prob is not None)
         self.run_backward(batch, plan, objective, sums)
         metrics = sums.total(batch.response_lengths)
         self._check_finite(metrics)
         return metrics
 
-    def run_backward(self, batch: Rollouts, plan: Plan, objective: Objective, sums: StepSums) -> None:
+    def run_backward(self, batch: Rollouts, plan: Plan, objective: Objective, sums: MetricSums) -> None:
         """What of `accumulate_gradients` needs no value of a tensor: all micro-batches, and the reduction."""
         measured = batch.engine_log_prob is not None
         columns = dict.fromkeys((*objective.columns, *(["engine_log_prob"] if measured else [])))
 
         def learn(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             tokens = sums.tokens(micro, objective)
-            value = HeadLoss.apply(
+            value = LMHeadLoss.apply(
                 hidden, head_weight(chunk), self.head, micro, tokens, objective.temperature,
                 partial(sums.add, tokens), head_shares_embedding(chunk),
             )  # fmt: skip
@@ -258,8 +258,8 @@ class Policy:
 
         learned, silent = self._parts(batch, plan)
         self._run(learned, plan, columns, learn, forward_only=False)
-        if plan.without_gradient is not None:
-            self._run(silent, plan.without_gradient, columns, measure, forward_only=True)
+        if plan.forward_only is not None:
+            self._run(silent, plan.forward_only, columns, measure, forward_only=True)
 
     def _parts(self, batch: Rollouts, plan: Plan) -> tuple[Rollouts, Rollouts]:
         """The samples with a gradient and those without, which stand behind them."""
@@ -279,7 +279,7 @@ class Policy:
         wrong = all_reduce(self.parallel, (~torch.isfinite(norms)).sum().cpu())
         if int(wrong) or not math.isfinite(metrics.loss):
             self.zero_gradients()
-            raise BadNumbers(
+            raise NonFiniteError(
                 f"the loss is {metrics.loss:g} and the gradient is {'not ' if int(wrong) else ''}finite, so "
                 "the weights stay as they are",
                 "resume from a checkpoint with a smaller optimizer.lr",
@@ -343,7 +343,7 @@ class Policy:
         with torch.no_grad():
             for parameter in self.table:
                 if parameter.stage == self.parallel.pp_rank:
-                    weight = self.chunks[parameter.chunk].get_parameter(parameter.local_name)
+                    weight = self.chunks[parameter.chunk].get_parameter(parameter.mcore_name)
                     weight.copy_(shards.read(parameter))
         if self.optimizer is not None:
             self.start_optimizer(self.optimizer_config)
@@ -357,31 +357,31 @@ class Policy:
         return stream_weights(ModelShards(self.chunks), self.table, self.parallel, limit, to)
 
     @contextmanager
-    def weights_from(self, source: WeightSource | OwnShards) -> Iterator[None]:
+    def swap_weights(self, source: WeightSource | LocalParams) -> Iterator[None]:
         """Within this context the model computes with the full tensors of `source`, or with what
         `shards_of` kept of them, forward only.
 
         Its own weights come back bit for bit, whatever happens; they cost one copy of this rank's part.
         """
-        own = OwnShards([parameter.detach().clone() for parameter in self._parameters()])
+        own = LocalParams([parameter.detach().clone() for parameter in self._parameters()])
         try:
-            if isinstance(source, OwnShards):
-                self._put(source)
+            if isinstance(source, LocalParams):
+                self._copy_in(source)
             else:
                 load_weights(self.chunks, self.table, self.parallel, source)
             yield
         finally:
-            self._put(own)
+            self._copy_in(own)
 
-    def shards_of(self, source: WeightSource) -> OwnShards:
+    def shards_of(self, source: WeightSource) -> LocalParams:
         """This rank's part of the full tensors of `source`, in the host's memory."""
-        with self.weights_from(source):
-            return OwnShards([parameter.detach().to("cpu", copy=True) for parameter in self._parameters()])
+        with self.swap_weights(source):
+            return LocalParams([parameter.detach().to("cpu", copy=True) for parameter in self._parameters()])
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
-    def _put(self, shards: OwnShards) -> None:
+    def _copy_in(self, shards: LocalParams) -> None:
         with torch.no_grad():
             for parameter, tensor in zip(self._parameters(), shards.tensors, strict=True):
                 parameter.copy_(tensor)

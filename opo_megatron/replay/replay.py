@@ -27,9 +27,9 @@ from opo_megatron.config import Config
 from opo_megatron.config.choices import EngineName, Kl
 from opo_megatron.config.schema import CheckpointConfig, ObserveConfig
 from opo_megatron.distributed.process_groups import all_gather_objects
-from opo_megatron.errors import BadNumbers, ReplayDiffers, UserError
-from opo_megatron.observe.metrics_file import Row, RowFile
-from opo_megatron.rollout.engine import NamedTensors, Progress, Request, Sampling
+from opo_megatron.errors import NonFiniteError, ReplayDiffers, UserError
+from opo_megatron.observe.metrics_file import MetricsFile, MetricsRow
+from opo_megatron.rollout.engine import GenerationRequest, NamedTensors, Progress, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.run import STREAM_TRAIN, Run
 from opo_megatron.train import opo_step
@@ -51,7 +51,7 @@ def replay(config: Config, run_dir: Path, step: int) -> None:
     Raises:
         ReplayDiffers: naming what is not as it was.
     """
-    recorded = {row["step"]: row for row in RowFile(run_dir / "audit.jsonl").read()}
+    recorded = {row["step"]: row for row in MetricsFile(run_dir / "audit.jsonl").read()}
     if step < 1 or (step not in recorded and not bad_batch(run_dir, step).exists()):
         raise UserError(
             f"--step {step}, but {run_dir / 'audit.jsonl'} tells of the steps 1 to "
@@ -108,7 +108,12 @@ class _Replay:
     """Steps of `run` beside the recorded ones."""
 
     def __init__(
-        self, run: Run, run_dir: Path, recorded: dict[int, Row], is_same_layout: bool, draws_again: bool
+        self,
+        run: Run,
+        run_dir: Path,
+        recorded: dict[int, MetricsRow],
+        is_same_layout: bool,
+        draws_again: bool,
     ) -> None:
         self.run, self.run_dir, self.recorded = run, run_dir, recorded
         self.is_same_layout, self.draws_again = is_same_layout, draws_again
@@ -118,7 +123,7 @@ class _Replay:
         warm_start(run)
         run.synchronize()
         if run.step < 0:
-            run.keep_start_weights()
+            run.save_reference_weights()
             run.finish_step({"step": 0})
         while run.step < last:
             step = run.step + 1
@@ -131,7 +136,7 @@ class _Replay:
             self._compare(step)
         how = "every digest is" if self.is_same_layout else f"all norms are within {NORM_TOLERANCE:g} of"
         drawn = "drawn again" if self.draws_again else "taken from its file"
-        run.display.say(f"step {last}: {how} what the run wrote (rollouts {drawn})")
+        run.display.log(f"step {last}: {how} what the run wrote (rollouts {drawn})")
 
     def _was_bad(self, step: int) -> bool:
         return self.recorded.get(step, {}).get("rollouts", NO_ROLLOUTS) == NO_ROLLOUTS
@@ -156,8 +161,8 @@ class _Replay:
         kept = Rollouts.load(bad_batch(self.run_dir, step))
         try:
             self._step(step)
-        except BadNumbers as error:
-            self.run.display.say(f"step {step} has its bad numbers again: {error.reason}")
+        except NonFiniteError as error:
+            self.run.display.log(f"step {step} has its bad numbers again: {error.reason}")
             return
         assert kept.rewards is not None
         wrong = (~torch.isfinite(kept.rewards)).nonzero()[:, 0].tolist()
@@ -178,7 +183,7 @@ class _Replay:
         if found is not None:
             raise ReplayDiffers(f"step {step}: {found}")
 
-    def _rollouts_differ(self, step: int, again: Row) -> str | None:
+    def _rollouts_differ(self, step: int, again: MetricsRow) -> str | None:
         columns, path = self.recorded[step]["columns"], batch(self.run_dir, step)
         done_again, changed = batch(self.run.files.dir, step), []
         in_file = Rollouts.load(path) if path.exists() else None
@@ -193,7 +198,7 @@ class _Replay:
             return f"{path} is not what the run wrote ({', '.join(changed)}){f': {where}' if where else ''}"
         return where or f"other {', '.join(other)} than the run wrote"
 
-    def _weights_differ(self, step: int, again: Row) -> str | None:
+    def _weights_differ(self, step: int, again: MetricsRow) -> str | None:
         for name, (digest, norm) in self.recorded[step]["tensors"].items():
             new_digest, new_norm = again["tensors"][name]
             if self.is_same_layout and digest != new_digest:
@@ -214,7 +219,7 @@ class _RecordedEngine:
         self.version = engine.version
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, progress: Progress | None = None
     ) -> Rollouts:
         if sampling.seed[1:2] != (STREAM_TRAIN,):
             return self._engine.generate(requests, sampling, progress)
@@ -223,7 +228,7 @@ class _RecordedEngine:
     def update_weights(self, buckets: NamedTensors, version: int) -> None:
         self._engine.update_weights(buckets, version)
 
-    def probe(self, requests: Sequence[Request], sampling: Sampling) -> dict[str, Rollouts]:
+    def probe(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> dict[str, Rollouts]:
         return self._engine.probe(requests, sampling)
 
     def sleep(self, keeps_weights: bool = False) -> None: ...

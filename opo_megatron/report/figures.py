@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from opo_megatron.report.arms import Arm, Band, band, bin_size
 from opo_megatron.report.measures import Measure, sections_of
 from opo_megatron.report.runs import Run
-from opo_megatron.utils.extras import load_part
+from opo_megatron.utils.extras import require_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,7 @@ def figures_of(arms: Sequence[Arm], with_png: bool, show: Callable[[str, float],
     Raises:
         UserError: where matplotlib is missing.
     """
-    matplotlib = load_part("matplotlib", "opo report", "report")
+    matplotlib = require_extra("matplotlib", "opo report", "report")
     matplotlib.use("Agg")
     found: list[Figure] = []
     sections = sections_of(arms)

@@ -16,7 +16,7 @@ import yaml
 
 from opo_megatron.config.compare import flat
 from opo_megatron.errors import UserError
-from opo_megatron.observe.metrics_file import Row, RowFile
+from opo_megatron.observe.metrics_file import MetricsFile, MetricsRow
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Run:
     """Shortest end of the path that tells the runs of this report apart."""
     settings: dict[str, Any]
     """Of config.yaml, by dotted key, in its order."""
-    rows: list[Row]
+    rows: list[MetricsRow]
     """Of metrics.jsonl, one or more, by step."""
     dumps: dict[int, Path]
     """Rollout files by step."""
@@ -101,8 +101,8 @@ def _read(folder: Path, name: str) -> Run:
     return Run(path=folder, name=name, settings=settings, rows=_rows(folder), dumps=_dumps(folder))
 
 
-def _rows(folder: Path) -> list[Row]:
-    file = RowFile(folder / "metrics.jsonl")
+def _rows(folder: Path) -> list[MetricsRow]:
+    file = MetricsFile(folder / "metrics.jsonl")
     rows = file.read()
     if not rows:
         raise UserError(f"{folder} has no metrics yet ({file.path} has no row); wait for its first step")

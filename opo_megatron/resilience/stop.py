@@ -41,14 +41,14 @@ class StopRequest:
     def listen(self) -> None:
         """From now on a signal leaves a note and no more (in the main thread, the only one that may)."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._flag) for number in SIGNALS}
 
     def close(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _flag(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number
 
     def _reason(self) -> int:
@@ -57,7 +57,7 @@ class StopRequest:
         seconds = time.monotonic() - self._started
         return _BUDGET if 0 < 60 * self._max_minutes <= seconds else 0
 
-    def cut_if_heard(self) -> None:
+    def raise_if_stopping(self) -> None:
         """
         Raises:
             Preempted: where this rank or, as far as is known, another has a note.

@@ -138,7 +138,7 @@ class Watchdog:
         speaker = min(set(range(self.parallel.world_size)) - set(silent), default=self.parallel.rank)
         self._wake_neighbours([now[rank] for rank in silent])
         if self.parallel.rank == speaker:
-            self._say(now, silent)
+            self._log(now, silent)
         else:
             time.sleep(STACKS_SECONDS)  # the launcher ends all ranks when the first has gone
         os._exit(EXIT_HUNG)
@@ -159,7 +159,7 @@ class Watchdog:
         while time.monotonic() < deadline and not all(p.exists() and p.stat().st_size for p in paths):
             time.sleep(0.05)
 
-    def _say(self, all_ranks: Sequence[Status], silent: Sequence[int]) -> None:
+    def _log(self, all_ranks: Sequence[Status], silent: Sequence[int]) -> None:
         if silent:
             blamed, what = list(silent), "is stopped or gone"
         else:

@@ -12,7 +12,7 @@ from opo_megatron.batch.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """One response to draw."""
 
     prompt_id: int
@@ -55,7 +55,7 @@ class RolloutEngine(Protocol):
     """Version of the weights held; None before the first complete update."""
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, progress: Progress | None = None
     ) -> Rollouts:
         """Draw one response per request, in the order of `requests`."""
         ...
@@ -64,7 +64,7 @@ class RolloutEngine(Protocol):
         """Take over the streamed weights; until the stream ends the engine holds no version."""
         ...
 
-    def probe(self, requests: Sequence[Request], sampling: Sampling) -> dict[str, Rollouts]:
+    def probe(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> dict[str, Rollouts]:
         """The same requests answered by every copy of the weights that this rank feeds, by name."""
         ...
 

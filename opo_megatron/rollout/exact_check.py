@@ -19,7 +19,7 @@ from opo_megatron.config.rules.exact import needs
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import OnPolicyError, UserError
 from opo_megatron.policy.policy import Policy
-from opo_megatron.rollout.engine import Request, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 
 LONGEST_PROMPT = 32
@@ -72,7 +72,7 @@ def check_exact(config: Config, policy: Policy, engine: LocalEngine, parallel: P
     return compared
 
 
-def _requests(policy: Policy, rank: int, slots: int, count: int) -> list[Request]:
+def _requests(policy: Policy, rank: int, slots: int, count: int) -> list[GenerationRequest]:
     """Random prompts of different lengths; with 3 slots the first two fill the context."""
     rng = random.Random(f"exact/{rank}/{slots}")
     room = policy.config.model.max_sequence_length - _response_limit(policy)
@@ -80,7 +80,7 @@ def _requests(policy: Policy, rank: int, slots: int, count: int) -> list[Request
     if slots == 3:
         lengths[:2] = [room, max(1, room - 1)]
     prompts = [tuple(rng.randrange(policy.vocab_size) for _ in range(length)) for length in lengths]
-    return [Request(i, i, rank, prompt) for i, prompt in enumerate(prompts)]
+    return [GenerationRequest(i, i, rank, prompt) for i, prompt in enumerate(prompts)]
 
 
 def _response_limit(policy: Policy) -> int:

@@ -21,43 +21,43 @@ from opo_megatron.policy.policy import Policy
 from opo_megatron.rollout.engine import RolloutEngine
 
 
-class Turns:
+class MemorySharing:
     """Who holds memory when; does nothing where policy and engine have memory of their own."""
 
-    def __init__(self, policy: Policy, engine: RolloutEngine, parallel: Parallel, are_taken: bool) -> None:
-        self._policy, self._engine, self._parallel, self.are_taken = policy, engine, parallel, are_taken
+    def __init__(self, policy: Policy, engine: RolloutEngine, parallel: Parallel, is_enabled: bool) -> None:
+        self._policy, self._engine, self._parallel, self.is_enabled = policy, engine, parallel, is_enabled
 
     def before_update(self) -> None:
         """The engine will need memory for weights, for which `update_weights` asks."""
-        if self.are_taken:
+        if self.is_enabled:
             self._policy.memory.free_gradients()
             self._wait_for_all()
 
     def after_update(self) -> None:
         """The engine will need memory for keys and values, too; called also where an update failed."""
-        if self.are_taken:
+        if self.is_enabled:
             self._policy.memory.offload_optimizer()
             self._wait_for_all()
 
-    def before_drawing(self) -> None:
+    def before_rollout(self) -> None:
         """The engine takes all the memory that it needs.
 
         Raises:
             EngineFailure: where it cannot.
         """
-        if self.are_taken:
+        if self.is_enabled:
             self._engine.wake()
 
     def before_training(self) -> None:
         """The policy needs all of its memory."""
-        if self.are_taken:
+        if self.is_enabled:
             self._engine_sleeps(keeps_weights=False)
             self._policy.memory.reload()
 
     @contextmanager
     def saving(self) -> Iterator[None]:
         """A checkpoint, for which the optimizer comes back while the engine keeps its weights."""
-        if not self.are_taken or self._policy.memory.is_complete:
+        if not self.is_enabled or self._policy.memory.is_complete:
             yield
             return
         self._engine_sleeps(keeps_weights=True)

@@ -18,7 +18,7 @@ from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, all_reduce
 from opo_megatron.errors import OnPolicyError
-from opo_megatron.rollout.engine import Request, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, Sampling
 
 if TYPE_CHECKING:
     from opo_megatron.policy.policy import Policy
@@ -27,13 +27,13 @@ PROBE_PROMPTS = 4
 PROBE_SAMPLING = Sampling(max_tokens=4, stop_tokens=(), seed=(0,), greedy=True)
 
 
-def probe_requests(model: ModelConfig, vocab_size: int) -> list[Request]:
+def probe_requests(model: ModelConfig, vocab_size: int) -> list[GenerationRequest]:
     """Random prompts of different lengths, the same in every run of a model."""
     rng = random.Random(0)
     longest = max(1, min(16, model.max_sequence_length - PROBE_SAMPLING.max_tokens))
     lengths = [max(1, longest - 3 * i) for i in range(PROBE_PROMPTS)]
     prompts = [tuple(rng.randrange(vocab_size) for _ in range(length)) for length in lengths]
-    return [Request(prompt_id=i, group=i, sample_index=0, tokens=p) for i, p in enumerate(prompts)]
+    return [GenerationRequest(prompt_id=i, group=i, sample_index=0, tokens=p) for i, p in enumerate(prompts)]
 
 
 def largest_difference(policy: Policy, parallel: Parallel, probes: dict[str, Rollouts]) -> tuple[float, str]:

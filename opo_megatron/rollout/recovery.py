@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.distributed.process_groups import all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
-from opo_megatron.rollout.engine import Progress, Request, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, Progress, Sampling
 from opo_megatron.rollout.probe import PROBE_SAMPLING, check_sync, largest_difference, probe_requests
 
 if TYPE_CHECKING:
@@ -38,23 +38,23 @@ def synchronize(run: Run) -> None:
             run.engine.update_weights(run.policy.stream_weights(), run.policy.version)
         finally:
             run.turns.after_update()
-        run.turns.before_drawing()
+        run.turns.before_rollout()
         return run.engine.probe(requests, PROBE_SAMPLING)
 
-    probes = _until_it_works(run, send, run.engine.recover, "weights could not be sent")
+    probes = retry_collectively(run, send, run.engine.recover, "weights could not be sent")
     difference, owner = largest_difference(run.policy, run.parallel, probes)
     run.sync_difference = difference
     check_sync(difference, owner, run.config.on_policy.tolerance, run.policy.version)
 
 
-def draw(run: Run, requests: Sequence[Request], sampling: Sampling, progress: Progress) -> Rollouts:
+def draw(run: Run, requests: Sequence[GenerationRequest], sampling: Sampling, progress: Progress) -> Rollouts:
     """One response per request of this rank; a collective."""
 
     def again() -> None:
         run.engine.recover()
         synchronize(run)
 
-    return _until_it_works(
+    return retry_collectively(
         run,
         lambda: run.engine.generate(requests, sampling, progress),
         again,
@@ -62,13 +62,13 @@ def draw(run: Run, requests: Sequence[Request], sampling: Sampling, progress: Pr
     )
 
 
-def _until_it_works(run: Run, work: Callable[[], T], mend: Callable[[], None], what: str) -> T:
-    """`work()` of all ranks, or `mend` and once more."""
+def retry_collectively(run: Run, fn: Callable[[], T], recover: Callable[[], None], what: str) -> T:
+    """`fn()` of all ranks, or `recover` and once more."""
     attempts = 1 + run.config.rollout.sglang.restarts
     for attempt in range(1, attempts + 1):
         result, failure, stop = None, None, None
         try:
-            result = work()
+            result = fn()
         except EngineFailure as error:
             failure = str(error)
         except Preempted as error:
@@ -82,9 +82,9 @@ def _until_it_works(run: Run, work: Callable[[], T], mend: Callable[[], None], w
             assert result is not None
             return result
         run.engine_failures += 1
-        run.display.say(f"engine failure {attempt} of at most {attempts}: {failures[0]}; {what}")
+        run.display.log(f"engine failure {attempt} of at most {attempts}: {failures[0]}; {what}")
         if attempt < attempts:
-            mend()
+            recover()
     raise UserError(
         f"the engine failed {attempts} times in a row ({failures[0]}); look into its log, then go on "
         "with resume=auto"

@@ -16,7 +16,7 @@ from opo_megatron.tasks.base import OneByOne, Prompt, Split
 from opo_megatron.tasks.text import prompt_tokens
 from opo_megatron.tasks.tokenizers import open_tokenizer
 from opo_megatron.tasks.verifiers import compile_pattern, last_match
-from opo_megatron.utils.extras import load_part
+from opo_megatron.utils.extras import require_extra
 
 SEEDS: dict[Split, int] = {"train": 1, "held_out": 2}
 
@@ -27,7 +27,7 @@ class ReasoningGymTask(OneByOne):
     def __init__(self, config: TaskConfig) -> None:
         if config.generator is None:
             raise UserError("task.name=reasoning_gym needs task.generator; name one, such as chain_sum")
-        gym = load_part("reasoning_gym", "task.name=reasoning_gym", "reasoning-gym")
+        gym = require_extra("reasoning_gym", "task.name=reasoning_gym", "reasoning-gym")
         self.config = config
         self.tokenizer = open_tokenizer(config.tokenizer)
         self.vocab_size, self.stop_tokens = self.tokenizer.vocab_size, self.tokenizer.stop_tokens

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opo_megatron.errors import UserError
-from opo_megatron.utils.extras import load_part
+from opo_megatron.utils.extras import require_extra
 
 HUB = "hub:"
 _SPLIT = re.compile(r"(train|test|validation)(\[.*\])?")
@@ -43,7 +43,7 @@ def parse_hub(source: str) -> tuple[str, str | None, str]:
 
 def _hub_rows(source: str) -> Iterable[tuple[int, Any]]:
     name, config, split = parse_hub(source)
-    datasets = load_part("datasets", f"reading {source}", "data")
+    datasets = require_extra("datasets", f"reading {source}", "data")
     try:
         return enumerate(datasets.load_dataset(name, config, split=split), 1)
     except Exception as error:  # network, names, files: each raises its own
@@ -59,7 +59,7 @@ def _file_rows(path: Path) -> Iterable[tuple[int, Any]]:
         wrong = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise UserError(f"the data file {path} {wrong}; check task.data and task.held_out_data")
     if path.suffix == ".parquet":
-        parquet = load_part("pyarrow.parquet", f"reading {path}", "data")
+        parquet = require_extra("pyarrow.parquet", f"reading {path}", "data")
         try:
             return enumerate(parquet.read_table(path).to_pylist(), 1)
         except (OSError, ValueError) as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from opo_megatron.errors import UserError
-from opo_megatron.utils.extras import load_part
+from opo_megatron.utils.extras import require_extra
 
 
 class Tokenizer(Protocol):
@@ -50,7 +50,7 @@ class FolderTokenizer:
             raise UserError(
                 f"task.tokenizer={folder} is neither 'bytes' nor a folder; name a tokenizer's folder"
             )
-        transformers = load_part("transformers", "task.tokenizer with a folder", "data")
+        transformers = require_extra("transformers", "task.tokenizer with a folder", "data")
         try:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self.vocab_size = len(self._tokenizer)

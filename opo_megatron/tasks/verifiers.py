@@ -21,7 +21,7 @@ from decimal import Decimal
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
 from opo_megatron.tasks.worker_pool import WorkerPool
-from opo_megatron.utils.extras import load_part
+from opo_megatron.utils.extras import require_extra
 
 MATH = "math"
 Verifier = Callable[[str, str, str], float]
@@ -94,7 +94,7 @@ def grading_workers(config: TaskConfig) -> WorkerPool | None:
     """The processes that grade mathematical answers; None for verifiers that run in this process."""
     if config.verifier != MATH:
         return None
-    load_part("math_verify", "task.verifier=math", "math")
+    require_extra("math_verify", "task.verifier=math", "math")
     return WorkerPool(config.verifier_workers, config.verifier_seconds, config.verifier_memory_mib)
 
 

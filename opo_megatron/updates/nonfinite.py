@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from opo_megatron.batch.stats import gather_on_first
-from opo_megatron.errors import BadNumbers
+from opo_megatron.batch.stats import gather_to_rank0
+from opo_megatron.errors import NonFiniteError
 from opo_megatron.evaluation.evaluate import evaluate, evaluation_is_due
 from opo_megatron.run import Run
 
 
 @contextmanager
-def surviving_bad_numbers(run: Run, step: int) -> Iterator[None]:
+def handle_nonfinite(run: Run, step: int) -> Iterator[None]:
     """Within this context is the OPO step `step`; a collective where it has bad numbers.
 
     Raises:
@@ -25,13 +25,13 @@ def surviving_bad_numbers(run: Run, step: int) -> Iterator[None]:
     """
     try:
         yield
-    except BadNumbers as error:
+    except NonFiniteError as error:
         assert run.drawn is not None
-        path = run.files.write_bad_batch(step, gather_on_first(run.parallel, run.drawn))
+        path = run.files.write_nonfinite_batch(step, gather_to_rank0(run.parallel, run.drawn))
         reason = f"step {step}: {error.reason}; its rollouts are in {path}"
         if run.config.run.on_bad_numbers == "stop":
-            raise BadNumbers(reason, error.remedy) from error
-        run.display.say(f"warning: {reason}; the step is skipped")
+            raise NonFiniteError(reason, error.remedy) from error
+        run.display.log(f"warning: {reason}; the step is skipped")
         run.synchronize()
         row = {"step": step, "skipped": 1}
         run.finish_step(row | (evaluate(run) if evaluation_is_due(run.config, step) else {}))

@@ -20,14 +20,14 @@ from opo_megatron.algorithm.objective import Clipped, loss_normalizer
 from opo_megatron.algorithm.on_policy import Mismatch, MismatchSums
 from opo_megatron.batch.micro_batch import Plan
 from opo_megatron.batch.rollouts import Rollouts
-from opo_megatron.batch.stats import Summary, exchange
+from opo_megatron.batch.stats import BatchStats, redistribute_to_dp
 from opo_megatron.distributed.process_groups import Parallel, all_reduce
 from opo_megatron.policy.metric_sums import StepMetrics
-from opo_megatron.run import Run, accept_on_policy
+from opo_megatron.run import Run, check_on_policy
 
 
-def clipped_updates(
-    run: Run, step: int, rollouts: Rollouts, batch: Summary, advantage: Tensor, rate: float
+def ppo_updates(
+    run: Run, step: int, rollouts: Rollouts, batch: BatchStats, advantage: Tensor, rate: float
 ) -> StepMetrics:
     """`algorithm.updates_per_batch` optimizer steps; means of what they report.
 
@@ -36,13 +36,13 @@ def clipped_updates(
     config, policy, algorithm = run.config, run.policy, run.config.algorithm
     mini_batches = split_prompts(batch.groups, algorithm.updates_per_batch, f"{config.run.seed}/{step}")
     plans = [policy.plan(batch.sequence_lengths, only=part) for part in mini_batches]
-    parts = [exchange(run.parallel, rollouts, plan, len(advantage)) for plan in plans]
+    parts = [redistribute_to_dp(run.parallel, rollouts, plan, len(advantage)) for plan in plans]
     temperature = config.rollout.temperature
     for part, plan in zip(parts, plans, strict=True):
         part.old_log_prob = policy.log_probs(part, plan, temperature)
     mismatch = _mismatch(run.parallel, parts)
     nothing_yet = StepMetrics(0.0, int(batch.response_lengths.sum()), None, mismatch)
-    accept_on_policy(run, nothing_yet)
+    check_on_policy(run, nothing_yet)
     if algorithm.kl_coefficient:
         _measure_reference(run, parts, plans, temperature)
     found = []
@@ -83,7 +83,7 @@ def _mismatch(parallel: Parallel, parts: list[Rollouts]) -> Mismatch | None:
             sums.add(part.old_log_prob - part.engine_log_prob)
         tokens += part.old_log_prob.numel()
     mine = torch.cat((sums.values, torch.tensor([float(tokens)], dtype=torch.float64)))
-    *values, count = all_reduce(parallel, mine * float(parallel.reports)).tolist()
+    *values, count = all_reduce(parallel, mine * float(parallel.is_dp_leader)).tolist()
     highest = all_reduce(parallel, sums.highest, dist.ReduceOp.MAX)
     return MismatchSums.result(values, float(highest), count) if count else None
 
@@ -93,6 +93,6 @@ def _measure_reference(run: Run, parts: list[Rollouts], plans: list[Plan], tempe
     assert run.start_weights is not None
     if run.reference is None:
         run.reference = run.policy.shards_of(run.start_weights)
-    with run.policy.weights_from(run.reference):
+    with run.policy.swap_weights(run.reference):
         for part, plan in zip(parts, plans, strict=True):
             part.reference_log_prob = run.policy.log_probs(part, plan, temperature)

@@ -47,7 +47,7 @@ def _supervised_step(run: Run, step: int) -> None:
         row["entropy"] = metrics.entropy
     run.display.status(f"warm start {step}/{config.steps}  loss {metrics.loss:.3f}", step / config.steps)
     if step % SAY_EVERY == 0 or step == config.steps:
-        run.display.say(f"warm start  step {step}/{config.steps}  loss {metrics.loss:.3f}")
+        run.display.log(f"warm start  step {step}/{config.steps}  loss {metrics.loss:.3f}")
     run.finish_warm_step(row | timer.metrics())
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opo_megatron.algorithm.advantages import advantages
+from opo_megatron.algorithm.advantages import compute_advantages
 from opo_megatron.algorithm.config import AlgorithmConfig, Baseline, VarianceOf, Weight
 from opo_megatron.algorithm.fitted_weights import FEATURES, STATE
 from opo_megatron.algorithm.presets import PRESETS
@@ -25,9 +25,9 @@ from opo_megatron.algorithm.variance import (
     variance_and_signal,
 )
 from opo_megatron.batch.rollouts import Rollouts
-from opo_megatron.batch.stats import Summary, exchange
+from opo_megatron.batch.stats import BatchStats, redistribute_to_dp
 from opo_megatron.config import Config
-from opo_megatron.observe.metrics_file import Row
+from opo_megatron.observe.metrics_file import MetricsRow
 from opo_megatron.policy import per_sample
 from opo_megatron.run import Run
 
@@ -41,7 +41,9 @@ def report_is_due(config: Config, step: int) -> bool:
     return every > 0 and (step - 1) % every == 0
 
 
-def variance_report(run: Run, step: int, rollouts: Rollouts, batch: Summary, advantage: Tensor) -> Row:
+def variance_report(
+    run: Run, step: int, rollouts: Rollouts, batch: BatchStats, advantage: Tensor
+) -> MetricsRow:
     """Measure, learn where the baseline does, and say it; a collective of all ranks.
 
     Args:
@@ -52,7 +54,7 @@ def variance_report(run: Run, step: int, rollouts: Rollouts, batch: Summary, adv
     chosen = (batch.groups < run.config.algorithm.variance_prompts).nonzero()[:, 0]
     measured = _measure(run, rollouts, batch, chosen)
     used = {"this_run": advantage[chosen], "batch_length": _over_batch(batch)[chosen]}
-    row: Row = {}
+    row: MetricsRow = {}
     for name, a in (estimators(measured, run.fitted_weights) | used).items():
         row[f"variance/{name}"], row[f"signal/{name}"] = variance_and_signal(measured, a)
     measures = {
@@ -68,15 +70,15 @@ def variance_report(run: Run, step: int, rollouts: Rollouts, batch: Summary, adv
         mixture = zip(FEATURES, run.fitted_weights.coefficients.tolist(), strict=True)
         row |= {f"baseline/auto_{name}": value for name, value in mixture}
     if run.files.writes:
-        run.display.say(_line(step, [*run.files.metrics.read(), row]))
+        run.display.log(_line(step, [*run.files.metrics.read(), row]))
     return row
 
 
-def _measure(run: Run, rollouts: Rollouts, batch: Summary, chosen: Tensor) -> Measured:
+def _measure(run: Run, rollouts: Rollouts, batch: BatchStats, chosen: Tensor) -> Measured:
     """Inner products and energies of the samples `chosen`, in that order."""
     policy, config = run.policy, run.config
-    plan = policy.plan_for_all(batch.sequence_lengths, chosen.tolist())
-    samples = exchange(run.parallel, rollouts, plan, len(batch.groups))
+    plan = policy.schedule_replicated(batch.sequence_lengths, chosen.tolist())
+    samples = redistribute_to_dp(run.parallel, rollouts, plan, len(batch.groups))
     whole = config.algorithm.variance_of is VarianceOf.all_parameters
     measure = per_sample.all_parameters if whole else per_sample.output_layer
     found = measure(policy, samples, plan, config.rollout.temperature)
@@ -90,12 +92,12 @@ def _measure(run: Run, rollouts: Rollouts, batch: Summary, chosen: Tensor) -> Me
     )
 
 
-def _over_batch(batch: Summary) -> Tensor:
+def _over_batch(batch: BatchStats) -> Tensor:
     config = AlgorithmConfig(Baseline.batch_length, **PRESETS[Baseline.batch_length]._asdict())
-    return advantages(config, batch.rewards, batch.response_lengths, batch.groups)
+    return compute_advantages(config, batch.rewards, batch.response_lengths, batch.groups)
 
 
-def relative_noise(reports: Sequence[Row]) -> dict[str, float]:
+def relative_noise(reports: Sequence[MetricsRow]) -> dict[str, float]:
     """What the responses to a prompt add to the variance, under each unbiased estimator, RLOO's being 1.
 
     Sums over reports, because single ones are noisy; the part that prompts make is taken off where known.
@@ -107,7 +109,7 @@ def relative_noise(reports: Sequence[Row]) -> dict[str, float]:
     return {name: value / noise["rloo"] for name, value in noise.items()} if noise["rloo"] > 0 else {}
 
 
-def _line(step: int, rows: Sequence[Row]) -> str:
+def _line(step: int, rows: Sequence[MetricsRow]) -> str:
     reports = [row for row in rows if "variance/rloo" in row]
     ratios = [f"{name} {ratio:.2f}" for name, ratio in relative_noise(reports).items()]
     keys = {word: f"variance/correlation_{word}" for word in ("length", "energy")}

@@ -21,16 +21,16 @@ def check_new(folder: Path) -> None:
 
 
 @contextmanager
-def new_folder(folder: Path, leads: bool = True) -> Iterator[Path]:
-    """`whole_folder` for a name that is not taken.
+def new_folder(folder: Path, is_writer: bool = True) -> Iterator[Path]:
+    """`atomic_dir` for a name that is not taken.
 
     Raises:
         UserError: where it is, or where the disk is full.
     """
-    if leads:
+    if is_writer:
         check_new(folder)
     try:
-        with whole_folder(folder, leads) as partial:
+        with atomic_dir(folder, is_writer) as partial:
             yield partial
     except OSError as error:
         if error.errno not in _FULL:
@@ -42,7 +42,7 @@ def new_folder(folder: Path, leads: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(folder: Path, leads: bool = True, replaces: bool = False) -> Iterator[Path]:
+def atomic_dir(folder: Path, is_writer: bool = True, replaces: bool = False) -> Iterator[Path]:
     """Yield `<folder>.partial`, empty, which is named `folder` at the end, or removed on an error.
 
     Args:
@@ -50,16 +50,16 @@ def whole_folder(folder: Path, leads: bool = True, replaces: bool = False) -> It
         replaces: whether a folder of that name gives way to it.
     """
     partial = folder.with_name(folder.name + ".partial")
-    if leads:
+    if is_writer:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     try:
         yield partial
-        if leads:
+        if is_writer:
             if replaces:  # by itself a folder takes the place of an empty one only
                 shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
     except BaseException:
-        if leads:
+        if is_writer:
             shutil.rmtree(partial, ignore_errors=True)
         raise

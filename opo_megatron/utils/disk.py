@@ -13,7 +13,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 @contextmanager
-def writing(folder: str | Path) -> Iterator[None]:
+def report_disk_errors(folder: str | Path) -> Iterator[None]:
     """Within this context what the file system refuses is a UserError that names `folder`."""
     from safetensors import SafetensorError
 

@@ -11,7 +11,7 @@ from typing import Any
 from opo_megatron.errors import UserError
 
 
-def load_part(module: str, wanted_by: str, extra: str) -> Any:
+def require_extra(module: str, wanted_by: str, extra: str) -> Any:
     """Import a module of an optional extra.
 
     Raises:
@@ -27,7 +27,7 @@ def load_part(module: str, wanted_by: str, extra: str) -> Any:
 
 
 @contextmanager
-def hidden(module: str) -> Iterator[None]:
+def block_import(module: str) -> Iterator[None]:
     """Within this context importing `module` fails, for a library that tries to without being asked."""
     if module in sys.modules:
         yield

@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.fp8 import not_finite
-from opo_megatron.utils.extras import load_part
+from opo_megatron.utils.extras import require_extra
 from opo_megatron.weights.hf_folder import copy_companions
 
 WANTED_BY = "--quantize fp8"
@@ -32,15 +32,15 @@ def load_modelopt() -> tuple[Any, Any, Any]:
     Raises:
         UserError: naming what is not installed.
     """
-    transformers = load_part("transformers", WANTED_BY, "modelopt")
+    transformers = require_extra("transformers", WANTED_BY, "modelopt")
     with _without_warnings():
-        quantization = load_part("modelopt.torch.quantization", WANTED_BY, "modelopt")
-        exporter = load_part("modelopt.torch.export", WANTED_BY, "modelopt")
+        quantization = require_extra("modelopt.torch.quantization", WANTED_BY, "modelopt")
+        exporter = require_extra("modelopt.torch.export", WANTED_BY, "modelopt")
     return transformers, quantization, exporter
 
 
 def quantize_calibrated(
-    source: Path, target: Path, prompts: Sequence[Sequence[int]], shard_bytes: int, say: Callable[[str], None]
+    source: Path, target: Path, prompts: Sequence[Sequence[int]], shard_bytes: int, log: Callable[[str], None]
 ) -> None:
     """Write the model in `source` into the empty folder `target`.
 
@@ -56,7 +56,7 @@ def quantize_calibrated(
         for number, prompt in enumerate(prompts, 1):
             model(torch.tensor([prompt]), use_cache=False)
             if number * 10 // len(prompts) > (number - 1) * 10 // len(prompts):
-                say(f"{number} of {len(prompts)} prompts calibrated with")
+                log(f"{number} of {len(prompts)} prompts calibrated with")
 
     transformers.utils.logging.disable_progress_bar()
     with _without_warnings(), torch.no_grad():

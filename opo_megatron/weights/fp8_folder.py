@@ -43,7 +43,7 @@ class BlockFp8:
             for name, shape in parameter.tensors[0]:
                 if len(shape) != 2 or not name.startswith("model.layers."):
                     continue
-                if parameter.layout.partition_dim is None:  # the router
+                if parameter.sharding.partition_dim is None:  # the router
                     untouched.append(name.removesuffix(".weight"))
                 elif all(size % BLOCK == 0 for size in shape):
                     self._quantized.add(name)

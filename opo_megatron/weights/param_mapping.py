@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from opo_megatron.config.schema import ModelConfig
-from opo_megatron.weights.sharding import GateUp, Layout, QueryKeyValue, Replicated, Sharded, Vocabulary
+from opo_megatron.weights.sharding import GateUp, QueryKeyValue, Replicated, Sharded, Sharding, Vocabulary
 
 Shape = tuple[int, ...]
 LayerSpec = Literal["local", "transformer_engine"]
@@ -33,35 +33,35 @@ def _sparse(model: ModelConfig) -> bool:
 
 
 @dataclass(frozen=True)
-class Row:
+class ParamSpec:
     """One parameter of every layer."""
 
-    local: str
+    mcore_name: str
     """Name in the local layer spec; {j} is a local expert."""
     tensors: dict[str, str]
     """Hugging Face name in the layer → its dimensions, by the names of `_dimensions`; {e} is an expert."""
-    layout: Callable[[ModelConfig], Layout]
+    sharding: Callable[[ModelConfig], Sharding]
     when: Callable[[ModelConfig], bool] = lambda model: True
     transformer_engine: str | None = None
     """Name in Transformer Engine's spec where it is another one."""
 
     @property
     def is_expert(self) -> bool:
-        return "{j}" in self.local
+        return "{j}" in self.mcore_name
 
 
-_REPLICATED: Callable[[ModelConfig], Layout] = lambda model: Replicated()  # noqa: E731
-_ROW_PARALLEL: Callable[[ModelConfig], Layout] = lambda model: Sharded(1)  # noqa: E731
-_GATE_UP: Callable[[ModelConfig], Layout] = lambda model: GateUp()  # noqa: E731
+_REPLICATED: Callable[[ModelConfig], Sharding] = lambda model: Replicated()  # noqa: E731
+_ROW_PARALLEL: Callable[[ModelConfig], Sharding] = lambda model: Sharded(1)  # noqa: E731
+_GATE_UP: Callable[[ModelConfig], Sharding] = lambda model: GateUp()  # noqa: E731
 
-ROWS = (
-    Row(
+PARAM_SPECS = (
+    ParamSpec(
         "input_layernorm.weight",
         {"input_layernorm.weight": "hidden"},
         _REPLICATED,
         transformer_engine="self_attention.linear_qkv.layer_norm_weight",
     ),
-    Row(
+    ParamSpec(
         "self_attention.linear_qkv.weight",
         {
             "self_attn.q_proj.weight": "queries hidden",
@@ -70,7 +70,7 @@ ROWS = (
         },
         QueryKeyValue.of,
     ),
-    Row(
+    ParamSpec(
         "self_attention.linear_qkv.bias",
         {
             "self_attn.q_proj.bias": "queries",
@@ -80,46 +80,46 @@ ROWS = (
         QueryKeyValue.of,
         when=lambda model: model.add_qkv_bias,
     ),
-    Row(
+    ParamSpec(
         "self_attention.q_layernorm.weight",
-        {"self_attn.q_norm.weight": "width"},
+        {"self_attn.q_norm.weight": "head_dim"},
         _REPLICATED,
         when=lambda model: model.qk_layernorm,
     ),
-    Row(
+    ParamSpec(
         "self_attention.k_layernorm.weight",
-        {"self_attn.k_norm.weight": "width"},
+        {"self_attn.k_norm.weight": "head_dim"},
         _REPLICATED,
         when=lambda model: model.qk_layernorm,
     ),
-    Row(
+    ParamSpec(
         "self_attention.linear_proj.weight",
         {"self_attn.o_proj.weight": "hidden queries"},
         _ROW_PARALLEL,
     ),
-    Row(
+    ParamSpec(
         "pre_mlp_layernorm.weight",
         {"post_attention_layernorm.weight": "hidden"},
         _REPLICATED,
         when=_dense,
         transformer_engine="mlp.linear_fc1.layer_norm_weight",
     ),
-    Row(
+    ParamSpec(
         "mlp.linear_fc1.weight",
         {"mlp.gate_proj.weight": "ffn hidden", "mlp.up_proj.weight": "ffn hidden"},
         _GATE_UP,
         when=_dense,
     ),
-    Row("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "hidden ffn"}, _ROW_PARALLEL, when=_dense),
+    ParamSpec("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "hidden ffn"}, _ROW_PARALLEL, when=_dense),
     # Before experts the norm stands alone in both specs: the router needs its output too.
-    Row(
+    ParamSpec(
         "pre_mlp_layernorm.weight",
         {"post_attention_layernorm.weight": "hidden"},
         _REPLICATED,
         when=_sparse,
     ),
-    Row("mlp.router.weight", {"mlp.gate.weight": "experts hidden"}, _REPLICATED, when=_sparse),
-    Row(
+    ParamSpec("mlp.router.weight", {"mlp.gate.weight": "experts hidden"}, _REPLICATED, when=_sparse),
+    ParamSpec(
         "mlp.experts.local_experts.{j}.linear_fc1.weight",
         {
             "mlp.experts.{e}.gate_proj.weight": "moe_ffn hidden",
@@ -129,7 +129,7 @@ ROWS = (
         when=_sparse,
         transformer_engine="mlp.experts.linear_fc1.weight{j}",
     ),
-    Row(
+    ParamSpec(
         "mlp.experts.local_experts.{j}.linear_fc2.weight",
         {"mlp.experts.{e}.down_proj.weight": "hidden moe_ffn"},
         _ROW_PARALLEL,
@@ -146,7 +146,7 @@ def _dimensions(model: ModelConfig) -> dict[str, int]:
     assert model.num_query_groups is not None and model.kv_channels is not None
     return {
         "hidden": model.hidden_size,
-        "width": model.kv_channels,
+        "head_dim": model.kv_channels,
         "queries": model.num_attention_heads * model.kv_channels,
         "keys": model.num_query_groups * model.kv_channels,
         "ffn": model.ffn_hidden_size,
@@ -159,9 +159,9 @@ def _dimensions(model: ModelConfig) -> dict[str, int]:
 class Parameter:
     """One Megatron parameter, or with experts the j-th local one of every expert-parallel rank."""
 
-    local_name: str
+    mcore_name: str
     """In its chunk, e.g. `decoder.layers.0.mlp.linear_fc1.weight`."""
-    layout: Layout
+    sharding: Sharding
     tensors: tuple[tuple[tuple[str, Shape], ...], ...]
     """Per expert-parallel rank (one entry where there are no experts): its (name, shape) tensors."""
     stage: int
@@ -169,7 +169,7 @@ class Parameter:
     chunk: int
     """Virtual stage there."""
     is_expert: bool = False
-    is_copy: bool = False
+    tied_duplicate: bool = False
     """The last stage's copy of a tied embedding: loaded, never streamed."""
 
     @property
@@ -214,7 +214,9 @@ def parameters(
         head = (((HEAD, (vocab_size, hidden)),),)
         table.append(Parameter("output_layer.weight", vocabulary, head, stage, chunk))
     elif stages.pipeline > 1:
-        table.append(Parameter("output_layer.weight", vocabulary, embedding, stage, chunk, is_copy=True))
+        table.append(
+            Parameter("output_layer.weight", vocabulary, embedding, stage, chunk, tied_duplicate=True)
+        )
     return table
 
 
@@ -229,8 +231,8 @@ def _layer(
 ) -> Iterator[Parameter]:
     stage, chunk, local = stages.place(layer)
     sizes, local_experts = _dimensions(model), (model.num_moe_experts or 0) // ep_size
-    for row in (row for row in ROWS if row.when(model)):
-        name = row.local if spec == "local" or row.transformer_engine is None else row.transformer_engine
+    for row in (row for row in PARAM_SPECS if row.when(model)):
+        name = row.mcore_name if spec == "local" or row.transformer_engine is None else row.transformer_engine
         shapes = {
             hf_name: tuple(sizes[dimension] for dimension in dimensions.split())
             for hf_name, dimensions in row.tensors.items()
@@ -242,4 +244,4 @@ def _layer(
                 for e in experts
             )
             ours = f"decoder.layers.{local}.{name.format(j=j)}"
-            yield Parameter(ours, row.layout(model), tensors, stage, chunk, row.is_expert)
+            yield Parameter(ours, row.sharding(model), tensors, stage, chunk, row.is_expert)

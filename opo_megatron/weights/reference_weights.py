@@ -24,7 +24,7 @@ from opo_megatron.config.schema import ModelConfig
 from opo_megatron.distributed.process_groups import Parallel
 from opo_megatron.errors import UnreadableWeights, UserError
 from opo_megatron.rollout.engine import NamedTensors
-from opo_megatron.utils.atomic_dir import whole_folder
+from opo_megatron.utils.atomic_dir import atomic_dir
 from opo_megatron.weights.hf_folder import HfWriter, read_weights
 from opo_megatron.weights.param_mapping import Stages, parameters
 from opo_megatron.weights.safetensors_file import StoredTensor, TensorInfo
@@ -33,7 +33,7 @@ from opo_megatron.weights.sharding import Sliceable
 FOLDER = "start_weights"
 
 
-class StartWeights:
+class ReferenceWeights:
     """Writes, takes over and reads the start weights of one run.  Called with a name, it gives a tensor."""
 
     def __init__(self, run_dir: Path, parallel: Parallel, model: ModelConfig, vocab_size: int) -> None:
@@ -60,7 +60,7 @@ class StartWeights:
     @contextmanager
     def _new_folder(self) -> Iterator[Path]:
         """What takes the folder's place, on the first rank, before any rank goes on."""
-        with whole_folder(self.folder, leads=self.parallel.rank == 0, replaces=True) as partial:
+        with atomic_dir(self.folder, is_writer=self.parallel.rank == 0, replaces=True) as partial:
             yield partial
         dist.barrier(group=self.parallel.cpu_group)
 

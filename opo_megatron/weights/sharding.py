@@ -29,7 +29,7 @@ class Sliceable(Protocol):
         ...
 
 
-class Layout(Protocol):
+class Sharding(Protocol):
     @property
     def partition_dim(self) -> int | None:
         """Dimension of the Megatron parameter that is cut; None where every rank holds all of it."""

@@ -2,7 +2,7 @@
 
 Every rank enters with the same bucket order, which follows from the table alone.  Per bucket the
 owning pipeline stage gathers its shards over tensor-parallel (or expert) ranks and hands the result
-to the other stages (`to="all"`) or to rank 0 alone (`to="one"`); then full tensors are joined from
+to the other stages (`to="all"`) or to rank 0 alone (`to="rank0"`); then full tensors are joined from
 the shards.  No rank ever holds more than a bucket besides its own shards.  No branch depends on a
 tensor's value, so the same code runs on meta tensors.
 """
@@ -25,7 +25,7 @@ Bucket = list[tuple[str, Tensor]]
 """(Hugging Face name, full tensor)."""
 WeightSource = Callable[[str], Sliceable]
 """Full tensor, in memory or in a file, by Hugging Face name."""
-Receivers = Literal["all", "one"]
+Receivers = Literal["all", "rank0"]
 
 
 class Shards(Protocol):
@@ -51,7 +51,7 @@ class ModelShards:
         return self._dtype
 
     def read(self, parameter: Parameter) -> Tensor:
-        return self._parameters[parameter.chunk][parameter.local_name].detach()
+        return self._parameters[parameter.chunk][parameter.mcore_name].detach()
 
 
 def stream_weights(
@@ -63,7 +63,7 @@ def stream_weights(
 ) -> Iterator[Bucket]:
     """Yield buckets of full tensors; a collective of all ranks, which must take every bucket.
 
-    With `to="one"` the buckets of every rank but rank 0 are empty.  A tensor may be the model's own
+    With `to="rank0"` the buckets of every rank but rank 0 are empty.  A tensor may be the model's own
     memory: it is not to be written to, and holds these weights until the next optimizer step.
     """
     for bucket in buckets(table, bucket_bytes, shards.dtype):
@@ -77,7 +77,7 @@ def buckets(
     bucket: list[Parameter] = []
     size, kind = 0, None
     for parameter in table:
-        if parameter.is_copy:
+        if parameter.tied_duplicate:
             continue
         its_kind = (parameter.stage, parameter.is_expert, dtype(parameter))
         its_size = parameter.numel * its_kind[2].itemsize
@@ -112,7 +112,7 @@ def _join(parameter: Parameter, shards: list[Tensor], tp_size: int) -> Bucket:
     """Full tensors of a parameter from the shards of all ranks, tensor-parallel ranks innermost."""
     named: Bucket = []
     for rank, tensors in enumerate(parameter.tensors):
-        joined = parameter.layout.join(shards[rank * tp_size : (rank + 1) * tp_size])
+        joined = parameter.sharding.join(shards[rank * tp_size : (rank + 1) * tp_size])
         named.extend((name, full) for (name, _), full in zip(tensors, joined, strict=True))
     return named
 
@@ -129,7 +129,7 @@ def _collect(
     stage, is_expert = bucket[0].stage, bucket[0].is_expert
     is_owner = parallel.pp_rank == stage
     # Every copy is the same; rank 0 takes it from its own.
-    if to == "one" and (parallel.edp_rank if is_expert else parallel.copy_rank) > 0:
+    if to == "rank0" and (parallel.edp_rank if is_expert else parallel.dp_cp_rank) > 0:
         return None
     flat = torch.empty(shape if not is_owner else 0, dtype=shards.dtype(bucket[0]), device=parallel.device)
     if is_owner:
@@ -139,15 +139,15 @@ def _collect(
             if gathered is None:
                 return None
             flat = gathered
-    elif to == "one" and any(dist.get_rank(group) > 0 for _, group in groups):
+    elif to == "rank0" and any(dist.get_rank(group) > 0 for _, group in groups):
         return None
     if parallel.pp_size == 1:
         return flat
-    return _hand_over(flat, stage, parallel, to)
+    return _send_to_stages(flat, stage, parallel, to)
 
 
 def _gather_rows(flat: Tensor, size: int, group: Any, to: Receivers) -> Tensor | None:
-    """[rows, n] of each rank → [size · rows, n], rank by rank; None on all but the first with `to="one"`."""
+    """[rows, n] of each rank → [size · rows, n], rank by rank; None on all but the first with `to="rank0"`."""
     if size == 1:
         return flat
     flat = flat.contiguous()
@@ -164,7 +164,7 @@ def _gather_rows(flat: Tensor, size: int, group: Any, to: Receivers) -> Tensor |
     return gathered
 
 
-def _hand_over(flat: Tensor, stage: int, parallel: Parallel, to: Receivers) -> Tensor | None:
+def _send_to_stages(flat: Tensor, stage: int, parallel: Parallel, to: Receivers) -> Tensor | None:
     """From the owning stage to all stages, or to the first."""
     owner, first = (dist.get_global_rank(parallel.pp_group, s) for s in (stage, 0))
     if to == "all":
@@ -179,7 +179,7 @@ def _hand_over(flat: Tensor, stage: int, parallel: Parallel, to: Receivers) -> T
 
 def _shard_shape(parameter: Parameter, size: int) -> torch.Size:
     tensors = [torch.empty(shape, device="meta") for _, shape in parameter.tensors[0]]
-    return parameter.layout.split(tensors, 0, size).shape
+    return parameter.sharding.split(tensors, 0, size).shape
 
 
 def read_shard(parameter: Parameter, parallel: Parallel, source: WeightSource) -> Tensor:
@@ -188,7 +188,7 @@ def read_shard(parameter: Parameter, parallel: Parallel, source: WeightSource) -
     if parameter.is_expert:
         rank, size = parallel.etp_rank, parallel.etp_size
         tensors = parameter.tensors[parallel.ep_rank]
-    return parameter.layout.split([source(name) for name, _ in tensors], rank, size)
+    return parameter.sharding.split([source(name) for name, _ in tensors], rank, size)
 
 
 def load_weights(
@@ -206,7 +206,7 @@ def load_weights(
     for parameter in table:
         if parameter.stage != parallel.pp_rank:
             continue
-        target = remaining[parameter.chunk].pop(parameter.local_name)
+        target = remaining[parameter.chunk].pop(parameter.mcore_name)
         with torch.no_grad():
             target.copy_(read_shard(parameter, parallel, source))
     missed = [name for names in remaining for name in names]

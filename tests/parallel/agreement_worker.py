@@ -18,15 +18,15 @@ import torch
 import torch.distributed as dist
 from small import VOCAB_SIZE, small_config, small_policy
 
-from opo_megatron.batch.stats import exchange, gather_on_first, gather_summary, own_block
+from opo_megatron.batch.stats import gather_stats, gather_to_rank0, local_slice, redistribute_to_dp
 from opo_megatron.distributed.process_groups import (
     Parallel,
     all_gather_objects,
+    destroy_model_parallel,
     initialize,
-    leave,
-    leave_layout,
+    shutdown,
 )
-from opo_megatron.rollout.engine import Request, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
@@ -42,20 +42,20 @@ def measure(overrides: list[str], parallel: Parallel) -> dict[str, object]:
     )
     engine.update_weights(policy.stream_weights(), 0)
     total = PROMPTS * SAMPLES
-    block = own_block(parallel, total)
+    block = local_slice(parallel, total)
     requests = [
-        Request(g, g, i % SAMPLES, tuple(1 + (g * k) % 16 for k in range(1, 2 + g % 9)))
+        GenerationRequest(g, g, i % SAMPLES, tuple(1 + (g * k) % 16 for k in range(1, 2 + g % 9)))
         for i in range(block.start, block.stop)
         for g in [i // SAMPLES]
     ]
     sampling = Sampling(max_tokens=16, stop_tokens=(0,), seed=(7,), temperature=TEMPERATURE)
     rollouts = engine.generate(requests, sampling)
     rollouts.rewards = torch.zeros(len(rollouts), dtype=torch.float64)
-    summary = gather_summary(parallel, rollouts)
+    summary = gather_stats(parallel, rollouts)
     plan = policy.plan(summary.sequence_lengths)
-    batch = exchange(parallel, rollouts, plan, total)
+    batch = redistribute_to_dp(parallel, rollouts, plan, total)
     difference = (policy.log_probs(batch, plan, TEMPERATURE) - batch.engine_log_prob).abs().max()
-    everything = gather_on_first(parallel, rollouts)
+    everything = gather_to_rank0(parallel, rollouts)
     worst = max(all_gather_objects(parallel, float(difference)))
     return {"worst": worst, "tokens": everything.responses() if everything else None}
 
@@ -66,10 +66,10 @@ def main() -> None:
     for overrides in layouts:
         parallel = initialize(small_config(*overrides, world_size=WORLD_SIZE))
         results.append(measure(overrides, parallel))
-        leave_layout()
+        destroy_model_parallel()
     if dist.get_rank() == 0:
         output.write_text(json.dumps(results))
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from opo_megatron.algorithm.objective import PolicyGradient
 from opo_megatron.batch.rollouts import Rollouts
-from opo_megatron.distributed.process_groups import Parallel, initialize, leave, leave_layout
-from opo_megatron.kernels.lm_head import VocabularyShard, sweep
+from opo_megatron.distributed.process_groups import Parallel, destroy_model_parallel, initialize, shutdown
+from opo_megatron.kernels.lm_head import VocabularyShard, chunked_logprobs
 from opo_megatron.policy import per_sample
 from opo_megatron.policy.measure import measure_energies
 from opo_megatron.policy.policy import Policy
@@ -51,7 +51,7 @@ class GradientShards(ModelShards):
 
     def read(self, parameter: Any) -> Tensor:
         chunk = self._policy.chunks[parameter.chunk]
-        gradient: Tensor = chunk.get_parameter(parameter.local_name).main_grad  # type: ignore[assignment]
+        gradient: Tensor = chunk.get_parameter(parameter.mcore_name).main_grad  # type: ignore[assignment]
         return gradient
 
 
@@ -67,7 +67,7 @@ def measure(overrides: list[str], parallel: Parallel) -> dict[str, Any]:
     sums = measure_energies(policy, batch, plan, total, TEMPERATURE)
     found["energy"], found["energy_hidden"] = sums.energy.tolist(), sums.energy_hidden.tolist()
 
-    for_all = policy.plan_for_all(rollouts.sequence_lengths, list(range(8)))
+    for_all = policy.schedule_replicated(rollouts.sequence_lengths, list(range(8)))
     chosen = rollouts.select(for_all.samples_of(parallel.dp_rank))
     order = torch.tensor(for_all.samples_of(parallel.dp_rank)).argsort()
     for name, of in (("output", per_sample.output_layer), ("all", per_sample.all_parameters)):
@@ -75,7 +75,7 @@ def measure(overrides: list[str], parallel: Parallel) -> dict[str, Any]:
         found[f"gram_{name}"] = result.gram[order][:, order].tolist()
         found[f"gram_{name}_energy"] = result.energies.energy[order].tolist()
 
-    if parallel.dp_size == 1 and (parallel.copies == 1 or not config.policy.distributed_optimizer):
+    if parallel.dp_size == 1 and (parallel.dp_cp_size == 1 or not config.policy.distributed_optimizer):
         objective = PolicyGradient(100.0, TEMPERATURE)
         plan = policy.plan(rollouts.sequence_lengths, rollouts.advantages == 0)
         policy.accumulate_gradients(rollouts.select(plan.samples_of(0)), plan, objective)
@@ -111,7 +111,9 @@ def head(shape: tuple[int, int, int], parallel: Parallel) -> dict[str, Tensor]:
 
     group = parallel.tp_group if parallel.tp_size > 1 else None
     place = VocabularyShard(start, group)
-    output = sweep(inputs["hidden"], weight, inputs["targets"], place, 1.3, 16, coefficient, d_weight)
+    output = chunked_logprobs(
+        inputs["hidden"], weight, inputs["targets"], place, 1.3, 16, coefficient, d_weight
+    )
     assert output.d_hidden is not None and output.loss is not None
     whole = torch.zeros_like(inputs["weight"])
     whole[start : start + rows] = d_weight
@@ -134,10 +136,10 @@ def main() -> None:
     for overrides in layouts:
         parallel = initialize(small_config(*overrides, world_size=WORLD_SIZE))
         results.append(measure(overrides, parallel))
-        leave_layout()
+        destroy_model_parallel()
     if dist.get_rank() == 0:
         torch.save(results, output)
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from opo_megatron.algorithm.objective import PolicyGradient
 from opo_megatron.checkpoint.checkpoint import RunProgress, load, save
-from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, initialize, leave
+from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, initialize, shutdown
 from opo_megatron.policy.policy import Policy
 
 STEPS = 2
@@ -40,11 +40,11 @@ def state_of(policy: Policy, parallel: Parallel) -> dict[str, Tensor]:
     distributed = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])[0]
     shards = {}
     for parameter in policy.table:
-        if parameter.stage != parallel.pp_rank or parameter.is_copy or parameter.is_expert:
+        if parameter.stage != parallel.pp_rank or parameter.tied_duplicate or parameter.is_expert:
             continue  # experts have an optimizer of their own: the next step tells
-        weight = policy.chunks[parameter.chunk].get_parameter(parameter.local_name)
+        weight = policy.chunks[parameter.chunk].get_parameter(parameter.mcore_name)
         pieces = _pieces(distributed, weight)
-        shards[parameter.tensors] = (parameter.layout, parallel.tp_rank, weight.shape, pieces)
+        shards[parameter.tensors] = (parameter.sharding, parallel.tp_rank, weight.shape, pieces)
     full: dict[str, Tensor] = {}
     gathered = all_gather_objects(parallel, shards)
     for tensors in {key for part in gathered for key in part}:
@@ -99,7 +99,7 @@ def main() -> None:
     results |= {f"next/{name}": t.clone() for bucket in policy.stream_weights() for name, t in bucket}
     if parallel.rank == 0:
         torch.save(results, output)
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from opo_megatron.checkpoint.convert import convert
 from opo_megatron.distributed.process_groups import (
     Parallel,
     all_gather_objects,
+    destroy_model_parallel,
     initialize,
-    leave,
-    leave_layout,
+    shutdown,
 )
 from opo_megatron.errors import UserError
 
@@ -68,14 +68,14 @@ def main() -> None:
             lambda: convert(folder, work / "out", config, parallel, None, lambda line: None), parallel
         )
     }
-    leave_layout()
+    destroy_model_parallel()
     run = small_config(layout, f"run.dir={work / 'run'}", world_size=WORLD_SIZE)
     parallel = initialize(run)
     policy = small_policy(run, parallel)
     results["save"] = told(lambda: save(policy, run, RunProgress("step", 1)), parallel)
     if parallel.rank == 0:
         (work / "results.json").write_text(json.dumps(results))
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

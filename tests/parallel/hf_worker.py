@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch.distributed as dist
 from round_trip import run_layouts
 
-from opo_megatron.distributed.process_groups import leave
+from opo_megatron.distributed.process_groups import shutdown
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     results = run_layouts(folder, work, int(os.environ.get("WORLD_SIZE", "1")), layouts)
     if dist.get_rank() == 0:
         (work / "results.json").write_text(json.dumps(results))
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

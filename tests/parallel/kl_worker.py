@@ -20,19 +20,19 @@ import torch
 import torch.distributed as dist
 from small import VOCAB_SIZE, small_config, small_policy
 
-from opo_megatron.batch.stats import gather_summary, own_block
+from opo_megatron.batch.stats import gather_stats, local_slice
 from opo_megatron.distributed.process_groups import (
     Parallel,
     all_gather_objects,
+    destroy_model_parallel,
     initialize,
-    leave,
-    leave_layout,
+    shutdown,
 )
 from opo_megatron.evaluation.evaluate import kl_to_start
 from opo_megatron.observe.console import Display
-from opo_megatron.rollout.engine import Request, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
-from opo_megatron.weights.reference_weights import StartWeights
+from opo_megatron.weights.reference_weights import ReferenceWeights
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 PROMPTS, SAMPLES = 24, 2
@@ -41,7 +41,7 @@ TEMPERATURE = 0.9
 
 def measure(folder: Path, overrides: list[str], parallel: Parallel) -> dict[str, object]:
     config = small_config(*overrides, f"eval.temperature={TEMPERATURE}", world_size=WORLD_SIZE)
-    start = StartWeights(folder, parallel, config.policy.model, VOCAB_SIZE)
+    start = ReferenceWeights(folder, parallel, config.policy.model, VOCAB_SIZE)
     start.write(small_policy(config, parallel).stream_weights())
     start.check(folder)
     config.run = replace(config.run, seed=2)
@@ -50,9 +50,9 @@ def measure(folder: Path, overrides: list[str], parallel: Parallel) -> dict[str,
         config.policy.model, VOCAB_SIZE, policy.megatron_config.params_dtype, parallel.device, slots=17
     )
     engine.update_weights(policy.stream_weights(), 0)
-    block = own_block(parallel, PROMPTS * SAMPLES)
+    block = local_slice(parallel, PROMPTS * SAMPLES)
     requests = [
-        Request(g, g, i % SAMPLES, tuple(1 + (g * k) % 16 for k in range(1, 2 + g % 9)))
+        GenerationRequest(g, g, i % SAMPLES, tuple(1 + (g * k) % 16 for k in range(1, 2 + g % 9)))
         for i in range(block.start, block.stop)
         for g in [i // SAMPLES]
     ]
@@ -61,7 +61,7 @@ def measure(folder: Path, overrides: list[str], parallel: Parallel) -> dict[str,
     rollouts.rewards = torch.zeros(len(rollouts), dtype=torch.float64)
     own = [p.detach().clone() for chunk in policy.chunks for p in chunk.parameters()]
     run = SimpleNamespace(config=config, policy=policy, parallel=parallel, display=Display(active=False))
-    row = kl_to_start(run, rollouts, gather_summary(parallel, rollouts), start)
+    row = kl_to_start(run, rollouts, gather_stats(parallel, rollouts), start)
     after = [p for chunk in policy.chunks for p in chunk.parameters()]
     restored = all(torch.equal(a, b) for a, b in zip(own, after, strict=True))
     rows = all_gather_objects(parallel, (row, restored))
@@ -79,10 +79,10 @@ def main() -> None:
     for number, overrides in enumerate(layouts):
         parallel = initialize(small_config(*overrides, world_size=WORLD_SIZE))
         results.append(measure(output.parent / f"{WORLD_SIZE}_{number}", overrides, parallel))
-        leave_layout()
+        destroy_model_parallel()
     if dist.get_rank() == 0:
         output.write_text(json.dumps(results))
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

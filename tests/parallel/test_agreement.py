@@ -14,7 +14,7 @@ import pytest
 from conftest import run_ranks_of
 from small import small_config
 
-from opo_megatron.distributed.process_groups import initialize, leave
+from opo_megatron.distributed.process_groups import initialize, shutdown
 
 WORKER = Path(__file__).parent / "agreement_worker.py"
 TP2, PP2 = "policy.tensor_model_parallel_size=2", "policy.pipeline_model_parallel_size=2"
@@ -44,7 +44,7 @@ def check(one_process: dict, results: list[dict], layouts: tuple[str, ...]) -> N
 def test_two_ranks_draw_the_same_256_responses_as_one_and_agree_with_the_policy(tmp_path: Path) -> None:
     layouts = (TP2, "")
     one_process = agreement_worker.measure([], initialize(small_config()))
-    leave()
+    shutdown()
     check(one_process, measure(tmp_path, 2, *layouts), layouts)
 
 

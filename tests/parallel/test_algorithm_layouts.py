@@ -14,7 +14,7 @@ from conftest import run_ranks_of
 from small import VOCAB_SIZE, small_config
 from torch import Tensor
 
-from opo_megatron.distributed.process_groups import initialize, leave
+from opo_megatron.distributed.process_groups import initialize, shutdown
 from opo_megatron.weights.random_init import random_weights
 
 WORKER = Path(__file__).parent / "algorithm_worker.py"
@@ -65,7 +65,7 @@ def weight_names(overrides: str) -> list[str]:
         small_config(*[part for part in overrides.split(",") if part and "parallel" not in part]), parallel
     )
     names = [name for bucket in policy.stream_weights() for name, _ in bucket]
-    leave()
+    shutdown()
     return names
 
 
@@ -73,7 +73,7 @@ def check(tmp_path: Path, ranks: int, model: str, *cuts: str) -> None:
     parts = [part for part in model.split(",") if part]
     expected = truth(model)
     one_process = algorithm_worker.measure(parts, initialize(small_config(*parts)))
-    leave()
+    shutdown()
     output = tmp_path / "found.pt"
     layouts = [",".join(filter(None, (model, cut))) for cut in cuts]
     run_ranks_of(WORKER, ranks, str(output), *layouts)

@@ -10,7 +10,7 @@ import pytest
 from conftest import run_ranks_of
 from small import small_config
 
-from opo_megatron.distributed.process_groups import initialize, leave
+from opo_megatron.distributed.process_groups import initialize, shutdown
 
 WORKER = Path(__file__).parent / "kl_worker.py"
 TP2, PP2 = "policy.tensor_model_parallel_size=2", "policy.pipeline_model_parallel_size=2"
@@ -23,7 +23,7 @@ EXPERTS = "policy.model.num_moe_experts=4,policy.model.moe_ffn_hidden_size=24"
 def check(tmp_path: Path, model: str, layouts: tuple[str, ...], tolerance: float) -> None:
     overrides = [part for part in model.split(",") if part]
     truth = kl_worker.measure(tmp_path / "one", overrides, initialize(small_config(*overrides)))
-    leave()
+    shutdown()
     assert truth["kl"] > 0.001 and truth["restored"]
     output = tmp_path / "two.json"
     run_ranks_of(WORKER, 2, str(output), *(",".join(filter(None, (model, cut))) for cut in layouts))

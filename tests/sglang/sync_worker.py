@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from small import VOCAB_SIZE, small_config, small_policy
 
-from opo_megatron.distributed.process_groups import initialize, leave
+from opo_megatron.distributed.process_groups import initialize, shutdown
 from opo_megatron.rollout.probe import PROBE_SAMPLING, largest_difference, probe_requests
 from opo_megatron.rollout.sglang.engine import SglangEngine
 
@@ -44,7 +44,7 @@ def main() -> None:
         }
         Path(output).write_text(json.dumps(result))
     engine.close()
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

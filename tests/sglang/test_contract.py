@@ -17,7 +17,7 @@ from small import small_config
 from opo_megatron.algorithm.on_policy import check_versions
 from opo_megatron.build import open_run
 from opo_megatron.errors import EngineFailure, OnPolicyError, Preempted
-from opo_megatron.rollout.engine import Request, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.transfer import Sender
@@ -69,8 +69,8 @@ def change_policy(run: Run, name: str = "decoder.layers.1.mlp.linear_fc1.weight"
     run.policy.version += 1
 
 
-def requests(count: int, length: int = 8) -> list[Request]:
-    return [Request(i, i, 0, tuple((i + 3 * j) % 17 for j in range(length))) for i in range(count)]
+def requests(count: int, length: int = 8) -> list[GenerationRequest]:
+    return [GenerationRequest(i, i, 0, tuple((i + 3 * j) % 17 for j in range(length))) for i in range(count)]
 
 
 def test_a_sync_that_did_not_happen_is_caught_by_the_version(run: Run) -> None:

@@ -17,7 +17,7 @@ from small import small_config
 
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.build import open_run
-from opo_megatron.rollout.engine import Request, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.sglang import engine as sglang_engine
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.run import Run
@@ -118,7 +118,7 @@ def lengths_of(run: Run, kills: int, monkeypatch: pytest.MonkeyPatch) -> tuple[l
         patch.setattr(sglang_engine, "POSTS_PER_CALL", SAMPLES // draws)
         for draw in range(draws):
             count = SAMPLES // draws
-            requests = [Request(i, i, 0, (1 + i % 7, 3, 5)) for i in range(count)]
+            requests = [GenerationRequest(i, i, 0, (1 + i % 7, 3, 5)) for i in range(count)]
             before = len(ended)
             alive.set()
             rollouts = run.draw(requests, Sampling(200, (4,), (draw,)), "test")
@@ -147,7 +147,7 @@ def test_a_server_that_hangs_is_started_again(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with open_run(small_config(*settings(run_dir, "rollout.sglang.timeout_seconds=15"))) as run:
         run.synchronize()
-        requests = [Request(i, i, 0, (1, 3, 5)) for i in range(32)]
+        requests = [GenerationRequest(i, i, 0, (1, 3, 5)) for i in range(32)]
         started = time.monotonic()
         with while_asked("/generate", (1,), lambda: kill(run_dir, signal.SIGSTOP)) as hung:
             rollouts = run.draw(requests, Sampling(60, (), (1,)), "test")

@@ -25,7 +25,7 @@ FAKES = {
             [ "$code" != 75 ] || code=0
             exit "$code"
         }
-        case "$*" in *preflight*) which=preflight ;; *external*) which=engine ;; *) which=train ;; esac
+        case "$*" in *preflight*) which=preflight ;; *cli.serve*) which=engine ;; *) which=train ;; esac
         cat "$FAKE/$which.says" >"${log/\\%n/0}" 2>/dev/null
         [ ! -e "$FAKE/$which.waits" ] || {
             trap 'sleep 0.2; leave' USR1
@@ -211,8 +211,8 @@ def test_the_last_nodes_serve_where_asked_for(job: Job) -> None:
     (job.folder / "engine.waits").touch()
     assert job.run(FAKE_NODES="1 2 3", OPO_ENGINE_NODES="1") == (0, "completed")
     preflight, *rest = job.words
-    engine = next(words for words in rest if "external" in words)
-    train = next(words for words in rest if "external" not in words)
+    engine = next(words for words in rest if "opo_megatron.cli.serve" in words)
+    train = next(words for words in rest if "opo_megatron.cli.serve" not in words)
     assert "--nodelist=node3 --nodes=1" in engine and engine.endswith("--port 10123")
     assert "--nodelist=node1,node2 --nodes=2" in train and "--nodelist=node1,node2" in preflight
     assert "rollout.sglang.urls=[http://node3:10123] rollout.sglang.transport=distributed" in train

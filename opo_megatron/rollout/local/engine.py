@@ -17,7 +17,7 @@ from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.exact import padded_keys
-from opo_megatron.rollout.engine import NamedTensors, Progress, Request, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, NamedTensors, Progress, Sampling
 from opo_megatron.rollout.local.decoder import Decoder, KeyValueCache
 from opo_megatron.rollout.local.sampler import draw, uniforms
 from opo_megatron.utils.hashing import hash_of
@@ -61,7 +61,7 @@ class LocalEngine:
             raise ValueError(f"the weight stream lacks {sorted(missing)[0]} and {len(missing) - 1} more")
         self.version = version
 
-    def probe(self, requests: Sequence[Request], sampling: Sampling) -> dict[str, Rollouts]:
+    def probe(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> dict[str, Rollouts]:
         """This rank's copy is the only one that it feeds."""
         return {"the local engine": self.generate(requests, sampling)}
 
@@ -89,7 +89,7 @@ class LocalEngine:
 
     @torch.no_grad()
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, progress: Progress | None = None
     ) -> Rollouts:
         """Draw one response per request.
 
@@ -142,7 +142,7 @@ class _Batch:
     """One call of `generate`."""
 
     def __init__(
-        self, engine: LocalEngine, requests: Sequence[Request], sampling: Sampling, length: int
+        self, engine: LocalEngine, requests: Sequence[GenerationRequest], sampling: Sampling, length: int
     ) -> None:
         self.decoder, self.requests, self.sampling = engine.decoder, requests, sampling
         self.device, n = engine.decoder.device, len(requests)

@@ -28,7 +28,7 @@ from opo_megatron.config.choices import Transport
 from opo_megatron.config.schema import Config
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
-from opo_megatron.rollout.engine import NamedTensors, Progress, Request, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, NamedTensors, Progress, Sampling
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.replies import rollouts_of, sampling_params
 from opo_megatron.rollout.sglang.server import Server, free_port
@@ -59,18 +59,19 @@ class SglangEngine:
         config: Config,
         parallel: Parallel,
         model_dir: Path,
-        say: Callable[[str], None],
+        show_status: Callable[[str], None],
         fp8: BlockFp8 | None = None,
     ) -> None:
         """Find the servers and start the managed ones; a collective of all ranks.
 
         Args:
             model_dir: folder with the `config.json` that managed servers build their model from.
-            say: shows a status line.
+            show_status: shows one line.
             fp8: how weights are quantized on their way; None sends them as they are.
         """
         self._fp8 = fp8
-        self.config, self.settings, self.parallel, self.say = config, config.rollout.sglang, parallel, say
+        self.config, self.settings, self.parallel = config, config.rollout.sglang, parallel
+        self._show_status = show_status
         self.version: int | None = None
         self._folder = Path(config.run.dir) / "sglang"
         self._server: Server | None = None
@@ -82,7 +83,7 @@ class SglangEngine:
                 all_gather_objects(parallel, socket.gethostname()), parallel.rank, self._servers_per_node()
             )
             self._owner = group[0]
-            if self._feeds:
+            if self.is_sender:
                 name = f"server_{parallel.rank}"
                 log = self._folder / f"{name}.log"
                 self._server = Server(config, model_dir, log, name, self._gpus(len(group)))
@@ -90,7 +91,7 @@ class SglangEngine:
         self.recover()
 
     @property
-    def _feeds(self) -> bool:
+    def is_sender(self) -> bool:
         """Whether this rank sends weights to its servers."""
         return self.parallel.rank == self._owner
 
@@ -128,7 +129,7 @@ class SglangEngine:
         if self._server is not None and not self._server.is_alive():
             self._released = set()
             self._server.stop()
-            self._server.start(self.say)
+            self._server.start(self._show_status)
         urls = all_gather_objects(self.parallel, self._server.url if self._server else None)
         self._clients = [self._client(urls[self._owner])]
 
@@ -154,7 +155,7 @@ class SglangEngine:
         if not keeps_weights:
             self.version = None
         wanted = sorted(parts - self._released)
-        if self._feeds and wanted:
+        if self.is_sender and wanted:
             try:
                 for client in self._clients:
                     client.post("/release_memory_occupation", tags=wanted)
@@ -170,7 +171,7 @@ class SglangEngine:
 
     def _resume(self, parts: set[str]) -> None:
         wanted = sorted(parts & self._released)
-        if self._feeds and wanted:
+        if self.is_sender and wanted:
             for client in self._clients:
                 client.post("/resume_memory_occupation", tags=wanted)
             self._released -= parts
@@ -188,7 +189,7 @@ class SglangEngine:
         senders: list[Sender] = []
         try:
             self._resume({"weights"})
-            if self._feeds:
+            if self.is_sender:
                 for client in self._clients:
                     self._open_update(client)
                     senders.append(Sender(self._transfer(client)))
@@ -211,7 +212,7 @@ class SglangEngine:
                 failure = failure or error
         if failure is not None:
             raise failure
-        if self._feeds:
+        if self.is_sender:
             for client in self._clients:
                 self._close_update(client, version)
         self.version = version
@@ -262,7 +263,7 @@ class SglangEngine:
     # ------------------------------------------------------------------ rollouts
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, progress: Progress | None = None
     ) -> Rollouts:
         """Draw one response per request.
 
@@ -279,7 +280,7 @@ class SglangEngine:
         answers: list[list[Any]] = [[] for _ in parts]
         balance = _Balance(self._clients)
         finished = tokens = 0
-        with ThreadPoolExecutor(POSTS_PER_CALL) as threads, self._given_up_when_told():
+        with ThreadPoolExecutor(POSTS_PER_CALL) as threads, self.abort_on_preempt():
             posted = {threads.submit(balance.post, part, sampling): i for i, part in enumerate(parts)}
             waiting = set(posted)
             while waiting:
@@ -293,7 +294,7 @@ class SglangEngine:
         return rollouts_of(requests, [one for answer in answers for one in answer], sampling)
 
     @contextlib.contextmanager
-    def _given_up_when_told(self) -> Iterator[None]:
+    def abort_on_preempt(self) -> Iterator[None]:
         """Posts would be waited for to their end, which may be minutes away."""
         try:
             yield
@@ -303,9 +304,9 @@ class SglangEngine:
                     client.post("/abort_request", abort_all=True)
             raise
 
-    def probe(self, requests: Sequence[Request], sampling: Sampling) -> dict[str, Rollouts]:
+    def probe(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> dict[str, Rollouts]:
         """The requests answered by each server that this rank feeds."""
-        if not self._feeds:
+        if not self.is_sender:
             return {}
         answers = {
             f"the SGLang server {client.url}": _Balance([client]).post(requests, sampling)
@@ -313,7 +314,7 @@ class SglangEngine:
         }
         return {name: rollouts_of(requests, answer, sampling) for name, answer in answers.items()}
 
-    def _check_lengths(self, requests: Sequence[Request], sampling: Sampling) -> None:
+    def _check_lengths(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> None:
         longest = max((len(request.tokens) for request in requests), default=0)
         limit = self.config.policy.model.max_sequence_length
         if longest + sampling.max_tokens > limit:
@@ -330,7 +331,7 @@ class _Balance:
         self._lock = threading.Lock()
         self._outstanding = dict.fromkeys(clients, 0)
 
-    def post(self, requests: Sequence[Request], sampling: Sampling) -> list[Any]:
+    def post(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Any]:
         tokens = sum(len(request.tokens) + sampling.max_tokens for request in requests)
         with self._on_least_busy(tokens) as client:
             answer = client.post(

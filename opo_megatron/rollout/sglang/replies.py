@@ -9,7 +9,7 @@ import torch
 
 from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
 from opo_megatron.errors import EngineFailure, UserError
-from opo_megatron.rollout.engine import Request, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, Sampling
 
 UNKNOWN_VERSION = -1
 """Of a token whose server names no number as its weights' version."""
@@ -30,7 +30,9 @@ def sampling_params(sampling: Sampling) -> dict[str, Any]:
     return params
 
 
-def rollouts_of(requests: Sequence[Request], answers: Sequence[Any], sampling: Sampling) -> Rollouts:
+def rollouts_of(
+    requests: Sequence[GenerationRequest], answers: Sequence[Any], sampling: Sampling
+) -> Rollouts:
     """One answer per request, in that order.
 
     Raises:
@@ -85,7 +87,9 @@ def _number(version: Any) -> int:
     return int(text) if text.isdecimal() else UNKNOWN_VERSION
 
 
-def _finish_reason(request: Request, ids: list[int], reason: dict[str, Any], sampling: Sampling) -> int:
+def _finish_reason(
+    request: GenerationRequest, ids: list[int], reason: dict[str, Any], sampling: Sampling
+) -> int:
     kind = reason["type"]
     if kind == "length":
         return FINISH_LENGTH

@@ -106,7 +106,7 @@ class Server:
     def client(self) -> Client:
         return Client(self.url, self.settings.timeout_seconds, self.settings.api_key)
 
-    def start(self, say: Callable[[str], None]) -> None:
+    def start(self, show_status: Callable[[str], None]) -> None:
         """Start and wait until it answers.
 
         Raises:
@@ -114,13 +114,13 @@ class Server:
         """
         for attempt in range(1, PORT_ATTEMPTS + 1):
             try:
-                return self._start_on(free_port(), say)
+                return self._start_on(free_port(), show_status)
             except _PortTaken:
                 self.stop()
                 if attempt == PORT_ATTEMPTS:
                     raise
 
-    def _start_on(self, port: int, say: Callable[[str], None]) -> None:
+    def _start_on(self, port: int, show_status: Callable[[str], None]) -> None:
         python = interpreter(self.settings)
         self.url = f"http://127.0.0.1:{port}"
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ class Server:
             )
         # Also that of its process group: what a user may end by hand.
         self.log.with_suffix(".pid").write_text(f"{self._process.pid}\n")
-        self._wait_until_ready(say, begin)
+        self._wait_until_ready(show_status, begin)
 
     def arguments(self, port: int) -> list[str]:
         """Options of `sglang.launch_server`; the recipe's come last and win."""
@@ -188,7 +188,7 @@ class Server:
             kept["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
         return kept
 
-    def _wait_until_ready(self, say: Callable[[str], None], begin: int) -> None:
+    def _wait_until_ready(self, show_status: Callable[[str], None], begin: int) -> None:
         """Args:
         begin: where this start's part of the log begins.
         """
@@ -212,7 +212,7 @@ class Server:
                     f"the SGLang server was not ready after rollout.sglang.start_timeout_seconds="
                     f"{self.settings.start_timeout_seconds:g}; raise that, or look into {self.log}"
                 )
-            say(f"starting SGLang {self.name}  {seconds:.0f} s")
+            show_status(f"starting SGLang {self.name}  {seconds:.0f} s")
             time.sleep(0.5)
 
     def _last_error(self) -> str:

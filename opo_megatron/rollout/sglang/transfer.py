@@ -123,7 +123,7 @@ class TensorTransfer:
         if device.type == "cuda":
             check_allocator(os.environ)
         torch.multiprocessing.set_sharing_strategy("file_system")  # descriptors would need a common secret
-        with _without_output():
+        with redirect_stdio():
             self._first = torch.zeros(1).share_memory_()  # starts torch's shared-memory helper
 
     def send(self, bucket: Bucket) -> Callable[[], None]:
@@ -186,7 +186,7 @@ _ALIGNMENT = 16
 
 
 @contextlib.contextmanager
-def _without_output() -> Iterator[None]:
+def redirect_stdio() -> Iterator[None]:
     """What starts here gets no output of this process.
 
     torch's shared-memory helper lives as long as the server does; whoever reads the trainer's output
