@@ -125,15 +125,15 @@ def _build(
     in_warm_start = progress.phase == "warm_start"
     warms_up = in_warm_start and config.warm_start.steps > 0
     vocab_size = vocabulary_of(config, task)
-    start_weights = None
+    reference_weights = None
     if config.observe.kl is Kl.eval or config.algorithm.kl_coefficient:
-        start_weights = ReferenceWeights(Path(config.run.dir), parallel, config.policy.model, vocab_size)
+        reference_weights = ReferenceWeights(Path(config.run.dir), parallel, config.policy.model, vocab_size)
     optimizer = config.warm_start if warms_up else config.optimizer
     policy = start_policy(config, parallel, vocab_size, optimizer, checkpoint is None)
     if checkpoint is not None:
         load(policy, config, checkpoint)
-        if start_weights is not None and not in_warm_start:
-            start_weights.check(run_of(checkpoint))
+        if reference_weights is not None and not in_warm_start:
+            reference_weights.check(run_of(checkpoint))
         display.log(f"resumed from {checkpoint}")
         if changed := changed_settings(config, checkpoint / CONFIG_FILE):
             display.log(f"other settings than before: {', '.join(map(str, changed))}")
@@ -142,8 +142,8 @@ def _build(
     files = RunFiles(config, parallel.rank == 0, progress, checkpoint)
     watchdog.start()
     policy.on_micro_batch = watchdog.progress
-    if start_weights is not None and checkpoint is not None and not in_warm_start:
-        start_weights.take_over(run_of(checkpoint))
+    if reference_weights is not None and checkpoint is not None and not in_warm_start:
+        reference_weights.take_over(run_of(checkpoint))
     is_enabled = shares_memory(config, parallel)
     if is_enabled:  # a server takes what it finds free when it starts
         policy.memory.free_gradients()
@@ -166,7 +166,7 @@ def _build(
         watchdog,
         Retention(config.checkpoint, extra),
         extra,
-        start_weights,
+        reference_weights,
         step,
         warm_step,
         saved=progress if checkpoint is not None else None,

@@ -63,7 +63,7 @@ class Run:
     extra_state: dict[str, Any]
     """What estimators remember beyond the weights, name → JSON value: it goes into every checkpoint and
     comes back from it."""
-    start_weights: ReferenceWeights | None = None
+    reference_weights: ReferenceWeights | None = None
     """Those of step 0, where the KL to them is measured."""
     step: int = -1
     """Last finished OPO step; step 0 is the evaluation before the first update, −1 is before that."""
@@ -73,7 +73,7 @@ class Run:
     """Largest |Δ log-probability| of the probe after the last sync."""
     engine_failures: int = 0
     """Of this attempt."""
-    reference: LocalParams | None = None
+    reference_params: LocalParams | None = None
     """This rank's part of the start weights, where the objective has a KL to them."""
     fitted_weights: FittedWeights = field(default_factory=FittedWeights)
     """What `baseline=auto` has learned."""
@@ -164,26 +164,26 @@ class Run:
             self._save_before_leaving(RunProgress("step", self.step))
             raise
 
-    def with_energies(self, rollouts: Rollouts, batch: BatchStats) -> BatchStats:
+    def with_energies(self, rollouts: Rollouts, stats: BatchStats) -> BatchStats:
         """The step's summary with the energies that the baseline needs: by a forward-only pass where the
         engine returned none; a collective.
 
         Args:
             rollouts: this rank's part.
         """
-        if batch.energies is not None or not needs_energies(self.config.algorithm):
-            return batch
+        if stats.energies is not None or not needs_energies(self.config.algorithm):
+            return stats
         self.turns.before_training()
-        total, temperature = len(batch.groups), self.config.rollout.temperature
-        plan = self.policy.plan(batch.sequence_lengths)
-        samples = redistribute_to_dp(self.parallel, rollouts, plan, total)
-        return replace(batch, energies=measure_energies(self.policy, samples, plan, total, temperature))
+        total, temperature = len(stats.groups), self.config.rollout.temperature
+        schedule = self.policy.schedule(stats.sequence_lengths)
+        samples = redistribute_to_dp(self.parallel, rollouts, schedule, total)
+        return replace(stats, energies=measure_energies(self.policy, samples, schedule, total, temperature))
 
     def save_reference_weights(self) -> None:
         """Write the weights that OPO begins with, where the KL to them is measured."""
-        if self.start_weights is not None:
+        if self.reference_weights is not None:
             self.display.status("keeping the start weights")
-            self.start_weights.write(self.policy.stream_weights())
+            self.reference_weights.write(self.policy.stream_weights())
 
     # ------------------------------------------------------------------ finishing a step
 

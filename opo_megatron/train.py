@@ -76,27 +76,27 @@ def opo_step(run: Run, step: int) -> None:
 
     with timer.phase("reward"):
         rollouts.rewards = rewards_of(run.task, prompts, rollouts)
-        batch = run.with_energies(rollouts, gather_stats(parallel, rollouts))
-        advantage = compute_advantages(
-            config.algorithm, batch.rewards, batch.response_lengths, batch.groups, parallel.device,
-            batch.energies, run.fitted_weights,
+        stats = run.with_energies(rollouts, gather_stats(parallel, rollouts))
+        advantages = compute_advantages(
+            config.algorithm, stats.rewards, stats.response_lengths, stats.groups, parallel.device,
+            stats.energies, run.fitted_weights,
         )  # fmt: skip
-        rollouts.advantages = advantage[local_slice(parallel, len(advantage))]
+        rollouts.advantages = advantages[local_slice(parallel, len(advantages))]
 
     report: MetricsRow = {}
     if report_is_due(config, step):
         with timer.phase("variance"):
-            report = variance_report(run, step, rollouts, batch, advantage)
+            report = variance_report(run, step, rollouts, stats, advantages)
 
     with timer.phase("train"):
         run.turns.before_training()
-        rate = learning_rate(config.optimizer, step, config.train.steps)
-        metrics = UPDATES[config.algorithm.objective](run, step, rollouts, batch, advantage, rate)
+        lr = learning_rate(config.optimizer, step, config.train.steps)
+        metrics = UPDATES[config.algorithm.objective](run, step, rollouts, stats, advantages, lr)
 
     with timer.phase("sync"):
         run.synchronize()
 
-    row = step_row(config, step, batch, advantage, metrics, rate) | report
+    row = step_row(config, step, stats, advantages, metrics, lr) | report
     if evaluation_is_due(config, step):
         with timer.phase("eval"):
             row |= evaluate(run)
@@ -104,16 +104,16 @@ def opo_step(run: Run, step: int) -> None:
 
 
 def opo_update(
-    run: Run, step: int, rollouts: Rollouts, batch: BatchStats, advantage: Tensor, rate: float
+    run: Run, step: int, rollouts: Rollouts, stats: BatchStats, advantages: Tensor, lr: float
 ) -> StepMetrics:
     """The one optimizer step of `step`; samples without an advantage run forward only."""
     config, policy = run.config, run.policy
-    plan = policy.plan(batch.sequence_lengths, silent=advantage == 0)
-    samples = redistribute_to_dp(run.parallel, rollouts, plan, len(advantage))
+    schedule = policy.schedule(stats.sequence_lengths, zero_advantage=advantages == 0)
+    samples = redistribute_to_dp(run.parallel, rollouts, schedule, len(advantages))
     objective = opo_objective(
-        config.algorithm, config.on_policy, batch.response_lengths, config.rollout.temperature
+        config.algorithm, config.on_policy, stats.response_lengths, config.rollout.temperature
     )
-    return policy.train_step(samples, plan, objective, rate, partial(check_on_policy, run))
+    return policy.train_step(samples, schedule, objective, lr, partial(check_on_policy, run))
 
 
 UPDATES = {ObjectiveName.policy_gradient: opo_update, ObjectiveName.clipped: ppo_updates}

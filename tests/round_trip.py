@@ -41,9 +41,9 @@ def policy_from(config: Config, parallel: Parallel) -> Policy:
 def log_probs(policy: Policy, parallel: Parallel) -> list[float]:
     """log π of every token of PROMPTS but the first of each, on every rank."""
     batch = Rollouts.from_demonstrations([p[:1] for p in PROMPTS], [p[1:] for p in PROMPTS])
-    plan = policy.plan(batch.sequence_lengths)
-    order = list(plan.samples_of(parallel.dp_rank))
-    values = policy.log_probs(batch.select(order), plan, 1.0).split([len(PROMPTS[i]) - 1 for i in order])
+    schedule = policy.schedule(batch.sequence_lengths)
+    order = list(schedule.samples_of(parallel.dp_rank))
+    values = policy.log_probs(batch.select(order), schedule, 1.0).split([len(PROMPTS[i]) - 1 for i in order])
     parts = all_gather_objects(parallel, dict(zip(order, values, strict=True)))
     by_prompt = {i: tensor for part in parts for i, tensor in part.items()}
     return [float(v) for i in range(len(PROMPTS)) for v in by_prompt[i]]

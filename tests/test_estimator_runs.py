@@ -67,8 +67,8 @@ def test_energies_of_the_engine_are_those_of_a_forward_pass(temperature: float) 
         for wanted in (True, False)
     ]
     assert torch.equal(drawn[0].response_tokens, drawn[1].response_tokens) and drawn[1].energy is None
-    plan = policy.plan(drawn[0].sequence_lengths)
-    found = measure_energies(policy, drawn[0].select(plan.samples_of(0)), plan, 24, temperature)
+    schedule = policy.schedule(drawn[0].sequence_lengths)
+    found = measure_energies(policy, drawn[0].select(schedule.samples_of(0)), schedule, 24, temperature)
     shutdown()
     assert drawn[0].energy is not None and drawn[0].energy_hidden is not None
     torch.testing.assert_close(drawn[0].energy, found.energy, rtol=1e-5, atol=1e-6)

@@ -86,9 +86,9 @@ def draw(
 def difference(policy: Policy, rollouts: Rollouts, budget: int, temperature: float) -> float:
     """max |Δ log π| of a training pass, a third of it forward only, in micro-batches of `budget` tokens."""
     policy.config.max_tokens_per_micro_batch = budget
-    plan = policy.plan(rollouts.sequence_lengths, rollouts.advantages == 0)
-    batch = rollouts.select(plan.samples_of(0))
-    metrics = policy.accumulate_gradients(batch, plan, PolicyGradient(100.0, temperature))
+    schedule = policy.schedule(rollouts.sequence_lengths, rollouts.advantages == 0)
+    batch = rollouts.select(schedule.samples_of(0))
+    metrics = policy.accumulate_gradients(batch, schedule, PolicyGradient(100.0, temperature))
     assert metrics.mismatch is not None
     return metrics.mismatch.max
 
@@ -132,9 +132,9 @@ def test_parameters_and_log_probs_are_those_of_the_usual_model(parallel: Paralle
     shapes = [{n: p.shape for n, p in one.chunks[0].named_parameters()} for one in (policy, usual)]
     assert shapes[0] == shapes[1]
     rollouts = draw(policy, config, 16, 1.0)
-    plan = policy.plan(rollouts.sequence_lengths)
-    batch = rollouts.select(plan.samples_of(0))
-    found = policy.log_probs(batch, plan, 1.0), usual.log_probs(batch, plan, 1.0)
+    schedule = policy.schedule(rollouts.sequence_lengths)
+    batch = rollouts.select(schedule.samples_of(0))
+    found = policy.log_probs(batch, schedule, 1.0), usual.log_probs(batch, schedule, 1.0)
     torch.testing.assert_close(*found, rtol=0, atol=5e-5)
 
 

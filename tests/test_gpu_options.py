@@ -257,10 +257,12 @@ def test_fp8_micro_batches_hold_whole_blocks_on_every_rank(fp8: str, one: int) -
     assert token_multiple(parallel) == 2 * one
     assert token_multiple(replace(parallel, context_parallel_size=4)) == 8 * one
     batch = ragged_rollouts(24)
-    plan = schedule_micro_batches(batch.sequence_lengths.tolist(), 1, 128)
-    batch = batch.select([i for rows in plan.rows[0] for i in rows])
-    plain = build_micro_batches(batch, plan, 0, {}, 2, CPU)
-    for before, micro in zip(plain, build_micro_batches(batch, plan, 0, {}, 2, CPU, 2 * one), strict=True):
+    schedule = schedule_micro_batches(batch.sequence_lengths.tolist(), 1, 128)
+    batch = batch.select([i for rows in schedule.assignment[0] for i in rows])
+    plain = build_micro_batches(batch, schedule, 0, {}, 2, CPU)
+    for before, micro in zip(
+        plain, build_micro_batches(batch, schedule, 0, {}, 2, CPU, 2 * one), strict=True
+    ):
         rows, width = micro.tokens.shape
         assert rows * width % (2 * one) == 0 and width % 2 == 0
         assert (
@@ -298,8 +300,10 @@ def test_recomputed_activations_give_the_same_gradient() -> None:
             assert policy.megatron_config.recompute_granularity == (
                 None if recompute == "none" else recompute
             )
-            plan = policy.plan(batch.sequence_lengths)
-            policy.accumulate_gradients(batch.select(plan.samples_of(0)), plan, Supervised(len(batch)))
+            schedule = policy.schedule(batch.sequence_lengths)
+            policy.accumulate_gradients(
+                batch.select(schedule.samples_of(0)), schedule, Supervised(len(batch))
+            )
             gradients[recompute] = [b.grad_data.clone() for c in policy.ddp_chunks for b in c.buffers]
     finally:
         shutdown()

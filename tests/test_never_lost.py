@@ -41,11 +41,11 @@ FILES = ("metrics.jsonl", "warm_start.jsonl", "audit.jsonl")
 
 
 def attempts(
-    run_dir: Path, *plans: Any, command: tuple[str, ...] = COMMAND, reward: tuple[str, ...] = ()
+    run_dir: Path, *schedules: Any, command: tuple[str, ...] = COMMAND, reward: tuple[str, ...] = ()
 ) -> list[int]:
     """Exit codes of one attempt per plan and a last one that is left alone, each by the same command."""
     arguments = [*reward, "train", str(RECIPE), f"run.dir={run_dir}", *command]
-    line = [sys.executable, str(STRUCK_RUN), json.dumps([*plans, None]), *arguments]
+    line = [sys.executable, str(STRUCK_RUN), json.dumps([*schedules, None]), *arguments]
     done = subprocess.run(line, capture_output=True, text=True, timeout=1000, check=False)
     assert done.returncode == 0, done.stderr
     return list(json.loads(done.stdout.splitlines()[-1]))
@@ -96,24 +96,24 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_is_killed_once_in_every_phase_is_the_run_that_never_was(
     calm: Path, tmp_path: Path
 ) -> None:
-    plans = [[moment, int(SIGKILL)] for moment in MOMENTS]
-    assert attempts(tmp_path / "run", *plans) == [-SIGKILL] * len(plans) + [0]
+    schedules = [[moment, int(SIGKILL)] for moment in MOMENTS]
+    assert attempts(tmp_path / "run", *schedules) == [-SIGKILL] * len(schedules) + [0]
     assert_same_run(tmp_path / "run", calm)
-    assert rows(tmp_path / "run")[-1]["run/attempt"] == len(plans) + 1
+    assert rows(tmp_path / "run")[-1]["run/attempt"] == len(schedules) + 1
 
 
 def test_a_run_that_is_told_to_end_in_every_phase_is_the_run_that_never_was(
     calm: Path, tmp_path: Path
 ) -> None:
-    plans = [
+    schedules = [
         ["saving", int(SIGTERM)],
         ["warm start", int(SIGTERM)],
         ["evaluation", int(SIGTERM)],
         ["generation", int(SIGUSR1)],
         ["training", int(SIGUSR1)],
     ]
-    codes = attempts(tmp_path / "run", *plans)
-    assert codes == [EXIT_PREEMPTED] * len(plans) + [0]
+    codes = attempts(tmp_path / "run", *schedules)
+    assert codes == [EXIT_PREEMPTED] * len(schedules) + [0]
     assert_same_run(tmp_path / "run", calm)
 
 
@@ -134,7 +134,7 @@ def test_a_quickstart_of_30_steps_is_the_same_with_and_without_five_kills(tmp_pa
     command = ("resume=auto", "train.steps=30", "eval.every_steps=10", "eval.problems=256")
     command = (*command, "checkpoint.every_steps=10")
     assert attempts(calm, command=command, reward=("--real",)) == [0]
-    plans = [[moment, int(SIGKILL)] for moment in MOMENTS]
-    codes = attempts(killed, *plans, command=command, reward=("--real",))
-    assert codes == [-SIGKILL] * len(plans) + [0]
+    schedules = [[moment, int(SIGKILL)] for moment in MOMENTS]
+    codes = attempts(killed, *schedules, command=command, reward=("--real",))
+    assert codes == [-SIGKILL] * len(schedules) + [0]
     assert_same_run(killed, calm)

@@ -11,7 +11,7 @@ from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_
 from small import ragged_rollouts, small_config, small_policy
 
 from opo_megatron.algorithm.objective import PolicyGradient
-from opo_megatron.batch.micro_batch import Plan, build_micro_batches, schedule_micro_batches
+from opo_megatron.batch.micro_batch import MicroBatchPlan, build_micro_batches, schedule_micro_batches
 from opo_megatron.batch.packing import bin_pack, context_positions
 from opo_megatron.distributed.process_groups import initialize, shutdown
 
@@ -60,26 +60,26 @@ def test_long_sequences_of_which_two_hardly_fit_waste_little() -> None:
         for packed in (False, True)
     )
     wanted = sum(lengths) - len(lengths)
-    shares = [1 - wanted / sum(plan.padded_tokens(lengths)) for plan in (padded, packed)]
+    shares = [1 - wanted / sum(schedule.padded_tokens(lengths)) for schedule in (padded, packed)]
     assert shares[0] > 0.3 and shares[1] < 0.05
 
 
 def test_with_one_shape_a_longest_sequence_above_the_budget_sets_it() -> None:
     lengths = [5000, 10, 10, 10, 4000]
-    plan = schedule_micro_batches(lengths, 1, 100, fixed_shape=True, packed=True)
-    assert plan.shape == (1, 4999) and plan.count == 2
+    schedule = schedule_micro_batches(lengths, 1, 100, fixed_shape=True, packed=True)
+    assert schedule.shape == (1, 4999) and schedule.count == 2
     loose = schedule_micro_batches(lengths, 1, 100, packed=True)
-    assert loose.shape is None and sorted(map(sorted, loose.rows[0])) == [[0], [1, 2, 3], [4]]
+    assert loose.shape is None and sorted(map(sorted, loose.assignment[0])) == [[0], [1, 2, 3], [4]]
 
 
 def test_places_are_those_of_the_micro_batches_that_are_built() -> None:
     batch = ragged_rollouts(24)
     lengths = batch.sequence_lengths.tolist()
     for fixed_shape, packed in product((False, True), repeat=2):
-        plan = schedule_micro_batches(lengths, 2, 100, fixed_shape, packed=packed)
+        schedule = schedule_micro_batches(lengths, 2, 100, fixed_shape, packed=packed)
         for rank in range(2):
-            built = build_micro_batches(batch.select(plan.samples_of(rank)), plan, rank, {}, 1, CPU)
-            assert sum(micro.tokens.numel() for micro in built) == plan.padded_tokens(lengths)[rank]
+            built = build_micro_batches(batch.select(schedule.samples_of(rank)), schedule, rank, {}, 1, CPU)
+            assert sum(micro.tokens.numel() for micro in built) == schedule.padded_tokens(lengths)[rank]
 
 
 @pytest.mark.parametrize(("fixed_shape", "multiple", "tokens"), [(False, 1, 1), (True, 4, 1), (False, 2, 32)])
@@ -87,17 +87,17 @@ def test_sequences_stand_one_behind_another_and_the_rest_is_one_of_its_own(
     fixed_shape: bool, multiple: int, tokens: int
 ) -> None:
     batch = ragged_rollouts(24)
-    plan = schedule_micro_batches(batch.sequence_lengths.tolist(), 2, 60, fixed_shape, packed=True)
+    schedule = schedule_micro_batches(batch.sequence_lengths.tolist(), 2, 60, fixed_shape, packed=True)
     widths = set()
     for rank in range(2):
-        own = batch.select(plan.samples_of(rank))
+        own = batch.select(schedule.samples_of(rank))
         sequences, prompts = own.sequences(), own.prompt_lengths.tolist()
         columns = {"number": torch.arange(own.response_tokens.numel()).float()}
-        built = build_micro_batches(own, plan, rank, columns, multiple, CPU, tokens)
+        built = build_micro_batches(own, schedule, rank, columns, multiple, CPU, tokens)
         assert torch.equal(torch.cat([micro.targets for micro in built]), own.response_tokens)
         assert torch.equal(torch.cat([micro.columns["number"] for micro in built]), columns["number"])
         i = 0
-        for rows, micro in zip(plan.rows[rank], built, strict=True):
+        for rows, micro in zip(schedule.assignment[rank], built, strict=True):
             assert micro.packed is not None and micro.packed.qkv_format == "thd"
             ends = micro.packed.cu_seqlens_q.tolist()
             assert micro.packed.cu_seqlens_q.dtype == torch.int32 and torch.equal(
@@ -147,17 +147,17 @@ def test_context_parallel_ranks_share_every_row_and_every_response_token(
 ) -> None:
     batch = ragged_rollouts(24)
     lengths = batch.sequence_lengths.tolist()
-    plan = schedule_micro_batches(lengths, 1, 60, fixed_shape, packed=True, alignment=2 * size)
-    own = batch.select(plan.samples_of(0))
+    schedule = schedule_micro_batches(lengths, 1, 60, fixed_shape, packed=True, alignment=2 * size)
+    own = batch.select(schedule.samples_of(0))
     columns = {"number": torch.arange(own.response_tokens.numel()).float()}
     built = [
-        build_micro_batches(own, plan, 0, columns, multiple * size, CPU, tokens * size, (rank, size))
+        build_micro_batches(own, schedule, 0, columns, multiple * size, CPU, tokens * size, (rank, size))
         for rank in range(size)
     ]
-    whole = build_micro_batches(own, plan, 0, columns, multiple * size, CPU, tokens * size)
+    whole = build_micro_batches(own, schedule, 0, columns, multiple * size, CPU, tokens * size)
     assert (
         sum(micro.tokens.numel() for micro in whole)
-        == plan.padded_tokens(lengths, multiple * size, tokens * size)[0]
+        == schedule.padded_tokens(lengths, multiple * size, tokens * size)[0]
     )
     for row, *parts in zip(whole, *built, strict=True):
         assert row.packed is not None
@@ -182,8 +182,8 @@ def test_context_parallel_ranks_share_every_row_and_every_response_token(
 
 
 def test_without_a_sequence_there_is_still_a_row() -> None:
-    plan = Plan([[[]]], packed=True)
-    (micro,) = build_micro_batches(ragged_rollouts(4).select([]), plan, 0, {}, 4, CPU)
+    schedule = MicroBatchPlan([[[]]], packed=True)
+    (micro,) = build_micro_batches(ragged_rollouts(4).select([]), schedule, 0, {}, 4, CPU)
     assert micro.tokens.shape == (1, 4) and micro.targets.numel() == 0
     assert micro.packed is not None and micro.packed.cu_seqlens_q.tolist() == [0, 4]
 
@@ -198,22 +198,22 @@ def test_a_packed_step_is_a_padded_step_and_one_sequence_leaves_the_others_alone
             policy = small_policy(config, parallel)
             batch = ragged_rollouts()
             batch.advantages = torch.linspace(-1, 1, len(batch), dtype=torch.float64)
-            plan = policy.plan(batch.sequence_lengths)
-            assert plan.packed is (packing == "thd")
-            order = plan.samples_of(0)
+            schedule = policy.schedule(batch.sequence_lengths)
+            assert schedule.packed is (packing == "thd")
+            order = schedule.samples_of(0)
             batch = batch.select(order)
-            policy.accumulate_gradients(batch, plan, PolicyGradient(100.0, 0.7))
+            policy.accumulate_gradients(batch, schedule, PolicyGradient(100.0, 0.7))
             gradient = torch.cat([b.grad_data for c in policy.ddp_chunks for b in c.buffers])
-            parts = policy.log_probs(batch, plan, 0.7).split(batch.response_lengths.tolist())
+            parts = policy.log_probs(batch, schedule, 0.7).split(batch.response_lengths.tolist())
             by_sample = dict(zip(order, parts, strict=True))
             found.append((gradient.clone(), torch.cat([by_sample[i] for i in sorted(by_sample)])))
         # Other tokens in the first sequence of the first packed row change nothing in its neighbours.
-        first = plan.rows[0][0]
+        first = schedule.assignment[0][0]
         assert len(first) > 1
         changed = batch.select(range(len(batch)))
         changed.prompt_tokens = changed.prompt_tokens.clone()
         changed.prompt_tokens[0] = (changed.prompt_tokens[0] + 1) % 17
-        after = policy.log_probs(changed, plan, 0.7).split(batch.response_lengths.tolist())
+        after = policy.log_probs(changed, schedule, 0.7).split(batch.response_lengths.tolist())
         assert not torch.equal(after[0], parts[0])
         assert all(torch.equal(a, b) for a, b in zip(after[1:], parts[1:], strict=True))
     finally:

@@ -57,10 +57,10 @@ def test_gradient_equals_float64_gradient_of_the_objective(parallel: Parallel, t
     rollouts = ragged_rollouts()
     lengths = rollouts.response_lengths
     rollouts.advantages = compute_advantages(config.algorithm, rollouts.rewards, lengths, rollouts.groups)
-    plan = policy.plan(rollouts.sequence_lengths)
-    assert plan.count >= 3
+    schedule = policy.schedule(rollouts.sequence_lengths)
+    assert schedule.count >= 3
     objective = PolicyGradient(float(lengths.sum()), TEMPERATURE)
-    metrics = policy.accumulate_gradients(rollouts.select(plan.samples_of(0)), plan, objective)
+    metrics = policy.accumulate_gradients(rollouts.select(schedule.samples_of(0)), schedule, objective)
 
     truth = {name: t.double().requires_grad_() for name, t in weights_of(policy).items()}
     loss = torch.zeros((), dtype=torch.float64)
@@ -90,19 +90,19 @@ def test_skipping_what_has_no_gradient_changes_nothing_but_the_time(parallel: Pa
     rollouts.advantages = torch.randn(len(rollouts), generator=generator, dtype=torch.float64)
     rollouts.advantages[: round(share * len(rollouts))] = 0
     rollouts.engine_log_prob = torch.randn(rollouts.response_tokens.numel(), generator=generator)
-    silent = rollouts.advantages == 0
+    zero_advantage = rollouts.advantages == 0
     objective = PolicyGradient(100.0, TEMPERATURE)
     found = []
-    for plan in (
-        policy.plan(rollouts.sequence_lengths),
-        policy.plan(rollouts.sequence_lengths, silent),
+    for schedule in (
+        policy.schedule(rollouts.sequence_lengths),
+        policy.schedule(rollouts.sequence_lengths, zero_advantage),
     ):
-        batch = rollouts.select(plan.samples_of(0))
-        metrics = policy.accumulate_gradients(batch, plan, objective)
+        batch = rollouts.select(schedule.samples_of(0))
+        metrics = policy.accumulate_gradients(batch, schedule, objective)
         found.append((metrics, {name: gradient.clone() for name, gradient in gradients_of(policy).items()}))
     (full, gradients), (skipped, others) = found
-    assert plan.forward_only is not None
-    assert sorted(plan.forward_only.samples_of(0)) == silent.nonzero()[:, 0].tolist()
+    assert schedule.forward_only is not None
+    assert sorted(schedule.forward_only.samples_of(0)) == zero_advantage.nonzero()[:, 0].tolist()
     assert skipped.tokens == full.tokens and skipped.mismatch is not None and full.mismatch is not None
     assert skipped.loss == pytest.approx(full.loss, abs=1e-6)
     assert skipped.entropy == pytest.approx(full.entropy, rel=1e-6)
@@ -118,12 +118,14 @@ def test_only_what_has_a_gradient_runs_backward(parallel: Parallel) -> None:
     rollouts = ragged_rollouts()
     rollouts.advantages = torch.ones(len(rollouts), dtype=torch.float64)
     rollouts.advantages[4:] = 0
-    plan = policy.plan(rollouts.sequence_lengths, rollouts.advantages == 0)
+    schedule = policy.schedule(rollouts.sequence_lengths, rollouts.advantages == 0)
     backward: list[int] = []
     handle = policy.chunks[0].embedding.register_full_backward_hook(
         lambda module, gradients, outputs: backward.append(outputs[0].shape[1])
     )
-    policy.accumulate_gradients(rollouts.select(plan.samples_of(0)), plan, PolicyGradient(100.0, TEMPERATURE))
+    policy.accumulate_gradients(
+        rollouts.select(schedule.samples_of(0)), schedule, PolicyGradient(100.0, TEMPERATURE)
+    )
     handle.remove()
     assert sum(backward) == 4
 
@@ -132,27 +134,27 @@ def test_only_what_has_a_gradient_runs_backward(parallel: Parallel) -> None:
 def test_entropy_and_log_probs_equal_the_dense_ones(parallel: Parallel, form: str) -> None:
     policy, config = make_policy(parallel, form)
     rollouts = ragged_rollouts(8)
-    plan = policy.plan(rollouts.sequence_lengths)
-    batch = rollouts.select(plan.samples_of(0))
+    schedule = policy.schedule(rollouts.sequence_lengths)
+    batch = rollouts.select(schedule.samples_of(0))
     truth = {name: tensor.double() for name, tensor in weights_of(policy).items()}
     expected = [
         dense_reference.log_probs(config.policy.model, truth, s[:p].tolist(), s[p:].tolist(), TEMPERATURE)
         for s, p in zip(batch.sequences(), batch.prompt_lengths.tolist(), strict=True)
     ]
-    measured = policy.log_probs(batch, plan, TEMPERATURE)
+    measured = policy.log_probs(batch, schedule, TEMPERATURE)
     assert (measured - torch.cat(expected)).abs().max() < 2e-5
 
 
 def test_supervised_gradient_is_the_policy_gradient_with_advantage_one(parallel: Parallel) -> None:
     policy, _ = make_policy(parallel)
     rollouts = ragged_rollouts()
-    plan = policy.plan(rollouts.sequence_lengths)
-    batch = rollouts.select(plan.samples_of(0))
+    schedule = policy.schedule(rollouts.sequence_lengths)
+    batch = rollouts.select(schedule.samples_of(0))
     batch.advantages = torch.ones(len(batch), dtype=torch.float64)
-    policy.accumulate_gradients(batch, plan, PolicyGradient(100.0, temperature=1.0))
+    policy.accumulate_gradients(batch, schedule, PolicyGradient(100.0, temperature=1.0))
     expected = {name: gradient.clone() for name, gradient in gradients_of(policy).items()}
     batch.is_demonstration, batch.advantages = True, None
-    policy.accumulate_gradients(batch, plan, Supervised(100.0))
+    policy.accumulate_gradients(batch, schedule, Supervised(100.0))
     for name, gradient in gradients_of(policy).items():
         assert torch.equal(gradient, expected[name]), name
 
@@ -161,9 +163,9 @@ def test_demonstrations_are_refused_by_the_policy_gradient(parallel: Parallel) -
     policy, _ = make_policy(parallel)
     rollouts = ragged_rollouts(4)
     rollouts.is_demonstration = True
-    plan = policy.plan(rollouts.sequence_lengths)
+    schedule = policy.schedule(rollouts.sequence_lengths)
     with pytest.raises(ValueError, match="cannot learn from these rollouts"):
-        policy.train_step(rollouts, plan, PolicyGradient(1.0, 1.0), lr=1e-3)
+        policy.train_step(rollouts, schedule, PolicyGradient(1.0, 1.0), lr=1e-3)
 
 
 def draw(policy: Policy, config: Config, parallel: Parallel) -> Rollouts:
@@ -183,9 +185,9 @@ def draw(policy: Policy, config: Config, parallel: Parallel) -> Rollouts:
 def test_engine_agrees_with_the_policys_full_forward(parallel: Parallel, tied: str, form: str) -> None:
     policy, config = make_policy(parallel, f"policy.model.tie_embeddings={tied}", form)
     rollouts = draw(policy, config, parallel)
-    plan = policy.plan(rollouts.sequence_lengths)
-    batch = rollouts.select(plan.samples_of(0))
-    assert (policy.log_probs(batch, plan, TEMPERATURE) - batch.engine_log_prob).abs().max() <= 2e-5
+    schedule = policy.schedule(rollouts.sequence_lengths)
+    batch = rollouts.select(schedule.samples_of(0))
+    assert (policy.log_probs(batch, schedule, TEMPERATURE) - batch.engine_log_prob).abs().max() <= 2e-5
 
 
 @pytest.mark.parametrize("form", ["policy.packing=padded", PACKED])
@@ -196,9 +198,9 @@ def test_mixture_of_experts_engine_agrees_with_the_policys_full_forward(
         parallel, "policy.model.num_moe_experts=4", "policy.model.moe_ffn_hidden_size=24", form
     )
     rollouts = draw(policy, config, parallel)
-    plan = policy.plan(rollouts.sequence_lengths)
-    batch = rollouts.select(plan.samples_of(0))
-    assert (policy.log_probs(batch, plan, TEMPERATURE) - batch.engine_log_prob).abs().max() <= 2e-5
+    schedule = policy.schedule(rollouts.sequence_lengths)
+    batch = rollouts.select(schedule.samples_of(0))
+    assert (policy.log_probs(batch, schedule, TEMPERATURE) - batch.engine_log_prob).abs().max() <= 2e-5
 
 
 def test_bf16_policy_trains_and_agrees_with_its_engine_to_bf16_rounding(parallel: Parallel) -> None:
@@ -206,9 +208,9 @@ def test_bf16_policy_trains_and_agrees_with_its_engine_to_bf16_rounding(parallel
     rollouts = draw(policy, config, parallel)
     assert next(iter(weights_of(policy).values())).dtype == torch.bfloat16
     for _ in range(2):
-        plan = policy.plan(rollouts.sequence_lengths)
-        batch = rollouts.select(plan.samples_of(0))
-        metrics = policy.train_step(batch, plan, PolicyGradient(100.0, TEMPERATURE), lr=1e-2)
+        schedule = policy.schedule(rollouts.sequence_lengths)
+        batch = rollouts.select(schedule.samples_of(0))
+        metrics = policy.train_step(batch, schedule, PolicyGradient(100.0, TEMPERATURE), lr=1e-2)
         assert metrics.mismatch.max < 0.05 and metrics.grad_norm > 0
         rollouts = draw(policy, config, parallel)
 
@@ -220,18 +222,20 @@ def test_step_is_refused_before_the_optimizer_when_the_engine_held_other_weights
     rollouts = draw(policy, config, parallel)
     stale = copy.deepcopy(rollouts)
     before = weights_of(policy)
-    plan = policy.plan(rollouts.sequence_lengths)
+    schedule = policy.schedule(rollouts.sequence_lengths)
     objective = PolicyGradient(100.0, TEMPERATURE)
 
-    def accept(metrics) -> None:
+    def pre_step_check(metrics) -> None:
         check_mismatch(config.on_policy, metrics.mismatch)
 
-    metrics = policy.train_step(rollouts.select(plan.samples_of(0)), plan, objective, 1e-2, accept)
+    metrics = policy.train_step(
+        rollouts.select(schedule.samples_of(0)), schedule, objective, 1e-2, pre_step_check
+    )
     assert metrics.mismatch.max < 2e-5 and policy.version == 1
     after = weights_of(policy)
     assert any(not torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(OnPolicyError, match="disagree by"):
-        policy.train_step(stale.select(plan.samples_of(0)), plan, objective, 1e-2, accept)
+        policy.train_step(stale.select(schedule.samples_of(0)), schedule, objective, 1e-2, pre_step_check)
     assert policy.version == 1
     for name, tensor in weights_of(policy).items():
         assert torch.equal(tensor, after[name]), name
@@ -242,13 +246,13 @@ def test_new_optimizer_starts_from_zero_moments(parallel: Parallel) -> None:
     """AdamW's first step moves every weight that has a gradient by lr, whatever went before."""
     policy, config = make_policy(parallel, "optimizer.clip=0")
     rollouts = ragged_rollouts()
-    plan = policy.plan(rollouts.sequence_lengths)
-    batch = rollouts.select(plan.samples_of(0))
+    schedule = policy.schedule(rollouts.sequence_lengths)
+    batch = rollouts.select(schedule.samples_of(0))
     batch.advantages = torch.ones(len(batch), dtype=torch.float64)
     for _ in range(3):
-        policy.train_step(batch, plan, PolicyGradient(10.0, 1.0), lr=1e-2)
+        policy.train_step(batch, schedule, PolicyGradient(10.0, 1.0), lr=1e-2)
     policy.start_optimizer(config.optimizer)
     before = weights_of(policy)
-    policy.train_step(batch, plan, PolicyGradient(10.0, 1.0), lr=1e-3)
+    policy.train_step(batch, schedule, PolicyGradient(10.0, 1.0), lr=1e-3)
     moved = (weights_of(policy)["lm_head.weight"] - before["lm_head.weight"]).abs()
     assert moved.median() == pytest.approx(1e-3, rel=1e-3)

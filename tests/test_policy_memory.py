@@ -23,8 +23,8 @@ def parallel() -> Iterator[Parallel]:
 def train(policy: Policy, seed: int) -> None:
     batch = ragged_rollouts(seed=seed)
     batch.advantages = batch.rewards - 0.5
-    plan = policy.plan(batch.sequence_lengths)
-    policy.train_step(batch.select(plan.samples_of(0)), plan, PolicyGradient(100.0, 1.0), 1e-2)
+    schedule = policy.schedule(batch.sequence_lengths)
+    policy.train_step(batch.select(schedule.samples_of(0)), schedule, PolicyGradient(100.0, 1.0), 1e-2)
 
 
 def weights(policy: Policy) -> dict[str, torch.Tensor]:
@@ -73,9 +73,10 @@ def test_a_policy_that_never_trains_computes_the_same_and_has_nothing_to_lend(
     drawing.memory.offload_optimizer()
     assert drawing.optimizer is None and drawing.memory.is_complete
     batch = ragged_rollouts()
-    plan = training.plan(batch.sequence_lengths)
+    schedule = training.schedule(batch.sequence_lengths)
     found, expected = (
-        policy.log_probs(batch.select(plan.samples_of(0)), plan, 1.0) for policy in (drawing, training)
+        policy.log_probs(batch.select(schedule.samples_of(0)), schedule, 1.0)
+        for policy in (drawing, training)
     )
     assert torch.equal(found, expected)
     assert not any(parameter.grad is not None for parameter in drawing.chunks[0].parameters())

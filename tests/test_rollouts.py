@@ -170,10 +170,10 @@ def test_demonstrations_are_rollouts_of_one_sample_per_group_without_measurement
 
 def test_one_rank_exchanges_by_reordering_to_the_plan() -> None:
     rollouts = random_rollouts(30)
-    plan = schedule_micro_batches(rollouts.sequence_lengths.tolist(), 1, 20)
-    received = redistribute_to_dp(alone(), rollouts, plan, total=30)
+    schedule = schedule_micro_batches(rollouts.sequence_lengths.tolist(), 1, 20)
+    received = redistribute_to_dp(alone(), rollouts, schedule, total=30)
     samples = samples_of(rollouts)
-    assert samples_of(received) == [samples[i] for i in plan.samples_of(0)]
+    assert samples_of(received) == [samples[i] for i in schedule.samples_of(0)]
 
 
 def test_one_rank_gathers_its_own() -> None:

@@ -60,10 +60,10 @@ def test_the_local_engine_agrees_with_the_policy(family: str, tmp_path: Path) ->
     requests = [GenerationRequest(i, i, 0, tuple(prompt)) for i, prompt in enumerate(PROMPTS)]
     rollouts = engine.generate(requests, Sampling(max_tokens=12, stop_tokens=(0,), seed=(1,)))
     rollouts.rewards = torch.zeros(len(rollouts), dtype=torch.float64)
-    plan = policy.plan(rollouts.sequence_lengths)
-    batch = rollouts.select(plan.samples_of(0))
+    schedule = policy.schedule(rollouts.sequence_lengths)
+    batch = rollouts.select(schedule.samples_of(0))
     assert batch.engine_log_prob is not None
-    assert float((policy.log_probs(batch, plan, 1.0) - batch.engine_log_prob).abs().max()) <= 2e-5
+    assert float((policy.log_probs(batch, schedule, 1.0) - batch.engine_log_prob).abs().max()) <= 2e-5
 
 
 def test_types_are_kept_one_by_one(tmp_path: Path) -> None:

@@ -230,8 +230,10 @@ def test_weights_come_back_bit_for_bit_also_after_an_error(parallel: Parallel, d
     for policy in (one, other):
         rollouts = ragged_rollouts()
         rollouts.advantages = torch.linspace(-1, 1, len(rollouts), dtype=torch.float64)
-        plan = policy.plan(rollouts.sequence_lengths)
-        policy.train_step(rollouts.select(plan.samples_of(0)), plan, PolicyGradient(10.0, 1.0), lr=1e-2)
+        schedule = policy.schedule(rollouts.sequence_lengths)
+        policy.train_step(
+            rollouts.select(schedule.samples_of(0)), schedule, PolicyGradient(10.0, 1.0), lr=1e-2
+        )
     for a, b in zip(one.chunks[0].parameters(), other.chunks[0].parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -101,8 +101,8 @@ def step(policy: Policy, number: int) -> None:
     generator = torch.Generator().manual_seed(number)
     tokens = torch.randint(VOCAB_SIZE, (SEQUENCES, TOKENS), generator=generator).tolist()
     batch = Rollouts.from_demonstrations([row[:16] for row in tokens], [row[16:] for row in tokens])
-    plan = policy.plan(batch.sequence_lengths)
-    policy.train_step(batch, plan, Supervised(float(batch.response_lengths.sum())), lr=1e-4)
+    schedule = policy.schedule(batch.sequence_lengths)
+    policy.train_step(batch, schedule, Supervised(float(batch.response_lengths.sum())), lr=1e-4)
 
 
 def run(policy: Policy, config: Config, beside: bool | None) -> float:

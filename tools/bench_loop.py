@@ -253,8 +253,8 @@ def training(run: Any, weights: dict[str, Any]) -> dict[str, float]:
     # Advantages without a zero: every sample takes part in both.
     drawn.advantages = torch.randn(len(requests), generator=torch.Generator().manual_seed(1)).double()
     lengths = drawn.prompt_lengths + drawn.response_lengths
-    plan, tokens = run.policy.plan(lengths), int(lengths.sum())
-    batch = drawn.select(plan.samples_of(0))
+    schedule, tokens = run.policy.schedule(lengths), int(lengths.sum())
+    batch = drawn.select(schedule.samples_of(0))
     normalizer = float(drawn.response_lengths.sum())
     optimizer = run.config.optimizer
     plain = PlainModel(run.config.policy.model, run.task.vocab_size, weights)
@@ -265,13 +265,13 @@ def training(run: Any, weights: dict[str, Any]) -> dict[str, float]:
 
     def ours() -> int:
         objective = PolicyGradient(normalizer, run.config.rollout.temperature)
-        metrics = run.policy.train_step(batch, plan, objective, 0.0, partial(check_on_policy, run))
+        metrics = run.policy.train_step(batch, schedule, objective, 0.0, partial(check_on_policy, run))
         norms["ours"] = metrics.grad_norm
         return tokens
 
     def theirs() -> int:
         advantage = torch.repeat_interleave(batch.advantages, batch.response_lengths).float()
-        micro = build_micro_batches(batch, plan, 0, {"advantages": advantage}, 1, run.parallel.device)
+        micro = build_micro_batches(batch, schedule, 0, {"advantages": advantage}, 1, run.parallel.device)
         norms["plain"] = policy_gradient_step(plain, adam, micro, normalizer, optimizer.clip)
         return tokens
 

@@ -126,11 +126,11 @@ def opo_arm(policy: Policy, share: float) -> Callable[[], object]:
     batch = samples()
     assert batch.advantages is not None
     batch.advantages[: round(share * SAMPLES)] = 0
-    silent = batch.advantages == 0
+    zero_advantage = batch.advantages == 0
 
     def step() -> None:
-        plan = policy.plan(batch.sequence_lengths, silent)
-        policy.train_step(batch.select(plan.samples_of(0)), plan, PolicyGradient(1000.0, 1.0), 1e-5)
+        schedule = policy.schedule(batch.sequence_lengths, zero_advantage)
+        policy.train_step(batch.select(schedule.samples_of(0)), schedule, PolicyGradient(1000.0, 1.0), 1e-5)
 
     return step
 
@@ -138,21 +138,21 @@ def opo_arm(policy: Policy, share: float) -> Callable[[], object]:
 def grpo_arms(policy: Policy, start: Any) -> dict[str, Callable[[], object]]:
     """The clipped update, with the passes that it takes."""
     batch = samples()
-    plan = policy.plan(batch.sequence_lengths)
-    batch = batch.select(plan.samples_of(0))
-    batch.old_log_prob = policy.log_probs(batch, plan, 1.0)
+    schedule = policy.schedule(batch.sequence_lengths)
+    batch = batch.select(schedule.samples_of(0))
+    batch.old_log_prob = policy.log_probs(batch, schedule, 1.0)
 
     def update(kl_coefficient: float) -> None:
-        policy.train_step(batch, plan, Clipped(1000.0, 1.0, 0.2, 0.2, kl_coefficient), 1e-5)
+        policy.train_step(batch, schedule, Clipped(1000.0, 1.0, 0.2, 0.2, kl_coefficient), 1e-5)
 
     def one_update() -> None:
-        batch.old_log_prob = policy.log_probs(batch, plan, 1.0)
+        batch.old_log_prob = policy.log_probs(batch, schedule, 1.0)
         update(0.0)
 
     def usual() -> None:
-        batch.old_log_prob = policy.log_probs(batch, plan, 1.0)
+        batch.old_log_prob = policy.log_probs(batch, schedule, 1.0)
         with policy.swap_weights(start):
-            batch.reference_log_prob = policy.log_probs(batch, plan, 1.0)
+            batch.reference_log_prob = policy.log_probs(batch, schedule, 1.0)
         update(0.1)
 
     return {

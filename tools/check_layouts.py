@@ -180,11 +180,11 @@ def take_steps(config: Config, parallel: Parallel) -> list[list[float]]:
         rollouts = fixed_rollouts(step)
         # One process runs every sample backward, the layouts skip those without a gradient.
         assert rollouts.advantages is not None
-        silent = rollouts.advantages == 0 if parallel.world_size > 1 else None
-        plan = policy.plan(rollouts.sequence_lengths, silent)
-        batch = rollouts.select(plan.samples_of(parallel.dp_rank))
+        zero_advantage = rollouts.advantages == 0 if parallel.world_size > 1 else None
+        schedule = policy.schedule(rollouts.sequence_lengths, zero_advantage)
+        batch = rollouts.select(schedule.samples_of(parallel.dp_rank))
         objective = PolicyGradient(float(rollouts.response_lengths.sum()), temperature=0.8)
-        metrics = policy.train_step(batch, plan, objective, lr=1e-3)
+        metrics = policy.train_step(batch, schedule, objective, lr=1e-3)
         results.append([metrics.loss, metrics.grad_norm])
     return results
 

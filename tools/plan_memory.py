@@ -138,7 +138,7 @@ def measure_here(layout: str, folder: Path) -> None:
             for weight in chunk.parameters():
                 weight.data.fill_(0.01)
         policy.start_optimizer(config.optimizer)
-        plan = policy.plan(whole.sequence_lengths)
+        plan = policy.schedule(whole.sequence_lengths)
         batch = whole.select(plan.samples_of(parallel.dp_rank))
         for _ in range(2):
             policy.train_step(batch, plan, PolicyGradient(1000.0, 1.0), 1e-4)

@@ -26,10 +26,10 @@ MICRO_BATCH_TOKENS = 100
 
 
 @dataclass(frozen=True)
-class Plan:
+class MicroBatchPlan:
     """Which samples form which micro-batch, for every data-parallel rank."""
 
-    rows: list[list[list[int]]]
+    assignment: list[list[list[int]]]
     """[data-parallel rank][micro-batch][row] → sample; an empty micro-batch has no rows."""
     shape: tuple[int, int] | None = None
     """(rows, places) of every micro-batch where the schedule needs one shape, else None.  The last token of
@@ -38,18 +38,18 @@ class Plan:
     """Whether the sequences of a micro-batch stand one behind another in a single row."""
     alignment: int = 1
     """A packed sequence takes a multiple of so many places."""
-    forward_only: Plan | None = None
+    forward_only: MicroBatchPlan | None = None
     """Samples that only run forward, after the others: to be measured, not learned from."""
 
     def samples_of(self, dp_rank: int) -> list[int]:
         """The samples of one data-parallel rank, in the order of its micro-batches."""
-        own = [sample for rows in self.rows[dp_rank] for sample in rows]
+        own = [sample for rows in self.assignment[dp_rank] for sample in rows]
         return own if self.forward_only is None else own + self.forward_only.samples_of(dp_rank)
 
     @property
     def count(self) -> int:
         """Micro-batches per data-parallel rank that run forward and backward."""
-        return len(self.rows[0])
+        return len(self.assignment[0])
 
     def padded_tokens(self, lengths: Sequence[int], multiple: int = 1, token_multiple: int = 1) -> list[int]:
         """Places of each rank's micro-batches, padding included, for sequences of `lengths` tokens.
@@ -62,10 +62,10 @@ class Plan:
             needed = [padded_length(lengths[i], self.alignment) for i in rows]
             return math.prod(_shape(needed, self, multiple, token_multiple))
 
-        return [sum(map(size, batches)) for batches in self.rows]
+        return [sum(map(size, batches)) for batches in self.assignment]
 
 
-def schedule_for(policy: PolicyConfig, lengths: Sequence[int], dp_size: int) -> Plan:
+def schedule_for(policy: PolicyConfig, lengths: Sequence[int], dp_size: int) -> MicroBatchPlan:
     """The plan that a recipe's schedule, budget and form of micro-batches ask for."""
     interleaved = policy.virtual_pipeline_model_parallel_size is not None
     return schedule_micro_batches(
@@ -98,7 +98,7 @@ def schedule_micro_batches(
     multiple: int = 1,
     packed: bool = False,
     alignment: int = 1,
-) -> Plan:
+) -> MicroBatchPlan:
     """Split samples of `lengths` tokens into micro-batches of at most `max_tokens` padded tokens.
 
     Samples are dealt by falling length, each to the rank that has least so far, so that every rank
@@ -116,7 +116,7 @@ def schedule_micro_batches(
         if fixed_shape:
             max_tokens = max([max_tokens, *needed])
         assigned, width = bin_pack(needed, dp_size, max_tokens, multiple)
-        return Plan(assigned, (1, width) if fixed_shape else None, packed=True, alignment=alignment)
+        return MicroBatchPlan(assigned, (1, width) if fixed_shape else None, packed=True, alignment=alignment)
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     per_rank: list[list[int]] = [[] for _ in range(dp_size)]
     loads = [(0, rank) for rank in range(dp_size)]
@@ -136,7 +136,7 @@ def schedule_micro_batches(
         for piece in pieces:
             _split_until(piece, count)
     padded = [piece + [[] for _ in range(count - len(piece))] for piece in pieces]
-    return Plan(padded, (rows, max(1, longest - 1)) if fixed_shape else None)
+    return MicroBatchPlan(padded, (rows, max(1, longest - 1)) if fixed_shape else None)
 
 
 def partition(assigned: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -196,7 +196,7 @@ class MicroBatch:
 
 def build_micro_batches(
     batch: Rollouts,
-    plan: Plan,
+    schedule: MicroBatchPlan,
     dp_rank: int,
     columns: dict[str, Tensor],
     multiple: int,
@@ -207,7 +207,7 @@ def build_micro_batches(
     """The micro-batches of one rank.
 
     Args:
-        batch: exactly `plan.samples_of(dp_rank)`, in that order.
+        batch: exactly `schedule.samples_of(dp_rank)`, in that order.
         columns: per-token columns [Σl] in the order of `batch`.
         multiple: the length of rows is a multiple of this,
         token_multiple: and rows × length of this.
@@ -220,20 +220,20 @@ def build_micro_batches(
     ragged = {name: values.split(lengths) for name, values in columns.items()}
     prompts = batch.prompt_lengths.tolist()
     micro_batches, begin = [], 0
-    for rows in plan.rows[dp_rank]:
+    for rows in schedule.assignment[dp_rank]:
         part = range(begin, begin + len(rows))
         begin += len(rows)
         inputs = [sequences[i][:-1] for i in part]  # the last token of a sequence is only ever a target
-        needed = [padded_length(sequences[i].numel(), plan.alignment) for i in part]
-        height, width = _shape(needed, plan, multiple, token_multiple)
-        starts = [sum(needed[:k]) if plan.packed else k * width for k in range(len(needed))]
+        needed = [padded_length(sequences[i].numel(), schedule.alignment) for i in part]
+        height, width = _shape(needed, schedule, multiple, token_multiple)
+        starts = [sum(needed[:k]) if schedule.packed else k * width for k in range(len(needed))]
         tokens = torch.zeros(height * width, dtype=torch.int64)
         loss_positions = []
         for i, start, one in zip(part, starts, inputs, strict=True):
             tokens[start : start + one.numel()] = one
             first = start + prompts[i] - 1
             loss_positions.append(torch.arange(first, first + lengths[i]))
-        segments = segments_of(needed, width) if plan.packed else [width] * height
+        segments = segments_of(needed, width) if schedule.packed else [width] * height
         positions = torch.cat([torch.arange(length) for length in segments])
         micro = MicroBatch(
             tokens=tokens.view(height, width),
@@ -244,7 +244,7 @@ def build_micro_batches(
             columns={
                 name: _joined([values[i] for i in part], torch.float32) for name, values in ragged.items()
             },
-            packed=packed_params(segments, device, context[1]) if plan.packed else None,
+            packed=packed_params(segments, device, context[1]) if schedule.packed else None,
         )
         if context[1] > 1:
             micro = cp_shard(micro, context_positions(segments, *context))
@@ -279,16 +279,18 @@ def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
     return replace(micro, **tensors, columns=columns)
 
 
-def _shape(needed: Sequence[int], plan: Plan, multiple: int, token_multiple: int) -> tuple[int, int]:
+def _shape(
+    needed: Sequence[int], schedule: MicroBatchPlan, multiple: int, token_multiple: int
+) -> tuple[int, int]:
     """(rows, places) of a micro-batch of sequences that need so many places each."""
-    if plan.shape is not None:
-        height, width = plan.shape
-    elif plan.packed:
+    if schedule.shape is not None:
+        height, width = schedule.shape
+    elif schedule.packed:
         height, width = 1, sum(needed)
     else:
         height, width = len(needed), max(needed, default=0)
     height, width = max(1, height), max(1, width)
-    whole = math.lcm(multiple, plan.alignment, token_multiple // math.gcd(token_multiple, height))
+    whole = math.lcm(multiple, schedule.alignment, token_multiple // math.gcd(token_multiple, height))
     return height, width + -width % whole
 
 

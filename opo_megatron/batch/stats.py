@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.energy import EnergySums
-from opo_megatron.batch.micro_batch import Plan
+from opo_megatron.batch.micro_batch import MicroBatchPlan
 from opo_megatron.batch.rollouts import FINISH_LENGTH, Rollouts
 from opo_megatron.distributed.process_groups import (
     Parallel,
@@ -125,17 +125,19 @@ def local_slice(parallel: Parallel, total: int) -> slice:
     return slice(share.start, share.stop)
 
 
-def redistribute_to_dp(parallel: Parallel, rollouts: Rollouts, plan: Plan, total: int) -> Rollouts:
+def redistribute_to_dp(
+    parallel: Parallel, rollouts: Rollouts, schedule: MicroBatchPlan, total: int
+) -> Rollouts:
     """Each rank's block of `total` samples in, the samples of this data-parallel rank out, as planned."""
     blocks = [rank_range(total, r, parallel.world_size) for r in range(parallel.world_size)]
     mine = blocks[parallel.rank]
     dp_ranks = all_gather_objects(parallel, parallel.dp_rank)
     send_chunks = [
-        rollouts.select([i - mine.start for i in plan.samples_of(dp_rank) if i in mine])
+        rollouts.select([i - mine.start for i in schedule.samples_of(dp_rank) if i in mine])
         for dp_rank in dp_ranks
     ]
     received = Rollouts.concatenate(all_to_all_objects(parallel, send_chunks))
-    wanted = plan.samples_of(parallel.dp_rank)
+    wanted = schedule.samples_of(parallel.dp_rank)
     arrived = [i for block in blocks for i in wanted if i in block]
     place = {sample: position for position, sample in enumerate(arrived)}
     return received.select([place[sample] for sample in wanted])

@@ -152,8 +152,8 @@ def verify(checkpoint: Path, hf_folder: Path, config: Config, parallel: Parallel
     rng = random.Random(0)
     rows = [[rng.randrange(model.vocab_size) for _ in range(min(n, longest))] for n in VERIFY_LENGTHS]
     batch = Rollouts.from_demonstrations([row[:1] for row in rows], [row[1:] for row in rows])
-    plan = policy.plan(batch.sequence_lengths)
-    ours = policy.log_probs(batch.select(plan.samples_of(parallel.dp_rank)), plan, 1.0)
+    schedule = policy.schedule(batch.sequence_lengths)
+    ours = policy.log_probs(batch.select(schedule.samples_of(parallel.dp_rank)), schedule, 1.0)
     if transformers is None:
         return None
     transformers.utils.logging.disable_progress_bar()
@@ -162,7 +162,7 @@ def verify(checkpoint: Path, hf_folder: Path, config: Config, parallel: Parallel
     ).eval()
     theirs = []
     with torch.no_grad():
-        for row in (rows[i] for i in plan.samples_of(parallel.dp_rank)):
+        for row in (rows[i] for i in schedule.samples_of(parallel.dp_rank)):
             logits = theirs_model(torch.tensor([row])).logits[0, :-1].double()
             theirs.append(logits.log_softmax(-1).gather(1, torch.tensor(row[1:]).unsqueeze(1))[:, 0])
     worst = float((ours - torch.cat(theirs)).abs().max())

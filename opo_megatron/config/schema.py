@@ -38,7 +38,7 @@ class RunConfig:
     seed: int = 1
     """Seed of initial weights, prompt order and sampling."""
     ranks: int | None = None
-    """Ranks that the recipe is meant for, one per GPU: what `opo config` and `opo plan` count with."""
+    """Ranks that the recipe is meant for, one per GPU: what `opo config` and `opo schedule` count with."""
     threads_per_rank: int = 1
     """OpenMP threads of each rank on a CPU; more than there are cores makes steps many times slower."""
     distributed_timeout_minutes: float = 10.0

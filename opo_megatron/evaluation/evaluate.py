@@ -40,12 +40,12 @@ def evaluate(run: Run) -> MetricsRow:
     problems = evaluation_problems(run.task, settings.problems)
     answers, sampled = answer(run, run.task, problems, samples, sampling, "evaluating")
     row = measure_responses(run.parallel, answers, sampled, samples, sampling).row()
-    if run.config.observe.kl is Kl.eval and run.start_weights is not None:
-        row |= kl_to_start(run, answers, sampled, run.start_weights)
+    if run.config.observe.kl is Kl.eval and run.reference_weights is not None:
+        row |= kl_to_start(run, answers, sampled, run.reference_weights)
     if settings.greedy:
         greedy = replace(sampling, greedy=True, temperature=1.0, top_p=1.0, top_k=0)
-        _, likeliest = answer(run, run.task, problems, 1, greedy, "evaluating")
-        row["eval/greedy_accuracy"] = float(likeliest.rewards.mean())
+        _, greedy_stats = answer(run, run.task, problems, 1, greedy, "evaluating")
+        row["eval/greedy_accuracy"] = float(greedy_stats.rewards.mean())
     return row
 
 
@@ -75,12 +75,12 @@ def kl_to_start(run: Run, answers: Rollouts, summary: BatchStats, start: WeightS
     token was drawn from π.  log π is what the engine recorded, log π_0 a full forward pass.
     """
     policy, parallel = run.policy, run.parallel
-    plan = policy.plan(summary.sequence_lengths)
-    batch = redistribute_to_dp(parallel, answers, plan, len(summary.groups))
+    schedule = policy.schedule(summary.sequence_lengths)
+    batch = redistribute_to_dp(parallel, answers, schedule, len(summary.groups))
     assert batch.engine_log_prob is not None
     run.display.status("measuring the KL to the start weights")
     with policy.swap_weights(start):
-        start_log_prob = policy.log_probs(batch, plan, run.config.eval.temperature)
+        start_log_prob = policy.log_probs(batch, schedule, run.config.eval.temperature)
     divergence = k3(start_log_prob.double() - batch.engine_log_prob.double()).sum()
     total = float(all_reduce(parallel, divergence * float(parallel.is_dp_leader)))
     return {

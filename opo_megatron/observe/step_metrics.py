@@ -15,20 +15,20 @@ from opo_megatron.policy.metric_sums import StepMetrics
 
 
 def step_row(
-    config: Config, step: int, batch: BatchStats, advantages: Tensor, metrics: StepMetrics, lr: float
+    config: Config, step: int, stats: BatchStats, advantages: Tensor, metrics: StepMetrics, lr: float
 ) -> MetricsRow:
     """The row of an OPO step, before its times are known."""
-    silent = zero_variance(config.algorithm, batch.rewards, batch.groups)
-    lengths = batch.response_lengths.double()
+    zero_advantage = zero_variance(config.algorithm, stats.rewards, stats.groups)
+    lengths = stats.response_lengths.double()
     row: MetricsRow = {
         "step": step,
-        "reward/mean": float(batch.rewards.mean()),
+        "reward/mean": float(stats.rewards.mean()),
         "response_length/mean": float(lengths.mean()),
         "response_length/max": int(lengths.max()),
-        "response_length/truncated": batch.truncated,
+        "response_length/truncated": stats.truncated,
         "advantage/mean": float(advantages.mean()),
         "advantage/rms": float(advantages.square().mean().sqrt()),
-        "groups/without_signal": float(silent.double().mean()),
+        "groups/without_signal": float(zero_advantage.double().mean()),
         "tokens/response": metrics.tokens,
         "loss": metrics.loss,
         "grad_norm": metrics.grad_norm,

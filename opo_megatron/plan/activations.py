@@ -85,7 +85,7 @@ def activation_peak(policy: Policy, lengths: Sequence[tuple[int, int]], on_gpus:
         on_gpus: count attention and the head as GPUs compute them.
     """
     responses = torch.tensor([response for _, response in lengths])
-    plan = policy.plan(torch.tensor([prompt + response for prompt, response in lengths]))
+    plan = policy.schedule(torch.tensor([prompt + response for prompt, response in lengths]))
     own = plan.samples_of(policy.parallel.dp_rank)
     batch = _rollouts([lengths[i] for i in own])
     objective = PolicyGradient(float(responses.sum()), 1.0)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opo_megatron.algorithm.energy import EnergySums, energy, sums_over
-from opo_megatron.batch.micro_batch import MicroBatch, Plan
+from opo_megatron.batch.micro_batch import MicroBatch, MicroBatchPlan
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.distributed.process_groups import all_reduce, gather_tokens
 from opo_megatron.policy.lm_head import log_probs
@@ -39,20 +39,22 @@ class TokenMeasures:
 
 
 def measure_energies(
-    policy: Policy, batch: Rollouts, plan: Plan, total: int, temperature: float
+    policy: Policy, rollouts: Rollouts, schedule: MicroBatchPlan, total: int, temperature: float
 ) -> EnergySums:
     """Of all `total` samples of a step, on every rank, from this replica's part of them."""
-    measured = measure_tokens(policy, batch, plan, temperature)
+    measured = measure_tokens(policy, rollouts, schedule, temperature)
     sums = torch.zeros(2, total, dtype=torch.float64)
     if policy.parallel.is_dp_leader:
-        place = torch.tensor(plan.samples_of(policy.parallel.dp_rank), dtype=torch.int64)
-        sums[0, place] = sums_over(measured.energy, batch.response_lengths)
-        sums[1, place] = sums_over(measured.energy_hidden, batch.response_lengths)
+        place = torch.tensor(schedule.samples_of(policy.parallel.dp_rank), dtype=torch.int64)
+        sums[0, place] = sums_over(measured.energy, rollouts.response_lengths)
+        sums[1, place] = sums_over(measured.energy_hidden, rollouts.response_lengths)
     return EnergySums(*all_reduce(policy.parallel, sums))
 
 
-def measure_tokens(policy: Policy, batch: Rollouts, plan: Plan, temperature: float) -> TokenMeasures:
-    """One pass over `batch`, ordered as `plan` has it; every rank of the replica gets the result."""
+def measure_tokens(
+    policy: Policy, rollouts: Rollouts, schedule: MicroBatchPlan, temperature: float
+) -> TokenMeasures:
+    """One pass over `rollouts`, ordered as `schedule` has it; every rank of the replica gets the result."""
     parts: list[Tensor] = []
     numbers: list[Tensor] = []
 
@@ -63,8 +65,8 @@ def measure_tokens(policy: Policy, batch: Rollouts, plan: Plan, temperature: flo
         parts.append(torch.stack((output.log_prob, size, size * squares), 1))
         numbers.append(micro.token_indices)
 
-    policy.run_forward(batch, plan, collect)
-    tokens = int(batch.response_lengths.sum())
+    policy.run_forward(rollouts, schedule, collect)
+    tokens = int(rollouts.response_lengths.sum())
     parallel = policy.parallel
     found = torch.empty(tokens, 3, device=parallel.device)
     if parts:

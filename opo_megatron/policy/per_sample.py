@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.objective import PolicyGradient
-from opo_megatron.batch.micro_batch import MicroBatch, Plan
+from opo_megatron.batch.micro_batch import MicroBatch, MicroBatchPlan
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.distributed.process_groups import all_reduce, gather_tokens
 from opo_megatron.kernels.output_gram import output_gram
@@ -39,9 +39,11 @@ class PerSample:
     energies: EnergySums
 
 
-def output_layer(policy: Policy, batch: Rollouts, plan: Plan, temperature: float) -> PerSample:
-    """Gradients with respect to the output matrix of the samples of `batch`, which every data-parallel
-    replica holds in the order of `plan`; the blocks of the inner products are shared out among copies."""
+def output_layer(
+    policy: Policy, rollouts: Rollouts, schedule: MicroBatchPlan, temperature: float
+) -> PerSample:
+    """Gradients with respect to the output matrix of the samples of `rollouts`, which every data-parallel
+    replica holds in the order of `schedule`; the blocks of the inner products are shared out among copies."""
     hidden_parts: list[Tensor] = []
     target_parts: list[Tensor] = []
     number_parts: list[Tensor] = []
@@ -53,12 +55,12 @@ def output_layer(policy: Policy, batch: Rollouts, plan: Plan, temperature: float
         number_parts.append(micro.token_indices)
         matrix[:] = [head_weight(chunk)]
 
-    policy.run_forward(batch, plan, collect)
-    parallel, n = policy.parallel, len(batch)
+    policy.run_forward(rollouts, schedule, collect)
+    parallel, n = policy.parallel, len(rollouts)
     sums = torch.zeros(n * n + 2 * n, dtype=torch.float64)
     if matrix:
         vocabulary, rows = policy.head.vocabulary(matrix[0])
-        owners = torch.repeat_interleave(torch.arange(n), batch.response_lengths).to(parallel.device)
+        owners = torch.repeat_interleave(torch.arange(n), rollouts.response_lengths).to(parallel.device)
         numbers, tokens = torch.cat(number_parts), owners.numel()
         found = output_gram(
             gather_tokens(parallel, torch.cat(hidden_parts), numbers, tokens),
@@ -77,13 +79,15 @@ def output_layer(policy: Policy, batch: Rollouts, plan: Plan, temperature: float
     return PerSample(gram.view(n, n), EnergySums(energy, energy_hidden))
 
 
-def all_parameters(policy: Policy, batch: Rollouts, plan: Plan, temperature: float) -> PerSample:
+def all_parameters(
+    policy: Policy, rollouts: Rollouts, schedule: MicroBatchPlan, temperature: float
+) -> PerSample:
     """The same with respect to every parameter; gradients are left at zero."""
     objective = PolicyGradient(-float(policy.parallel.dp_size), temperature)  # the replicas' sum is ∇log π
     optimizers = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
     gradients: list[list[Tensor]] = [[] for _ in optimizers]
-    for i in range(len(batch)):
-        one = batch.select([i])
+    for i in range(len(rollouts)):
+        one = rollouts.select([i])
         one.advantages = torch.ones(1, dtype=torch.float64)
         alone = policy.schedule_replicated(one.sequence_lengths, [0])
         policy.accumulate_gradients(one, alone, objective)
@@ -93,7 +97,7 @@ def all_parameters(policy: Policy, batch: Rollouts, plan: Plan, temperature: flo
             parts = [gradient.flatten().float() for gradient in optimizer.get_main_grads_for_grad_norm()]
             kept.append(torch.cat(parts).cpu() if parts else torch.empty(0))
     policy.zero_gradients()
-    gram = torch.zeros(len(batch), len(batch), dtype=torch.float64)
+    gram = torch.zeros(len(rollouts), len(rollouts), dtype=torch.float64)
     for kept, optimizer in zip(gradients, optimizers, strict=True):
         own = torch.zeros_like(gram)
         for columns in torch.stack(kept).split(COLUMNS, 1):
@@ -102,4 +106,4 @@ def all_parameters(policy: Policy, batch: Rollouts, plan: Plan, temperature: flo
         if policy.parallel.world_size > 1:
             dist.all_reduce(own, group=optimizer.get_grad_stats_parallel_group())
         gram += own.cpu()
-    return PerSample(gram, output_layer(policy, batch, plan, temperature).energies)
+    return PerSample(gram, output_layer(policy, rollouts, schedule, temperature).energies)

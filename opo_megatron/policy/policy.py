@@ -29,7 +29,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from opo_megatron.algorithm.objective import Objective
-from opo_megatron.batch.micro_batch import MicroBatch, Plan, build_micro_batches, schedule_for
+from opo_megatron.batch.micro_batch import MicroBatch, MicroBatchPlan, build_micro_batches, schedule_for
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config.choices import Dtype
 from opo_megatron.config.schema import Config, OptimizerConfig
@@ -167,7 +167,9 @@ class Policy:
 
     # ------------------------------------------------------------------ training
 
-    def plan(self, lengths: Tensor, silent: Tensor | None = None, only: Sequence[int] | None = None) -> Plan:
+    def schedule(
+        self, lengths: Tensor, zero_advantage: Tensor | None = None, only: Sequence[int] | None = None
+    ) -> MicroBatchPlan:
         """Micro-batches for sequences of `lengths` [n], the whole batch's, the same on every rank.
 
         Args:
@@ -176,42 +178,42 @@ class Policy:
                 so they run forward only: the same step in less time.
         """
         samples = range(lengths.numel()) if only is None else only
-        if silent is None or not bool(silent.any()):
+        if zero_advantage is None or not bool(zero_advantage.any()):
             return self._schedule_of(lengths, samples, self.parallel.dp_size)
-        known = silent.tolist()
+        known = zero_advantage.tolist()
         learned, measured = [i for i in samples if not known[i]], [i for i in samples if known[i]]
         silent_plan = self._schedule_of(lengths, measured, self.parallel.dp_size)
         return replace(self._schedule_of(lengths, learned, self.parallel.dp_size), forward_only=silent_plan)
 
-    def schedule_replicated(self, lengths: Tensor, samples: Sequence[int]) -> Plan:
+    def schedule_replicated(self, lengths: Tensor, samples: Sequence[int]) -> MicroBatchPlan:
         """Micro-batches of `samples` that every data-parallel replica runs alike."""
-        plan = self._schedule_of(lengths, samples, replicas=1)
-        return replace(plan, rows=plan.rows * self.parallel.dp_size)
+        schedule = self._schedule_of(lengths, samples, replicas=1)
+        return replace(schedule, assignment=schedule.assignment * self.parallel.dp_size)
 
-    def _schedule_of(self, lengths: Tensor, samples: Sequence[int], replicas: int) -> Plan:
-        plan = schedule_for(self.config, [int(lengths[i]) for i in samples], replicas)
-        rows = [[[samples[i] for i in batch] for batch in batches] for batches in plan.rows]
-        return replace(plan, rows=rows)
+    def _schedule_of(self, lengths: Tensor, samples: Sequence[int], replicas: int) -> MicroBatchPlan:
+        schedule = schedule_for(self.config, [int(lengths[i]) for i in samples], replicas)
+        rows = [[[samples[i] for i in batch] for batch in batches] for batches in schedule.assignment]
+        return replace(schedule, assignment=rows)
 
     def train_step(
         self,
-        batch: Rollouts,
-        plan: Plan,
+        rollouts: Rollouts,
+        schedule: MicroBatchPlan,
         objective: Objective,
         lr: float,
-        accept: Callable[[StepMetrics], None] | None = None,
+        pre_step_check: Callable[[StepMetrics], None] | None = None,
     ) -> StepMetrics:
         """Exactly one optimizer step.
 
         Args:
-            batch: this data-parallel rank's samples, as `plan` orders them.
+            batch: this data-parallel rank's samples, as `schedule` orders them.
             accept: sees the metrics before the optimizer step and raises to refuse it; gradients are
                 then zeroed and the weights stay as they are.
         """
-        metrics = self.accumulate_gradients(batch, plan, objective)
+        metrics = self.accumulate_gradients(rollouts, schedule, objective)
         try:
-            if accept is not None:
-                accept(metrics)
+            if pre_step_check is not None:
+                pre_step_check(metrics)
         except Exception:
             self.zero_gradients()
             raise
@@ -225,24 +227,28 @@ class Policy:
         self.version += 1
         return StepMetrics(**{**vars(metrics), "grad_norm": float(grad_norm)})
 
-    def accumulate_gradients(self, batch: Rollouts, plan: Plan, objective: Objective) -> StepMetrics:
+    def accumulate_gradients(
+        self, rollouts: Rollouts, schedule: MicroBatchPlan, objective: Objective
+    ) -> StepMetrics:
         """Forward and backward over all micro-batches; gradients end up reduced in `main_grad`."""
-        if batch.is_demonstration != objective.learns_from_demonstrations:
+        if rollouts.is_demonstration != objective.learns_from_demonstrations:
             raise ValueError(f"{type(objective).__name__} cannot learn from these rollouts")
         self.memory.reload()
         self.zero_gradients()
-        sums = MetricSums(self.parallel, batch.engine_log_prob is not None)
-        self.run_backward(batch, plan, objective, sums)
-        metrics = sums.total(batch.response_lengths)
+        sums = MetricSums(self.parallel, rollouts.engine_log_prob is not None)
+        self.run_backward(rollouts, schedule, objective, sums)
+        metrics = sums.total(rollouts.response_lengths)
         self._check_finite(metrics)
         return metrics
 
-    def run_backward(self, batch: Rollouts, plan: Plan, objective: Objective, sums: MetricSums) -> None:
+    def run_backward(
+        self, rollouts: Rollouts, schedule: MicroBatchPlan, objective: Objective, sums: MetricSums
+    ) -> None:
         """What of `accumulate_gradients` needs no value of a tensor: all micro-batches, and the reduction."""
-        measured = batch.engine_log_prob is not None
+        measured = rollouts.engine_log_prob is not None
         columns = dict.fromkeys((*objective.columns, *(["engine_log_prob"] if measured else [])))
 
-        def learn(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def loss_fn(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             tokens = sums.tokens(micro, objective)
             value = LMHeadLoss.apply(
                 hidden, head_weight(chunk), self.head, micro, tokens, objective.temperature,
@@ -251,20 +257,20 @@ class Policy:
             # The schedule changes the loss that it is given in place.
             return value, torch.tensor(micro.targets.numel(), dtype=torch.int), value.detach().clone()
 
-        def measure(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def eval_fn(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             output = log_probs(self.head, hidden, head_weight(chunk), micro, objective.temperature)
             sums.add(sums.tokens(micro, None), output)
             return _no_loss(hidden)
 
-        learned, silent = self._parts(batch, plan)
-        self._run(learned, plan, columns, learn, forward_only=False)
-        if plan.forward_only is not None:
-            self._run(silent, plan.forward_only, columns, measure, forward_only=True)
+        learned, zero_advantage = self._parts(rollouts, schedule)
+        self._run(learned, schedule, columns, loss_fn, forward_only=False)
+        if schedule.forward_only is not None:
+            self._run(zero_advantage, schedule.forward_only, columns, eval_fn, forward_only=True)
 
-    def _parts(self, batch: Rollouts, plan: Plan) -> tuple[Rollouts, Rollouts]:
+    def _parts(self, rollouts: Rollouts, schedule: MicroBatchPlan) -> tuple[Rollouts, Rollouts]:
         """The samples with a gradient and those without, which stand behind them."""
-        learned = sum(len(rows) for rows in plan.rows[self.parallel.dp_rank])
-        return batch.select(range(learned)), batch.select(range(learned, len(batch)))
+        learned = sum(len(rows) for rows in schedule.assignment[self.parallel.dp_rank])
+        return rollouts.select(range(learned)), rollouts.select(range(learned, len(rollouts)))
 
     def zero_gradients(self) -> None:
         """Forget all gradients."""
@@ -285,31 +291,39 @@ class Policy:
                 "resume from a checkpoint with a smaller optimizer.lr",
             )
 
-    def log_probs(self, batch: Rollouts, plan: Plan, temperature: float) -> Tensor:
-        """log π_T of every response token of `batch` [Σl] float32, by a full forward pass, on every rank
+    def log_probs(self, rollouts: Rollouts, schedule: MicroBatchPlan, temperature: float) -> Tensor:
+        """log π_T of every response token of `rollouts` [Σl] float32, by a full forward pass, on every rank
         of the data-parallel replica."""
-        return measure_tokens(self, batch, plan, temperature).log_prob
+        return measure_tokens(self, rollouts, schedule, temperature).log_prob
 
     def run_forward(
-        self, batch: Rollouts, plan: Plan, visit: Callable[[GPTModel, MicroBatch, Tensor], None]
+        self,
+        rollouts: Rollouts,
+        schedule: MicroBatchPlan,
+        visit: Callable[[GPTModel, MicroBatch, Tensor], None],
     ) -> None:
         """A forward pass without gradients; on the last pipeline stage `visit` is called with the model's
         last chunk, each micro-batch of this rank and its hidden states [b, s, H]."""
 
-        def look(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def forward_fn(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             visit(chunk, micro, hidden)
             return _no_loss(hidden)
 
-        self._run(batch, plan, (), look, forward_only=True)
+        self._run(rollouts, schedule, (), forward_fn, forward_only=True)
 
     def _run(
-        self, batch: Rollouts, plan: Plan, columns: Iterable[str], loss: _Loss, forward_only: bool
+        self,
+        rollouts: Rollouts,
+        schedule: MicroBatchPlan,
+        columns: Iterable[str],
+        loss: _Loss,
+        forward_only: bool,
     ) -> None:
         micro_batches = build_micro_batches(
-            batch,
-            plan,
+            rollouts,
+            schedule,
             self.parallel.dp_rank,
-            {name: _per_token(batch, name) for name in columns},
+            {name: _per_token(rollouts, name) for name in columns},
             multiple=row_multiple(self.config),
             device=self.parallel.device,
             token_multiple=token_multiple(self.config),
@@ -330,7 +344,7 @@ class Policy:
                 forward_step_func=forward,
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.ddp_chunks if len(self.ddp_chunks) > 1 else self.ddp_chunks[0],
-                num_microbatches=plan.count,
+                num_microbatches=schedule.count,
                 seq_length=width,
                 micro_batch_size=rows,
                 forward_only=forward_only,
@@ -395,13 +409,13 @@ def _no_loss(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.new_zeros(()), torch.tensor(0, dtype=torch.int), hidden.new_zeros(())
 
 
-def _per_token(batch: Rollouts, name: str) -> Tensor:
+def _per_token(rollouts: Rollouts, name: str) -> Tensor:
     """A column of the batch at every response token [Σl] float32."""
-    values = getattr(batch, name)
+    values = getattr(rollouts, name)
     if values is None:
         raise ValueError(f"the objective needs the column {name!r}, which this batch does not have")
     if name == "advantages":
-        values = torch.repeat_interleave(values, batch.response_lengths)
+        values = torch.repeat_interleave(values, rollouts.response_lengths)
     return values.float()
 
 

@@ -108,8 +108,10 @@ def _largest_difference(
     rollouts.advantages = (torch.arange(len(rollouts)) % 2).double()
     if widest:
         lengths = torch.full_like(lengths, int(lengths.max()))
-    plan = policy.plan(lengths, rollouts.advantages == 0)
+    schedule = policy.schedule(lengths, rollouts.advantages == 0)
     objective = PolicyGradient(float(rollouts.response_tokens.numel()), config.rollout.temperature)
-    metrics = policy.accumulate_gradients(rollouts.select(plan.samples_of(parallel.dp_rank)), plan, objective)
+    metrics = policy.accumulate_gradients(
+        rollouts.select(schedule.samples_of(parallel.dp_rank)), schedule, objective
+    )
     assert metrics.mismatch is not None
     return metrics.mismatch.max

@@ -49,10 +49,10 @@ def largest_difference(policy: Policy, parallel: Parallel, probes: dict[str, Rol
     ]
     batch = Rollouts.concatenate([rollouts for _, rollouts in named])
     owners = [name for name, rollouts in named for _ in range(len(rollouts))]
-    plan = policy.plan(batch.sequence_lengths)
-    mine = plan.samples_of(parallel.dp_rank)
+    schedule = policy.schedule(batch.sequence_lengths)
+    mine = schedule.samples_of(parallel.dp_rank)
     part = batch.select(mine)
-    found = policy.log_probs(part, plan, PROBE_SAMPLING.temperature)
+    found = policy.log_probs(part, schedule, PROBE_SAMPLING.temperature)
     assert part.engine_log_prob is not None
     sizes = (found.double() - part.engine_log_prob.double()).abs()
     worst = torch.zeros(len(owners), dtype=torch.float64)

@@ -18,7 +18,7 @@ from torch import Tensor
 from opo_megatron.algorithm.config import LossNormalizer
 from opo_megatron.algorithm.objective import Clipped, loss_normalizer
 from opo_megatron.algorithm.on_policy import Mismatch, MismatchSums
-from opo_megatron.batch.micro_batch import Plan
+from opo_megatron.batch.micro_batch import MicroBatchPlan
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.batch.stats import BatchStats, redistribute_to_dp
 from opo_megatron.distributed.process_groups import Parallel, all_reduce
@@ -27,33 +27,33 @@ from opo_megatron.run import Run, check_on_policy
 
 
 def ppo_updates(
-    run: Run, step: int, rollouts: Rollouts, batch: BatchStats, advantage: Tensor, rate: float
+    run: Run, step: int, rollouts: Rollouts, stats: BatchStats, advantages: Tensor, lr: float
 ) -> StepMetrics:
     """`algorithm.updates_per_batch` optimizer steps; means of what they report.
 
     That engine and policy agree is proven by the old log-probabilities, before the first of them.
     """
     config, policy, algorithm = run.config, run.policy, run.config.algorithm
-    mini_batches = split_prompts(batch.groups, algorithm.updates_per_batch, f"{config.run.seed}/{step}")
-    plans = [policy.plan(batch.sequence_lengths, only=part) for part in mini_batches]
-    parts = [redistribute_to_dp(run.parallel, rollouts, plan, len(advantage)) for plan in plans]
+    mini_batches = split_prompts(stats.groups, algorithm.updates_per_batch, f"{config.run.seed}/{step}")
+    schedules = [policy.schedule(stats.sequence_lengths, only=part) for part in mini_batches]
+    parts = [redistribute_to_dp(run.parallel, rollouts, schedule, len(advantages)) for schedule in schedules]
     temperature = config.rollout.temperature
-    for part, plan in zip(parts, plans, strict=True):
-        part.old_log_prob = policy.log_probs(part, plan, temperature)
+    for part, schedule in zip(parts, schedules, strict=True):
+        part.old_log_prob = policy.log_probs(part, schedule, temperature)
     mismatch = _mismatch(run.parallel, parts)
-    nothing_yet = StepMetrics(0.0, int(batch.response_lengths.sum()), None, mismatch)
+    nothing_yet = StepMetrics(0.0, int(stats.response_lengths.sum()), None, mismatch)
     check_on_policy(run, nothing_yet)
     if algorithm.kl_coefficient:
-        _measure_reference(run, parts, plans, temperature)
+        _measure_reference(run, parts, schedules, temperature)
     found = []
-    for part, plan, samples in zip(parts, plans, mini_batches, strict=True):
-        normalizer = loss_normalizer(algorithm, batch.response_lengths[torch.tensor(samples)])
+    for part, schedule, samples in zip(parts, schedules, mini_batches, strict=True):
+        normalizer = loss_normalizer(algorithm, stats.response_lengths[torch.tensor(samples)])
         if algorithm.loss_normalizer is LossNormalizer.constant:
             normalizer /= algorithm.updates_per_batch
         objective = Clipped(
             normalizer, temperature, algorithm.clip_low, algorithm.clip_high, algorithm.kl_coefficient
         )
-        found.append(policy.train_step(part, plan, objective, rate))
+        found.append(policy.train_step(part, schedule, objective, lr))
     entropies = [one.entropy for one in found if one.entropy is not None]
     return replace(
         nothing_yet,
@@ -88,11 +88,13 @@ def _mismatch(parallel: Parallel, parts: list[Rollouts]) -> Mismatch | None:
     return MismatchSums.result(values, float(highest), count) if count else None
 
 
-def _measure_reference(run: Run, parts: list[Rollouts], plans: list[Plan], temperature: float) -> None:
+def _measure_reference(
+    run: Run, parts: list[Rollouts], schedules: list[MicroBatchPlan], temperature: float
+) -> None:
     """Log-probabilities under the start weights, of which this rank keeps its part on the host."""
-    assert run.start_weights is not None
-    if run.reference is None:
-        run.reference = run.policy.shards_of(run.start_weights)
-    with run.policy.swap_weights(run.reference):
-        for part, plan in zip(parts, plans, strict=True):
-            part.reference_log_prob = run.policy.log_probs(part, plan, temperature)
+    assert run.reference_weights is not None
+    if run.reference_params is None:
+        run.reference_params = run.policy.shards_of(run.reference_weights)
+    with run.policy.swap_weights(run.reference_params):
+        for part, schedule in zip(parts, schedules, strict=True):
+            part.reference_log_prob = run.policy.log_probs(part, schedule, temperature)

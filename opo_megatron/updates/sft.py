@@ -32,16 +32,16 @@ def warm_start(run: Run) -> None:
 def _supervised_step(run: Run, step: int) -> None:
     config, timer = run.config.warm_start, run.timer(step)
     demonstrations = _demonstrations(run, step)
-    plan = run.policy.plan(demonstrations.sequence_lengths)
+    schedule = run.policy.schedule(demonstrations.sequence_lengths)
     objective = Supervised(max(1.0, float(demonstrations.response_lengths.sum())))
-    rate = learning_rate(config, step, config.steps)
-    batch = demonstrations.select(plan.samples_of(run.parallel.dp_rank))
-    metrics = run.policy.train_step(batch, plan, objective, rate)
+    lr = learning_rate(config, step, config.steps)
+    batch = demonstrations.select(schedule.samples_of(run.parallel.dp_rank))
+    metrics = run.policy.train_step(batch, schedule, objective, lr)
     row = {
         "step": step,
         "loss": metrics.loss,
         "grad_norm": metrics.grad_norm,
-        "lr": rate,
+        "lr": lr,
     }
     if metrics.entropy is not None:
         row["entropy"] = metrics.entropy

@@ -42,7 +42,7 @@ def report_is_due(config: Config, step: int) -> bool:
 
 
 def variance_report(
-    run: Run, step: int, rollouts: Rollouts, batch: BatchStats, advantage: Tensor
+    run: Run, step: int, rollouts: Rollouts, stats: BatchStats, advantages: Tensor
 ) -> MetricsRow:
     """Measure, learn where the baseline does, and say it; a collective of all ranks.
 
@@ -51,9 +51,9 @@ def variance_report(
         advantage: [N] of all samples, as the step uses them.
     """
     run.turns.before_training()
-    chosen = (batch.groups < run.config.algorithm.variance_prompts).nonzero()[:, 0]
-    measured = _measure(run, rollouts, batch, chosen)
-    used = {"this_run": advantage[chosen], "batch_length": _over_batch(batch)[chosen]}
+    chosen = (stats.groups < run.config.algorithm.variance_prompts).nonzero()[:, 0]
+    measured = _measure(run, rollouts, stats, chosen)
+    used = {"this_run": advantages[chosen], "batch_length": _over_batch(stats)[chosen]}
     row: MetricsRow = {}
     for name, a in (estimators(measured, run.fitted_weights) | used).items():
         row[f"variance/{name}"], row[f"signal/{name}"] = variance_and_signal(measured, a)
@@ -74,27 +74,27 @@ def variance_report(
     return row
 
 
-def _measure(run: Run, rollouts: Rollouts, batch: BatchStats, chosen: Tensor) -> Measured:
+def _measure(run: Run, rollouts: Rollouts, stats: BatchStats, chosen: Tensor) -> Measured:
     """Inner products and energies of the samples `chosen`, in that order."""
     policy, config = run.policy, run.config
-    plan = policy.schedule_replicated(batch.sequence_lengths, chosen.tolist())
-    samples = redistribute_to_dp(run.parallel, rollouts, plan, len(batch.groups))
+    schedule = policy.schedule_replicated(stats.sequence_lengths, chosen.tolist())
+    samples = redistribute_to_dp(run.parallel, rollouts, schedule, len(stats.groups))
     whole = config.algorithm.variance_of is VarianceOf.all_parameters
     measure = per_sample.all_parameters if whole else per_sample.output_layer
-    found = measure(policy, samples, plan, config.rollout.temperature)
-    order = torch.tensor(plan.samples_of(run.parallel.dp_rank)).argsort()
+    found = measure(policy, samples, schedule, config.rollout.temperature)
+    order = torch.tensor(schedule.samples_of(run.parallel.dp_rank)).argsort()
     return Measured(
         gram=found.gram[order][:, order],
-        rewards=batch.rewards[chosen],
-        lengths=batch.response_lengths[chosen].double(),
-        groups=batch.groups[chosen],
+        rewards=stats.rewards[chosen],
+        lengths=stats.response_lengths[chosen].double(),
+        groups=stats.groups[chosen],
         energies=found.energies.select(order),
     )
 
 
-def _over_batch(batch: BatchStats) -> Tensor:
+def _over_batch(stats: BatchStats) -> Tensor:
     config = AlgorithmConfig(Baseline.batch_length, **PRESETS[Baseline.batch_length]._asdict())
-    return compute_advantages(config, batch.rewards, batch.response_lengths, batch.groups)
+    return compute_advantages(config, stats.rewards, stats.response_lengths, stats.groups)
 
 
 def relative_noise(reports: Sequence[MetricsRow]) -> dict[str, float]:

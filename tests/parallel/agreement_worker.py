@@ -52,9 +52,9 @@ def measure(overrides: list[str], parallel: Parallel) -> dict[str, object]:
     rollouts = engine.generate(requests, sampling)
     rollouts.rewards = torch.zeros(len(rollouts), dtype=torch.float64)
     summary = gather_stats(parallel, rollouts)
-    plan = policy.plan(summary.sequence_lengths)
-    batch = redistribute_to_dp(parallel, rollouts, plan, total)
-    difference = (policy.log_probs(batch, plan, TEMPERATURE) - batch.engine_log_prob).abs().max()
+    schedule = policy.schedule(summary.sequence_lengths)
+    batch = redistribute_to_dp(parallel, rollouts, schedule, total)
+    difference = (policy.log_probs(batch, schedule, TEMPERATURE) - batch.engine_log_prob).abs().max()
     everything = gather_to_rank0(parallel, rollouts)
     worst = max(all_gather_objects(parallel, float(difference)))
     return {"worst": worst, "tokens": everything.responses() if everything else None}

@@ -62,9 +62,9 @@ def measure(overrides: list[str], parallel: Parallel) -> dict[str, Any]:
     rollouts, total = batch_of(), len(ragged_rollouts())
     found: dict[str, Any] = {}
 
-    plan = policy.plan(rollouts.sequence_lengths)
-    batch = rollouts.select(plan.samples_of(parallel.dp_rank))
-    sums = measure_energies(policy, batch, plan, total, TEMPERATURE)
+    schedule = policy.schedule(rollouts.sequence_lengths)
+    batch = rollouts.select(schedule.samples_of(parallel.dp_rank))
+    sums = measure_energies(policy, batch, schedule, total, TEMPERATURE)
     found["energy"], found["energy_hidden"] = sums.energy.tolist(), sums.energy_hidden.tolist()
 
     for_all = policy.schedule_replicated(rollouts.sequence_lengths, list(range(8)))
@@ -77,8 +77,8 @@ def measure(overrides: list[str], parallel: Parallel) -> dict[str, Any]:
 
     if parallel.dp_size == 1 and (parallel.dp_cp_size == 1 or not config.policy.distributed_optimizer):
         objective = PolicyGradient(100.0, TEMPERATURE)
-        plan = policy.plan(rollouts.sequence_lengths, rollouts.advantages == 0)
-        policy.accumulate_gradients(rollouts.select(plan.samples_of(0)), plan, objective)
+        schedule = policy.schedule(rollouts.sequence_lengths, rollouts.advantages == 0)
+        policy.accumulate_gradients(rollouts.select(schedule.samples_of(0)), schedule, objective)
         stream = stream_weights(GradientShards(policy), policy.table, parallel, 2**20)
         found["gradients"] = {name: tensor.clone() for bucket in stream for name, tensor in bucket}
     if parallel.tp_size == WORLD_SIZE:

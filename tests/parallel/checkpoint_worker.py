@@ -30,9 +30,9 @@ STEPS = 2
 def train(policy: Policy, parallel: Parallel, step: int) -> float:
     rollouts = ragged_rollouts(seed=step)
     rollouts.advantages = torch.linspace(-1, 1, len(rollouts), dtype=torch.float64)
-    plan = policy.plan(rollouts.sequence_lengths)
-    batch = rollouts.select(plan.samples_of(parallel.dp_rank))
-    return policy.train_step(batch, plan, PolicyGradient(100.0, 1.0), lr=1e-2).grad_norm
+    schedule = policy.schedule(rollouts.sequence_lengths)
+    batch = rollouts.select(schedule.samples_of(parallel.dp_rank))
+    return policy.train_step(batch, schedule, PolicyGradient(100.0, 1.0), lr=1e-2).grad_norm
 
 
 def state_of(policy: Policy, parallel: Parallel) -> dict[str, Tensor]:

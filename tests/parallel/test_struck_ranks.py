@@ -23,18 +23,18 @@ LAUNCH = "from opo_megatron.distributed.launch import run_ranks; import sys; n, 
 LAUNCH += "sys.exit(run_ranks(command, int(n)))"
 
 
-def attempt(run_dir: Path, nproc: int, plan: list[Any] | None, *overrides: str) -> int:
+def attempt(run_dir: Path, nproc: int, schedule: list[Any] | None, *overrides: str) -> int:
     """The launcher's exit code."""
-    done = start(run_dir, nproc, plan, *overrides)
+    done = start(run_dir, nproc, schedule, *overrides)
     assert done.returncode in (0, EXIT_PREEMPTED, 128 + SIGKILL), done.stderr
     return done.returncode
 
 
 def start(
-    run_dir: Path, nproc: int, plan: list[Any] | None, *overrides: str
+    run_dir: Path, nproc: int, schedule: list[Any] | None, *overrides: str
 ) -> subprocess.CompletedProcess[str]:
     arguments = ["train", str(RECIPE), f"run.dir={run_dir}", *COMMAND, *overrides]
-    command = [sys.executable, str(STRUCK_RUN), json.dumps([plan]), *arguments]
+    command = [sys.executable, str(STRUCK_RUN), json.dumps([schedule]), *arguments]
     line = [sys.executable, "-c", LAUNCH, str(nproc), *command]
     return subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
 
@@ -46,7 +46,7 @@ def test_four_ranks_of_which_one_is_struck_in_every_phase_go_on_as_if_nothing_ha
 ) -> None:
     calm, struck = tmp_path / "calm", tmp_path / "struck"
     assert attempt(calm, 4, None, TP2) == 0
-    plans = (
+    schedules = (
         (["warm start", int(SIGKILL), 3], 128 + SIGKILL),
         (["generation", int(SIGUSR1), 2], EXIT_PREEMPTED),
         (["training", int(SIGTERM), 3], EXIT_PREEMPTED),
@@ -54,8 +54,8 @@ def test_four_ranks_of_which_one_is_struck_in_every_phase_go_on_as_if_nothing_ha
         (["writing", int(SIGKILL), 3], 128 + SIGKILL),
         (["saving", int(SIGKILL), 0], 128 + SIGKILL),
     )
-    for plan, code in plans:
-        assert attempt(struck, 4, plan, TP2) == code, plan
+    for schedule, code in schedules:
+        assert attempt(struck, 4, schedule, TP2) == code, schedule
     assert attempt(struck, 4, None, TP2) == 0
     assert_same_run(struck, calm)
 
