@@ -1,49 +1,53 @@
-"""How a run is put together, or found again, and how it is left."""
+"""How a run is assembled or resumed, and how it is left: normally, told to stop, or on an error."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 
 import torch
 
-from opo_megatron.checkpoint.checkpoint import (
+from opo_megatron.checkpoint.load import load
+from opo_megatron.checkpoint.progress import (
     CONFIG_FILE,
     RunProgress,
+    abandon_later,
     find_checkpoint,
-    load,
-    read_extra,
+    read_estimator_state,
     read_progress,
     read_version,
     run_of,
 )
 from opo_megatron.checkpoint.retention import Retention
+from opo_megatron.checkpoint.saver import CheckpointSaver
 from opo_megatron.checkpoint.weights import CheckpointShards, holds_weights
 from opo_megatron.config import Config
+from opo_megatron.config.arithmetic import shares_memory
 from opo_megatron.config.choices import Dtype, EngineName, Kl
 from opo_megatron.config.compare import changed_settings, check_resume
 from opo_megatron.config.schema import OptimizerConfig
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, initialize, shutdown
 from opo_megatron.errors import Preempted, UserError
-from opo_megatron.kernels.fp8 import Scales
 from opo_megatron.observe.console import Display
 from opo_megatron.observe.loggers import load_wandb
 from opo_megatron.observe.run_files import RunFiles
+from opo_megatron.policy.device import check_device
 from opo_megatron.policy.policy import Policy
 from opo_megatron.resilience.stop import StopRequest
 from opo_megatron.resilience.watchdog import Watchdog
 from opo_megatron.rollout.engine import RolloutEngine
-from opo_megatron.rollout.exact_check import check_device, check_exact
+from opo_megatron.rollout.exact_check import check_exact, check_exact_device
+from opo_megatron.rollout.generation import Generation
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.rollout.memory_sharing import MemorySharing
 from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.server import write_model_config
 from opo_megatron.run import Run
-from opo_megatron.tasks import TASKS, Task
+from opo_megatron.tasks import Task, make_task
 from opo_megatron.utils.disk import report_disk_errors
-from opo_megatron.weights.fp8_folder import BlockFp8
+from opo_megatron.weights.fp8_folder import engine_quantization
 from opo_megatron.weights.hf_folder import read_weights
 from opo_megatron.weights.random_init import random_weights
 from opo_megatron.weights.reference_weights import ReferenceWeights
@@ -51,54 +55,52 @@ from opo_megatron.weights.stream import WeightSource
 
 
 @contextmanager
-def open_run(config: Config, allowed: Sequence[str] = ()) -> Iterator[Run]:
-    """Build or resume a run and leave its process groups at the end.
-
-    Args:
-        allowed: keys that may differ from the run's so far where they must not.
-    """
+def joined_ranks(config: Config) -> Iterator[tuple[Parallel, Display]]:
+    """Join the process groups, and leave them at the end; every command that needs a policy runs in this."""
     parallel = initialize(config)
     display = Display(active=parallel.rank == 0)
-    stop = StopRequest(parallel, config.run.max_minutes)
-    stop.listen()
-    watchdog = Watchdog(parallel, Path(config.run.dir), config.run.hang_minutes)
-    run = None
     try:
-        with report_disk_errors(config.run.dir):
-            run = _build(config, parallel, display, stop, watchdog, allowed)
-            try:
-                yield run
-            except Preempted as reason:
-                _close(run)
-                display.log(f"ended before its last step ({reason}) and saved; resume=auto goes on from here")
-                shutdown()
-                raise
+        yield parallel, display
     except Preempted:
+        shutdown()
         raise
     except BaseException:
         display.close()
-        if run is not None:
-            run.cancel_pending()
-            run.engine.close()
-            run.task.close()
-            with suppress(OSError):  # on a full disk as before
-                run.files.close(failed=True)
-        # Leaving waits for ranks that may be waiting for this one; what went wrong must be said first.
+        # Shutting down waits for ranks that may be waiting for this one: the error is printed first.
         if parallel.world_size == 1:
             shutdown()
         raise
-    finally:
-        watchdog.close()
-        stop.close()
-    _close(run)
+    display.close()
     shutdown()
 
 
-def _close(run: Run) -> None:
-    run.engine.close()
-    run.task.close()
-    run.files.close()
-    run.display.close()
+@contextmanager
+def open_run(config: Config, allowed: Sequence[str] = (), saves: bool = True) -> Iterator[Run]:
+    """Build or resume a run, and close what it holds at the end.
+
+    Args:
+        allowed: keys that may differ from the run's so far where they must not.
+        saves: False writes no checkpoint.
+    """
+    with (
+        joined_ranks(config) as (parallel, display),
+        report_disk_errors(config.run.dir),
+        ExitStack() as resources,
+    ):
+        stop = StopRequest(parallel, config.run.max_minutes)
+        stop.listen()
+        resources.callback(stop.close)
+        run = _build(config, parallel, display, stop, allowed, saves, resources)
+        try:
+            yield run
+        except Preempted as reason:
+            display.close()
+            display.log(f"stopped before its last step ({reason}) and saved; resume=auto continues from here")
+            raise
+        except BaseException:
+            display.close()
+            run.saver.cancel_pending()
+            raise
 
 
 def _build(
@@ -106,14 +108,18 @@ def _build(
     parallel: Parallel,
     display: Display,
     stop: StopRequest,
-    watchdog: Watchdog,
     allowed: Sequence[str],
+    saves: bool,
+    resources: ExitStack,
 ) -> Run:
+    watchdog = Watchdog(parallel, Path(config.run.dir), config.run.hang_minutes)
+    resources.callback(watchdog.close)
     if config.observe.wandb_project is not None and parallel.rank == 0:
         load_wandb(config)
     if config.rollout.local.exact:
-        check_device(parallel)
-    task = TASKS[config.task.name](config.task)
+        check_exact_device(parallel)
+    task = make_task(config.task)
+    resources.callback(task.close)
     for note in task.notes:
         display.log(note)
     checkpoint = find_checkpoint(config, parallel, display.log)
@@ -121,93 +127,140 @@ def _build(
     if checkpoint is not None:
         finished_steps = progress.step if progress.phase == "step" else 0
         check_resume(config, checkpoint / CONFIG_FILE, finished_steps, allowed)
-    extra = read_extra(checkpoint) if checkpoint else {}
+    state = read_estimator_state(checkpoint) if checkpoint else {}
     in_warm_start = progress.phase == "warm_start"
-    warms_up = in_warm_start and config.warm_start.steps > 0
     vocab_size = vocabulary_of(config, task)
-    reference_weights = None
+    reference = None
     if config.observe.kl is Kl.eval or config.algorithm.kl_coefficient:
-        reference_weights = ReferenceWeights(Path(config.run.dir), parallel, config.policy.model, vocab_size)
-    optimizer = config.warm_start if warms_up else config.optimizer
+        reference = ReferenceWeights(Path(config.run.dir), parallel, config.policy.model, vocab_size)
+    optimizer = config.warm_start if in_warm_start and config.warm_start.steps > 0 else config.optimizer
     policy = start_policy(config, parallel, vocab_size, optimizer, checkpoint is None)
     if checkpoint is not None:
         load(policy, config, checkpoint)
-        if reference_weights is not None and not in_warm_start:
-            reference_weights.check(run_of(checkpoint))
-        display.log(f"resumed from {checkpoint}")
-        if changed := changed_settings(config, checkpoint / CONFIG_FILE):
-            display.log(f"other settings than before: {', '.join(map(str, changed))}")
-    elif config.policy.init_from is not None:
-        display.log(f"starts from the weights of {config.policy.init_from}")
-    files = RunFiles(config, parallel.rank == 0, progress, checkpoint)
+        if reference is not None and not in_warm_start:
+            reference.check(run_of(checkpoint))
+    _log_start(config, checkpoint, display)
+    files = _open_files(config, parallel, progress, checkpoint, resources)
     watchdog.start()
     policy.on_micro_batch = watchdog.progress
-    if reference_weights is not None and checkpoint is not None and not in_warm_start:
-        reference_weights.take_over(run_of(checkpoint))
-    is_enabled = shares_memory(config, parallel)
-    if is_enabled:  # a server takes what it finds free when it starts
+    if reference is not None and checkpoint is not None and not in_warm_start:
+        reference.take_over(run_of(checkpoint))
+    generation = open_generation(config, parallel, policy, display, watchdog, resources)
+    generation.memory.before_training()
+    saver = CheckpointSaver(
+        config=config,
+        policy=policy,
+        state=state,
+        retention=Retention(config.checkpoint, state, is_off=not saves),
+        stop=stop,
+        memory_for_saving=generation.memory.saving,
+        is_writer=files.is_writer,
+        enter_phase=watchdog.enter,
+        log=display.log,
+        show_status=display.status,
+        saved=progress if checkpoint is not None else None,
+    )
+    return Run(
+        config=config,
+        parallel=parallel,
+        task=task,
+        policy=policy,
+        generation=generation,
+        saver=saver,
+        files=files,
+        display=display,
+        watchdog=watchdog,
+        reference_weights=reference,
+        step=-1 if in_warm_start else progress.step,
+        warm_step=progress.step if in_warm_start else config.warm_start.steps,
+    )
+
+
+def _log_start(config: Config, checkpoint: Path | None, display: Display) -> None:
+    if checkpoint is not None:
+        display.log(f"resumed from {checkpoint}")
+        if changed := changed_settings(config, checkpoint / CONFIG_FILE):
+            display.log(f"changed settings: {', '.join(map(str, changed))}")
+    elif config.policy.init_from is not None:
+        display.log(f"starts from the weights of {config.policy.init_from}")
+
+
+def _open_files(
+    config: Config,
+    parallel: Parallel,
+    progress: RunProgress,
+    checkpoint: Path | None,
+    resources: ExitStack,
+) -> RunFiles:
+    """The run's files, cut to `progress`."""
+    in_warm_start = progress.phase == "warm_start"
+    files = RunFiles(
+        config,
+        is_writer=parallel.rank == 0,
+        step=-1 if in_warm_start else progress.step,
+        warm_step=progress.step if in_warm_start else None,
+        source=run_of(checkpoint) if checkpoint is not None else None,
+    )
+    if files.is_writer:
+        abandon_later(files.dir, progress, files.attempt)
+
+    def close(kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        if kind is None or issubclass(kind, Preempted):
+            files.close()
+            return
+        with suppress(OSError):  # a full disk fails again here
+            files.close(failed=True)
+
+    resources.push(close)
+    return files
+
+
+def open_generation(
+    config: Config,
+    parallel: Parallel,
+    policy: Policy,
+    display: Display,
+    watchdog: Watchdog,
+    resources: ExitStack,
+) -> Generation:
+    """The recipe's engine, without weights, and what surrounds it; closed with `resources`."""
+    shares = shares_memory(config, on_gpu=parallel.device.type == "cuda")
+    if shares:  # a server takes the memory that it finds free when it starts
         policy.memory.free_gradients()
         policy.memory.offload_optimizer()
     engine = _start_engine(config, parallel, policy, display)
-    turns = MemorySharing(policy, engine, parallel, is_enabled)
-    turns.before_training()
-    step = -1 if in_warm_start else progress.step
-    warm_step = progress.step if in_warm_start else config.warm_start.steps
-    return Run(
-        config,
-        parallel,
-        task,
-        policy,
-        engine,
-        turns,
-        files,
-        display,
-        stop,
-        watchdog,
-        Retention(config.checkpoint, extra),
-        extra,
-        reference_weights,
-        step,
-        warm_step,
-        saved=progress if checkpoint is not None else None,
+    resources.callback(engine.close)
+    return Generation(
+        config=config,
+        parallel=parallel,
+        policy=policy,
+        engine=engine,
+        memory=MemorySharing(policy, engine, parallel, is_enabled=shares),
+        display=display,
+        watchdog=watchdog,
     )
 
 
-def build_to_draw(
-    config: Config, parallel: Parallel, display: Display, task: Task, vocab_size: int, checkpoint: Path | None
-) -> Run:
-    """A run that never trains: neither gradients nor an optimizer, and no file is written but the engine's.
-
-    Args:
-        checkpoint: whose weights the policy gets; None for the recipe's first ones.
-    """
-    policy = start_policy(config, parallel, vocab_size, None, checkpoint is None)
-    if checkpoint is not None:
-        policy.set_weights(CheckpointShards(checkpoint, policy.chunks, policy.table, parallel))
-        policy.version = read_version(checkpoint)
-    engine = _start_engine(config, parallel, policy, display)
-    return Run(
-        config,
-        parallel,
-        task,
-        policy,
-        engine,
-        MemorySharing(policy, engine, parallel, shares_memory(config, parallel)),
-        RunFiles(config, False, RunProgress("warm_start", 0), checkpoint),
-        display,
-        StopRequest(parallel, 0.0),
-        Watchdog(parallel, Path(config.run.dir), config.run.hang_minutes),
-        Retention(config.checkpoint, {}, is_off=True),
-        {},
-    )
+def _start_engine(config: Config, parallel: Parallel, policy: Policy, display: Display) -> RolloutEngine:
+    if config.rollout.engine is EngineName.local:
+        return _start_local_engine(config, parallel, policy, display)
+    model_dir = Path(config.run.dir) / "sglang" / "model"
+    fp8 = engine_quantization(config, policy.vocab_size)
+    if parallel.rank == 0:
+        write_model_config(config, policy.vocab_size, model_dir, fp8.config if fp8 else None)
+    all_gather_objects(parallel, None)  # no server starts before the file is there
+    return SglangEngine(config, parallel, model_dir, display.status, fp8)
 
 
-def shares_memory(config: Config, parallel: Parallel) -> bool:
-    """Whether policy and engine use the same memory and take turns with it."""
-    settings = config.rollout.sglang
-    if config.rollout.engine is not EngineName.sglang or settings.urls:
-        return False
-    return parallel.device.type == "cuda" if settings.share_memory is None else settings.share_memory
+def _start_local_engine(config: Config, parallel: Parallel, policy: Policy, display: Display) -> LocalEngine:
+    dtype = torch.bfloat16 if config.policy.dtype is Dtype.bf16 else torch.float32
+    slots, exact = config.rollout.local.slots, config.rollout.local.exact
+    engine = LocalEngine(config.policy.model, policy.vocab_size, dtype, parallel.device, slots, exact)
+    if exact and policy.optimizer is not None:  # the promise is about the training pass
+        display.status("testing that engine and policy agree bit for bit")
+        compared = check_exact(config, policy, engine, parallel)
+        display.log(f"exact mode: {compared} log-probabilities of engine and policy are equal bit for bit")
+    return engine
 
 
 def vocabulary_of(config: Config, task: Task) -> int:
@@ -232,7 +285,8 @@ def start_policy(
     optimizer: OptimizerConfig | None,
     needs_weights: bool,
 ) -> Policy:
-    """The policy with its first weights: random, or those of `policy.init_from`."""
+    """The policy with its initial weights: random, or those of `policy.init_from`."""
+    check_device(config.policy, parallel.device)
     folder = Path(config.policy.init_from) if config.policy.init_from is not None else None
     weights: WeightSource | None = None
     if needs_weights and folder is None:
@@ -245,25 +299,14 @@ def start_policy(
     return policy
 
 
-def _start_engine(config: Config, parallel: Parallel, policy: Policy, display: Display) -> RolloutEngine:
-    """The recipe's engine, without weights."""
-    if config.rollout.engine is EngineName.local:
-        dtype = torch.bfloat16 if config.policy.dtype is Dtype.bf16 else torch.float32
-        slots = config.rollout.local.slots
-        exact = config.rollout.local.exact
-        engine = LocalEngine(config.policy.model, policy.vocab_size, dtype, parallel.device, slots, exact)
-        if exact and policy.optimizer is not None:  # the promise is about the training pass
-            display.status("testing that engine and policy agree bit for bit")
-            compared = check_exact(config, policy, engine, parallel)
-            display.log(
-                f"exact mode: {compared} log-probabilities of engine and policy are equal bit for bit"
-            )
-        return engine
-    model_dir = Path(config.run.dir) / "sglang" / "model"
-    fp8 = None
-    if config.rollout.sglang.fp8:  # with Transformer Engine's scales, so that the bytes are the trainer's
-        fp8 = BlockFp8(replace(config.policy.model, vocab_size=policy.vocab_size), Scales.power_of_two)
-    if parallel.rank == 0:
-        write_model_config(config, policy.vocab_size, model_dir, fp8.config if fp8 else None)
-    all_gather_objects(parallel, None)  # no server starts before the file is there
-    return SglangEngine(config, parallel, model_dir, display.status, fp8)
+def frozen_policy(config: Config, parallel: Parallel, vocab_size: int, checkpoint: Path | None) -> Policy:
+    """A policy that never trains, with neither gradients nor an optimizer.
+
+    Args:
+        checkpoint: whose weights it gets; None for the recipe's initial ones.
+    """
+    policy = start_policy(config, parallel, vocab_size, None, checkpoint is None)
+    if checkpoint is not None:
+        policy.set_weights(CheckpointShards(checkpoint, policy.chunks, policy.table, parallel))
+        policy.version = read_version(checkpoint)
+    return policy

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from opo_megatron import kernels
 from opo_megatron.algorithm.objective import PolicyGradient
-from opo_megatron.algorithm.on_policy import MismatchSums
 from opo_megatron.kernels import lm_head as head_file
 from opo_megatron.kernels import triton_softmax as head_softmax
 from opo_megatron.kernels.lm_head import HeadOutput, VocabularyShard, chunked_logprobs
-from opo_megatron.kernels.token_loss import TokenLoss
+from opo_megatron.policy.metric_sums import MetricSums
+from opo_megatron.policy.token_loss import TokenLoss
 
 SIZES = ((1, 1), (1, 5), (3, 64), (7, 65), (4, 300))
 WHOLE = VocabularyShard(0)
@@ -92,7 +92,7 @@ def test_offsets_beyond_31_bits_reach_their_row(tmp_path: Path) -> None:
     torch.testing.assert_close(logits.double(), truth, rtol=BF16_BITS, atol=1e-6)
 
 
-def learned(inputs: Inputs, temperature: float, chunk: int, sums: MismatchSums) -> tuple[HeadOutput, Tensor]:
+def learned(inputs: Inputs, temperature: float, chunk: int, sums: MetricSums) -> tuple[HeadOutput, Tensor]:
     """The whole sweep with OPO's objective."""
     engine = -torch.rand(len(inputs.targets), generator=torch.Generator().manual_seed(2))
     columns = {"advantages": inputs.advantages, "engine_log_prob": engine}
@@ -100,7 +100,7 @@ def learned(inputs: Inputs, temperature: float, chunk: int, sums: MismatchSums) 
     d_weight = torch.ones(inputs.weight.shape)
     given = (inputs.hidden, inputs.weight, inputs.targets, WHOLE, temperature, chunk, tokens, d_weight)
     output = chunked_logprobs(*given)
-    tokens.finish(output.log_prob)
+    tokens.add_mismatch(output.log_prob)
     return output, d_weight
 
 
@@ -110,14 +110,14 @@ def test_the_whole_sweep_equals_that_in_torch(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], temperature: float
 ) -> None:
     inputs = Inputs.random(*shape)
-    sums, expected_sums = (MismatchSums(torch.device("cpu")) for _ in range(2))
+    sums, expected_sums = (MetricSums(torch.device("cpu"), True) for _ in range(2))
     output, d_weight = learned(inputs, temperature, 60, sums)
     monkeypatch.setattr(kernels, "uses_triton", lambda device: False)
     expected, expected_d_weight = learned(inputs, temperature, 60, expected_sums)
     for name, values in vars(expected).items():
         assert_near(getattr(output, name), values.double(), 2e-6)
     assert_near(d_weight, expected_d_weight.double(), 2e-6)
-    torch.testing.assert_close(sums.values, expected_sums.values, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(sums.mismatch.values, expected_sums.mismatch.values, rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
@@ -133,12 +133,12 @@ def test_log_probs_alone_are_one_launch_per_chunk(
 
 
 def test_a_chunk_with_gradient_is_two_launches(launches: tuple[Counted, Counted]) -> None:
-    learned(Inputs.random(20, 8, 130), 1.0, 8, MismatchSums(torch.device("cpu")))
+    learned(Inputs.random(20, 8, 130), 1.0, 8, MetricSums(torch.device("cpu"), True))
     assert [counted.launches for counted in launches] == [3, 3]
 
 
 def test_no_tokens_launch_nothing(launches: tuple[Counted, Counted]) -> None:
-    output, d_weight = learned(Inputs.random(0, 8, 21), 1.0, 8, MismatchSums(torch.device("cpu")))
+    output, d_weight = learned(Inputs.random(0, 8, 21), 1.0, 8, MetricSums(torch.device("cpu"), True))
     assert [counted.launches for counted in launches] == [0, 0]
     assert output.log_prob.shape == (0,) and (d_weight == 1).all()
 

@@ -42,7 +42,7 @@ def test_a_step_by_kernels_is_a_step_by_torch(parallel: Parallel, monkeypatch: p
     found: list[tuple[StepMetrics, dict[str, torch.Tensor]]] = []
     for triton in (False, True):
         monkeypatch.setattr(kernels, "uses_triton", lambda device, triton=triton: triton)
-        metrics = policy.accumulate_gradients(batch, schedule, PolicyGradient(100.0, 0.7, 2.0))
+        metrics = policy.checked_gradients(batch, schedule, PolicyGradient(100.0, 0.7, 2.0))
         found.append((metrics, {name: value.clone() for name, value in gradients_of(policy).items()}))
         assert all(bool(kernel.launches) == triton for kernel in counted.values())
     # A chunk with gradient launches each once; a micro-batch without measures its tokens all at once.

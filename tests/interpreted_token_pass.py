@@ -16,7 +16,8 @@ from opo_megatron import kernels
 from opo_megatron.algorithm.objective import PolicyGradient, Supervised
 from opo_megatron.algorithm.on_policy import HISTOGRAM, MismatchSums
 from opo_megatron.kernels import triton_token_loss as kernel_file
-from opo_megatron.kernels.token_loss import TokenLoss
+from opo_megatron.policy.metric_sums import MetricSums
+from opo_megatron.policy.token_loss import TokenLoss
 
 CPU = torch.device("cpu")
 SIZES = (1, 2, 64, 65, 1000)
@@ -60,59 +61,59 @@ def test_one_launch_gives_loss_coefficient_and_mismatch(
     kernel: Counted, tokens: int, cap: float | None, scale: float
 ) -> None:
     log_prob, given = columns(tokens, scale)
-    objective, sums = PolicyGradient(37.0, 1.0, cap), MismatchSums(CPU)
+    objective, sums = PolicyGradient(37.0, 1.0, cap), MetricSums(CPU, True)
     work = TokenLoss(objective, given, sums)
     loss, coefficient = work(log_prob, slice(0, tokens))
-    work.finish(log_prob)
+    work.add_mismatch(log_prob)
     assert kernel.launches == 1
     double = {name: values.double() for name, values in given.items()}
     for found, truth in zip((loss, coefficient), objective(log_prob.double(), double), strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=0)
-    assert_same_sums(sums, expected_sums(log_prob, given["engine_log_prob"]))
+    assert_same_sums(sums.mismatch, expected_sums(log_prob, given["engine_log_prob"]))
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e-7, 1e-5, 1e-3, 9.9e-3, 1.01e-2, 0.1, 3.0, 30.0])
 def test_k3_keeps_its_digits_at_every_size(scale: float) -> None:
     """Against Δ²/2 + Δ³/6 + …, summed to the end in float64: also e^Δ − 1 itself loses digits of k3."""
     engine = torch.tensor([-scale, scale, -scale / 3])  # of a token with log π = 0
-    sums = MismatchSums(CPU)
-    TokenLoss(None, {"engine_log_prob": engine}, sums).finish(torch.zeros(3))
+    sums = MetricSums(CPU, True)
+    TokenLoss(None, {"engine_log_prob": engine}, sums).add_mismatch(torch.zeros(3))
     deltas = (-engine.double()).tolist()
     truth = sum(math.fsum(delta**n / math.factorial(n) for n in range(2, 120)) for delta in deltas)
-    assert float(sums.values[1]) == pytest.approx(truth, rel=1e-9)
+    assert float(sums.mismatch.values[1]) == pytest.approx(truth, rel=1e-9)
 
 
 def test_chunks_and_measured_micro_batches_add_up(kernel: Counted) -> None:
     log_prob, given = columns(300)
-    sums = MismatchSums(CPU)
+    sums = MetricSums(CPU, True)
     learned = TokenLoss(PolicyGradient(10.0, 1.0), {n: v[:200] for n, v in given.items()}, sums)
     for part in (slice(0, 130), slice(130, 200)):
         learned(log_prob[part], part)
-    learned.finish(log_prob[:200])
-    TokenLoss(None, {n: v[200:] for n, v in given.items()}, sums).finish(log_prob[200:])
+    learned.add_mismatch(log_prob[:200])
+    TokenLoss(None, {n: v[200:] for n, v in given.items()}, sums).add_mismatch(log_prob[200:])
     assert kernel.launches == 3
-    assert_same_sums(sums, expected_sums(log_prob, given["engine_log_prob"]))
+    assert_same_sums(sums.mismatch, expected_sums(log_prob, given["engine_log_prob"]))
 
 
 def test_other_objectives_are_called_and_their_mismatch_is_one_launch(kernel: Counted) -> None:
     log_prob, given = columns(100)
-    sums = MismatchSums(CPU)
+    sums = MetricSums(CPU, True)
     work = TokenLoss(Supervised(100.0), given, sums)
     loss, _ = work(log_prob, slice(0, 100))
     assert kernel.launches == 0
     torch.testing.assert_close(loss, -log_prob / 100)
-    work.finish(log_prob)
+    work.add_mismatch(log_prob)
     assert kernel.launches == 1
-    assert_same_sums(sums, expected_sums(log_prob, given["engine_log_prob"]))
+    assert_same_sums(sums.mismatch, expected_sums(log_prob, given["engine_log_prob"]))
 
 
 def test_without_an_engine_there_is_no_mismatch(kernel: Counted) -> None:
     log_prob, given = columns(100)
     del given["engine_log_prob"]
-    work = TokenLoss(PolicyGradient(4.0, 1.0), given, None)
+    work = TokenLoss(PolicyGradient(4.0, 1.0), given, MetricSums(CPU, False))
     loss, coefficient = work(log_prob, slice(0, 100))
-    work.finish(log_prob)
+    work.add_mismatch(log_prob)
     assert kernel.launches == 1
     torch.testing.assert_close(coefficient, -given["advantages"] / 4, rtol=1e-6, atol=0)
     torch.testing.assert_close(loss, coefficient * log_prob, rtol=1e-6, atol=0)
@@ -120,20 +121,21 @@ def test_without_an_engine_there_is_no_mismatch(kernel: Counted) -> None:
 
 def test_no_tokens_launch_nothing(kernel: Counted) -> None:
     log_prob, given = columns(0)
-    sums = MismatchSums(CPU)
+    sums = MetricSums(CPU, True)
     work = TokenLoss(PolicyGradient(4.0, 1.0, 2.0), given, sums)
     loss, coefficient = work(log_prob, slice(0, 0))
-    work.finish(log_prob)
+    work.add_mismatch(log_prob)
     assert loss.shape == coefficient.shape == (0,) and kernel.launches == 0
-    assert not sums.values.any() and not sums.highest
+    assert not sums.mismatch.values.any() and not sums.mismatch.highest
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_what_is_not_finite_shows_in_the_largest_difference(wrong: float) -> None:
     log_prob, given = columns(100)
     given["engine_log_prob"][70] = wrong
-    found, expected = MismatchSums(CPU), expected_sums(log_prob, given["engine_log_prob"])
-    loss, _ = TokenLoss(PolicyGradient(4.0, 1.0, 2.0), given, found)(log_prob, slice(0, 100))
+    sums, expected = MetricSums(CPU, True), expected_sums(log_prob, given["engine_log_prob"])
+    loss, _ = TokenLoss(PolicyGradient(4.0, 1.0, 2.0), given, sums)(log_prob, slice(0, 100))
+    found = sums.mismatch
     assert loss.isfinite().sum() == (99 if math.isnan(wrong) else 100)
     torch.testing.assert_close(found.highest, expected.highest, equal_nan=True)
     assert torch.equal(found.values[4:], expected.values[4:]) and len(HISTOGRAM) == found.edges.numel()

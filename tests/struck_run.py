@@ -17,12 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 from opo_megatron.batch.rollouts import Rollouts
-from opo_megatron.checkpoint import checkpoint
+from opo_megatron.checkpoint import save as checkpoint
 from opo_megatron.checkpoint import writer as checkpoint_writer
 from opo_megatron.cli.main import main
 from opo_megatron.policy.policy import Policy
 from opo_megatron.rollout.local.engine import LocalEngine
-from opo_megatron.run import STREAM_EVAL, STREAM_TRAIN
+from opo_megatron.tasks.base import STREAM_EVAL, STREAM_TRAIN
 from opo_megatron.tasks.lift import LiftTask
 
 

@@ -17,7 +17,9 @@ from small import small_config, small_policy
 from tiny_run import lasting, train
 
 from opo_megatron.checkpoint import writer as checkpoint_writer
-from opo_megatron.checkpoint.checkpoint import PendingCheckpoint, RunProgress, damage_of, load, save
+from opo_megatron.checkpoint.load import load
+from opo_megatron.checkpoint.progress import RunProgress, damage_of
+from opo_megatron.checkpoint.save import PendingCheckpoint, save
 from opo_megatron.distributed.process_groups import Parallel, initialize, shutdown
 from opo_megatron.errors import SaveError
 from opo_megatron.policy.policy import Policy
@@ -71,7 +73,9 @@ def test_processes_that_write_end_with_the_one_that_started_them(
             return True
 
     monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(hang))
-    saving = PendingCheckpoint(policy, small_config(f"run.dir={tmp_path / 'run'}"), PROGRESS, beside=True)
+    saving = PendingCheckpoint(
+        policy, small_config(f"run.dir={tmp_path / 'run'}"), PROGRESS, in_background=True
+    )
     _until(lambda: any(path.read_text() for path in tmp_path.glob("*.pid")))
     saving.cancel()
     for path in tmp_path.glob("*.pid"):
@@ -86,10 +90,10 @@ def _until(condition: Callable[[], bool]) -> None:
 
 
 def test_what_is_written_is_the_state_of_the_beginning(policy: Policy, tmp_path: Path) -> None:
-    here, beside = (small_config(f"run.dir={tmp_path / name}") for name in ("here", "beside"))
+    here, in_background = (small_config(f"run.dir={tmp_path / name}") for name in ("here", "beside"))
     save(policy, here, PROGRESS)
     extra = {"note": 1}
-    saving = PendingCheckpoint(policy, beside, PROGRESS, extra, beside=True)
+    saving = PendingCheckpoint(policy, in_background, PROGRESS, extra, in_background=True)
     extra["note"] = 2
     with torch.no_grad():
         for chunk in policy.chunks:
@@ -101,7 +105,7 @@ def test_what_is_written_is_the_state_of_the_beginning(policy: Policy, tmp_path:
     assert tensors_of(tmp_path / "beside") == tensors_of(tmp_path / "here") != {}
     folder = tmp_path / "beside" / "checkpoints" / PROGRESS.folder
     assert damage_of(folder, policy.parallel) is None
-    load(policy, beside, folder)
+    load(policy, in_background, folder)
     assert policy.version == 0
     assert json.loads((folder / "run_state.json").read_text())["extra"] == {"note": 1}
 
@@ -117,7 +121,7 @@ def test_training_does_not_wait_for_the_disk(
 
     monkeypatch.setattr(checkpoint_writer, "_write", slow)
     started = time.monotonic()
-    saving = PendingCheckpoint(policy, small_config(f"run.dir={tmp_path}"), PROGRESS, beside=True)
+    saving = PendingCheckpoint(policy, small_config(f"run.dir={tmp_path}"), PROGRESS, in_background=True)
     assert time.monotonic() - started < 1.5 and not saving.is_written()
     while not saving.is_written():
         time.sleep(0.05)
@@ -130,7 +134,7 @@ def test_a_writer_that_dies_is_a_sentence_and_leaves_nothing(
     policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint_writer, "_write", lambda *arguments: os.kill(os.getpid(), SIGKILL))
-    saving = PendingCheckpoint(policy, small_config(f"run.dir={tmp_path}"), PROGRESS, beside=True)
+    saving = PendingCheckpoint(policy, small_config(f"run.dir={tmp_path}"), PROGRESS, in_background=True)
     with pytest.raises(SaveError, match=r"cannot be written .*ended with code -9"):
         saving.complete()
     assert list((tmp_path / "checkpoints").iterdir()) == []

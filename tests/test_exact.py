@@ -88,7 +88,7 @@ def difference(policy: Policy, rollouts: Rollouts, budget: int, temperature: flo
     policy.config.max_tokens_per_micro_batch = budget
     schedule = policy.schedule(rollouts.sequence_lengths, rollouts.advantages == 0)
     batch = rollouts.select(schedule.samples_of(0))
-    metrics = policy.accumulate_gradients(batch, schedule, PolicyGradient(100.0, temperature))
+    metrics = policy.checked_gradients(batch, schedule, PolicyGradient(100.0, temperature))
     assert metrics.mismatch is not None
     return metrics.mismatch.max
 

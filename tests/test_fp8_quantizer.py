@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from opo_megatron.config.choices import FP8_BLOCK
 from opo_megatron.errors import UserError
 from opo_megatron.kernels import fp8
-from opo_megatron.kernels.fp8 import BLOCK, LARGEST, Scales, blocks, dequantize_blocks, quantize_blocks
+from opo_megatron.kernels.fp8 import LARGEST, Scales, blocks, dequantize_blocks, quantize_blocks
 
 GRID = sorted(
     {Fraction(m, 512) for m in range(8)}
@@ -40,10 +41,10 @@ def reference(weight: Tensor, scales: Scales) -> tuple[list[list[Fraction]], lis
     rows, columns = weight.shape
     values = [[Fraction(0)] * columns for _ in range(rows)]
     found = []
-    for top in range(0, rows, BLOCK):
+    for top in range(0, rows, FP8_BLOCK):
         found.append([])
-        for left in range(0, columns, BLOCK):
-            block = weight[top : top + BLOCK, left : left + BLOCK].double()
+        for left in range(0, columns, FP8_BLOCK):
+            block = weight[top : top + FP8_BLOCK, left : left + FP8_BLOCK].double()
             largest = float(block.abs().max())
             scale = max(float(np.float32(largest / 448)), 2.0**-126) if largest else 1.0
             if scales is Scales.power_of_two and largest:
@@ -84,7 +85,7 @@ def test_rounding_is_to_nearest_and_ties_to_even(sign: int) -> None:
     around += [np.nextafter(v, np.float32(s)) for v in around for s in (0, 448)]
     row = torch.tensor([[sign * float(v) for v in around] + [448.0]])
     got, scale = [], []
-    for part in row.split(BLOCK - 1, 1):  # 448 in every block keeps the quotient what it is
+    for part in row.split(FP8_BLOCK - 1, 1):  # 448 in every block keeps the quotient what it is
         q, s = quantize_blocks("w", torch.cat((part, torch.tensor([[448.0]])), 1))
         got += fractions(q)[0][:-1]
         scale += s.flatten().tolist()
@@ -120,8 +121,10 @@ def test_the_largest_weight_of_a_block_takes_the_largest_number() -> None:
     for seed in range(20):
         weight = matrix(256, 384, seed=seed) * 10.0 ** (seed - 10)
         quantized, _ = quantize_blocks("w", weight)
-        tiles = quantized.float().view(2, BLOCK, 3, BLOCK).transpose(1, 2).flatten(2)
-        places = weight.view(2, BLOCK, 3, BLOCK).transpose(1, 2).flatten(2).abs().argmax(2, keepdim=True)
+        tiles = quantized.float().view(2, FP8_BLOCK, 3, FP8_BLOCK).transpose(1, 2).flatten(2)
+        places = (
+            weight.view(2, FP8_BLOCK, 3, FP8_BLOCK).transpose(1, 2).flatten(2).abs().argmax(2, keepdim=True)
+        )
         assert bool((tiles.abs().gather(2, places) == LARGEST).all())
 
 
@@ -130,7 +133,7 @@ def test_dequantized_weights_are_within_half_a_step_of_the_format(scales: Scales
     weight = matrix(300, 500)
     quantized, scale = quantize_blocks("w", weight, scales)
     exact, back = weight.double(), dequantize_blocks(quantized, scale).double()
-    spread = scale.double().repeat_interleave(BLOCK, 0)[:300].repeat_interleave(BLOCK, 1)[:, :500]
+    spread = scale.double().repeat_interleave(FP8_BLOCK, 0)[:300].repeat_interleave(FP8_BLOCK, 1)[:, :500]
     normal = exact.abs() >= 2.0**-6 * spread
     rounding = 1 + 2.0**-21  # of scale, quotient and product in float32
     assert bool(normal.any()) and bool((~normal).any())
@@ -153,11 +156,11 @@ def test_power_of_two_scales_are_the_smallest_that_do_not_overflow() -> None:
 
 
 def test_blocks_of_zeros_and_of_next_to_nothing() -> None:
-    weight = torch.zeros(BLOCK, 3 * BLOCK)
-    weight[0, BLOCK], weight[5, 2 * BLOCK] = 1e-45, 7.0
+    weight = torch.zeros(FP8_BLOCK, 3 * FP8_BLOCK)
+    weight[0, FP8_BLOCK], weight[5, 2 * FP8_BLOCK] = 1e-45, 7.0
     for scales in Scales:
         quantized, scale = quantize_blocks("w", weight, scales)
-        assert scale[0, 0] == 1 and float(quantized[:, :BLOCK].float().abs().max()) == 0
+        assert scale[0, 0] == 1 and float(quantized[:, :FP8_BLOCK].float().abs().max()) == 0
         assert scale[0, 1] == 2.0**-126
         assert bool(quantized.float().isfinite().all())
 

@@ -301,9 +301,7 @@ def test_recomputed_activations_give_the_same_gradient() -> None:
                 None if recompute == "none" else recompute
             )
             schedule = policy.schedule(batch.sequence_lengths)
-            policy.accumulate_gradients(
-                batch.select(schedule.samples_of(0)), schedule, Supervised(len(batch))
-            )
+            policy.checked_gradients(batch.select(schedule.samples_of(0)), schedule, Supervised(len(batch)))
             gradients[recompute] = [b.grad_data.clone() for c in policy.ddp_chunks for b in c.buffers]
     finally:
         shutdown()

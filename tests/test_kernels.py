@@ -35,8 +35,8 @@ def test_kernels_run_on_gpus_and_their_twins_elsewhere() -> None:
 
 
 GROUP_ADVANTAGES = {
-    "rewards": "*fp64", "weights": "*fp64", "offsets": "*i64", "token_offsets": "*i64",
-    "baselines": "*fp64", "advantages": "*fp64", "token_advantages": "*fp32", "epsilon": "fp32",
+    "rewards": "*fp64", "weights": "*fp64", "offsets": "*i64",
+    "baselines": "*fp64", "advantages": "*fp64", "epsilon": "fp32",
 }  # fmt: skip
 TOKEN_PASS = {
     "log_prob": "*fp32", "advantages": "*fp32", "engine_log_prob": "*fp32", "edges": "*fp64",
@@ -66,13 +66,7 @@ CASES: dict[str, list[tuple[Any, dict[str, str], dict[str, Any], int]]] = {
         (
             group_advantages._kernel,
             GROUP_ADVANTAGES,
-            switches
-            | {
-                "SPREAD": True,
-                "BLOCK": group_advantages.BLOCK,
-                "TOKEN_BLOCK": group_advantages.TOKEN_BLOCK,
-                "SLICE": group_advantages.SLICE,
-            },
+            switches | {"BLOCK": group_advantages.BLOCK},
             4,
         )
         for switches in both("LEAVE_ONE_OUT", "SCALE")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,15 @@ import torch
 from conftest import require
 from small import RECIPE
 
-from opo_megatron.batch.stats import requests_for
-from opo_megatron.build import build_to_draw
+from opo_megatron.build import frozen_policy, open_generation
 from opo_megatron.cli.main import main
 from opo_megatron.config import load_config
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.distributed.process_groups import initialize, shutdown
 from opo_megatron.observe.console import Display
+from opo_megatron.resilience.watchdog import Watchdog
 from opo_megatron.rollout.engine import Sampling
+from opo_megatron.rollout.requests import requests_for
 from opo_megatron.tasks.text import TextTask
 from opo_megatron.tasks.worker_pool import WorkerPool
 
@@ -97,13 +99,17 @@ def test_what_was_trained_opens_in_transformers_and_answers_alike(run_dir: Path,
     config = load_config(checkpoint / "config.yaml", [f"run.dir={tmp_path / 'draw'}", "observe.kl=off"], 1)
     task, parallel = TextTask(config.task), initialize(config)
     try:
-        run = build_to_draw(config, parallel, Display(active=False), task, 257, checkpoint)
-        run.synchronize()
-        assert run.policy.version == 3 and run.policy.optimizer is None
+        policy = frozen_policy(config, parallel, 257, checkpoint)
+        watchdog = Watchdog(parallel, Path(config.run.dir), 0.0)
+        resources = ExitStack()
+        generation = open_generation(config, parallel, policy, Display(active=False), watchdog, resources)
+        generation.synchronize()
+        assert policy.version == 3 and policy.optimizer is None
         prompts = [task.prompt("held_out", i) for i in range(4)]
         sampling = Sampling(max_tokens=12, stop_tokens=task.stop_tokens, seed=(1,), greedy=True)
-        ours = run.engine.generate(requests_for(prompts, 1, parallel), sampling)
+        ours = generation.generate(requests_for(prompts, 1, parallel), sampling, "test")
     finally:
+        resources.close()
         task.close()
         shutdown()
     log_probs = ours.engine_log_prob.split(ours.response_lengths.tolist())

@@ -108,7 +108,7 @@ def test_fewer_samples_than_ranks_leave_empty_micro_batches() -> None:
 
 
 def test_no_samples_still_make_a_micro_batch_for_everyone() -> None:
-    assert schedule_micro_batches([], 2, 100, multiple=3).rows == [[[]] * 3] * 2
+    assert schedule_micro_batches([], 2, 100, multiple=3).assignment == [[[]] * 3] * 2
 
 
 def test_a_sequence_above_the_budget_is_alone_and_the_others_keep_to_it() -> None:

@@ -202,7 +202,7 @@ def test_a_packed_step_is_a_padded_step_and_one_sequence_leaves_the_others_alone
             assert schedule.packed is (packing == "thd")
             order = schedule.samples_of(0)
             batch = batch.select(order)
-            policy.accumulate_gradients(batch, schedule, PolicyGradient(100.0, 0.7))
+            policy.checked_gradients(batch, schedule, PolicyGradient(100.0, 0.7))
             gradient = torch.cat([b.grad_data for c in policy.ddp_chunks for b in c.buffers])
             parts = policy.log_probs(batch, schedule, 0.7).split(batch.response_lengths.tolist())
             by_sample = dict(zip(order, parts, strict=True))

@@ -60,7 +60,7 @@ def test_gradient_equals_float64_gradient_of_the_objective(parallel: Parallel, t
     schedule = policy.schedule(rollouts.sequence_lengths)
     assert schedule.count >= 3
     objective = PolicyGradient(float(lengths.sum()), TEMPERATURE)
-    metrics = policy.accumulate_gradients(rollouts.select(schedule.samples_of(0)), schedule, objective)
+    metrics = policy.checked_gradients(rollouts.select(schedule.samples_of(0)), schedule, objective)
 
     truth = {name: t.double().requires_grad_() for name, t in weights_of(policy).items()}
     loss = torch.zeros((), dtype=torch.float64)
@@ -98,7 +98,7 @@ def test_skipping_what_has_no_gradient_changes_nothing_but_the_time(parallel: Pa
         policy.schedule(rollouts.sequence_lengths, zero_advantage),
     ):
         batch = rollouts.select(schedule.samples_of(0))
-        metrics = policy.accumulate_gradients(batch, schedule, objective)
+        metrics = policy.checked_gradients(batch, schedule, objective)
         found.append((metrics, {name: gradient.clone() for name, gradient in gradients_of(policy).items()}))
     (full, gradients), (skipped, others) = found
     assert schedule.forward_only is not None
@@ -123,7 +123,7 @@ def test_only_what_has_a_gradient_runs_backward(parallel: Parallel) -> None:
     handle = policy.chunks[0].embedding.register_full_backward_hook(
         lambda module, gradients, outputs: backward.append(outputs[0].shape[1])
     )
-    policy.accumulate_gradients(
+    policy.checked_gradients(
         rollouts.select(schedule.samples_of(0)), schedule, PolicyGradient(100.0, TEMPERATURE)
     )
     handle.remove()
@@ -151,10 +151,10 @@ def test_supervised_gradient_is_the_policy_gradient_with_advantage_one(parallel:
     schedule = policy.schedule(rollouts.sequence_lengths)
     batch = rollouts.select(schedule.samples_of(0))
     batch.advantages = torch.ones(len(batch), dtype=torch.float64)
-    policy.accumulate_gradients(batch, schedule, PolicyGradient(100.0, temperature=1.0))
+    policy.checked_gradients(batch, schedule, PolicyGradient(100.0, temperature=1.0))
     expected = {name: gradient.clone() for name, gradient in gradients_of(policy).items()}
     batch.is_demonstration, batch.advantages = True, None
-    policy.accumulate_gradients(batch, schedule, Supervised(100.0))
+    policy.checked_gradients(batch, schedule, Supervised(100.0))
     for name, gradient in gradients_of(policy).items():
         assert torch.equal(gradient, expected[name]), name
 

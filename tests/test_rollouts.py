@@ -10,17 +10,12 @@ import pytest
 import torch
 
 from opo_megatron.batch.micro_batch import schedule_micro_batches
+from opo_megatron.batch.redistribute import gather_to_rank0, local_slice, redistribute_to_dp
 from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
-from opo_megatron.batch.stats import (
-    gather_stats,
-    gather_to_rank0,
-    local_slice,
-    redistribute_to_dp,
-    requests_for,
-    rewards_of,
-)
+from opo_megatron.batch.stats import gather_stats
 from opo_megatron.distributed.process_groups import Parallel, rank_range
 from opo_megatron.errors import NonFiniteError
+from opo_megatron.rollout.requests import compute_rewards, requests_for
 from opo_megatron.tasks import Prompt
 from opo_megatron.tasks.base import OneByOne
 
@@ -217,13 +212,13 @@ def test_rewards_are_those_of_each_samples_own_prompt() -> None:
     rollouts = random_rollouts(8)
     prompts = [Prompt(100 * g, "", (0,), "") for g in range(2)]
     expected = [100 * (i // 4) + int(n) / 8 for i, n in enumerate(rollouts.response_lengths)]
-    rewards = rewards_of(Lengths(), prompts, rollouts)  # type: ignore[arg-type]
+    rewards = compute_rewards(Lengths(), prompts, rollouts)  # type: ignore[arg-type]
     assert rewards.dtype == torch.float64 and rewards.tolist() == expected
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
 def test_a_reward_that_is_not_finite_is_refused(special: float) -> None:
     rollouts = random_rollouts(8)
-    rollouts.rewards = rewards_of(Lengths(special), [Prompt(0, "", (0,), "")] * 2, rollouts)  # type: ignore[arg-type]
+    rollouts.rewards = compute_rewards(Lengths(special), [Prompt(0, "", (0,), "")] * 2, rollouts)  # type: ignore[arg-type]
     with pytest.raises(NonFiniteError, match="must return a finite number"):
         gather_stats(alone(), rollouts)

@@ -68,15 +68,15 @@ Seen = list[tuple[Rollouts, dict[str, Tensor]]]
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Seen]:
     """A run, and of each of its evaluations the sampled answers and the policy's weights."""
     run_dir, seen = tmp_path_factory.mktemp("runs") / "measured", Seen()
-    original = evaluation.kl_to_start
+    original = evaluation.kl_to_reference
 
-    def record(run, answers, summary, start):  # type: ignore[no-untyped-def]
-        weights = {n: t.clone() for bucket in run.policy.stream_weights() for n, t in bucket}
+    def record(generation, answers, stats, start):  # type: ignore[no-untyped-def]
+        weights = {n: t.clone() for bucket in generation.policy.stream_weights() for n, t in bucket}
         seen.append((answers, weights))
-        return original(run, answers, summary, start)
+        return original(generation, answers, stats, start)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "kl_to_start", record)
+        patch.setattr(evaluation, "kl_to_reference", record)
         assert train(run_dir) == 0
     return run_dir, seen
 

@@ -29,7 +29,8 @@ from record import write_record
 
 from opo_megatron.algorithm.objective import Supervised
 from opo_megatron.batch.rollouts import Rollouts
-from opo_megatron.checkpoint.checkpoint import PendingCheckpoint, RunProgress
+from opo_megatron.checkpoint.progress import RunProgress
+from opo_megatron.checkpoint.save import PendingCheckpoint
 from opo_megatron.config import Config, load_config
 from opo_megatron.distributed.process_groups import initialize, shutdown
 from opo_megatron.policy.policy import Policy
@@ -75,7 +76,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):  # in turns, so that what the machine does besides meets all alike
         for way in ways:
             seconds[way].append(run(policy, config, way))
-    without, beside, here = (median(seconds[way]) for way in ways)
+    without, in_background, here = (median(seconds[way]) for way in ways)
     between = EVERY * without
     writes = [write_one(policy, config, folder) for _ in range(rounds)]
     results = {
@@ -83,11 +84,11 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
         "steps": STEPS,
         "save every": EVERY,
         "seconds per step without saves": without,
-        "seconds per step, saves beside the training": beside,
+        "seconds per step, saves beside the training": in_background,
         "seconds per step, saves waited for": here,
-        "longer by, of the time between saves (beside)": (beside - without) / between,
+        "longer by, of the time between saves (beside)": (in_background - without) / between,
         "longer by, of the time between saves (waited for)": (here - without) / between,
-        "seconds per save that training waits for (beside)": (beside - without) * EVERY,
+        "seconds per save that training waits for (beside)": (in_background - without) * EVERY,
         "bytes of a checkpoint": writes[0]["bytes"],
         "MB/s of the writer, checksums included": median(one["writer"] for one in writes),
         "MB/s of a plain write": median(one["plain"] for one in writes),
@@ -105,7 +106,7 @@ def step(policy: Policy, number: int) -> None:
     policy.train_step(batch, schedule, Supervised(float(batch.response_lengths.sum())), lr=1e-4)
 
 
-def run(policy: Policy, config: Config, beside: bool | None) -> float:
+def run(policy: Policy, config: Config, in_background: bool | None) -> float:
     """Mean seconds of a step, the last save included until it has its name; None saves nothing."""
     pending: PendingCheckpoint | None = None
     started = time.perf_counter()
@@ -114,11 +115,13 @@ def run(policy: Policy, config: Config, beside: bool | None) -> float:
         if pending is not None and pending.is_written():
             pending.complete()
             pending = None
-        if beside is not None and number % EVERY == 0:
+        if in_background is not None and number % EVERY == 0:
             if pending is not None:
                 pending.complete()
-            pending = PendingCheckpoint(policy, config, RunProgress("step", number), beside=beside)
-            if not beside:
+            pending = PendingCheckpoint(
+                policy, config, RunProgress("step", number), in_background=in_background
+            )
+            if not in_background:
                 pending.complete()
                 pending = None
     seconds = time.perf_counter() - started

@@ -27,7 +27,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +144,7 @@ def measure(checkpoint: Path, folder: Path) -> tuple[dict[str, float], dict[str,
     config = load_config(str(ROOT / "recipes" / "quickstart.yaml"), overrides, 1)
     torch.set_num_threads(1)
     with open_run(config) as run:
-        run.synchronize()
+        run.generation.synchronize()
         weights = {name: tensor.clone() for bucket in run.policy.stream_weights() for name, tensor in bucket}
         return decoding(run, weights), training(run, weights)
 
@@ -164,16 +163,16 @@ def best_of(*candidates: Callable[[], int]) -> list[float]:
 def decoding(run: Any, weights: dict[str, Any]) -> dict[str, float]:
     import torch
 
-    from opo_megatron.batch.stats import requests_for
+    from opo_megatron.rollout.requests import requests_for, training_sampling
 
     model, stop = hugging_face_model(run, weights), run.task.stop_tokens[0]
     requests = requests_for(run.prompts(1), run.config.rollout.samples_per_prompt, run.parallel)
-    sampling = run.sampling(1)
+    sampling = training_sampling(run.config, run.task, 1)
     # All prompts of the lift have one length, so `generate` needs no padding.
     prompts = torch.tensor([request.tokens for request in requests])
 
     def ours(stops: tuple[int, ...]) -> int:
-        rollouts = run.engine.generate(requests, replace(sampling, stop_tokens=stops))
+        rollouts = run.generation.engine.generate(requests, replace(sampling, stop_tokens=stops))
         return int(rollouts.response_lengths.sum())
 
     def theirs(stop: int | None, cache: str | None) -> int:
@@ -245,11 +244,10 @@ def training(run: Any, weights: dict[str, Any]) -> dict[str, float]:
 
     from opo_megatron.algorithm.objective import PolicyGradient
     from opo_megatron.batch.micro_batch import build_micro_batches
-    from opo_megatron.batch.stats import requests_for
-    from opo_megatron.run import check_on_policy
+    from opo_megatron.rollout.requests import requests_for, training_sampling
 
     requests = requests_for(run.prompts(1), run.config.rollout.samples_per_prompt, run.parallel)
-    drawn = run.engine.generate(requests, run.sampling(1))
+    drawn = run.generation.engine.generate(requests, training_sampling(run.config, run.task, 1))
     # Advantages without a zero: every sample takes part in both.
     drawn.advantages = torch.randn(len(requests), generator=torch.Generator().manual_seed(1)).double()
     lengths = drawn.prompt_lengths + drawn.response_lengths
@@ -265,7 +263,7 @@ def training(run: Any, weights: dict[str, Any]) -> dict[str, float]:
 
     def ours() -> int:
         objective = PolicyGradient(normalizer, run.config.rollout.temperature)
-        metrics = run.policy.train_step(batch, schedule, objective, 0.0, partial(check_on_policy, run))
+        metrics = run.policy.train_step(batch, schedule, objective, 0.0, run.check_on_policy)
         norms["ours"] = metrics.grad_norm
         return tokens
 

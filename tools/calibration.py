@@ -34,10 +34,10 @@ def find_prompts(options: argparse.Namespace, companions: Sequence[Path]) -> lis
 
 def recipe_prompts(recipe: Path, overrides: list[str], count: int) -> list[list[int]]:
     """The first training prompts of a recipe's task, as the policy is given them."""
-    from opo_megatron.tasks import TASKS
+    from opo_megatron.tasks import make_task
 
     config = load_config(recipe, overrides)
-    task = TASKS[config.task.name](config.task)
+    task = make_task(config.task)
     indices = range(min(count, task.size("train")))
     return [list(task.prompt("train", index).tokens) for index in indices]
 

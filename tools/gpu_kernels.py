@@ -107,8 +107,9 @@ def token_kernel() -> Figures:
 
     from opo_megatron.algorithm.objective import PolicyGradient
     from opo_megatron.algorithm.on_policy import MismatchSums
-    from opo_megatron.kernels.token_loss import TokenLoss
     from opo_megatron.kernels.triton_token_loss import token_loss
+    from opo_megatron.policy.metric_sums import MetricSums
+    from opo_megatron.policy.token_loss import TokenLoss
 
     device, n = torch.device("cuda"), PACKED_TOKENS
     generator = torch.Generator(device).manual_seed(0)
@@ -118,8 +119,9 @@ def token_kernel() -> Figures:
         "advantages": torch.randn(n, generator=generator, device=device),
         "engine_log_prob": engine,
     }
-    objective, sums = PolicyGradient(float(n), 1.0, 2.0), MismatchSums(device)
-    work = TokenLoss(objective, columns, sums)
+    objective, step = PolicyGradient(float(n), 1.0, 2.0), MetricSums(device, True)
+    work, sums = TokenLoss(objective, columns, step), step.mismatch
+    assert sums is not None
     loss, coefficient = work(log_prob, slice(0, n))
     expected, double = MismatchSums(device), {name: values.double() for name, values in columns.items()}
     expected.add(log_prob - engine)

@@ -25,12 +25,11 @@ advantage 0, and so has a group whose rewards all agree, exactly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from opo_megatron import kernels
 from opo_megatron.algorithm.config import AlgorithmConfig, Scale, Scope, Weight
 from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.fitted_weights import FittedWeights
@@ -62,14 +61,19 @@ def baseline_weights(
     return fitted(lengths, energies)
 
 
+GroupAdvantages = Callable[[Tensor, Tensor, Tensor, bool, "float | None"], tuple[Tensor, Tensor]]
+"""`group_advantages`, or a kernel that computes the same."""
+
+
 def compute_advantages(
     config: AlgorithmConfig,
     rewards: Tensor,
     lengths: Tensor,
     groups: Tensor,
-    device: torch.device | None = None,
     energies: EnergySums | None = None,
     fitted: FittedWeights | None = None,
+    device: torch.device | None = None,
+    kernel: GroupAdvantages | None = None,
 ) -> Tensor:
     """[n] float64 advantages of all samples of a batch, on the device of the rewards.
 
@@ -77,38 +81,26 @@ def compute_advantages(
         rewards: [n] reward of each sample.
         lengths: [n] response tokens of each sample.
         groups: [n] int64, which samples share a prompt.
-        device: which computes them; default that of the rewards.
         energies: of each sample, where the weights are made of them.
         fitted: how `weight=fitted` mixes them.
+        device: which computes them; default that of the rewards.
+        kernel: which computes them there; default `group_advantages`.
     """
     scope = _scope(config, groups)
     order = torch.argsort(scope, stable=True)
     offsets = torch.nn.functional.pad(torch.bincount(scope).cumsum(0), (1, 0))
     weights = baseline_weights(config, lengths, energies, fitted)
     epsilon = STD_EPSILON if config.scale is Scale.std else None
-    device, compute = device or rewards.device, group_advantages
-    if kernels.uses_triton(device):
-        from opo_megatron.kernels.triton_advantages import group_advantages as compute
-    _, found = compute(
+    device = device or rewards.device
+    _, advantages = (kernel or group_advantages)(
         rewards.double()[order].to(device),
         weights[order].to(device),
         offsets.to(device),
         bool(config.leave_one_out),
         epsilon,
     )
-    return torch.empty_like(rewards, dtype=found.dtype).scatter_(0, order, found.to(rewards.device))
-
-
-@dataclass(frozen=True)
-class PackedTokens:
-    """Where advantages are spread over the tokens of all responses, one behind the other."""
-
-    offsets: Tensor
-    """[n + 1] int64: first token of each sample, and the end."""
-    advantages: Tensor
-    """[tokens] float32, written."""
-    longest_group: int
-    """Most tokens of a group, or an upper bound; on the host, so that nothing waits for a device."""
+    result = torch.empty_like(rewards, dtype=advantages.dtype)
+    return result.scatter_(0, order, advantages.to(rewards.device))
 
 
 def group_advantages(
@@ -117,7 +109,6 @@ def group_advantages(
     offsets: Tensor,
     leave_one_out: bool,
     epsilon: float | None,
-    tokens: PackedTokens | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Baselines [G], with every sample in its own, and advantages [n], both float64, of adjacent groups.
 
@@ -126,9 +117,8 @@ def group_advantages(
         weights: [n] wᵢ ≥ 0.
         offsets: [G + 1] int64: first sample of each group, and the end.
         epsilon: divide by the group's standard deviation plus this; None leaves advantages as they are.
-        tokens: also spread over tokens.
 
-    On GPUs `kernels/triton_advantages.py` does all of this in one launch.
+    The reference implementation of `kernels/triton_advantages.py`, which does this in one launch on GPUs.
     """
     rewards, weights = rewards.double(), weights.double()
     sizes = offsets.diff()
@@ -143,8 +133,6 @@ def group_advantages(
     found = torch.where(_agrees(rewards, scope), 0.0, rewards - own)
     if epsilon is not None:
         found = found / (_std(rewards, scope, count)[scope] + epsilon)
-    if tokens is not None:
-        tokens.advantages.copy_(torch.repeat_interleave(found, tokens.offsets.diff()))
     return baselines, found
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -23,14 +23,8 @@ from torch import Tensor
 STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
-class Sliceable(Protocol):
-    """Of which `[start:end]`, positions in the gradient buffer, is a parameter's state."""
-
-    def __getitem__(self, where: slice) -> Tensor: ...
-
-
 class Pieces:
-    """The states of a buffer's parameters, each a tensor of its own."""
+    """The states of a buffer's parameters, each a tensor of its own; `[start:end]` are positions in the buffer."""
 
     def __init__(self, pieces: Mapping[tuple[int, int], Tensor]) -> None:
         self._pieces = pieces
@@ -71,7 +65,7 @@ def _state_on_first(
     return state if optimizer.data_parallel_group_gloo.rank() == 0 else None
 
 
-def _own_states(optimizer: DistributedOptimizer, i: int, buckets: list[Any]) -> dict[str, Sliceable]:
+def _own_states(optimizer: DistributedOptimizer, i: int, buckets: list[Any]) -> dict[str, Pieces]:
     pieces: dict[str, dict[tuple[int, int], Tensor]] = {name: {} for name in STATES}
     places = optimizer.buffers[i].param_index_map
     for bucket in buckets:
@@ -83,12 +77,12 @@ def _own_states(optimizer: DistributedOptimizer, i: int, buckets: list[Any]) -> 
     return {name: Pieces(found) for name, found in pieces.items()}
 
 
-def _gathered_states(optimizer: DistributedOptimizer, i: int, buckets: list[Any]) -> dict[str, Sliceable]:
+def _gathered_states(optimizer: DistributedOptimizer, i: int, buckets: list[Any]) -> dict[str, Tensor]:
     group = optimizer.data_parallel_group_gloo
     first = torch.distributed.get_process_group_ranks(group)[0]
     sizes = [bucket.grad_data.numel() for bucket in optimizer.buffers[i].buckets]
     is_first = group.rank() == 0
-    states: dict[str, Sliceable] = {}
+    states: dict[str, Tensor] = {}
     for name in STATES:
         whole = torch.empty(sum(sizes) if is_first else 0, dtype=torch.float32)
         for size, part, bucket in zip(sizes, whole.split(sizes) if is_first else sizes, buckets, strict=True):

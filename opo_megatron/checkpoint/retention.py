@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opo_megatron.checkpoint.checkpoint import RunProgress, checkpoints
+from opo_megatron.checkpoint.progress import RunProgress, checkpoints
 from opo_megatron.config.choices import Better
 from opo_megatron.config.schema import CheckpointConfig
 from opo_megatron.errors import UserError

@@ -124,7 +124,7 @@ def keep_results_in_memory() -> None:
     filesystem_async._results_queue = SimpleQueue()
 
 
-def hand_over(written: Written) -> None:
+def give_results_to_megatron(written: Written) -> None:
     """Give Megatron the results that it will ask for."""
     if written.results is not None:
         filesystem_async._results_queue.put(written.results)

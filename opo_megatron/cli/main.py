@@ -41,6 +41,7 @@ from opo_megatron.errors import (
     ReplayDiffers,
     UserError,
 )
+from opo_megatron.evaluation.source import find_source
 from opo_megatron.rollout.sglang.server import interpreter
 from opo_megatron.utils.extras import block_import
 
@@ -246,7 +247,7 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    source = eval_command.find_source(options.source, options.out)
+    source = find_source(options.source, options.out)
     overrides = eval_command.overrides_of(options, source)
     config = load_config(source.recipe, overrides, _world_size(options.nproc) or 1)
     from opo_megatron.tasks.benchmarks import find_benchmarks

@@ -51,11 +51,11 @@ def server_command(recipe: str, overrides: Sequence[str], port: int) -> tuple[li
     if model.vocab_size is None:
         raise UserError("policy.model.vocab_size is null, and a server needs it; set it, or policy.init_from")
     quantization = None
-    if config.rollout.sglang.fp8:
-        from opo_megatron.kernels.fp8 import Scales
-        from opo_megatron.weights.fp8_folder import BlockFp8
+    if config.rollout.sglang.fp8:  # importing torch takes seconds
+        from opo_megatron.weights.fp8_folder import engine_quantization
 
-        quantization = BlockFp8(model, Scales.power_of_two).config
+        fp8 = engine_quantization(config, model.vocab_size)
+        quantization = fp8.config if fp8 else None
     folder = Path(tempfile.mkdtemp(prefix="opo-engine-"))
     write_model_config(config, model.vocab_size, folder, quantization)
     gpus = [str(i) for i in range(config.rollout.sglang.tensor_parallel_size)]

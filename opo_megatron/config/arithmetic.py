@@ -43,6 +43,14 @@ def smallest_world(config: Config) -> int:
     return lcm(model_parallel_size(config.policy), expert_parallel_size(config.policy))
 
 
+def shares_memory(config: Config, on_gpu: bool) -> bool:
+    """Whether policy and engine use the same memory and take turns with it."""
+    settings = config.rollout.sglang
+    if config.rollout.engine is not EngineName.sglang or settings.urls:
+        return False
+    return on_gpu if settings.share_memory is None else settings.share_memory
+
+
 def describe_batch(config: Config, world_size: int) -> str:
     """What one step of this recipe does, in a few lines without a trailing newline."""
     sections = (

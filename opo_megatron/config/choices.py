@@ -16,6 +16,12 @@ class Schedule(str, Enum):
     cosine = "cosine"
 
 
+class TaskName(str, Enum):
+    lift = "lift"
+    text = "text"
+    reasoning_gym = "reasoning_gym"
+
+
 class Dtype(str, Enum):
     fp32 = "fp32"
     bf16 = "bf16"
@@ -69,3 +75,9 @@ class Transport(str, Enum):
 class Better(str, Enum):
     highest = "highest"
     lowest = "lowest"
+
+
+FP8_BLOCK = 128
+"""Side of the blocks of a weight that share a scale with `policy.fp8=blockwise`."""
+FP8_MULTIPLE = 16
+"""Transformer Engine's FP8 products take matrices whose sides are multiples of this."""

@@ -27,6 +27,7 @@ from opo_megatron.config.choices import (
     Recompute,
     RopeType,
     Schedule,
+    TaskName,
     Transport,
 )
 
@@ -61,7 +62,7 @@ class TrainConfig:
 
 @dataclass
 class TaskConfig:
-    name: str = "lift"
+    name: TaskName = TaskName.lift
     """`lift`: a lift with ten floors, made up on the fly; `text`: problems from a file;
     `reasoning_gym`: problems of one of that package's generators."""
     data: str | None = None

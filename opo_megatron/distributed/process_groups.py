@@ -91,14 +91,6 @@ def initialize(config: Config) -> Parallel:
         install("cpu")
     else:
         torch.cuda.set_device(device)
-    from opo_megatron.policy.adam import use_group_step_adam
-    from opo_megatron.policy.layer_specs import check_context_device, check_fp8_device
-    from opo_megatron.policy.optimizer import check_offload_device
-
-    check_fp8_device(config.policy, device)
-    check_context_device(config.policy, device)
-    check_offload_device(config.policy, device)
-    use_group_step_adam()
     # Megatron reports every object that it builds at INFO; a run's own lines say what matters.
     logging.getLogger("megatron").setLevel(logging.WARNING)
     if not dist.is_initialized():

@@ -21,9 +21,9 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from opo_megatron.config.choices import FP8_BLOCK
 from opo_megatron.errors import UserError
 
-BLOCK = 128
 LARGEST = 448.0
 """Of E4M3 without infinities (torch.float8_e4m3fn)."""
 SMALLEST_SCALE = 2.0**-126
@@ -58,9 +58,9 @@ def quantize_blocks(name: str, weight: Tensor, scales: Scales = Scales.fp32) -> 
     quantized = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=weight.device)
     high, wide = blocks(rows), blocks(columns)
     scale = torch.empty(high, wide, dtype=torch.float32, device=weight.device)
-    step = max(1, STRIP_ELEMENTS // max(1, wide * BLOCK * BLOCK))
+    step = max(1, STRIP_ELEMENTS // max(1, wide * FP8_BLOCK * FP8_BLOCK))
     for first in range(0, high, step):
-        part = slice(first * BLOCK, min(rows, (first + step) * BLOCK))
+        part = slice(first * FP8_BLOCK, min(rows, (first + step) * FP8_BLOCK))
         values, scale[first : first + step] = _quantize_strip(weight[part], scales)
         quantized[part] = values
     if not bool(scale.isfinite().all()):
@@ -78,9 +78,9 @@ def not_finite(name: str) -> UserError:
 def _quantize_strip(weight: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
     """The same for whole rows of blocks; a block with a NaN or infinity has such a scale."""
     rows, columns = weight.shape
-    padding = (0, -columns % BLOCK, 0, -rows % BLOCK)
+    padding = (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK)
     padded = torch.nn.functional.pad(weight.float(), padding) if any(padding) else weight.float()
-    tiles = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+    tiles = padded.view(padded.shape[0] // FP8_BLOCK, FP8_BLOCK, padded.shape[1] // FP8_BLOCK, FP8_BLOCK)
     largest = tiles.abs().amax((1, 3))
     scale = (largest / LARGEST).clamp_min(SMALLEST_SCALE)
     if scales is Scales.power_of_two:
@@ -104,10 +104,10 @@ def _power_of_two(scale: Tensor) -> Tensor:
 def dequantize_blocks(quantized: Tensor, scale: Tensor) -> Tensor:
     """q · s in float32 [rows, columns]."""
     rows, columns = quantized.shape
-    spread = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+    spread = scale.repeat_interleave(FP8_BLOCK, 0)[:rows].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
     return quantized.float() * spread
 
 
 def blocks(size: int) -> int:
     """Blocks along a dimension, the last of which may be smaller."""
-    return -(-size // BLOCK)
+    return -(-size // FP8_BLOCK)

@@ -1,9 +1,7 @@
-"""Baseline and advantages of every group in one launch (Triton); the torch twin, with the formula in
-words, is `algorithm/advantages.py::group_advantages`.
+"""Baseline and advantages of every group in one launch (Triton); the reference implementation, with the
+formula in words, is `algorithm/advantages.py::group_advantages`.
 
-One program per group, and per slice of the group's tokens where advantages are also spread over packed
-tokens: each reads its group's rewards and weights (K of them, from cache after the first), so nothing
-waits for anything else.  Sums are in float64, like the twin's: a group has few samples, and the launch
+One program per group.  Sums are in float64, as in the reference: a group has few samples, and the launch
 costs more than they do.
 """
 
@@ -12,21 +10,13 @@ costs more than they do.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from opo_megatron.algorithm.advantages import PackedTokens
-
 BLOCK = 64
 """Samples that a program takes at a time; the usual group is one block."""
-TOKEN_BLOCK = 1024
-SLICE = 16384
-"""Tokens of a group that one program writes."""
 
 
 @triton.jit
@@ -91,64 +81,37 @@ def _advantage(
 
 @triton.jit
 def _kernel(
-    rewards, weights, offsets, token_offsets, baselines, advantages, token_advantages, epsilon,
-    LEAVE_ONE_OUT: tl.constexpr, SCALE: tl.constexpr, SPREAD: tl.constexpr,
-    BLOCK: tl.constexpr, TOKEN_BLOCK: tl.constexpr, SLICE: tl.constexpr,
+    rewards, weights, offsets, baselines, advantages, epsilon,
+    LEAVE_ONE_OUT: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    group, part = tl.program_id(0), tl.program_id(1)
+    group = tl.program_id(0)
     begin, end = tl.load(offsets + group), tl.load(offsets + group + 1)
     all_zero, whole, weighted, light, light_weighted, agrees, deviation = _statistics(
         rewards, weights, begin, end, BLOCK
     )
-    if part == 0:
-        tl.store(baselines + group, weighted / tl.where(whole > 0, whole, 1.0))
-        for start in range(begin, end, BLOCK):
-            place = start + tl.arange(0, BLOCK)
-            inside = place < end
-            r = tl.load(rewards + place, mask=inside, other=0.0).to(tl.float64)
-            w = tl.load(weights + place, mask=inside, other=0.0).to(tl.float64)
-            found = _advantage(
-                r, w, all_zero, whole, weighted, light, light_weighted, agrees, deviation, epsilon,
-                LEAVE_ONE_OUT, SCALE,
-            )  # fmt: skip
-            tl.store(advantages + place, found, mask=inside)
-    if SPREAD:
-        first = tl.load(token_offsets + begin) + part * SLICE
-        last = tl.minimum(first + SLICE, tl.load(token_offsets + end))
-        for sample in range(begin, end):
-            low = tl.maximum(tl.load(token_offsets + sample), first)
-            high = tl.minimum(tl.load(token_offsets + sample + 1), last)
-            r = tl.load(rewards + sample).to(tl.float64)
-            w = tl.load(weights + sample).to(tl.float64)
-            found = _advantage(
-                r, w, all_zero, whole, weighted, light, light_weighted, agrees, deviation, epsilon,
-                LEAVE_ONE_OUT, SCALE,
-            )  # fmt: skip
-            for start in range(low, high, TOKEN_BLOCK):
-                place = start + tl.arange(0, TOKEN_BLOCK)
-                values = tl.zeros([TOKEN_BLOCK], tl.float64) + found
-                tl.store(token_advantages + place, values, mask=place < high)
+    tl.store(baselines + group, weighted / tl.where(whole > 0, whole, 1.0))
+    for start in range(begin, end, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        inside = place < end
+        r = tl.load(rewards + place, mask=inside, other=0.0).to(tl.float64)
+        w = tl.load(weights + place, mask=inside, other=0.0).to(tl.float64)
+        found = _advantage(
+            r, w, all_zero, whole, weighted, light, light_weighted, agrees, deviation, epsilon,
+            LEAVE_ONE_OUT, SCALE,
+        )  # fmt: skip
+        tl.store(advantages + place, found, mask=inside)
 
 
 def group_advantages(
-    rewards: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    leave_one_out: bool,
-    epsilon: float | None,
-    tokens: PackedTokens | None = None,
+    rewards: Tensor, weights: Tensor, offsets: Tensor, leave_one_out: bool, epsilon: float | None
 ) -> tuple[Tensor, Tensor]:
     """`algorithm/advantages.py::group_advantages` on a GPU, in one launch."""
     groups = offsets.numel() - 1
     baselines = rewards.new_empty(groups, dtype=torch.float64)
     advantages = rewards.new_empty(rewards.numel(), dtype=torch.float64)
     if groups:
-        slices = 1 if tokens is None else max(1, triton.cdiv(tokens.longest_group, SLICE))
-        _kernel[(groups, slices)](
-            rewards, weights, offsets,
-            None if tokens is None else tokens.offsets, baselines, advantages,
-            None if tokens is None else tokens.advantages, 0.0 if epsilon is None else epsilon,
-            LEAVE_ONE_OUT=leave_one_out, SCALE=epsilon is not None, SPREAD=tokens is not None,
-            BLOCK=BLOCK, TOKEN_BLOCK=TOKEN_BLOCK, SLICE=SLICE,
+        _kernel[(groups,)](
+            rewards, weights, offsets, baselines, advantages, 0.0 if epsilon is None else epsilon,
+            LEAVE_ONE_OUT=leave_one_out, SCALE=epsilon is not None, BLOCK=BLOCK,
         )  # fmt: skip
     return baselines, advantages

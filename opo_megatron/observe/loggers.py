@@ -21,7 +21,7 @@ from opo_megatron.utils.extras import require_extra
 Axis = Literal["step", "warm_start"]
 
 
-class Board(Protocol):
+class MetricLogger(Protocol):
     def write(self, axis: Axis, row: MetricsRow) -> None:
         """Draw a row at its step."""
         ...

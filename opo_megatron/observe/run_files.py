@@ -9,43 +9,48 @@ from pathlib import Path
 from typing import Any
 
 from opo_megatron.batch.rollouts import Rollouts
-from opo_megatron.checkpoint.checkpoint import RunProgress, abandon_later, run_of
 from opo_megatron.config import Config, to_yaml
-from opo_megatron.observe.loggers import Axis, Board, TensorBoard, WandB
+from opo_megatron.observe.loggers import Axis, MetricLogger, TensorBoard, WandB
 from opo_megatron.observe.metrics_file import MetricsFile, MetricsRow
 
 
 class RunFiles:
     """`<run.dir>` of one attempt; on ranks that do not write, every method does nothing."""
 
-    def __init__(self, config: Config, writes: bool, progress: RunProgress, checkpoint: Path | None) -> None:
-        """Continue behind `progress`, that of `checkpoint` where the run resumes from one."""
-        self.dir, self.writes = Path(config.run.dir), writes
+    def __init__(
+        self, config: Config, *, is_writer: bool, step: int, warm_step: int | None, source: Path | None
+    ) -> None:
+        """Continue after `step`; what lies behind it is cut.
+
+        Args:
+            is_writer: whether this rank writes.
+            step: the last finished OPO step; −1 before step 0.
+            warm_step: the last finished warm-start step; None once the warm start is over.
+            source: the run whose checkpoint this one resumes from.
+        """
+        self.dir, self.is_writer = Path(config.run.dir), is_writer
         self.metrics = MetricsFile(self.dir / "metrics.jsonl")
         self.warm_start = MetricsFile(self.dir / "warm_start.jsonl")
         self.audit = MetricsFile(self.dir / "audit.jsonl")
-        self._boards: list[Board] = []
-        if not writes:
+        self._loggers: list[MetricLogger] = []
+        if not is_writer:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
-        if checkpoint is not None and run_of(checkpoint) != self.dir.resolve():
-            self._copy_rows(run_of(checkpoint))
+        if source is not None and source != self.dir.resolve():
+            self._copy_rows(source)
         self.attempt = self._count_attempt()
-        in_warm_start = progress.phase == "warm_start"
-        step = -1 if in_warm_start else progress.step
         self.metrics.cut_after(step)
         if config.observe.audit:
             self.audit.cut_after(step)
-        if in_warm_start:
-            self.warm_start.cut_after(progress.step)
+        if warm_step is not None:
+            self.warm_start.cut_after(warm_step)
         self._cut_rollouts(step)
-        abandon_later(self.dir, progress, self.attempt)
         (self.dir / "config.yaml").write_text(to_yaml(config))
         if config.observe.tensorboard:
-            warm_step = progress.step if in_warm_start else config.warm_start.steps
-            self._boards.append(TensorBoard(self.dir, step, warm_step))
+            last_warm_step = config.warm_start.steps if warm_step is None else warm_step
+            self._loggers.append(TensorBoard(self.dir, step, last_warm_step))
         if config.observe.wandb_project is not None:
-            self._boards.append(WandB(config, self.dir))
+            self._loggers.append(WandB(config, self.dir))
 
     def _copy_rows(self, other: Path) -> None:
         """A run that goes on from another's checkpoint begins with that one's rows."""
@@ -71,7 +76,7 @@ class RunFiles:
 
     def write_audit(self, row: MetricsRow) -> None:
         """What a finished OPO step was."""
-        if self.writes:
+        if self.is_writer:
             self.audit.append(row)
 
     def write_warm_start(self, row: MetricsRow) -> None:
@@ -79,32 +84,32 @@ class RunFiles:
         self._write(self.warm_start, "warm_start", row)
 
     def _write(self, file: MetricsFile, axis: Axis, row: MetricsRow) -> None:
-        if not self.writes:
+        if not self.is_writer:
             return
-        for board in self._boards:
-            board.write(axis, row)
+        for logger in self._loggers:
+            logger.write(axis, row)
         file.append(row | {"run/attempt": self.attempt})
 
     def write_rollouts(self, step: int, rollouts: Rollouts | None) -> None:
         """The step's samples with rewards and advantages (given on the writing rank)."""
-        if self.writes and rollouts is not None:
+        if self.is_writer and rollouts is not None:
             rollouts.save(self.dir / "rollouts" / f"step_{step:08d}.safetensors")
 
     def write_nonfinite_batch(self, step: int, rollouts: Rollouts | None) -> Path:
         """The samples of a step with bad numbers (given on the writing rank), and where they are."""
         path = self.dir / "bad_batches" / f"step_{step:08d}.safetensors"
-        if self.writes and rollouts is not None:
+        if self.is_writer and rollouts is not None:
             rollouts.save(path)
         return path
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """summary.json, replaced as a whole."""
-        if not self.writes:
+        if not self.is_writer:
             return
         partial = self.dir / "summary.json.partial"
         partial.write_text(json.dumps(summary, indent=2) + "\n")
         os.replace(partial, self.dir / "summary.json")
 
     def close(self, failed: bool = False) -> None:
-        for board in self._boards:
-            board.close(failed)
+        for logger in self._loggers:
+            logger.close(failed)

@@ -10,7 +10,7 @@ from opo_megatron.observe.metrics_file import MetricsRow
 Line = tuple[str, str, str, str]
 
 
-def closing_table(config: Config, rows: Sequence[MetricsRow], seconds: float) -> tuple[str, list[Line]]:
+def summary_table(config: Config, rows: Sequence[MetricsRow], seconds: float) -> tuple[str, list[Line]]:
     """(title, lines of (what, at the start, at the end, what it means)) from all rows of metrics.jsonl."""
     evaluated = [row for row in rows if "eval/accuracy" in row]
     first, last = evaluated[0], evaluated[-1]

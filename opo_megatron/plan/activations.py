@@ -37,7 +37,6 @@ from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.distributed.process_groups import Parallel
 from opo_megatron.kernels import lm_head
 from opo_megatron.plan.ranks import META, inner_optimizers
-from opo_megatron.policy.metric_sums import MetricSums
 from opo_megatron.policy.policy import Policy
 
 
@@ -94,12 +93,9 @@ def activation_peak(policy: Policy, lengths: Sequence[tuple[int, int]], on_gpus:
     # The reduction comes after the peak; torch has no coalesced collectives of meta tensors.
     policy.megatron_config.finalize_model_grads_func = lambda *_, **__: None
     live = LiveBytes()
-    with META:
-        # The mismatch to the engine is some vectors of tokens, and its bins need values.
-        sums = MetricSums(policy.parallel, measures_mismatch=False)
     kernels = _as_on_gpus(policy) if on_gpus else _as_it_is()
     with kernels, live:
-        policy.run_backward(batch, plan, objective, sums)
+        policy.accumulate_gradients(batch, plan, objective)
     return live.peak
 
 
@@ -143,7 +139,9 @@ def _as_on_gpus(policy: Policy) -> Iterator[None]:
         module.forward = forward
     try:
         with ExitStack() as patches:
-            patches.enter_context(mock.patch("opo_megatron.policy.lm_head.sweep", _sweep))
+            patches.enter_context(
+                mock.patch("opo_megatron.policy.lm_head.chunked_logprobs", _chunked_logprobs)
+            )
             if policy.config.packing is Packing.thd:
                 rotary = "megatron.core.transformer.attention.apply_rotary_pos_emb"
                 patches.enter_context(mock.patch(rotary, _rotate))
@@ -202,7 +200,7 @@ class _Norm(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:2])
 
 
-def _sweep(
+def _chunked_logprobs(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,

@@ -17,7 +17,7 @@ import torch
 from opo_megatron.algorithm.config import ObjectiveName, Weight
 from opo_megatron.batch.micro_batch import padded_length, schedule_for, sequence_alignment
 from opo_megatron.config import Config, load_config
-from opo_megatron.config.arithmetic import model_parallel_size, smallest_world
+from opo_megatron.config.arithmetic import model_parallel_size, shares_memory, smallest_world
 from opo_megatron.config.choices import Dtype, EngineName, Packing
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.lm_head import default_chunk_tokens
@@ -31,7 +31,7 @@ from opo_megatron.plan.sync import RankStream, SyncPlan, check_cover, combine, r
 from opo_megatron.plan.times import Times, Work, step_times, sync_seconds
 from opo_megatron.policy.layer_specs import row_multiple, token_multiple
 from opo_megatron.policy.model import padded_vocab_size
-from opo_megatron.tasks import TASKS
+from opo_megatron.tasks import make_task
 from opo_megatron.tasks.tokenizers import open_tokenizer
 from opo_megatron.weights.param_mapping import Stages, parameters
 from opo_megatron.weights.stream import buckets
@@ -56,10 +56,8 @@ class Job:
 
     @property
     def shares_memory(self) -> bool:
-        """Whether policy and engine take turns with memory, as `build.shares_memory` says of GPUs."""
-        settings = self.config.rollout.sglang
-        own = self.config.rollout.engine is EngineName.sglang and not settings.urls
-        return own and settings.share_memory is not False
+        """Whether policy and engine share the GPUs' memory."""
+        return shares_memory(self.config, on_gpu=True)
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ def _vocab_size(config: Config) -> int:
     if config.policy.model.vocab_size is not None:
         return config.policy.model.vocab_size
     if config.task.name == "lift":
-        return TASKS["lift"](config.task).vocab_size
+        return make_task(config.task).vocab_size
     return open_tokenizer(config.task.tokenizer).vocab_size
 
 

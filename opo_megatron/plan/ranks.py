@@ -17,7 +17,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from opo_megatron.config.schema import Config
 from opo_megatron.distributed import cpu_backend
 from opo_megatron.distributed.process_groups import Parallel, megatron_groups, shutdown
-from opo_megatron.policy.adam import use_group_step_adam
 from opo_megatron.policy.policy import Policy
 from opo_megatron.weights.sharding import Vocabulary
 
@@ -57,7 +56,6 @@ def use_meta_device() -> None:
         RuntimeError: where the process has built policies on another device.
     """
     cpu_backend.install("meta")
-    use_group_step_adam()
     logging.getLogger("megatron").setLevel(logging.WARNING)
     # torch asks the backend whether it can coalesce, and meta tensors have none.
     dist.batch_isend_irecv = _one_by_one  # type: ignore[assignment]

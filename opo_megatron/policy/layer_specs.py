@@ -26,8 +26,7 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 
-from opo_megatron.config.choices import Dtype, Fp8, Packing, Recompute
-from opo_megatron.config.rules.gpu import FP8_BLOCK, FP8_MULTIPLE
+from opo_megatron.config.choices import FP8_BLOCK, FP8_MULTIPLE, Dtype, Fp8, Packing, Recompute
 from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.environment.versions import numbers, read_versions
 from opo_megatron.errors import UserError

@@ -7,7 +7,6 @@ for the backward pass of the schedule.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +16,12 @@ from torch import Tensor
 
 from opo_megatron.batch.micro_batch import MicroBatch
 from opo_megatron.distributed.process_groups import Parallel
-from opo_megatron.kernels.lm_head import Coefficient, HeadOutput, VocabularyShard, chunked_logprobs
+from opo_megatron.kernels.lm_head import HeadOutput, VocabularyShard, chunked_logprobs
+from opo_megatron.policy.token_loss import TokenLoss
 
 
 @dataclass(frozen=True)
-class Head:
+class LMHead:
     """What every sweep of one policy shares."""
 
     parallel: Parallel
@@ -60,7 +60,7 @@ class Head:
 
 
 def log_probs(
-    head: Head, hidden: Tensor, weight: Tensor, micro: MicroBatch, temperature: float
+    head: LMHead, hidden: Tensor, weight: Tensor, micro: MicroBatch, temperature: float
 ) -> HeadOutput:
     """The sweep without gradients, over the response tokens of a micro-batch."""
     vocabulary, rows = head.vocabulary(weight)
@@ -82,25 +82,23 @@ class LMHeadLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        head: Head,
+        head: LMHead,
         micro: MicroBatch,
-        coefficient: Coefficient,
-        temperature: float,
-        keep: Callable[[HeadOutput], None],
+        token_loss: TokenLoss,
         shares_embedding: bool,
     ) -> Tensor:
+        assert token_loss.objective is not None
         vocabulary, rows = head.vocabulary(weight)
         whole = head.gather(hidden.detach())
         selected = whole.flatten(0, 1)[micro.loss_positions].to(weight.dtype)
-
         output = chunked_logprobs(
             selected,
             rows,
             micro.targets,
             vocabulary,
-            temperature,
+            token_loss.objective.temperature,
             head.chunk_tokens,
-            coefficient,
+            token_loss,
             d_weight=weight.main_grad[: rows.shape[0]],  # type: ignore[attr-defined]
             exact=head.exact,
         )
@@ -110,7 +108,7 @@ class LMHeadLoss(torch.autograd.Function):
         ctx.d_hidden = head.reduce(d_whole.view_as(whole))
         ctx.weight, ctx.shares_embedding = weight, shares_embedding
         output.d_hidden = None
-        keep(output)
+        token_loss.finish(output)
         return output.loss.sum()
 
     @staticmethod
@@ -119,4 +117,4 @@ class LMHeadLoss(torch.autograd.Function):
         # embedding, the same hook has the embedding's gradient to add.
         ctx.weight.grad_added_to_main_grad = not ctx.shares_embedding
         placeholder = ctx.weight.new_zeros(()).expand_as(ctx.weight)
-        return ctx.d_hidden, placeholder, None, None, None, None, None, None
+        return ctx.d_hidden, placeholder, None, None, None, None

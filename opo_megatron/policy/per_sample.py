@@ -90,7 +90,7 @@ def all_parameters(
         one = rollouts.select([i])
         one.advantages = torch.ones(1, dtype=torch.float64)
         alone = policy.schedule_replicated(one.sequence_lengths, [0])
-        policy.accumulate_gradients(one, alone, objective)
+        policy.checked_gradients(one, alone, objective)
         policy.optimizer.prepare_grads()
         for kept, optimizer in zip(gradients, optimizers, strict=True):
             # Megatron's own choice of what counts once, over the ranks of that optimizer's group.

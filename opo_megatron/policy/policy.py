@@ -36,13 +36,15 @@ from opo_megatron.config.schema import Config, OptimizerConfig
 from opo_megatron.distributed.process_groups import Parallel, all_reduce
 from opo_megatron.errors import NonFiniteError, UserError
 from opo_megatron.kernels.lm_head import default_chunk_tokens
+from opo_megatron.policy.adam import use_group_step_adam
 from opo_megatron.policy.layer_specs import row_multiple, spec_name, token_multiple
-from opo_megatron.policy.lm_head import Head, LMHeadLoss, log_probs
+from opo_megatron.policy.lm_head import LMHead, LMHeadLoss, log_probs
 from opo_megatron.policy.measure import measure_tokens
 from opo_megatron.policy.memory import PolicyMemory
 from opo_megatron.policy.metric_sums import MetricSums, StepMetrics
 from opo_megatron.policy.model import build_chunks, head_shares_embedding, head_weight, padded_vocab_size
 from opo_megatron.policy.optimizer import megatron_optimizer
+from opo_megatron.policy.token_loss import TokenLoss
 from opo_megatron.weights.param_mapping import Stages, parameters
 from opo_megatron.weights.stream import (
     Bucket,
@@ -101,7 +103,7 @@ class Policy:
             load_weights(self.chunks, self.table, parallel, weights)
         self._mark_shards()
         self.megatron_config = self.chunks[0].config
-        self.head = Head(
+        self.head = LMHead(
             parallel,
             vocab_size,
             self.config.head_chunk_tokens
@@ -152,6 +154,7 @@ class Policy:
         self.memory.reload()
         self.optimizer_config = config
         self.optimizer = None  # its state is freed before the next one is allocated
+        use_group_step_adam()
         self.optimizer = get_megatron_optimizer(
             megatron_optimizer(self.config, config, self.megatron_config.params_dtype),
             self.ddp_chunks,
@@ -210,7 +213,8 @@ class Policy:
             accept: sees the metrics before the optimizer step and raises to refuse it; gradients are
                 then zeroed and the weights stay as they are.
         """
-        metrics = self.accumulate_gradients(rollouts, schedule, objective)
+        sums = self.accumulate_gradients(rollouts, schedule, objective)
+        metrics = self._checked(sums, rollouts)
         try:
             if pre_step_check is not None:
                 pre_step_check(metrics)
@@ -229,43 +233,53 @@ class Policy:
 
     def accumulate_gradients(
         self, rollouts: Rollouts, schedule: MicroBatchPlan, objective: Objective
-    ) -> StepMetrics:
-        """Forward and backward over all micro-batches; gradients end up reduced in `main_grad`."""
+    ) -> MetricSums:
+        """Forward and backward over all micro-batches; gradients end up reduced in `main_grad`.
+
+        Reads no value of a tensor, so that it runs on meta tensors too.
+        """
         if rollouts.is_demonstration != objective.learns_from_demonstrations:
             raise ValueError(f"{type(objective).__name__} cannot learn from these rollouts")
         self.memory.reload()
         self.zero_gradients()
-        sums = MetricSums(self.parallel, rollouts.engine_log_prob is not None)
-        self.run_backward(rollouts, schedule, objective, sums)
-        metrics = sums.total(rollouts.response_lengths)
-        self._check_finite(metrics)
-        return metrics
-
-    def run_backward(
-        self, rollouts: Rollouts, schedule: MicroBatchPlan, objective: Objective, sums: MetricSums
-    ) -> None:
-        """What of `accumulate_gradients` needs no value of a tensor: all micro-batches, and the reduction."""
-        measured = rollouts.engine_log_prob is not None
-        columns = dict.fromkeys((*objective.columns, *(["engine_log_prob"] if measured else [])))
+        sums = MetricSums(self.parallel.device, rollouts.engine_log_prob is not None)
+        columns = dict.fromkeys(objective.columns)
+        if rollouts.engine_log_prob is not None:
+            columns["engine_log_prob"] = None
 
         def loss_fn(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            tokens = sums.tokens(micro, objective)
-            value = LMHeadLoss.apply(
-                hidden, head_weight(chunk), self.head, micro, tokens, objective.temperature,
-                partial(sums.add, tokens), head_shares_embedding(chunk),
-            )  # fmt: skip
+            token_loss = TokenLoss(objective, micro.columns, sums)
+            loss = LMHeadLoss.apply(
+                hidden, head_weight(chunk), self.head, micro, token_loss, head_shares_embedding(chunk)
+            )
             # The schedule changes the loss that it is given in place.
-            return value, torch.tensor(micro.targets.numel(), dtype=torch.int), value.detach().clone()
+            return loss, torch.tensor(micro.targets.numel(), dtype=torch.int), loss.detach().clone()
 
         def eval_fn(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             output = log_probs(self.head, hidden, head_weight(chunk), micro, objective.temperature)
-            sums.add(sums.tokens(micro, None), output)
+            TokenLoss(None, micro.columns, sums).finish(output)
             return _no_loss(hidden)
 
         learned, zero_advantage = self._parts(rollouts, schedule)
         self._run(learned, schedule, columns, loss_fn, forward_only=False)
         if schedule.forward_only is not None:
             self._run(zero_advantage, schedule.forward_only, columns, eval_fn, forward_only=True)
+        return sums
+
+    def checked_gradients(
+        self, rollouts: Rollouts, schedule: MicroBatchPlan, objective: Objective
+    ) -> StepMetrics:
+        """`accumulate_gradients`, and the step's metrics over all ranks.
+
+        Raises:
+            NonFiniteError: on all ranks, for a loss or gradient that is NaN or infinite.
+        """
+        return self._checked(self.accumulate_gradients(rollouts, schedule, objective), rollouts)
+
+    def _checked(self, sums: MetricSums, rollouts: Rollouts) -> StepMetrics:
+        metrics = sums.total(self.parallel, rollouts.response_lengths)
+        self._check_finite(metrics)
+        return metrics
 
     def _parts(self, rollouts: Rollouts, schedule: MicroBatchPlan) -> tuple[Rollouts, Rollouts]:
         """The samples with a gradient and those without, which stand behind them."""

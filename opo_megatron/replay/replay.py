@@ -22,18 +22,20 @@ from opo_megatron.algorithm.config import MismatchAction
 from opo_megatron.audit.record import PER_SAMPLE, PER_TOKEN, in_hex, layout_of, sums_of
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.build import open_run
-from opo_megatron.checkpoint.checkpoint import PHASES, RunProgress, checkpoints
+from opo_megatron.checkpoint.progress import PHASES, RunProgress, checkpoints
 from opo_megatron.config import Config
 from opo_megatron.config.choices import EngineName, Kl
 from opo_megatron.config.schema import CheckpointConfig, ObserveConfig
 from opo_megatron.distributed.process_groups import all_gather_objects
 from opo_megatron.errors import NonFiniteError, ReplayDiffers, UserError
 from opo_megatron.observe.metrics_file import MetricsFile, MetricsRow
-from opo_megatron.rollout.engine import GenerationRequest, NamedTensors, Progress, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, Progress, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
-from opo_megatron.run import STREAM_TRAIN, Run
+from opo_megatron.run import Run
+from opo_megatron.tasks.base import STREAM_TRAIN
 from opo_megatron.train import opo_step
-from opo_megatron.updates.sft import warm_start
+from opo_megatron.updates.sft import run_sft
+from opo_megatron.weights.stream import NamedTensors
 
 NORM_TOLERANCE = 1e-5
 """Relative difference of a tensor's norm under another layout."""
@@ -61,8 +63,7 @@ def replay(config: Config, run_dir: Path, step: int) -> None:
     if os.environ.get("RANK", "0") == "0":
         shutil.rmtree(folder, ignore_errors=True)  # of a replay that was killed
     draws_again = config.rollout.engine is EngineName.local
-    with open_run(_for_replay(config, run_dir, folder, step), ALLOWED) as run:
-        run.retention.is_off = True
+    with open_run(_for_replay(config, run_dir, folder, step), ALLOWED, saves=False) as run:
         try:
             layout = layout_of(config, run.parallel)
             later = range(max(run.step, 0) + 1, step + 1)
@@ -120,8 +121,8 @@ class _Replay:
 
     def until(self, last: int) -> None:
         run = self.run
-        warm_start(run)
-        run.synchronize()
+        run_sft(run)
+        run.generation.synchronize()
         if run.step < 0:
             run.save_reference_weights()
             run.finish_step({"step": 0})
@@ -142,7 +143,8 @@ class _Replay:
         return self.recorded.get(step, {}).get("rollouts", NO_ROLLOUTS) == NO_ROLLOUTS
 
     def _step(self, step: int) -> None:
-        engine = self.run.engine
+        generation = self.run.generation
+        engine = generation.engine
         path = bad_batch(self.run_dir, step) if self._was_bad(step) else batch(self.run_dir, step)
         if self._was_bad(step) or not self.draws_again:
             if not path.exists():
@@ -150,11 +152,11 @@ class _Replay:
                     f"{path} is missing, and only the layout that the run had "
                     f"({self.recorded[step]['layout']}) draws the same rollouts again; replay with that one"
                 )
-            self.run.engine = _RecordedEngine(engine, Rollouts.load(path))  # type: ignore[arg-type]
+            generation.engine = _RecordedEngine(engine, Rollouts.load(path))  # type: ignore[arg-type]
         try:
             opo_step(self.run, step)
         finally:
-            self.run.engine = engine
+            generation.engine = engine
 
     def _bad_step(self, step: int) -> None:
         """A batch with bad numbers has them again, or the difference is named."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
 from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.weights.stream import NamedTensors
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,6 @@ class Sampling:
 
 Progress = Callable[[int, int, int], None]
 """Called now and then with (responses finished, responses in all, tokens drawn so far)."""
-
-NamedTensors = Iterable[list[tuple[str, Tensor]]]
-"""Buckets of (Hugging Face name, full tensor)."""
 
 
 class RolloutEngine(Protocol):

@@ -29,7 +29,7 @@ STOP_SHARE = 8
 """One token in so many ends a response, so that lengths differ."""
 
 
-def check_device(parallel: Parallel) -> None:
+def check_exact_device(parallel: Parallel) -> None:
     """Refuse devices other than CPUs.
 
     Raises:
@@ -110,7 +110,7 @@ def _largest_difference(
         lengths = torch.full_like(lengths, int(lengths.max()))
     schedule = policy.schedule(lengths, rollouts.advantages == 0)
     objective = PolicyGradient(float(rollouts.response_tokens.numel()), config.rollout.temperature)
-    metrics = policy.accumulate_gradients(
+    metrics = policy.checked_gradients(
         rollouts.select(schedule.samples_of(parallel.dp_rank)), schedule, objective
     )
     assert metrics.mismatch is not None

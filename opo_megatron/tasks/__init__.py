@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from opo_megatron.config.choices import TaskName
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.tasks.base import Prompt, Task
 from opo_megatron.tasks.lift import LiftTask
@@ -9,12 +10,16 @@ from opo_megatron.tasks.reasoning_gym import ReasoningGymTask
 from opo_megatron.tasks.text import TextTask
 from opo_megatron.tasks.tokenizers import open_tokenizer
 
-TASKS: dict[str, Callable[[TaskConfig], Task]] = {
-    "lift": lambda config: LiftTask(),
-    "text": TextTask,
-    "reasoning_gym": ReasoningGymTask,
+TASKS: dict[TaskName, Callable[[TaskConfig], Task]] = {
+    TaskName.lift: lambda config: LiftTask(),
+    TaskName.text: TextTask,
+    TaskName.reasoning_gym: ReasoningGymTask,
 }
-"""Tasks by the name that a recipe uses."""
+
+
+def make_task(config: TaskConfig) -> Task:
+    """The task that a recipe names."""
+    return TASKS[config.name](config)
 
 
 def decoder(name: str, tokenizer: str) -> Callable[[list[int]], str]:
@@ -24,7 +29,7 @@ def decoder(name: str, tokenizer: str) -> Callable[[list[int]], str]:
         name: `task.name`.
         tokenizer: `task.tokenizer`.
     """
-    return LiftTask.decode if name == "lift" else open_tokenizer(tokenizer).decode
+    return LiftTask.decode if name == TaskName.lift else open_tokenizer(tokenizer).decode
 
 
-__all__ = ["TASKS", "Prompt", "Task", "decoder"]
+__all__ = ["Prompt", "Task", "decoder", "make_task"]

@@ -15,6 +15,8 @@ from typing import Literal, Protocol
 import numpy as np
 
 Split = Literal["train", "held_out"]
+STREAM_TRAIN, STREAM_WARM_START, STREAM_EVAL = range(3)
+"""Independent streams of random numbers, for prompt order and sampling."""
 
 
 @dataclass(frozen=True)

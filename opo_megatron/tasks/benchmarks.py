@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from opo_megatron.config.choices import TaskName
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
 from opo_megatron.tasks.base import Task
@@ -44,7 +45,7 @@ class Benchmark:
     def task(self, config: TaskConfig) -> TextTask:
         """Its problems, all held out, in the recipe's template and tokenizer."""
         assert self.source is not None
-        own = replace(config, name="text", data=None, held_out_data=self.source)
+        own = replace(config, name=TaskName.text, data=None, held_out_data=self.source)
         if self.name in FIELDS:
             prompt_field, answer_field = FIELDS[self.name]
             own = replace(

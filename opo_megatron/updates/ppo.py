@@ -19,11 +19,12 @@ from opo_megatron.algorithm.config import LossNormalizer
 from opo_megatron.algorithm.objective import Clipped, loss_normalizer
 from opo_megatron.algorithm.on_policy import Mismatch, MismatchSums
 from opo_megatron.batch.micro_batch import MicroBatchPlan
+from opo_megatron.batch.redistribute import redistribute_to_dp
 from opo_megatron.batch.rollouts import Rollouts
-from opo_megatron.batch.stats import BatchStats, redistribute_to_dp
+from opo_megatron.batch.stats import BatchStats
 from opo_megatron.distributed.process_groups import Parallel, all_reduce
 from opo_megatron.policy.metric_sums import StepMetrics
-from opo_megatron.run import Run, check_on_policy
+from opo_megatron.run import Run
 
 
 def ppo_updates(
@@ -42,7 +43,7 @@ def ppo_updates(
         part.old_log_prob = policy.log_probs(part, schedule, temperature)
     mismatch = _mismatch(run.parallel, parts)
     nothing_yet = StepMetrics(0.0, int(stats.response_lengths.sum()), None, mismatch)
-    check_on_policy(run, nothing_yet)
+    run.check_on_policy(nothing_yet)
     if algorithm.kl_coefficient:
         _measure_reference(run, parts, schedules, temperature)
     found = []

@@ -1,8 +1,8 @@
-"""Supervised steps on the task's demonstrations, through the same policy step as OPO's.
+"""Supervised fine-tuning on the task's demonstrations (the recipe's warm start), through OPO's policy step.
 
 A random policy is rewarded too rarely to learn from; some steps on demonstrations give it the format
-and a first accuracy.  The stage has its own learning rate, its own stream of prompts, and leaves
-nothing behind but weights: the optimizer starts anew before OPO's first step.
+and a first accuracy.  The stage has its own learning rate and its own stream of prompts, and leaves
+nothing behind but weights: the optimizer is reset before OPO's first step.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import random
 from opo_megatron.algorithm.objective import Supervised
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.policy.lr_schedule import learning_rate
-from opo_megatron.run import STREAM_WARM_START, Run
+from opo_megatron.run import Run
+from opo_megatron.tasks.base import STREAM_WARM_START
 
-SAY_EVERY = 100
-"""Steps between lines where there is no terminal to show progress in."""
+LOG_EVERY = 100
+"""Steps between log lines where there is no terminal to show progress in."""
 
 
-def warm_start(run: Run) -> None:
-    """Run the steps that are left of the stage, then give OPO an optimizer of its own."""
+def run_sft(run: Run) -> None:
+    """Run the steps that are left of the warm start, then give OPO an optimizer of its own."""
     config = run.config.warm_start
     if run.step >= 0:
         return
@@ -35,8 +36,8 @@ def _supervised_step(run: Run, step: int) -> None:
     schedule = run.policy.schedule(demonstrations.sequence_lengths)
     objective = Supervised(max(1.0, float(demonstrations.response_lengths.sum())))
     lr = learning_rate(config, step, config.steps)
-    batch = demonstrations.select(schedule.samples_of(run.parallel.dp_rank))
-    metrics = run.policy.train_step(batch, schedule, objective, lr)
+    rollouts = demonstrations.select(schedule.samples_of(run.parallel.dp_rank))
+    metrics = run.policy.train_step(rollouts, schedule, objective, lr)
     row = {
         "step": step,
         "loss": metrics.loss,
@@ -46,7 +47,7 @@ def _supervised_step(run: Run, step: int) -> None:
     if metrics.entropy is not None:
         row["entropy"] = metrics.entropy
     run.display.status(f"warm start {step}/{config.steps}  loss {metrics.loss:.3f}", step / config.steps)
-    if step % SAY_EVERY == 0 or step == config.steps:
+    if step % LOG_EVERY == 0 or step == config.steps:
         run.display.log(f"warm start  step {step}/{config.steps}  loss {metrics.loss:.3f}")
     run.finish_warm_step(row | timer.metrics())
 
@@ -56,7 +57,7 @@ def _demonstrations(run: Run, step: int) -> Rollouts:
     seed, count = run.config.run.seed, run.config.warm_start.batch_size
     prompts = run.choose_prompts("train", STREAM_WARM_START, seed, step - 1, count)
     responses = [
-        run.task.demonstration(prompt, random.Random(f"{seed}/{step}/{place}"))
-        for place, prompt in enumerate(prompts)
+        run.task.demonstration(prompt, random.Random(f"{seed}/{step}/{index}"))
+        for index, prompt in enumerate(prompts)
     ]
     return Rollouts.from_demonstrations([prompt.tokens for prompt in prompts], responses)

@@ -24,8 +24,9 @@ from opo_megatron.algorithm.variance import (
     learn,
     variance_and_signal,
 )
+from opo_megatron.batch.redistribute import redistribute_to_dp
 from opo_megatron.batch.rollouts import Rollouts
-from opo_megatron.batch.stats import BatchStats, redistribute_to_dp
+from opo_megatron.batch.stats import BatchStats
 from opo_megatron.config import Config
 from opo_megatron.observe.metrics_file import MetricsRow
 from opo_megatron.policy import per_sample
@@ -50,7 +51,7 @@ def variance_report(
         rollouts: this rank's part of the step's samples.
         advantage: [N] of all samples, as the step uses them.
     """
-    run.turns.before_training()
+    run.generation.memory.before_training()
     chosen = (stats.groups < run.config.algorithm.variance_prompts).nonzero()[:, 0]
     measured = _measure(run, rollouts, stats, chosen)
     used = {"this_run": advantages[chosen], "batch_length": _over_batch(stats)[chosen]}
@@ -66,10 +67,10 @@ def variance_report(
     row |= {f"variance/{name}": value for name, value in measures.items() if value is not None}
     if run.config.algorithm.weight is Weight.fitted:
         learn(run.fitted_weights, measured)
-        run.extra_state[STATE] = run.fitted_weights.state()
+        run.saver.state[STATE] = run.fitted_weights.state()
         mixture = zip(FEATURES, run.fitted_weights.coefficients.tolist(), strict=True)
         row |= {f"baseline/auto_{name}": value for name, value in mixture}
-    if run.files.writes:
+    if run.files.is_writer:
         run.display.log(_line(step, [*run.files.metrics.read(), row]))
     return row
 

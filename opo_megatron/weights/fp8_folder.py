@@ -12,14 +12,17 @@ derives the block from the shape of the scales, would read 200 rows as two block
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opo_megatron.config import Config
+from opo_megatron.config.choices import FP8_BLOCK
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
-from opo_megatron.kernels.fp8 import BLOCK, Scales, blocks, quantize_blocks
+from opo_megatron.kernels.fp8 import Scales, blocks, quantize_blocks
 from opo_megatron.weights.param_mapping import HEAD, Stages, parameters
 from opo_megatron.weights.safetensors_file import TensorInfo
 
@@ -45,13 +48,13 @@ class BlockFp8:
                     continue
                 if parameter.sharding.partition_dim is None:  # the router
                     untouched.append(name.removesuffix(".weight"))
-                elif all(size % BLOCK == 0 for size in shape):
+                elif all(size % FP8_BLOCK == 0 for size in shape):
                     self._quantized.add(name)
                 else:
                     odd.append((_module(name), shape))
         if not self._quantized:
             raise UserError(
-                f"no matrix of this model is made of whole {BLOCK}×{BLOCK} blocks ({odd[0][0]} is "
+                f"no matrix of this model is made of whole {FP8_BLOCK}×{FP8_BLOCK} blocks ({odd[0][0]} is "
                 f"{list(odd[0][1])}), so there is nothing to quantize; choose --quantize fp8, or none"
             )
         self.untouched = [*untouched, *dict.fromkeys(module for module, _ in odd)]
@@ -59,7 +62,7 @@ class BlockFp8:
         self.notes = []
         if odd:
             self.notes.append(
-                f"{len(odd)} matrices keep their type, not being made of whole {BLOCK}×{BLOCK} blocks, "
+                f"{len(odd)} matrices keep their type, not being made of whole {FP8_BLOCK}×{FP8_BLOCK} blocks, "
                 f"as {odd[0][0]} of {list(odd[0][1])}"
             )
 
@@ -99,7 +102,7 @@ class BlockFp8:
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
-            "weight_block_size": [BLOCK, BLOCK],
+            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
             "modules_to_not_convert": self.untouched,
         }
         if self._scales is Scales.power_of_two:
@@ -116,3 +119,11 @@ def _module(weight: str) -> str:
     module = weight.removesuffix(".weight")
     experts, is_one, _ = module.partition(".experts.")
     return experts + ".experts" if is_one else module
+
+
+def engine_quantization(config: Config, vocab_size: int) -> BlockFp8 | None:
+    """How servers get their weights with `rollout.sglang.fp8`: with Transformer Engine's scales, so that the
+    bytes are the trainer's; None where they get them as they are."""
+    if not config.rollout.sglang.fp8:
+        return None
+    return BlockFp8(replace(config.policy.model, vocab_size=vocab_size), Scales.power_of_two)

@@ -23,12 +23,12 @@ from torch import Tensor
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.distributed.process_groups import Parallel
 from opo_megatron.errors import UnreadableWeights, UserError
-from opo_megatron.rollout.engine import NamedTensors
 from opo_megatron.utils.atomic_dir import atomic_dir
 from opo_megatron.weights.hf_folder import HfWriter, read_weights
 from opo_megatron.weights.param_mapping import Stages, parameters
 from opo_megatron.weights.safetensors_file import StoredTensor, TensorInfo
 from opo_megatron.weights.sharding import Sliceable
+from opo_megatron.weights.stream import NamedTensors
 
 FOLDER = "start_weights"
 

@@ -10,7 +10,7 @@ tensor's value, so the same code runs on meta tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -23,6 +23,8 @@ from opo_megatron.weights.sharding import Sliceable
 
 Bucket = list[tuple[str, Tensor]]
 """(Hugging Face name, full tensor)."""
+NamedTensors = Iterable[Bucket]
+"""A weight stream, bucket by bucket."""
 WeightSource = Callable[[str], Sliceable]
 """Full tensor, in memory or in a file, by Hugging Face name."""
 Receivers = Literal["all", "rank0"]

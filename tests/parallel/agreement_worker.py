@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from small import VOCAB_SIZE, small_config, small_policy
 
-from opo_megatron.batch.stats import gather_stats, gather_to_rank0, local_slice, redistribute_to_dp
+from opo_megatron.batch.redistribute import gather_to_rank0, local_slice, redistribute_to_dp
+from opo_megatron.batch.stats import gather_stats
 from opo_megatron.distributed.process_groups import (
     Parallel,
     all_gather_objects,

@@ -78,7 +78,7 @@ def measure(overrides: list[str], parallel: Parallel) -> dict[str, Any]:
     if parallel.dp_size == 1 and (parallel.dp_cp_size == 1 or not config.policy.distributed_optimizer):
         objective = PolicyGradient(100.0, TEMPERATURE)
         schedule = policy.schedule(rollouts.sequence_lengths, rollouts.advantages == 0)
-        policy.accumulate_gradients(rollouts.select(schedule.samples_of(0)), schedule, objective)
+        policy.checked_gradients(rollouts.select(schedule.samples_of(0)), schedule, objective)
         stream = stream_weights(GradientShards(policy), policy.table, parallel, 2**20)
         found["gradients"] = {name: tensor.clone() for bucket in stream for name, tensor in bucket}
     if parallel.tp_size == WORLD_SIZE:

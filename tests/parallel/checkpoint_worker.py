@@ -20,7 +20,9 @@ from small import ragged_rollouts, small_config, small_policy
 from torch import Tensor
 
 from opo_megatron.algorithm.objective import PolicyGradient
-from opo_megatron.checkpoint.checkpoint import RunProgress, load, save
+from opo_megatron.checkpoint.load import load
+from opo_megatron.checkpoint.progress import RunProgress
+from opo_megatron.checkpoint.save import save
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, initialize, shutdown
 from opo_megatron.policy.policy import Policy
 

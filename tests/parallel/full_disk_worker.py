@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from round_trip import config_from
 from small import small_config, small_policy
 
-from opo_megatron.checkpoint.checkpoint import RunProgress, save
 from opo_megatron.checkpoint.convert import convert
+from opo_megatron.checkpoint.progress import RunProgress
+from opo_megatron.checkpoint.save import save
 from opo_megatron.distributed.process_groups import (
     Parallel,
     all_gather_objects,

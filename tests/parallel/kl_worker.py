@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from small import VOCAB_SIZE, small_config, small_policy
 
-from opo_megatron.batch.stats import gather_stats, local_slice
+from opo_megatron.batch.redistribute import local_slice
+from opo_megatron.batch.stats import gather_stats
 from opo_megatron.distributed.process_groups import (
     Parallel,
     all_gather_objects,
@@ -28,7 +29,7 @@ from opo_megatron.distributed.process_groups import (
     initialize,
     shutdown,
 )
-from opo_megatron.evaluation.evaluate import kl_to_start
+from opo_megatron.evaluation.evaluate import kl_to_reference
 from opo_megatron.observe.console import Display
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
@@ -60,8 +61,10 @@ def measure(folder: Path, overrides: list[str], parallel: Parallel) -> dict[str,
     rollouts = engine.generate(requests, sampling)
     rollouts.rewards = torch.zeros(len(rollouts), dtype=torch.float64)
     own = [p.detach().clone() for chunk in policy.chunks for p in chunk.parameters()]
-    run = SimpleNamespace(config=config, policy=policy, parallel=parallel, display=Display(active=False))
-    row = kl_to_start(run, rollouts, gather_stats(parallel, rollouts), start)
+    generation = SimpleNamespace(
+        config=config, policy=policy, parallel=parallel, display=Display(active=False)
+    )
+    row = kl_to_reference(generation, rollouts, gather_stats(parallel, rollouts), start)
     after = [p for chunk in policy.chunks for p in chunk.parameters()]
     restored = all(torch.equal(a, b) for a, b in zip(own, after, strict=True))
     rows = all_gather_objects(parallel, (row, restored))

@@ -51,13 +51,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 @pytest.fixture(autouse=True)
 def in_step(run: Run) -> None:
     """Each test begins with an engine that holds the policy's weights."""
-    run.synchronize()
-    assert run.sync_difference < 1e-4
+    run.generation.synchronize()
+    assert run.generation.sync_difference < 1e-4
 
 
 def engine_of(run: Run) -> SglangEngine:
-    assert isinstance(run.engine, SglangEngine)
-    return run.engine
+    assert isinstance(run.generation.engine, SglangEngine)
+    return run.generation.engine
 
 
 def change_policy(run: Run, name: str = "decoder.layers.1.mlp.linear_fc1.weight") -> None:
@@ -75,7 +75,7 @@ def requests(count: int, length: int = 8) -> list[GenerationRequest]:
 
 def test_a_sync_that_did_not_happen_is_caught_by_the_version(run: Run) -> None:
     change_policy(run)
-    rollouts = run.draw(requests(4), Sampling(6, (), (1,)), "test")
+    rollouts = run.generation.generate(requests(4), Sampling(6, (), (1,)), "test")
     with pytest.raises(OnPolicyError, match=rf"version {run.policy.version} but 24 of 24 sampled tokens"):
         check_versions(rollouts.weight_versions, run.policy.version)
 
@@ -87,7 +87,7 @@ def test_weights_that_did_not_arrive_are_caught_by_the_probe(
     with monkeypatch.context() as patch:
         patch.setattr(Sender, "send", lambda self, bucket: None)
         with pytest.raises(OnPolicyError, match=r"after the sync of version \d+, the SGLang server http"):
-            run.synchronize()
+            run.generation.synchronize()
 
 
 def test_an_altered_layer_is_caught_by_the_probe(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_an_altered_layer_is_caught_by_the_probe(run: Run, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr(Sender, "send", altered)
         with pytest.raises(OnPolicyError, match="differs from the policy by"):
-            run.synchronize()
+            run.generation.synchronize()
 
 
 def test_a_cache_that_was_not_flushed_is_caught_by_the_probe(
@@ -115,7 +115,7 @@ def test_a_cache_that_was_not_flushed_is_caught_by_the_probe(
     with monkeypatch.context() as patch:
         patch.setattr(Client, "post", without_flush)
         with pytest.raises(OnPolicyError, match="answers from an old cache"):
-            run.synchronize()
+            run.generation.synchronize()
 
 
 def test_a_response_that_two_versions_drew_is_caught(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_a_response_that_two_versions_drew_is_caught(run: Run, monkeypatch: pyte
 
 def test_weights_read_back_from_the_server_are_the_policys(run: Run) -> None:
     change_policy(run)
-    run.synchronize()
+    run.generation.synchronize()
     client = engine_of(run)._clients[0]
     streamed = {name: tensor.clone() for bucket in run.policy.stream_weights() for name, tensor in bucket}
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
@@ -160,8 +160,8 @@ def test_a_server_that_died_is_started_again_and_the_whole_step_is_drawn(run: Ru
     assert server is not None and server.pid is not None
     first = server.pid
     os.kill(first, signal.SIGKILL)
-    rollouts = run.draw(requests(6), Sampling(5, (), (1,)), "test")
-    assert len(rollouts) == 6 and run.engine_failures == 1 and server.pid != first
+    rollouts = run.generation.generate(requests(6), Sampling(5, (), (1,)), "test")
+    assert len(rollouts) == 6 and run.generation.failures == 1 and server.pid != first
     assert rollouts.weight_versions is not None
     assert rollouts.weight_versions.unique().tolist() == [run.policy.version]
 
@@ -179,12 +179,12 @@ def test_a_run_that_is_told_to_end_cuts_what_the_servers_draw(
         return answer
 
     monkeypatch.setattr(Client, "post", listening)
-    monkeypatch.setattr(run.stop, "_signal", signal.SIGUSR1)
+    monkeypatch.setattr(run.saver.stop, "_signal", signal.SIGUSR1)
     with pytest.raises(Preempted, match="SIGUSR1"):
-        run.draw(requests(32), Sampling(1000, (), (1,)), "test")
+        run.generate(requests(32), Sampling(1000, (), (1,)), 1)
     assert len(answers) == 32 and "abort" in answers
-    monkeypatch.setattr(run.stop, "_signal", 0)
-    assert len(run.draw(requests(2), Sampling(5, (), (1,)), "test")) == 2
+    monkeypatch.setattr(run.saver.stop, "_signal", 0)
+    assert len(run.generation.generate(requests(2), Sampling(5, (), (1,)), "test")) == 2
 
 
 def test_policy_and_engine_take_turns_with_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,10 +201,10 @@ def test_policy_and_engine_take_turns_with_memory(run: Run, monkeypatch: pytest.
         done = getattr(memory, name)
         monkeypatch.setattr(memory, name, lambda name=name, done=done: (events.append(name), done()))
     monkeypatch.setattr(Client, "post", watched)
-    run.turns.before_training()
+    run.generation.memory.before_training()
     assert memory.is_complete and events == ["release kv_cache weights", "reload"]
     events.clear()
-    run.synchronize()
+    run.generation.synchronize()
     kept = [event for event in events if "pause" not in event and "flush" not in event]
     assert kept == [
         "free_gradients",
@@ -219,11 +219,11 @@ def test_policy_and_engine_take_turns_with_memory(run: Run, monkeypatch: pytest.
         "/generate",
     ]
     events.clear()
-    with run.turns.saving():
+    with run.generation.memory.saving():
         assert memory.is_complete
     assert not memory.is_complete
     assert events == ["release kv_cache", "reload", "free_gradients", "offload_optimizer", "resume kv_cache"]
-    assert len(run.draw(requests(4), Sampling(6, (), (1,)), "test")) == 4
+    assert len(run.generation.generate(requests(4), Sampling(6, (), (1,)), "test")) == 4
 
 
 @pytest.mark.slow
@@ -237,10 +237,10 @@ def test_a_server_that_keeps_its_memory_is_ended(run: Run, monkeypatch: pytest.M
 
     with monkeypatch.context() as patch:
         patch.setattr(Client, "post", refusing)
-        run.turns.before_training()
+        run.generation.memory.before_training()
     assert server is not None and not server.is_alive() and run.policy.memory.is_complete
-    run.synchronize()
-    assert server.is_alive() and run.sync_difference < 1e-4
+    run.generation.synchronize()
+    assert server.is_alive() and run.generation.sync_difference < 1e-4
 
 
 def test_an_engine_without_whole_weights_does_not_generate(run: Run) -> None:

@@ -121,7 +121,7 @@ def lengths_of(run: Run, kills: int, monkeypatch: pytest.MonkeyPatch) -> tuple[l
             requests = [GenerationRequest(i, i, 0, (1 + i % 7, 3, 5)) for i in range(count)]
             before = len(ended)
             alive.set()
-            rollouts = run.draw(requests, Sampling(200, (4,), (draw,)), "test")
+            rollouts = run.generation.generate(requests, Sampling(200, (4,), (draw,)), "test")
             alive.clear()
             assert len(ended) > before or not kills
             kept.extend(rollouts.response_lengths.tolist())
@@ -133,10 +133,10 @@ def test_lengths_do_not_depend_on_kills(tmp_path: Path, monkeypatch: pytest.Monk
     roomy = ("policy.model.max_sequence_length=256", "rollout.sglang.max_running_requests=1024")
     config = small_config(*settings(tmp_path / "run", *roomy))
     with open_run(config) as run:
-        run.synchronize()
+        run.generation.synchronize()
         undisturbed, _ = lengths_of(run, 0, monkeypatch)
         killed, ended = lengths_of(run, 2, monkeypatch)
-        assert run.engine_failures == 2
+        assert run.generation.failures == 2
     assert len(undisturbed) == len(killed) == SAMPLES
     assert ks_2samp(undisturbed, killed).pvalue > 1e-3
     # What had ended before the kills is another distribution: keeping it would have been found out.
@@ -146,11 +146,11 @@ def test_lengths_do_not_depend_on_kills(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_server_that_hangs_is_started_again(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with open_run(small_config(*settings(run_dir, "rollout.sglang.timeout_seconds=15"))) as run:
-        run.synchronize()
+        run.generation.synchronize()
         requests = [GenerationRequest(i, i, 0, (1, 3, 5)) for i in range(32)]
         started = time.monotonic()
         with while_asked("/generate", (1,), lambda: kill(run_dir, signal.SIGSTOP)) as hung:
-            rollouts = run.draw(requests, Sampling(60, (), (1,)), "test")
-        assert hung == [1] and run.engine_failures == 1 and len(rollouts) == 32
+            rollouts = run.generation.generate(requests, Sampling(60, (), (1,)), "test")
+        assert hung == [1] and run.generation.failures == 1 and len(rollouts) == 32
         assert time.monotonic() - started > 15
     assert processes_of(run_dir) == []

@@ -9,13 +9,9 @@ query, key and value rows that Megatron keeps in one matrix must begin at block 
 
 from __future__ import annotations
 
-from opo_megatron.config.choices import Device, Dtype, EngineName, Fp8, Recompute
+from opo_megatron.config.choices import FP8_BLOCK, FP8_MULTIPLE, Device, Dtype, EngineName, Fp8, Recompute
 from opo_megatron.config.rules.require import require
 from opo_megatron.config.schema import Config, PolicyConfig
-
-FP8_MULTIPLE = 16
-"""Transformer Engine's FP8 products take matrices whose sides are multiples of this."""
-FP8_BLOCK = 128
 
 
 def check_gpu_options(config: Config) -> None:

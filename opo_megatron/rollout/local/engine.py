@@ -17,10 +17,11 @@ from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.exact import padded_keys
-from opo_megatron.rollout.engine import GenerationRequest, NamedTensors, Progress, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, Progress, Sampling
 from opo_megatron.rollout.local.decoder import Decoder, KeyValueCache
 from opo_megatron.rollout.local.sampler import draw, uniforms
 from opo_megatron.utils.hashing import hash_of
+from opo_megatron.weights.stream import NamedTensors
 
 PREFILL_TOKENS = 16384
 """Prompt tokens, padding included, that are run at once."""

@@ -28,7 +28,7 @@ from opo_megatron.config.choices import Transport
 from opo_megatron.config.schema import Config
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
-from opo_megatron.rollout.engine import GenerationRequest, NamedTensors, Progress, Sampling
+from opo_megatron.rollout.engine import GenerationRequest, Progress, Sampling
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.replies import rollouts_of, sampling_params
 from opo_megatron.rollout.sglang.server import Server, free_port
@@ -42,6 +42,7 @@ from opo_megatron.rollout.sglang.transfer import (
     check_success,
 )
 from opo_megatron.weights.fp8_folder import BlockFp8
+from opo_megatron.weights.stream import NamedTensors
 
 POSTS_PER_CALL = 16
 """A rank's requests travel in this many posts at most, so that progress is seen as they end."""

@@ -1,0 +1,30 @@
+"""Advantages on this rank's device: one Triton launch on a GPU, the torch reference elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opo_megatron import kernels
+from opo_megatron.algorithm import advantages as reference
+from opo_megatron.algorithm.config import AlgorithmConfig
+from opo_megatron.algorithm.energy import EnergySums
+from opo_megatron.algorithm.fitted_weights import FittedWeights
+
+
+def compute_advantages(
+    config: AlgorithmConfig,
+    rewards: Tensor,
+    lengths: Tensor,
+    groups: Tensor,
+    device: torch.device,
+    energies: EnergySums | None = None,
+    fitted: FittedWeights | None = None,
+) -> Tensor:
+    """`algorithm/advantages.py::compute_advantages`, which has the formula, computed on `device`."""
+    kernel = reference.group_advantages
+    if kernels.uses_triton(device):
+        from opo_megatron.kernels.triton_advantages import group_advantages as kernel
+    return reference.compute_advantages(
+        config, rewards, lengths, groups, energies, fitted, device=device, kernel=kernel
+    )

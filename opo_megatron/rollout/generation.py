@@ -1,0 +1,164 @@
+"""What generates: the engine, its weights and the memory it shares with the policy, and what to do when it fails.
+
+Failures do not select.  Where any rank's engine dies, hangs or closes a connection, all ranks discard every
+response of the step, the engine is restarted and given the current weights, and all responses are generated
+again: keeping those that had finished would favour short answers.  All ranks decide alike, because the weight
+stream is a collective.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from opo_megatron.algorithm.energy import needs_energies
+from opo_megatron.batch.redistribute import redistribute_to_dp
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.batch.stats import BatchStats
+from opo_megatron.config import Config
+from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
+from opo_megatron.errors import EngineFailure, Preempted, UserError
+from opo_megatron.observe.console import Display
+from opo_megatron.policy.measure import measure_energies
+from opo_megatron.policy.policy import Policy
+from opo_megatron.resilience.stop import StopRequest
+from opo_megatron.resilience.watchdog import Watchdog
+from opo_megatron.rollout.engine import GenerationRequest, Progress, RolloutEngine, Sampling
+from opo_megatron.rollout.memory_sharing import MemorySharing
+from opo_megatron.rollout.probe import PROBE_SAMPLING, check_sync, largest_difference, probe_requests
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class Generation:
+    """Weights out to the engine, rollouts back; every method is a collective of all ranks."""
+
+    config: Config
+    parallel: Parallel
+    policy: Policy
+    engine: RolloutEngine
+    memory: MemorySharing
+    display: Display
+    watchdog: Watchdog
+    sync_difference: float = field(default=0.0, init=False)
+    """Largest |Δ log-probability| of the probe after the last sync."""
+    failures: int = field(default=0, init=False)
+    """Engine failures of this attempt."""
+
+    def synchronize(self) -> None:
+        """Send the policy's weights to the engine and prove that they arrived.
+
+        Raises:
+            OnPolicyError: where a copy of the weights computes something else than the policy.
+            UserError: where the engine fails again and again.
+        """
+        requests = probe_requests(self.config.policy.model, self.policy.vocab_size)
+
+        def send() -> dict[str, Rollouts]:
+            self.memory.before_update()
+            try:
+                self.engine.update_weights(self.policy.stream_weights(), self.policy.version)
+            finally:
+                self.memory.after_update()
+            self.memory.before_rollout()
+            return self.engine.probe(requests, PROBE_SAMPLING)
+
+        probes = self._retry_collectively(send, self.engine.recover, "weights could not be sent")
+        difference, owner = largest_difference(self.policy, self.parallel, probes)
+        self.sync_difference = difference
+        check_sync(difference, owner, self.config.on_policy.tolerance, self.policy.version)
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        what: str,
+        stop: StopRequest | None = None,
+    ) -> Rollouts:
+        """One response per request of this rank, from the engine's current weights.
+
+        Args:
+            what: names the work in the progress line.
+            stop: interrupts the generation where the run has to end; None lets it run to its end.
+
+        Raises:
+            Preempted: on all ranks.
+        """
+        show = self._progress(what)
+
+        def show_or_stop(done: int, total: int, tokens: int) -> None:
+            show(done, total, tokens)
+            if stop is not None:
+                stop.raise_if_stopping()
+
+        def recover() -> None:
+            self.engine.recover()
+            self.synchronize()
+
+        return self._retry_collectively(
+            lambda: self.engine.generate(requests, sampling, show_or_stop),
+            recover,
+            "all responses of the step are generated again",
+        )
+
+    def with_energies(self, rollouts: Rollouts, stats: BatchStats) -> BatchStats:
+        """The step's statistics with the energies that the baseline needs, by a forward-only pass where the
+        engine returned none.
+
+        Args:
+            rollouts: this rank's part.
+        """
+        if stats.energies is not None or not needs_energies(self.config.algorithm):
+            return stats
+        self.memory.before_training()
+        total, temperature = len(stats.groups), self.config.rollout.temperature
+        schedule = self.policy.schedule(stats.sequence_lengths)
+        samples = redistribute_to_dp(self.parallel, rollouts, schedule, total)
+        return replace(stats, energies=measure_energies(self.policy, samples, schedule, total, temperature))
+
+    def _progress(self, what: str) -> Progress:
+        """Shows an engine's progress as `what`, and tells the watchdog of it."""
+        started = time.monotonic()
+        last = (0, 0)
+
+        def show(done: int, total: int, tokens: int) -> None:
+            nonlocal last
+            if (done, tokens) != last:  # an engine that only reports that it waits makes no progress
+                last = (done, tokens)
+                self.watchdog.progress()
+            rate = tokens / max(1e-9, time.monotonic() - started)
+            text = f"{what}  {done}/{total} responses  {rate:,.0f} tokens/s"
+            self.display.status(text, done / max(1, total))
+
+        return show
+
+    def _retry_collectively(self, fn: Callable[[], T], recover: Callable[[], None], what: str) -> T:
+        """`fn()` of all ranks; where one fails, `recover()` and once more."""
+        attempts = 1 + self.config.rollout.sglang.restarts
+        for attempt in range(1, attempts + 1):
+            result, failure, stop = None, None, None
+            try:
+                result = fn()
+            except EngineFailure as error:
+                failure = str(error)
+            except Preempted as error:
+                stop = str(error)
+            gathered = all_gather_objects(self.parallel, (failure, stop))
+            for _, reason in gathered:
+                if reason is not None:
+                    raise Preempted(reason)
+            failures = [one for one, _ in gathered if one is not None]
+            if not failures:
+                assert result is not None
+                return result
+            self.failures += 1
+            self.display.log(f"engine failure {attempt} of at most {attempts}: {failures[0]}; {what}")
+            if attempt < attempts:
+                recover()
+        raise UserError(
+            f"the engine failed {attempts} times in a row ({failures[0]}); read its log, then resume with "
+            "resume=auto"
+        )

@@ -1,0 +1,64 @@
+"""From prompts to generation requests, and from responses to rewards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opo_megatron.algorithm.energy import needs_energies
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.config import Config
+from opo_megatron.distributed.process_groups import Parallel, rank_range
+from opo_megatron.errors import UserError
+from opo_megatron.rollout.engine import GenerationRequest, Sampling
+from opo_megatron.tasks import Prompt, Task
+from opo_megatron.tasks.base import STREAM_TRAIN
+
+
+def requests_for(
+    prompts: Sequence[Prompt], samples_per_prompt: int, parallel: Parallel
+) -> list[GenerationRequest]:
+    """This rank's share of prompts × samples.
+
+    A prompt that stands in the batch twice goes on counting its samples, so that none is drawn twice.
+
+    Raises:
+        UserError: for a prompt without tokens.
+    """
+    share = rank_range(len(prompts) * samples_per_prompt, parallel.rank, parallel.world_size)
+    seen: Counter[int] = Counter()
+    requests = []
+    for group, prompt in enumerate(prompts):
+        if not prompt.tokens:
+            raise UserError(
+                f"prompt {prompt.id} ({prompt.text!r}) has no tokens; give it some text or drop it"
+            )
+        first = seen[prompt.id] * samples_per_prompt
+        seen[prompt.id] += 1
+        for sample in range(samples_per_prompt):
+            if group * samples_per_prompt + sample in share:
+                requests.append(GenerationRequest(prompt.id, group, first + sample, prompt.tokens))
+    return requests
+
+
+def training_sampling(config: Config, task: Task, step: int) -> Sampling:
+    """How the responses of an OPO step are sampled."""
+    settings = config.rollout
+    return Sampling(
+        max_tokens=settings.max_response_tokens,
+        stop_tokens=task.stop_tokens,
+        seed=(config.run.seed, STREAM_TRAIN, step),
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        energies=needs_energies(config.algorithm),
+    )
+
+
+def compute_rewards(task: Task, prompts: Sequence[Prompt], rollouts: Rollouts) -> Tensor:
+    """[n] float64: the task's reward of each response; `gather_stats` checks them on all ranks alike."""
+    asked = [prompts[group] for group in rollouts.groups.tolist()]
+    return torch.tensor(task.rewards(asked, rollouts.responses()), dtype=torch.float64)
