@@ -71,7 +71,7 @@ start_engines() {
     [ "$OPO_ENGINE_NODES" -gt 0 ] || return 0
     local port=$((10000 + SLURM_JOB_ID % 10000)) node urls=''
     (in_step "$trainers" "$OPO_ENGINE_NODES" "$logs/engine-%n.log" \
-        --alone opo_megatron.cli.serve "$@" --port "$port") &
+        --alone opo_megatron serve "$@" --port "$port") &
     engines=$! name=engine
     for node in "${nodes[@]:trainers}"; do
         until curl -fs "http://$node:$port/health" >/dev/null; do

@@ -21,7 +21,7 @@ source slurm/common.sh
 recipe=${1:-recipes/opo_llama3_70b.yaml}
 shift || true
 begin_attempt
-launch preflight opo_megatron.environment.preflight "$recipe" resume=auto "$@"
+launch preflight opo_megatron preflight "$recipe" resume=auto "$@"
 finish_unless_ready
 start_engines "$recipe" "$@"
 launch train opo_megatron train "$recipe" resume=auto ${engine_keys[@]+"${engine_keys[@]}"} "$@"

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tool import reuse_memory
+from opo_megatron.cli.checkpoint_options import reuse_memory
 
 LARGEST_MEMORY = 0.25
 """Of the model's bytes."""
@@ -165,7 +165,7 @@ def copy(source: Path, target: Path) -> Any:
 
 
 def convert(source: Path, target: Path) -> Any:
-    from checkpoint_tool import config_of
+    from opo_megatron.cli.checkpoint_options import config_of
 
     from opo_megatron.checkpoint.convert import convert
     from opo_megatron.config.architecture import read_architecture
@@ -177,7 +177,7 @@ def convert(source: Path, target: Path) -> Any:
 
 
 def export(source: Path, target: Path) -> Any:
-    from checkpoint_tool import config_of
+    from opo_megatron.cli.checkpoint_options import config_of
 
     from opo_megatron.checkpoint.convert import export
     from opo_megatron.config.architecture import read_architecture

@@ -1,4 +1,4 @@
-"""`opo eval`: its command line, and which weights it names; what it does with them is in `evaluation/run_eval.py`."""
+"""`opo eval`: its command line; the evaluation is in `evaluation/run_eval.py`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,18 @@ import argparse
 import os
 from pathlib import Path
 
+from opo_megatron.cli.common import (
+    add_debug,
+    add_nproc,
+    add_overrides,
+    count_of,
+    run_command_on_ranks,
+    world_size,
+)
+from opo_megatron.config import load_config
 from opo_megatron.errors import UserError
-from opo_megatron.evaluation.source import Source
+from opo_megatron.evaluation.source import Source, find_source
+from opo_megatron.utils.extras import block_import
 
 SUMMARY = "how often the answers of some weights are right (pass@k), how long, how diverse they are"
 EPILOG = """\
@@ -31,7 +41,7 @@ eval.top_k, rollout.max_response_tokens): `held_out` repeats what a run measured
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `opo eval` besides overrides and ranks."""
+    """The options of `opo eval`."""
     add = parser.add_argument
     add(
         "source",
@@ -46,20 +56,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="held_out (default), math500, math, gsm8k, aime24, aime25, name=path.jsonl; with commas between",
     )
     add("--data", metavar="DIR", type=Path, help="folder of the named files; default $OPO_TEST_DATA")
-    add("--samples", metavar="N", type=_count, help="answers per problem; default eval.samples_per_problem")
+    add(
+        "--samples",
+        metavar="N",
+        type=count_of("samples"),
+        help="answers per problem; default eval.samples_per_problem",
+    )
     add(
         "--problems",
         metavar="M",
-        type=_count,
+        type=count_of("problems"),
         help="problems per task; default eval.problems of held_out, all of others",
     )
     add("--out", metavar="DIR", type=Path, help="where results go; default RUN/eval/CHECKPOINT")
+    add_overrides(parser)
+    add_nproc(parser)
+    add_debug(parser)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 1 or more")
-    return int(text)
+def run(options: argparse.Namespace) -> int:
+    """Evaluate, as ranks of its own where --nproc asks for that."""
+    source = find_source(options.source, options.out)
+    config = load_config(source.recipe, overrides_of(options, source), world_size(options.nproc) or 1)
+    from opo_megatron.tasks.benchmarks import find_benchmarks
+
+    benchmarks = find_benchmarks(options.tasks, data_folder(options))
+    if (options.nproc or 1) > 1:
+        return run_command_on_ranks(["eval", *words_of(options)], options.nproc, config.run.threads_per_rank)
+    with block_import("wandb"):
+        from opo_megatron.evaluation.run_eval import EvalTask, evaluate_weights
+
+    evaluate_weights(config, EvalTask(source, benchmarks, options.problems, options.out))
+    return 0
 
 
 def data_folder(options: argparse.Namespace) -> Path | None:

@@ -9,6 +9,7 @@ import time
 
 from rich.console import Console
 
+from opo_megatron.cli.common import add_debug, add_recipe, count_of
 from opo_megatron.errors import UserError
 from opo_megatron.utils.extras import block_import
 
@@ -32,9 +33,11 @@ says what would.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `opo plan` besides recipe and overrides."""
+    """The options of `opo plan`."""
+    add_recipe(parser)
+    add_debug(parser)
     add = parser.add_argument
-    add("--gpus", metavar="N", type=_count, help="number of GPUs; default the recipe's run.ranks")
+    add("--gpus", metavar="N", type=count_of("GPUs"), help="number of GPUs; default the recipe's run.ranks")
     add("--gpu", metavar="KIND", default="h100", help="h100 (80 GB) or h200 (141 GB); default h100")
     add(
         "--mean-response",
@@ -43,12 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mean length of a response; default half of rollout.max_response_tokens",
     )
     add("--json", action="store_true", help="print the whole plan as JSON")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GPUs, 1 or more")
-    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from opo_megatron.cli.common import add_debug, count_of
 from opo_megatron.errors import UserError
 
 SUMMARY = "one HTML page that compares runs: curves, results, times, settings, rollouts"
@@ -29,6 +30,7 @@ DEFAULT_GROUPS = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `opo report`."""
+    add_debug(parser)
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run (its run.dir)")
     add("--out", metavar="FILE.html", type=Path, default=Path("report.html"), help="default report.html")
@@ -36,16 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--rollouts",
         metavar="N",
-        type=_count,
+        type=count_of("prompts", least=0),
         default=DEFAULT_GROUPS,
         help=f"prompts with all their samples in the page, over all runs; default {DEFAULT_GROUPS}",
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of prompts, 0 or more")
-    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,38 +1,42 @@
-"""A server of this recipe's model on a node of its own, for `rollout.sglang.urls` of a run on other nodes.
-
-    python -m opo_megatron.cli.serve RECIPE key=value… --port N
-
-It begins with dummy weights, as a managed one does, and takes the node's first
-`rollout.sglang.tensor_parallel_size` GPUs; the run sends weights over `rollout.sglang.transport=distributed`.
-"""
+"""`opo serve`: an SGLang server of a recipe's model, for `rollout.sglang.urls` of a run on other nodes."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from opo_megatron.cli.common import add_debug, add_recipe, count_of
 from opo_megatron.config import load_config
 from opo_megatron.config.choices import Device, EngineName
-from opo_megatron.errors import EXIT_USER_ERROR, UserError
+from opo_megatron.errors import UserError
 from opo_megatron.rollout.sglang.server import SERVE, Server, interpreter, write_model_config
 
+SUMMARY = "start an SGLang server of a recipe's model, for runs on other nodes"
+EPILOG = """\
+examples:
+  opo serve my.yaml --port 10123
+      then, on the training nodes: rollout.sglang.urls=[http://HOST:10123] rollout.sglang.transport=distributed
 
-def main(arguments: Sequence[str] | None = None) -> int:
+It starts with dummy weights, as a managed server does, and takes the node's first
+rollout.sglang.tensor_parallel_size GPUs; the run sends its weights before every step.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `opo serve`."""
+    add_recipe(parser)
+    add_debug(parser)
+    parser.add_argument(
+        "--port", metavar="N", type=count_of("a port"), required=True, help="where it listens"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
     """Become the server; returns only where it cannot."""
-    parser = argparse.ArgumentParser(prog="python -m opo_megatron.cli.serve")
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--port", type=int, required=True)
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        command, environment = server_command(options.recipe, options.overrides, options.port)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    command, environment = server_command(options.recipe, options.overrides, options.port)
     os.execve(command[0], command, environment)
 
 
@@ -64,7 +68,3 @@ def server_command(recipe: str, overrides: Sequence[str], port: int) -> tuple[li
     arguments = [*server.arguments(port), "--host", "0.0.0.0"]  # the last one wins
     python = str(interpreter(config.rollout.sglang).absolute())
     return [python, str(SERVE), *arguments], server.environment()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Is every node fit to train this recipe?  Asked by all ranks, in under a minute, before a model is loaded.
 
-    torchrun … -m opo_megatron.environment.preflight RECIPE key=value…
+    torchrun … -m opo_megatron preflight RECIPE key=value…
 
 Each node is looked at by its first rank: GPUs, their ECC errors and free memory, free disk, installed
 versions (`opo doctor`) and the recipe (`opo config`).  All ranks then tell each other what they found, so
@@ -13,7 +13,6 @@ them: OPO_MIN_ALL_REDUCE_GB_PER_S, OPO_MIN_FREE_DISK_GB, OPO_MIN_FREE_GPU_SHARE.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import socket
@@ -55,16 +54,12 @@ class Floors(NamedTuple):
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0 where all nodes are fit, 2 where one is not."""
-    parser = argparse.ArgumentParser(prog="python -m opo_megatron.environment.preflight")
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*")
-    options = parser.parse_intermixed_args(arguments)
+def check_nodes(recipe: str, overrides: Sequence[str]) -> int:
+    """Returns 0 where all nodes are fit, 2 where one is not; a collective of all ranks."""
     started = time.monotonic()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        config = load_config(options.recipe, options.overrides, world_size)
+        config = load_config(recipe, overrides, world_size)
     except UserError as error:  # the same on every rank, which need not meet to say so
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -190,7 +185,3 @@ def _now(uses_gpus: bool) -> float:
     if uses_gpus:
         torch.cuda.synchronize()
     return time.monotonic()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

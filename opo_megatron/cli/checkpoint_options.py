@@ -1,4 +1,4 @@
-"""What the checkpoint tools share: options, ranks, progress lines, a mistake as one sentence."""
+"""What `opo convert` and `opo export` share: options, ranks, progress lines."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import argparse
 import contextlib
 import ctypes
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from opo_megatron.cli.main import print_error
+from opo_megatron.cli.common import add_debug, is_launched, run_command_on_ranks
 from opo_megatron.config import Config
 from opo_megatron.config.arithmetic import smallest_world
 from opo_megatron.config.choices import Device
 from opo_megatron.config.load import resolve
 from opo_megatron.config.schema import ModelConfig, PolicyConfig, RunConfig
 from opo_megatron.config.validate import check_experts, check_layout, check_model, check_world
-from opo_megatron.distributed.launch import CHILD, run_ranks
-from opo_megatron.errors import EXIT_USER_ERROR, UserError
+from opo_megatron.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +43,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Of glibc's malloc.h."""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     """Options of both directions."""
     for name, what in (
         ("tensor", "ranks that share each matrix"),
@@ -59,6 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="compare log-probabilities of a few prompts with transformers'"
     )
+    add_debug(parser)
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:
@@ -91,42 +90,32 @@ def config_of(model: ModelConfig, options: argparse.Namespace) -> Config:
     return config
 
 
-def run_tool(
-    script: str,
-    parser: argparse.ArgumentParser,
-    work: Callable[[argparse.Namespace], None],
-    argv: list[str] | None,
-) -> int:
-    """Parse, run and return the exit code: 0, 2 for a user's mistake, or that of a rank that failed."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    code = 0
+class CheckpointCommand:
+    """The ranks and the progress lines of one conversion."""
 
-    def log(line: str) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            print(line, flush=True)
+    def __init__(self, config: Config, options: argparse.Namespace) -> None:
+        self._config, self._arguments = config, options.arguments
+        self._world_size = smallest_world(config)
+        reuse_memory()
+
+    @property
+    def needs_ranks(self) -> bool:
+        """Whether this process has to start ranks for the layout, instead of being one."""
+        return self._world_size > 1 and not is_launched()
+
+    def run_on_ranks(self) -> int:
+        """The same command on as many ranks as the layout needs; its exit code."""
+        return run_command_on_ranks(self._arguments, self._world_size)
 
     @contextmanager
-    def ranks(config: Config) -> Iterator[Parallel | None]:
-        """This rank's place; None in a parent that has just run as many ranks as the layout needs."""
-        nonlocal code
-        world = smallest_world(config)
-        if world > 1 and CHILD not in os.environ:
-            code = run_ranks([sys.executable, script, *arguments], world)
-            yield None
-            return
+    def joined(self) -> Iterator[Parallel]:
+        """This rank's place among them."""
         from opo_megatron.distributed.process_groups import initialize, shutdown
 
-        yield initialize(config)
+        yield initialize(self._config)
         shutdown()
 
-    reuse_memory()
-    try:
-        options: Any = parser.parse_args(arguments)
-        options.log, options.ranks = log, ranks
-        work(options)
-    except UserError as error:
-        print_error(error)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        return 130
-    return code
+    def log(self, line: str) -> None:
+        """A line of progress, on the first rank."""
+        if os.environ.get("RANK", "0") == "0":
+            print(line, flush=True)

@@ -1,4 +1,4 @@
-"""What `export_megatron_to_hf.py --quantize` takes, and the calibrated export."""
+"""What `opo export --quantize` takes, and the calibrated export."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from calibration import find_prompts, usable
-
+from opo_megatron.cli.calibration import find_prompts, usable
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
 from opo_megatron.utils.atomic_dir import new_folder
@@ -78,6 +77,7 @@ def export_calibrated(
     is_first: bool,
     companions: Sequence[Path],
     export_to: Callable[[Path], None],
+    log: Callable[[str], None],
 ) -> None:
     """Export as it is, a collective of all ranks, then quantize that on the first.
 
@@ -91,10 +91,10 @@ def export_calibrated(
         assert model.vocab_size is not None
         load_modelopt()  # what is missing is said before anything is written
         prompts = usable(find_prompts(options, companions), model.vocab_size, model.max_sequence_length)
-        options.log(f"calibrating with {len(prompts)} prompts of {sum(map(len, prompts))} tokens")
+        log(f"calibrating with {len(prompts)} prompts of {sum(map(len, prompts))} tokens")
     with new_folder(options.target, is_writer=is_first) as partial:
         plain = partial / "unquantized"
         export_to(plain)
         if is_first:
-            quantize_calibrated(plain, partial, prompts, int(options.max_shard_size * 2**30), options.log)
+            quantize_calibrated(plain, partial, prompts, int(options.max_shard_size * 2**30), log)
             shutil.rmtree(plain)

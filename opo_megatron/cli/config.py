@@ -1,0 +1,34 @@
+"""`opo config`: the resolved recipe, and what a step of it does in words."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+
+from opo_megatron.cli.common import add_debug, add_nproc, add_recipe, world_size
+from opo_megatron.config import load_config, to_yaml
+from opo_megatron.config.arithmetic import describe_batch, smallest_world
+
+SUMMARY = "print the resolved recipe, and what a step does"
+EPILOG = """\
+examples:
+  opo config recipes/quickstart.yaml run.dir=runs/first optimizer.lr=1e-4
+      every setting that the run would have, and the arithmetic of its batches
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `opo config`."""
+    add_recipe(parser)
+    add_nproc(parser)
+    add_debug(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print a recipe again, with its description as comments."""
+    size = world_size(options.nproc)
+    config = load_config(options.recipe, options.overrides, size)
+    description = describe_batch(config, size or config.run.ranks or smallest_world(config))
+    print(textwrap.indent(description, "# ", predicate=lambda _: True))
+    print(to_yaml(config), end="")
+    return 0

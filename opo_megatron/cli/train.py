@@ -1,0 +1,85 @@
+"""`opo train`: checks the recipe and its folder, starts ranks, trains."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from opo_megatron.cli.common import (
+    add_debug,
+    add_nproc,
+    add_recipe,
+    is_launched,
+    run_command_on_ranks,
+    world_size,
+)
+from opo_megatron.config import Config, load_config
+from opo_megatron.config.choices import EngineName
+from opo_megatron.config.keys import key_types, unknown
+from opo_megatron.errors import UserError
+from opo_megatron.rollout.sglang.server import interpreter
+from opo_megatron.utils.extras import block_import
+
+SUMMARY = "train by a recipe"
+EPILOG = """\
+examples:
+  opo train recipes/quickstart.yaml run.dir=runs/first
+      train on this machine, one process; metrics, checkpoints and rollouts go to runs/first
+  opo train recipes/quickstart.yaml run.dir=runs/first resume=auto
+      resume from the newest checkpoint of runs/first
+  opo train recipes/quickstart.yaml run.dir=runs/tp2 --nproc 2 policy.tensor_model_parallel_size=2
+      two ranks that hold the model together
+  opo train recipes/quickstart.yaml run.dir=runs/mine task.name=text task.data=problems.jsonl \\
+      task.prompt_field=question task.answer_field=answer task.verifier=number \\
+      warm_start.steps=0 policy.model.max_sequence_length=600
+      your own problems, one JSON object per line; rewarded where the last number is the answer's
+  opo train recipes/quickstart.yaml run.dir=runs/first resume=auto optimizer.lr=1e-4 --allow optimizer.lr
+      resume with a setting that may only change where --allow names it
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `opo train`."""
+    add_recipe(parser)
+    add_nproc(parser)
+    add_debug(parser)
+    parser.add_argument(
+        "--allow", metavar="KEY", action="append", default=[], help="may change in a resumed run"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train, as ranks of its own where --nproc asks for that."""
+    config = load_config(options.recipe, options.overrides, world_size(options.nproc) or 1)
+    for key in options.allow:
+        if key not in key_types():
+            raise UserError(f"--allow {key}: {unknown(key, key_types())}")
+    if not is_launched() and os.environ.get("RANK", "0") == "0":
+        check_run_dir(config)
+        if config.rollout.engine is EngineName.sglang and not config.rollout.sglang.urls:
+            interpreter(config.rollout.sglang)
+    if (options.nproc or 1) > 1:
+        arguments = ["train", options.recipe, *options.overrides]
+        arguments += [word for key in options.allow for word in ("--allow", key)]
+        arguments += ["--debug"] if options.debug else []
+        return run_command_on_ranks(arguments, options.nproc, config.run.threads_per_rank)
+    with block_import("wandb"):  # Megatron would import it
+        from opo_megatron.train import train  # torch and Megatron take seconds
+
+    train(config, options.allow)
+    return 0
+
+
+def check_run_dir(config: Config) -> None:
+    """Refuse a folder that cannot be written or holds something; asked once, before any rank writes."""
+    folder = Path(config.run.dir)
+    # Of a folder that is not there yet, the nearest one above it says whether it can be made.
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        where = f"run.dir={folder}" + (f": {above}" if above != folder.absolute() else "")
+        raise UserError(f"{where} is a file; choose another run.dir")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"run.dir={folder} cannot be written ({above} forbids it); choose another run.dir")
+    if config.resume == "never" and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"run.dir={folder} is not empty; choose another run.dir, or go on with resume=auto")
