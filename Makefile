@@ -10,9 +10,10 @@ PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 SGLANG_VENV ?= .venv-sglang
 # SGLANG=cuda makes SGLang's environment for GPUs.
 SGLANG ?= cpu
+DOCS_VENV ?= .venv-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-sglang setup-system quickstart test test-slow lint
+.PHONY: help setup setup-dev setup-sglang setup-system quickstart test test-slow lint docs
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -45,6 +46,10 @@ lint: setup-dev  ## style, formatting and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy opo_megatron $(wildcard tools/*.py)
 
+docs: setup $(DOCS_VENV)/.setup  ## the documentation as a web site in site/; a broken link is an error
+	$(VENV)/bin/python tools/make_reference.py
+	$(DOCS_VENV)/bin/mkdocs build --strict
+
 # The stamps are written last, so that an installation that broke off is done again.
 $(VENV)/.setup: setup.py $(VERSIONS)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
@@ -64,4 +69,9 @@ $(SGLANG_VENV)/.setup-%: requirements/sglang-%.txt $(VERSIONS)
 	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(SGLANG_VENV)/bin/python -m pip --quiet --disable-pip-version-check install \
 	  --no-deps -r $<
+	@touch $@
+
+$(DOCS_VENV)/.setup: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps -r $<
 	@touch $@

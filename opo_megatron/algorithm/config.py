@@ -65,52 +65,58 @@ class MismatchAction(str, Enum):
 
 @dataclass
 class AlgorithmConfig:
+    """Advantages and objective."""
+
     baseline: Baseline = Baseline.opo
-    """Preset of the four switches below; a switch that is set overrides it."""
+    """Preset of `weight`, `leave_one_out`, `scale` and `scope`. A switch that is set overrides its preset."""
     weight: Weight | None = None
-    """w of the baseline b = Σ wᵢrᵢ / Σ wᵢ; `fitted` is the mixture of 1, length and energy with which
-    earlier steps' gradients had least noise."""
+    """w of the baseline b = Σ wᵢrᵢ / Σ wᵢ. `fitted` is the mixture of 1, length and energy that had the least
+    gradient variance in earlier steps."""
     leave_one_out: bool | None = None
-    """Leave each sample out of its own baseline (unbiased)."""
+    """Leave each sample out of its own baseline, which makes the gradient unbiased."""
     scale: Scale | None = None
-    """Divide advantages by the rewards' standard deviation."""
+    """`std` divides advantages by the standard deviation of the rewards."""
     scope: Scope | None = None
-    """Baseline over a prompt's group, or over the whole batch."""
+    """Samples that share a baseline: a prompt's group, or the whole batch."""
     length_exponent: float = 1.6
-    """p of w = lengthᵖ with weight=length_power."""
+    """p of w = lengthᵖ, with `weight=length_power`."""
     loss_normalizer: LossNormalizer = LossNormalizer.tokens
-    """N of the loss −(1/N) Σ A log π: the batch's tokens, its sequences, or a constant."""
+    """N of the loss −(1/N) Σ A log π: the number of response tokens in the batch, of its sequences, or a
+    constant."""
     loss_constant: float | None = None
-    """N with loss_normalizer=constant; default prompts × samples × max_response_tokens."""
+    """N with `loss_normalizer=constant`. Default: prompts × samples × `max_response_tokens`."""
     objective: ObjectiveName = ObjectiveName.policy_gradient
-    """`policy_gradient` is OPO's; `clipped` that of PPO and GRPO, for comparisons: it needs a pass for the
-    old log-probabilities."""
+    """`policy_gradient` is OPO's. `clipped` is that of PPO and GRPO, for comparisons; it needs one more
+    forward pass, for the old log-probabilities."""
     updates_per_batch: int = 1
-    """Optimizer steps per batch of rollouts, each on its own part of the prompts; OPO takes exactly one."""
+    """Optimizer steps per batch of rollouts, each on its own subset of the prompts. OPO takes exactly one."""
     clip_low: float = 0.2
     """clipped: ratios below 1 − this have no gradient where the advantage is negative."""
     clip_high: float = 0.2
     """clipped: ratios above 1 + this have no gradient where the advantage is positive."""
     kl_coefficient: float = 0.0
-    """clipped: weight of the KL to the start weights (k3 per token), which needs one more pass."""
+    """clipped: coefficient of the KL to the reference weights (k3, per token). Above 0 it needs one more
+    forward pass."""
     variance_every: int | None = None
-    """Steps between reports of the gradient's variance under every estimator; 0 never, default 10 with
-    baseline=auto, which learns from them, else 0."""
+    """Steps between variance reports, which compare the gradient's variance under every estimator; 0 is
+    never. Default: 10 with `baseline=auto`, which learns from the reports, else 0."""
     variance_prompts: int = 8
-    """Prompts of a step that such a report looks at."""
+    """Number of a step's prompts that a variance report measures."""
     variance_of: VarianceOf = VarianceOf.output_layer
-    """Gradients of the output layer, for one forward pass; or of all parameters, for one backward pass per
-    sample and the memory of that many gradients: small models only."""
+    """`output_layer`: gradients of the output layer, at the cost of one forward pass. `all_parameters`: one
+    backward pass per sample, with all gradients in memory; for small models only."""
     off_policy_sampling: bool = False
-    """Allow top_p and top_k in training, knowing that the rollouts are not the policy's."""
+    """Allow `top_p` and `top_k` in training. The rollouts are then not samples of the policy."""
 
 
 @dataclass
 class OnPolicyConfig:
+    """The check of every step that the rollouts come from the current policy."""
+
     tolerance: float = 1e-3
-    """Largest |Δ log-probability| of a sampled token between engine and policy."""
+    """Maximum |Δ log-probability| of a sampled token between engine and policy."""
     action: MismatchAction = MismatchAction.refuse
-    """What happens beyond it: the step is refused, warned of, or (`correct`) its tokens are weighted by
-    truncated importance weights, in every step."""
+    """What happens beyond the tolerance: `refuse` ends the run before the optimizer step, `warn` logs it.
+    `correct` applies truncated importance weights to the tokens of every step."""
     max_importance_weight: float = 2.0
-    """Where `correct` cuts the weights."""
+    """Cap on the importance weights of `correct`."""

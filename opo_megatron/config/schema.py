@@ -1,8 +1,9 @@
 """Every key of a recipe, its type, its default and its meaning.
 
 The dataclasses are OmegaConf structured configs: an unknown key or a wrong type cannot be stored.
-What a single field may hold is checked in `validate.py`, next to the rules that join several
-fields.  A field whose default is None is derived by `resolve` in `load.py` and printed resolved.
+The values a field accepts are checked in `validate.py`, with the rules that involve several fields.
+A field whose default is None is derived by `resolve` in `load.py` and printed resolved.  The string
+after a field is its documentation: `tools/make_reference.py` collects them into docs/reference.md.
 """
 
 from __future__ import annotations
@@ -34,180 +35,205 @@ from opo_megatron.config.choices import (
 
 @dataclass
 class RunConfig:
+    """The process: where files go, seeds, threads, time limits."""
+
     dir: str = MISSING
-    """Folder of everything that the run writes."""
+    """Folder for everything the run writes."""
     seed: int = 1
-    """Seed of initial weights, prompt order and sampling."""
+    """Seed of the initial weights, the prompt order and sampling."""
     ranks: int | None = None
-    """Ranks that the recipe is meant for, one per GPU: what `opo config` and `opo schedule` count with."""
+    """Number of ranks the recipe is written for, one per GPU. `opo config` and `opo plan` count with it."""
     threads_per_rank: int = 1
-    """OpenMP threads of each rank on a CPU; more than there are cores makes steps many times slower."""
+    """OpenMP threads per rank on a CPU. More threads than cores make steps many times slower."""
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run."""
     hang_minutes: float = 30.0
-    """A rank that makes no progress in a phase for so long ends the run with exit code 76 and the stacks of
-    all ranks; 0 is off."""
+    """A rank that makes no progress within a phase for this long ends the run with exit code 76 and writes
+    the stacks of all ranks; 0 disables the watchdog."""
     on_bad_numbers: str = "stop"
-    """What an OPO step with a reward, loss or gradient that is not finite does, once its rollouts are in
-    bad_batches/: `stop` the run, or `skip` the step."""
+    """What happens when a reward, loss or gradient is not finite. The rollouts are saved to bad_batches/
+    first; then `stop` ends the run and `skip` skips the step."""
     max_minutes: float = 0.0
-    """After so long the run saves and ends with exit code 75, to be started again; 0 is no limit."""
+    """After this long the run saves a checkpoint and exits with code 75, to be resumed; 0 is no limit."""
 
 
 @dataclass
 class TrainConfig:
+    """The length of the run."""
+
     steps: int = 100
-    """OPO steps: each is one batch of rollouts and one optimizer step."""
+    """Number of OPO steps. A step is one batch of rollouts and one optimizer step."""
 
 
 @dataclass
 class TaskConfig:
+    """Prompts, tokenizer and verifier."""
+
     name: TaskName = TaskName.lift
-    """`lift`: a lift with ten floors, made up on the fly; `text`: problems from a file;
-    `reasoning_gym`: problems of one of that package's generators."""
+    """`lift`: a synthetic elevator task, generated on the fly; `text`: problems from a file or the Hub;
+    `reasoning_gym`: problems from one of that package's generators."""
     data: str | None = None
-    """text: JSONL or Parquet file, one problem per row, or hub:owner/name[:config][:split]."""
+    """text: JSONL or Parquet file with one problem per row, or `hub:owner/name[:config][:split]`."""
     held_out_data: str | None = None
-    """text: the same for held-out problems; default one row in ten of `data`, by a hash of the prompt."""
+    """text: the same for the held-out problems. Default: one row in ten of `data`, by a hash of the
+    prompt."""
     prompt_field: str = "question"
-    """text: field of the problem."""
+    """text: field that holds the problem."""
     answer_field: str = "answer"
-    """text: field of the reference answer."""
+    """text: field that holds the reference answer."""
     answer_pattern: str | None = None
-    """text: regular expression whose last match (first group) in that field is the answer."""
+    """text: regular expression applied to the answer field; the first group of its last match is the
+    answer."""
     generator: str | None = None
     """reasoning_gym: name of the generator."""
     generator_size: int = 10000
-    """reasoning_gym: problems for training, and as many held out."""
+    """reasoning_gym: number of training problems, and of held-out problems."""
     generator_options: dict[str, Any] = field(default_factory=dict)
-    """reasoning_gym: the generator's own options."""
+    """reasoning_gym: options passed to the generator."""
     reward_threshold: float | None = None
-    """reasoning_gym: scores from here on become 1 and others 0; default scores as they are."""
+    """reasoning_gym: scores at or above this become 1, all others 0. Default: scores are used as they are."""
     template: str = "{prompt}"
-    """Text around the problem."""
+    """Text around the problem; must contain `{prompt}`."""
     tokenizer: str = "bytes"
     """`bytes`, or the folder of a Hugging Face tokenizer."""
     chat: bool = False
-    """Put the problem into the tokenizer's chat format."""
+    """Apply the tokenizer's chat template to the problem."""
     system_prompt: str | None = None
-    """System message of the chat."""
+    """System message for the chat template."""
     max_prompt_tokens: int = 512
-    """Longer prompts are dropped, and their number is said."""
+    """Longer prompts are dropped; their number is logged."""
     verifier: str = "exact"
-    """text: exact | number | regex | math | package.module:function."""
+    """text: `exact`, `number`, `regex`, `math`, or a function of your own as `package.module:function`."""
     verifier_pattern: str | None = None
-    """Regular expression whose last match (first group) in a response is its answer."""
+    """regex: the first group of the pattern's last match in a response is taken as its answer."""
     verifier_workers: int = 2
-    """math: grading processes of each rank."""
+    """math: number of grading processes per rank."""
     verifier_seconds: float = 5.0
-    """math: a response that takes longer gets `verifier_default`, and is counted."""
+    """math: time limit per response. One that exceeds it gets `verifier_default` and is counted."""
     verifier_memory_mib: int = 4096
-    """math: address space of a grading process."""
+    """math: memory limit (address space) of a grading process."""
     verifier_default: float = 0.0
+    """math: reward of a response that cannot be graded, because it exceeds a limit or crashes its process."""
 
 
 @dataclass
 class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
     lr: float = 1e-6
     """Peak learning rate of AdamW."""
     schedule: Schedule = Schedule.constant
-    """Shape after the warm-up."""
+    """Learning-rate schedule after the warmup."""
     warmup_steps: int = 0
-    """Steps of linear warm-up."""
+    """Number of linear warmup steps."""
     min_lr_ratio: float = 0.0
-    """Learning rate at the last step, as a share of `lr` (linear and cosine)."""
+    """Learning rate at the last step as a fraction of `lr`, for `linear` and `cosine`."""
     weight_decay: float = 0.0
-    """Decoupled weight decay; vectors (norms, biases) are never decayed."""
+    """Decoupled weight decay. Vectors (norms, biases) are never decayed."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """Decay rates of Adam's two moments."""
+    """Decay rates of Adam's first and second moments."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     clip: float = 1.0
-    """Largest norm of the whole gradient; 0 turns clipping off."""
+    """Maximum global gradient norm; 0 disables clipping."""
 
 
 @dataclass
 class WarmStartConfig(OptimizerConfig):
-    """Supervised steps on the task's demonstrations, before the first OPO step."""
+    """Supervised fine-tuning on the task's demonstrations, before the first OPO step."""
 
     steps: int = 0
-    """Optimizer steps; 0 starts OPO from the initial weights."""
+    """Number of supervised steps; 0 starts OPO from the initial weights."""
     batch_size: int = 48
     """Demonstrations per step."""
     lr: float = 1e-5
+    """Peak learning rate of AdamW in the supervised steps."""
 
 
 @dataclass
 class LocalEngineConfig:
+    """The decoder in the trainer's own process."""
+
     slots: int = 384
-    """Responses decoded at once per rank; a finished one makes room for the next."""
+    """Responses decoded at once per rank. A finished response frees its slot for the next."""
     exact: bool = False
-    """The log-probabilities recorded while sampling are bit for bit those of the training pass, so that
-    on_policy.tolerance may be 0: on a CPU, in fp32, without tensor parallelism and experts."""
+    """Make the log-probabilities recorded while sampling bitwise equal to those of the training pass, so that
+    `on_policy.tolerance` may be 0. CPU, fp32 and dense models only, without tensor parallelism."""
 
 
 @dataclass
 class SglangConfig:
+    """SGLang servers."""
+
     python: str = ".venv-sglang/bin/python"
-    """Interpreter of the environment that has SGLang; `make setup-sglang` makes this one."""
+    """Python interpreter of the environment that has SGLang installed; `make setup-sglang` creates this
+    one."""
     urls: list[str] = field(default_factory=list)
-    """Servers that run already, as http://host:port; empty starts the run's own."""
+    """Servers that already run, as `http://host:port`. Empty: the run starts its own."""
     servers: int | None = None
-    """Servers per node; default one per engine-sized group of GPUs, on a CPU one."""
+    """Servers per node. Default: one per `tensor_parallel_size` GPUs, and one on a CPU."""
     tensor_parallel_size: int = 1
-    """GPUs of one server."""
+    """GPUs per server."""
     transport: Transport = Transport.tensor
-    """`tensor`: shared memory or CUDA IPC on one node; `distributed`: a broadcast; `disk`: a folder."""
+    """How weights reach a server. `tensor`: shared memory or CUDA IPC, within a node; `distributed`:
+    broadcast; `disk`: a shared folder."""
     max_running_requests: int | None = None
-    """Responses that a server draws at once; default all of a step."""
+    """Maximum number of responses a server generates at once. Default: all responses of a step."""
     api_key: str | None = None
-    """Key that the servers ask for; `${oc.env:NAME}` keeps it out of the recipe."""
+    """API key of the servers; `${oc.env:NAME}` keeps it out of the recipe."""
     start_timeout_seconds: float = 900.0
+    """Time a server has to become ready. One that takes longer ends the run."""
     timeout_seconds: float = 1800.0
-    """A server that gives no answer for so long counts as hung."""
+    """A server that does not respond for this long counts as hung."""
     restarts: int = 3
-    """How often in a row a step is drawn again after a failure, before the run ends."""
+    """How many times in a row the rollouts of a step are regenerated after a failure, before the run ends."""
     share_memory: bool | None = None
-    """Policy and servers give up memory in turns; default where the run's own servers use its GPUs."""
+    """Policy and servers release GPU memory to each other in turn. Default: true where the run's own servers
+    use the trainer's GPUs."""
     fp8: bool | None = None
-    """Servers get weights in FP8, in the trainer's own bytes; default where policy.fp8=blockwise."""
+    """Send weights to the servers in FP8, quantized as the trainer quantizes them. Default: true with
+    `policy.fp8=blockwise`."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further options of sglang.launch_server, by its own names."""
+    """Further options of `sglang.launch_server`, by their own names."""
 
 
 @dataclass
 class RolloutConfig:
+    """How responses are sampled in training."""
+
     engine: EngineName = EngineName.local
-    """`local` decodes in the trainer's own process; `sglang` asks servers."""
+    """`local` decodes in the trainer's own process; `sglang` sends requests to SGLang servers."""
     prompts_per_step: int = 48
-    """Prompts of a step, over all ranks."""
+    """Prompts per step, over all ranks."""
     samples_per_prompt: int = 8
     """K: responses per prompt, the group that shares a baseline."""
     temperature: float = 1.0
-    """T of the policy softmax(z/T): what is sampled is what is differentiated."""
+    """T of the policy softmax(z/T). The objective differentiates the same distribution."""
     top_p: float = 1.0
-    """Anything but 1 draws from another distribution than the policy's."""
+    """Any other value than 1 samples from another distribution than the policy's."""
     top_k: int = 0
-    """0 is off; anything else draws from another distribution than the policy's."""
+    """0 is off. Any other value samples from another distribution than the policy's."""
     max_response_tokens: int = 64
-    """A response is cut here, without a stop token."""
+    """Maximum response length. A response that reaches it is truncated and has no stop token."""
     local: LocalEngineConfig = field(default_factory=LocalEngineConfig)
     sglang: SglangConfig = field(default_factory=SglangConfig)
 
 
 @dataclass
 class RopeScalingConfig:
-    """How a model that was trained on short sequences turns its frequencies for long ones."""
+    """Scaling of the rotary frequencies for sequences longer than those of pretraining."""
 
     type: RopeType = RopeType.none
-    """`linear` divides all by `factor`; `llama3` only the slow ones, with a smooth passage."""
+    """`linear` divides all frequencies by `factor`; `llama3` divides the low ones, with a smooth
+    transition."""
     factor: float = 1.0
+    """Divisor of the scaled frequencies."""
     low_freq_factor: float = 1.0
-    """llama3: wavelengths above original_max_sequence_length / this are divided."""
+    """llama3: wavelengths above `original_max_sequence_length` / this are divided by `factor`."""
     high_freq_factor: float = 4.0
-    """llama3: wavelengths below original_max_sequence_length / this stay."""
+    """llama3: wavelengths below `original_max_sequence_length` / this are unchanged."""
     original_max_sequence_length: int = 8192
-    """llama3: longest sequence before the scaling."""
+    """llama3: maximum sequence length before the scaling."""
 
 
 @dataclass
@@ -215,134 +241,168 @@ class ModelConfig:
     """The decoder-only transformer, in Megatron-Core's names."""
 
     num_layers: int = 2
+    """Number of transformer layers."""
     hidden_size: int = 128
+    """Width of the hidden states."""
     ffn_hidden_size: int = 352
+    """Width of the MLP."""
     num_attention_heads: int = 4
+    """Number of query heads."""
     num_query_groups: int | None = None
-    """Key and value heads; default one per attention head."""
+    """Number of key and value heads. Default: one per query head."""
     kv_channels: int | None = None
-    """Width of a head; default hidden_size / num_attention_heads."""
+    """Head dimension. Default: `hidden_size` / `num_attention_heads`."""
     qk_layernorm: bool = False
     """RMSNorm of queries and keys, as in Qwen3."""
     add_qkv_bias: bool = False
     """Biases of the query, key and value projections, as in Qwen2."""
     tie_embeddings: bool = False
-    """One matrix for the embedding and the output."""
+    """Share one matrix between the embedding and the LM head."""
     vocab_size: int | None = None
-    """Rows of the embedding; default the task's tokens."""
+    """Rows of the embedding. Default: the size of the task's vocabulary."""
     rotary_base: float = 10000.0
+    """Base of the rotary embeddings (RoPE theta)."""
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     layernorm_epsilon: float = 1e-6
+    """Epsilon of every RMSNorm."""
     max_sequence_length: int = 2048
-    """Prompt and response together."""
+    """Maximum length of prompt and response together."""
     num_moe_experts: int | None = None
-    """Experts per layer; default a dense model."""
+    """Experts per layer. Default: a dense model."""
     moe_router_topk: int = 2
+    """Experts that each token is routed to."""
     moe_ffn_hidden_size: int | None = None
-    """Width of one expert; default ffn_hidden_size."""
+    """Width of one expert's MLP. Default: `ffn_hidden_size`."""
     moe_router_pre_softmax: bool = False
-    """Weigh experts by the softmax over all of them, not over the chosen ones."""
+    """Take the router's softmax over all experts, before the top k are selected, instead of over those k."""
 
 
 @dataclass
 class PolicyConfig:
+    """The model that is trained, its precision and its parallel layout."""
+
     init_from: str | None = None
-    """Folder of a Hugging Face model, or what tools/convert_hf_to_megatron.py made of one: its
-    architecture and vocabulary become policy.model's, its weights the first ones; default random
-    weights.  For its tokenizer as well, set task.tokenizer to `${policy.init_from}`."""
+    """Folder of a Hugging Face model, or of a Megatron checkpoint made by `opo convert`. `policy.model` takes
+    its architecture and vocabulary from it. Default: random weights. For its tokenizer as well, set
+    `task.tokenizer=${policy.init_from}`."""
     model: ModelConfig = field(default_factory=ModelConfig)
     dtype: Dtype = Dtype.fp32
-    """Of weights and activations; master weights and gradient sums are fp32 always."""
+    """Type of weights and activations. Master weights and gradient sums are always fp32."""
     device: Device = Device.auto
-    """`auto` takes GPUs where there are any."""
+    """`auto` uses GPUs where there are any."""
     fp8: Fp8 | None = None
-    """Products of the layers in FP8, by Transformer Engine: `blockwise` (128×128 blocks of weights, 1×128 of
-    activations) is what an engine can share; `tensorwise`, `delayed`: one scale per tensor, of this step or
-    of earlier ones; `mxfp8` is for Blackwell."""
+    """Run the layers' matrix products in FP8, with Transformer Engine. `blockwise` (128×128 blocks of
+    weights, 1×128 of activations) is the format that servers can share. `tensorwise` and `delayed` have one
+    scale per tensor, of this step or of earlier ones. `mxfp8` is for Blackwell."""
     recompute: Recompute = Recompute.none
-    """Activations that are computed again in the backward pass: those of attention (`selective`), or all but
-    each layer's input (`full`)."""
+    """Activations recomputed in the backward pass: those of attention (`selective`), or all but the input of
+    each layer (`full`)."""
     packing: Packing = Packing.padded
-    """`padded`: the sequences of a micro-batch are its rows, padded on the right to the longest; `thd`: they
-    stand one behind another in a single row, and next to nothing is padding."""
+    """`padded`: the sequences of a micro-batch are rows, padded on the right to the longest. `thd`: they are
+    concatenated into a single row, with almost no padding."""
     optimizer_offload: float = 0.0
-    """Share of the optimizer, 0 to 1, that stays and steps in host memory: 12 bytes fewer on the GPU per
-    parameter of a rank's shard, and 16 there; in bf16 with the distributed optimizer, on GPUs."""
+    """Fraction of the optimizer, 0 to 1, that stays and steps in host memory. Per parameter of a rank's shard
+    it saves 12 bytes on the GPU and takes 16 on the host. GPUs, bf16 and the distributed optimizer only."""
     tensor_model_parallel_size: int = 1
+    """Ranks that share each weight matrix."""
     pipeline_model_parallel_size: int = 1
+    """Pipeline stages that the layers are split into."""
     virtual_pipeline_model_parallel_size: int | None = None
-    """Model chunks per pipeline stage (interleaved schedule)."""
+    """Model chunks per pipeline stage (interleaved schedule). Default: no virtual stages."""
     sequence_parallel: bool = False
+    """Shard activations between tensor-parallel regions along the sequence."""
     context_parallel_size: int = 1
-    """Ranks that share every sequence, for long ones, and keep 1/size of the activations each; with
-    `packing=thd`, and on GPUs in bf16."""
+    """Ranks that share every sequence; each keeps 1/size of the activations. Requires `packing=thd`, and bf16
+    on GPUs."""
     expert_model_parallel_size: int = 1
+    """Ranks that the experts of a layer are distributed over."""
     expert_tensor_parallel_size: int | None = None
-    """Ranks over which one expert is cut; default tensor_model_parallel_size."""
+    """Ranks that share the weight matrices of one expert. Default: `tensor_model_parallel_size`."""
     distributed_optimizer: bool = True
-    """Shard the optimizer's state over data- and context-parallel ranks."""
+    """Shard the optimizer state over data- and context-parallel ranks."""
     max_tokens_per_micro_batch: int = 4096
-    """Rows × padded length of one micro-batch, or the length of its packed row, over all context-parallel
-    ranks (one longer sequence still makes a micro-batch)."""
+    """Token budget of a micro-batch: rows × padded length, or the length of the packed row, over all
+    context-parallel ranks. A single longer sequence still forms a micro-batch."""
     head_chunk_tokens: int | None = None
-    """Tokens whose logits exist at one time; default by the size of the vocabulary, 512 to 1,024 on a CPU
-    and 512 to 8,192 on a GPU, where they take 480 MB."""
+    """Tokens whose logits are in memory at once. Default: by vocabulary size, 512 to 1,024 on a CPU and 512
+    to 8,192 on a GPU, where the logits take 480 MB."""
     weight_bucket_mib: float = 256.0
-    """Size of the buckets in which weights travel to the engine."""
+    """Size of the buckets in which weights are streamed to the engine."""
     megatron: dict[str, Any] = field(default_factory=dict)
-    """Further fields of Megatron-Core's TransformerConfig, by its own names: how to compute, not what."""
+    """Further fields of Megatron-Core's `TransformerConfig`, by their own names. Only fields that change how
+    the model is computed are accepted, not those that change what it computes."""
 
 
 @dataclass
 class EvalConfig:
+    """Evaluation on held-out problems during training."""
+
     every_steps: int = 10
-    """Also before the first and after the last step; 0 means only then."""
+    """Steps between evaluations. 0 evaluates only before the first and after the last step, which every run
+    does."""
     problems: int = 512
-    """Held-out problems."""
+    """Number of held-out problems."""
     samples_per_problem: int = 1
-    """More than one also gives eval/pass@k and eval/self_bleu."""
+    """Responses per problem. Above 1, `eval/pass@k` and `eval/self_bleu` are logged as well."""
     temperature: float = 1.0
+    """Sampling temperature."""
     top_p: float = 1.0
+    """Nucleus sampling; 1 is off."""
     top_k: int = 0
+    """Top-k sampling; 0 is off."""
     greedy: bool = True
-    """Also answer every problem once by the most likely token."""
+    """Also generate one greedy response per problem."""
 
 
 @dataclass
 class ObserveConfig:
+    """What a run logs."""
+
     tensorboard: bool = True
+    """Write metrics to tensorboard/."""
     wandb_project: str | None = None
-    """Also draw the metrics in this project of Weights & Biases; its own variables say the rest."""
+    """Log metrics to this Weights & Biases project too. Everything else is set by W&B's own environment
+    variables."""
     save_rollouts: bool = True
-    """Write every step's rollouts, with rewards and advantages, to rollouts/."""
+    """Write the rollouts of every step, with rewards and advantages, to rollouts/."""
     audit: bool = True
     """Write digests of every step's weights and rollouts to audit.jsonl, for `opo replay`."""
     kl: Kl = Kl.off
-    """`eval` measures, at each evaluation, how far the policy is from where OPO began."""
+    """`eval` measures, at each evaluation, the KL of the policy to the weights of step 0."""
 
 
 @dataclass
 class CheckpointConfig:
+    """When checkpoints are written, and which are kept."""
+
     every_steps: int = 50
-    """In warm-start and in OPO steps; the last of each is always saved.  0: only that one."""
+    """Steps between checkpoints, in warm-start and OPO steps alike. 0 saves only the last step of either,
+    which is always saved."""
     every_minutes: float = 0.0
-    """Also at the end of the step in which so many minutes since the last one are over; 0 is off."""
+    """Also save at the end of the step in which this many minutes have passed since the last save; 0 is
+    off."""
     keep_last: int = 0
-    """Older ones than the newest so many are deleted; 0 keeps all."""
+    """Number of newest checkpoints to keep; 0 keeps all."""
     keep_best: str | None = None
-    """Metric, such as eval/accuracy, whose best step is saved and kept besides those."""
+    """Metric, such as `eval/accuracy`, whose best step is saved and kept in addition."""
     keep_best_is: Better = Better.highest
+    """Whether the best value of that metric is its highest or its lowest."""
     asynchronous: bool = True
-    """Written by a process beside the training, one at a time; the last of a stage is waited for."""
+    """Write checkpoints in the background, from a separate process, one at a time. The last one of the warm
+    start, and of the run, is waited for."""
     on_failure: str = "stop"
-    """Where one cannot be written: `stop`, or `continue` without it (the last one always stops)."""
+    """What happens when a checkpoint cannot be written: `stop`, or `continue` without it. The last one always
+    stops the run."""
 
 
 @dataclass
 class Config:
+    """A whole recipe."""
+
     run: RunConfig = field(default_factory=RunConfig)
     resume: str = "never"
-    """never | auto | the folder of a checkpoint."""
+    """`never` refuses a `run.dir` that is not empty. `auto` resumes from the newest complete checkpoint, or
+    starts the run. The folder of a checkpoint resumes from that one."""
     train: TrainConfig = field(default_factory=TrainConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
