@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from small import small_config
 
-from opo_megatron.rollout.sglang.server import SERVE
+from opo_megatron.rollout.sglang.server import SERVE, Server
 
 SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 PACKAGE = """
@@ -82,3 +83,13 @@ def test_with_a_gpu_nothing_is_lent(
 ) -> None:
     held = serve(monkeypatch, built_for, has_gpu=True)
     assert "vllm" not in sys.modules and not hasattr(held["lend_cpu_names"], "kept")
+
+
+def test_a_server_on_the_cpu_sees_no_gpu(tmp_path: Path) -> None:
+    """SGLang asks torch whether there is one, not its own option `--device cpu`."""
+    config = small_config("rollout.engine=sglang", f"run.dir={tmp_path / 'run'}")
+    seen = [
+        Server(config, tmp_path, tmp_path / "log", "server", gpus).environment()["CUDA_VISIBLE_DEVICES"]
+        for gpus in (None, ["2", "3"])
+    ]
+    assert seen == ["", "2,3"]
