@@ -10,6 +10,8 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils import cpp_extension
 
 from opo_megatron.distributed.cpu_backend import (
     LITERAL_MODULES,
@@ -128,3 +130,16 @@ def test_a_process_has_one_device() -> None:
     install("cpu")
     with pytest.raises(RuntimeError, match="already runs on 'cpu'"):
         install("meta")
+
+
+def test_a_cuda_compiler_on_a_machine_without_a_gpu_is_not_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CUDA builds of torch do, when Megatron is imported."""
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cpp_extension.logger, "propagate", True)  # to where this test looks
+    assert cpp_extension._find_cuda_home() == str(tmp_path)
+    assert caplog.records == []
+    cpp_extension.logger.warning("anything else")
+    assert len(caplog.records) == 1

@@ -6,4 +6,4 @@ no values.  What is counted is thereby what will run.  Only two things are model
 (`times.py`, from operations and bandwidths), and the engine's memory (`engine.py`), which is SGLang's.
 """
 
-import opo_megatron.policy  # noqa: F401  quiet about what Megatron does without, before it is imported
+import opo_megatron.utils.quiet_megatron  # noqa: F401  before Megatron is imported

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import ROOT
+from cluster import PROGRAMS, ROOT
 from conftest import program
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
@@ -109,6 +110,11 @@ def test_the_scripts_stay_short_and_print_no_environment() -> None:
             code = line.split("#")[0].split()
             assert "set -x" not in line and "env" not in code and "printenv" not in code, name
             assert "pkill" not in code and "killall" not in code, name
+
+
+def test_setup_system_looks_for_every_program_that_tests_need() -> None:
+    found = re.search(r"^SYSTEM_PROGRAMS := (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert found is not None and set(found[1].split()) == {*PROGRAMS, "chromium"}
 
 
 def test_a_job_outside_the_project_is_refused(tmp_path: Path) -> None:
