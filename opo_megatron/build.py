@@ -28,7 +28,13 @@ from opo_megatron.config.arithmetic import shares_memory
 from opo_megatron.config.choices import Dtype, EngineName, Kl
 from opo_megatron.config.compare import changed_settings, check_resume
 from opo_megatron.config.schema import OptimizerConfig
-from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, initialize, shutdown
+from opo_megatron.distributed.process_groups import (
+    Parallel,
+    all_gather_objects,
+    choose_device,
+    initialize,
+    shutdown,
+)
 from opo_megatron.errors import Preempted, UserError
 from opo_megatron.observe.console import Display
 from opo_megatron.observe.loggers import load_wandb
@@ -57,6 +63,7 @@ from opo_megatron.weights.stream import WeightSource
 @contextmanager
 def joined_ranks(config: Config) -> Iterator[tuple[Parallel, Display]]:
     """Join the process groups, and leave them at the end; every command that needs a policy runs in this."""
+    check_device(config.policy, choose_device(config.policy.device))
     parallel = initialize(config)
     display = Display(active=parallel.rank == 0)
     try:
@@ -286,7 +293,6 @@ def start_policy(
     needs_weights: bool,
 ) -> Policy:
     """The policy with its initial weights: random, or those of `policy.init_from`."""
-    check_device(config.policy, parallel.device)
     folder = Path(config.policy.init_from) if config.policy.init_from is not None else None
     weights: WeightSource | None = None
     if needs_weights and folder is None:

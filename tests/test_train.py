@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import RECIPE
-from tiny_run import STEPS, lasting, rows, train
 
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.cli.main import main
 from opo_megatron.config import load_config
 from opo_megatron.tasks.lift import LiftTask
+from tests.support.fixtures import RECIPE
+from tests.support.tiny_run import STEPS, lasting, rows, train
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from record import write_record
+from bench.record import write_record
 
 LARGEST_ERROR = 0.1
 """Of memory."""
@@ -88,7 +88,7 @@ def misses(results: dict[str, Any]) -> list[str]:
 
 
 def memory() -> dict[str, Any]:
-    from plan_memory import LAYOUTS, measured, predicted
+    from bench.plan_memory import LAYOUTS, measured, predicted
 
     found = {}
     for layout in LAYOUTS:

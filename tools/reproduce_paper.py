@@ -32,7 +32,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from paper_arms import (
+from bench.record import RECORDS, write_record
+from paper.arms import (
     ARMS,
     OFF_POLICY,
     ON_POLICY,
@@ -44,9 +45,8 @@ from paper_arms import (
     read_measures,
     samples_drawn,
 )
-from paper_claims import BEST_RATE, Finding, claims, judge
-from paper_figures import draw_claims, draw_curves, interval_text, load_pyplot, shown
-from record import RECORDS, write_record
+from paper.claims import BEST_RATE, Finding, claims, judge
+from paper.figures import draw_claims, draw_curves, interval_text, load_pyplot, shown
 
 from opo_megatron.cli.main import Parser, print_error
 from opo_megatron.errors import EXIT_USER_ERROR, UserError

@@ -1,4 +1,4 @@
-"""What generates: the engine, its weights and the memory it shares with the policy, and what to do when it fails.
+"""What generates: the engine, its weights, the memory it shares with the policy, recovery from failures.
 
 Failures do not select.  Where any rank's engine dies, hangs or closes a connection, all ranks discard every
 response of the step, the engine is restarted and given the current weights, and all responses are generated

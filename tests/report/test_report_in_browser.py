@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser, browser
-from conftest import require
-from made_runs import BYTES, HOSTILE, make_run
 
 from opo_megatron.cli.main import main
+from tests.support.browser import Browser, browser
+from tests.support.fake_runs import BYTES, HOSTILE, make_run
+from tests.support.requirements import require
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import PROGRAMS, ROOT
-from conftest import program
+
+from tests.support.cluster import PROGRAMS, ROOT
+from tests.support.requirements import program
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 FAKES = {

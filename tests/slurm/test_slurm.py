@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, running, variables
+
+from tests.support.cluster import Cluster, running, variables
 
 TINY = (
     "recipes/quickstart.yaml", "warm_start.steps=80", "eval.problems=32",
