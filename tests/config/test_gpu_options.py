@@ -199,9 +199,9 @@ def test_what_a_gpu_lacks_for_fp8_is_said(
 def test_fp8_on_a_machine_without_a_gpu_is_refused_when_the_run_starts() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(UserError, match=r"policy\.fp8=blockwise needs a GPU, and this run is on a CPU"):
-        with joined_ranks(small_config(*BLOCKWISE)):
-            pass
+    refused = pytest.raises(UserError, match=r"policy\.fp8=blockwise needs a GPU, and this run is on a CPU")
+    with refused, joined_ranks(small_config(*BLOCKWISE)):
+        pass
 
 
 def test_offload_becomes_megatrons_fields(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,9 +225,9 @@ def test_recipes_of_runs_that_had_a_switch_for_offload_still_load() -> None:
 def test_offload_on_a_machine_without_a_gpu_is_refused_when_the_run_starts() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(UserError, match=r"policy\.optimizer_offload=1 needs a GPU, and this run is on a CPU"):
-        with joined_ranks(small_config(*BIG, "policy.optimizer_offload=1")):
-            pass
+    refused = pytest.raises(UserError, match=r"policy\.optimizer_offload=1 needs a GPU, and this run is on a CPU")
+    with refused, joined_ranks(small_config(*BIG, "policy.optimizer_offload=1")):
+        pass
 
 
 def test_offload_without_transformer_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
