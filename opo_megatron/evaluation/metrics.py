@@ -5,8 +5,8 @@ generated.  What belongs to one response is computed on its rank; Self-BLEU on t
 first response, to which the others send theirs, because a group may be split over ranks.  Every rank gets the
 results, the same numbers under any layout that generates the same responses.
 
-Entropy is −Σ log π / Σ l over the sampled tokens, by the recorded log-probabilities of the engine: unbiased
-for the entropy per token of softmax(z/T), the sampled distribution, as long as neither top_p nor top_k cut it.
+Entropy is −Σ log π / Σ l over the sampled tokens, by the log-probabilities of the engine: unbiased
+for the entropy per token of softmax(z/T), the sampled distribution, unless top_p or top_k truncate it.
 At T = 1 it is the policy's own.
 """
 

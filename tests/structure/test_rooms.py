@@ -67,7 +67,16 @@ def test_only_named_modules_are_outside_of_rooms() -> None:
 
 def test_algorithm_imports_torch_and_errors_alone() -> None:
     allowed = {"torch", "opo_megatron.errors", "opo_megatron.algorithm"}
-    standard = {"__future__", "collections", "dataclasses", "enum", "functools", "itertools", "math", "typing"}
+    standard = {
+        "__future__",
+        "collections",
+        "dataclasses",
+        "enum",
+        "functools",
+        "itertools",
+        "math",
+        "typing",
+    }
     for path, tree in modules(PACKAGE / "algorithm"):
         for module in imports(tree):
             is_allowed = module.split(".")[0] in standard or module in allowed
@@ -108,5 +117,7 @@ def test_names_of_tests_are_short_and_state_a_law() -> None:
 def test_folders_of_tests_mirror_the_package() -> None:
     rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     others = {"data", "docs", "slurm", "structure", "support", "tools"}
-    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    folders = {
+        path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"
+    }
     assert folders <= rooms | others
