@@ -21,8 +21,8 @@ from opo_megatron.config import Config
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
 from opo_megatron.observe.console import Display
-from opo_megatron.policy.measure import measure_energies
 from opo_megatron.policy.policy import Policy
+from opo_megatron.policy.token_measures import measure_energies
 from opo_megatron.resilience.stop import StopRequest
 from opo_megatron.resilience.watchdog import Watchdog
 from opo_megatron.rollout.engine import GenerationRequest, Progress, RolloutEngine, Sampling
