@@ -181,7 +181,7 @@ def test_a_run_that_is_told_to_end_cuts_what_the_servers_draw(
     monkeypatch.setattr(Client, "post", listening)
     monkeypatch.setattr(run.saver.stop, "_signal", signal.SIGUSR1)
     with pytest.raises(Preempted, match="SIGUSR1"):
-        run.generate(requests(32), Sampling(1000, (), (1,)), 1)
+        run.generation.generate(requests(32), Sampling(1000, (), (1,)), "test", interruptible=True)
     assert len(answers) == 32 and "abort" in answers
     monkeypatch.setattr(run.saver.stop, "_signal", 0)
     assert len(run.generation.generate(requests(2), Sampling(5, (), (1,)), "test")) == 2
