@@ -3,7 +3,7 @@
     python tools/make_walk.py            # write
     python tools/make_walk.py --check    # exit code 1 where the lines have moved
 
-A stop is a function, class or method; its line is found by name, so that only the names below are kept by hand.
+A stop is a function, class or method, whose line is found by name: only the names below are kept by hand.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ WALKS: dict[str, tuple[str, ...]] = {
         "kernels/advantages.py compute_advantages",
         "algorithm/advantages.py compute_advantages",
     ),
-    "From the loop to the weight mapping": (
+    "From the loop to the weight stream": (
+        "train.py opo_step",
         "rollout/generation.py Generation.synchronize",
         "policy/policy.py Policy.stream_weights",
+    ),
+    "From the loop to the weight mapping, which its docstring names": (
+        "train.py opo_step",
         "weights/param_mapping.py parameters",
     ),
     "From the loop to the SGLang request": (
-        "run.py Run.generate",
+        "train.py opo_step",
         "rollout/generation.py Generation.generate",
         "rollout/sglang/engine.py SglangEngine.generate",
     ),
