@@ -18,6 +18,7 @@ from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.checkpoint.progress import RunProgress
 from opo_megatron.checkpoint.saver import CheckpointSaver
 from opo_megatron.config import Config
+from opo_megatron.config.rules.resilience import VOLATILE
 from opo_megatron.distributed.process_groups import Parallel, all_reduce
 from opo_megatron.errors import OnPolicyError
 from opo_megatron.observe.console import Display
@@ -129,7 +130,7 @@ class Run:
             steps = self.config.train.steps
             self.display.log(f"nothing was left to do: {self.config.run.dir} has its {steps} OPO steps")
             return
-        names = [name for name in last if not name.startswith(("time/", "memory/", "throughput/", "run/"))]
+        names = [name for name in last if not name.startswith(VOLATILE)]
         self.files.write_summary(
             {
                 "steps": last["step"],
