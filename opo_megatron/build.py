@@ -101,6 +101,7 @@ def open_run(config: Config, allowed: Sequence[str] = (), saves: bool = True) ->
         try:
             yield run
         except Preempted as reason:
+            run.saver.save_before_stopping(run.progress)
             display.close()
             display.log(f"stopped before its last step ({reason}) and saved; resume=auto continues from here")
             raise
@@ -153,6 +154,7 @@ def _build(
     if reference is not None and checkpoint is not None and not in_warm_start:
         reference.take_over(run_of(checkpoint))
     generation = open_generation(config, parallel, policy, display, watchdog, resources)
+    generation.stop = stop
     generation.memory.before_training()
     saver = CheckpointSaver(
         config=config,
@@ -301,7 +303,7 @@ def start_policy(
         weights = read_weights(folder, config.policy.model).__getitem__
     policy = Policy(config, vocab_size, parallel, optimizer, weights)
     if needs_weights and folder is not None and holds_weights(folder):
-        policy.set_weights(CheckpointShards(folder, policy.chunks, policy.table, parallel))
+        policy.set_weights(CheckpointShards(folder, policy.chunks, policy.param_mapping, parallel))
     return policy
 
 
@@ -313,6 +315,6 @@ def frozen_policy(config: Config, parallel: Parallel, vocab_size: int, checkpoin
     """
     policy = start_policy(config, parallel, vocab_size, None, checkpoint is None)
     if checkpoint is not None:
-        policy.set_weights(CheckpointShards(checkpoint, policy.chunks, policy.table, parallel))
+        policy.set_weights(CheckpointShards(checkpoint, policy.chunks, policy.param_mapping, parallel))
         policy.version = read_version(checkpoint)
     return policy

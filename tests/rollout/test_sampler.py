@@ -146,7 +146,7 @@ def by_brute_force(logits: list[float], uniform: float, sampling: Sampling) -> i
         {"top_k": 5, "top_p": 0.7, "temperature": 1.5},
     ],
 )
-def test_draws_equal_brute_force_over_the_whole_range_of_uniforms(cut: dict[str, float]) -> None:
+def test_samples_equal_brute_force_over_the_range_of_uniforms(cut: dict[str, float]) -> None:
     logits, grid = some_logits(8, 13), torch.linspace(0, ALMOST_ONE, 101, dtype=torch.float64)
     sampling = plain(**cut)
     for row in logits:
@@ -163,7 +163,7 @@ def test_greedy_takes_the_argmax_whatever_the_uniform() -> None:
 
 @pytest.mark.parametrize("cut", [{}, {"top_k": 2}, {"top_p": 0.3}, {"greedy": True}])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_are_those_of_the_policy_whatever_is_cut_off(
+def test_log_probs_are_those_of_the_policy_under_any_truncation(
     cut: dict[str, int], temperature: float
 ) -> None:
     logits, uniform = some_logits(50, 13), torch.rand(50, dtype=torch.float64)
@@ -172,7 +172,7 @@ def test_log_probs_are_those_of_the_policy_whatever_is_cut_off(
     torch.testing.assert_close(log_prob.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_token_of_probability_zero_is_never_drawn_at_either_end() -> None:
+def test_a_token_of_probability_zero_is_never_sampled_at_the_ends() -> None:
     """First, last and inner tokens without probability: masked, or so unlikely that fp32 has no number."""
     for never in (-math.inf, -1000.0):
         logits = torch.tensor([[never, 0.0, never, 1.0, never]])
@@ -185,7 +185,7 @@ def test_a_token_of_probability_zero_is_never_drawn_at_either_end() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [3, 21, 5000])
-def test_the_ends_of_the_unit_interval_draw_the_first_and_the_last_possible_token(vocabulary: int) -> None:
+def test_the_ends_of_the_unit_interval_sample_the_outermost_tokens(vocabulary: int) -> None:
     """Whatever the cumulative sum rounds to: 1 − 2⁻⁵³ is the largest number that there is."""
     logits = some_logits(200, vocabulary)
     logits[:, 0] = logits[:, -1] = -math.inf

@@ -81,7 +81,7 @@ def test_an_aborted_response_or_one_without_log_probs_is_a_failure() -> None:
         rollouts_of(REQUESTS[:1], [answer([5], {"type": "length"}, output_token_logprobs=[])], SAMPLING)
 
 
-def test_sampling_is_said_without_truncation_and_by_token_id_only() -> None:
+def test_sampling_parameters_have_no_truncation_and_stop_by_token_id() -> None:
     assert sampling_params(SAMPLING) == {
         "max_new_tokens": 3,
         "temperature": 0.7,
@@ -168,7 +168,7 @@ def test_what_is_no_address_is_refused(url: str) -> None:
         Client(url, 1.0)
 
 
-def test_a_missing_environment_is_said_before_anything_is_written(
+def test_a_missing_environment_is_refused_before_any_write(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     recipe = RECIPES / "quickstart_sglang.yaml"
