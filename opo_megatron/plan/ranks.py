@@ -1,4 +1,4 @@
-"""One rank of many, without the others: its process groups, its policy on the meta device, and their bytes."""
+"""One rank of many, without the others: its process groups, its policy on the meta device, its bytes."""
 
 from __future__ import annotations
 

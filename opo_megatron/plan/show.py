@@ -152,7 +152,7 @@ def _notes(plan: RunPlan) -> str:
     if engine.token and engine.cache:
         lines.insert(
             1,
-            f"An engine's KV cache holds {engine.cached_tokens:,} tokens ({engine.token:,} bytes each per GPU) "
-            f"for {engine.running:,} responses.",
+            f"An engine's KV cache holds {engine.cached_tokens:,} tokens ({engine.token:,} bytes each per "
+            f"GPU) for {engine.running:,} responses.",
         )
     return "\n".join(lines)

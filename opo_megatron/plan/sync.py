@@ -123,7 +123,7 @@ def check_cover(stream: RankStream, policy: Policy) -> int:
     for name in expected.keys() | received.keys():
         if expected.get(name) != received.get(name):
             raise ValueError(
-                f"rank {stream.rank} receives {name} with shape {received.get(name)}, not {expected.get(name)}"
+                f"rank {stream.rank} receives {name} as {received.get(name)}, not {expected.get(name)}"
             )
     return len(received)
 
