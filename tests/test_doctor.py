@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from opo_megatron.cli.main import main as opo
-from opo_megatron.environment.doctor import Gpu, Machine, describe, diagnose, collect
+from opo_megatron.environment.doctor import Gpu, Machine, collect, describe, diagnose
 from opo_megatron.environment.versions import Part, constraints, numbers, read_versions
 
 REPOSITORY = Path(__file__).parents[1]

@@ -120,7 +120,7 @@ TRAINING_MISTAKES = [
     ("task.tokenizer=folder", "task.tokenizer=folder has no tokenizer that loads"),
     ("task.tokenizer=damaged", "task.tokenizer=damaged has no tokenizer that loads"),
     ("task.chat=true", "task.chat=true needs a chat template, and bytes have none"),
-    ("warm_start.steps=5", "task.name=text has no demonstrations to learn from; set warm_start.steps=0"),
+    ("warm_start.steps=5", "task.name=text has no demonstrations; set warm_start.steps=0"),
     ("task.name=reasoning_gym task.generator=chain_sums", "did you mean chain_sum?"),
     (
         "task.name=reasoning_gym task.generator=chain_sum task.generator_options={digits: 3}",
@@ -131,7 +131,7 @@ TRAINING_MISTAKES = [
     ("run.dir=good.jsonl", "run.dir=good.jsonl is a file; choose another run.dir"),
     ("run.dir=good.jsonl/runs/a", "good.jsonl is a file; choose another run.dir"),
     ("run.dir=/proc/nowhere/run", "/proc/nowhere/run cannot be written"),
-    ("run.dir=notes", "run.dir=notes is not empty; choose another run.dir, or go on with resume=auto"),
+    ("run.dir=notes", "run.dir=notes is not empty; choose another run.dir, or set resume=auto"),
     ("resume=gone", "resume is 'gone'; it must be never, auto or the existing folder of a checkpoint"),
     ("resume=notes", "notes is not a checkpoint of a run"),
 ]

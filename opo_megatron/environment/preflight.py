@@ -160,7 +160,7 @@ def _collective_checks(config: Config, problems: list[str], started: float) -> i
 
 
 def _bus_bandwidth(uses_gpus: bool, timeout: timedelta) -> float:
-    """Bus bandwidth of an all-reduce in GB/s, 2 (n − 1)/n · bytes / time of the slowest rank; a collective."""
+    """Bus bandwidth of an all-reduce in GB/s, 2 (n − 1)/n · bytes / (slowest rank's time); a collective."""
     import torch
     import torch.distributed as dist
 
