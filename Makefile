@@ -12,6 +12,8 @@ SGLANG_VENV ?= .venv-sglang
 SGLANG ?= cpu
 DOCS_VENV ?= .venv-docs
 
+SYSTEM_PROGRAMS := sbatch srun scontrol slurmctld slurmd munged chromium
+
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev setup-sglang setup-system quickstart test test-slow lint docs
 
@@ -25,9 +27,11 @@ setup-dev: $(VENV)/.setup-dev  ## the same, with what tests and lint need
 setup-sglang: $(SGLANG_VENV)/.setup-$(SGLANG)  ## .venv-sglang with an SGLang server, for rollout.engine=sglang
 
 setup-system:  ## for tests: a SLURM of one node, Chromium for opo report's page (as root, on Debian or Ubuntu)
-	apt-get update
-	DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurm-wlm munge
-	DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends chromium || \
+	@if which $(SYSTEM_PROGRAMS) >/dev/null; then echo "SLURM and Chromium are installed"; exit; fi; \
+	set -ex; export DEBIAN_FRONTEND=noninteractive; \
+	apt-get update; \
+	apt-get install --yes --no-install-recommends slurm-wlm munge; \
+	apt-get install --yes --no-install-recommends chromium || \
 	  echo "no Chromium was installed (Ubuntu has it as a snap): the tests that open a page will be skipped" >&2
 
 quickstart: setup  ## train the small recipe in a new folder under runs/
@@ -44,7 +48,7 @@ test-slow: setup-dev setup-sglang  ## tests that take minutes
 lint: setup-dev  ## style, formatting and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy opo_megatron $(wildcard tools/*.py)
+	$(VENV)/bin/mypy
 
 docs: setup $(DOCS_VENV)/.setup  ## the documentation as a web site in site/; a broken link is an error
 	$(VENV)/bin/python tools/make_reference.py

@@ -28,7 +28,13 @@ from opo_megatron.config.arithmetic import shares_memory
 from opo_megatron.config.choices import Dtype, EngineName, Kl
 from opo_megatron.config.compare import changed_settings, check_resume
 from opo_megatron.config.schema import OptimizerConfig
-from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, initialize, shutdown
+from opo_megatron.distributed.process_groups import (
+    Parallel,
+    all_gather_objects,
+    choose_device,
+    initialize,
+    shutdown,
+)
 from opo_megatron.errors import Preempted, UserError
 from opo_megatron.observe.console import Display
 from opo_megatron.observe.loggers import load_wandb
@@ -57,6 +63,7 @@ from opo_megatron.weights.stream import WeightSource
 @contextmanager
 def joined_ranks(config: Config) -> Iterator[tuple[Parallel, Display]]:
     """Join the process groups, and leave them at the end; every command that needs a policy runs in this."""
+    check_device(config.policy, choose_device(config.policy.device))
     parallel = initialize(config)
     display = Display(active=parallel.rank == 0)
     try:
@@ -94,6 +101,7 @@ def open_run(config: Config, allowed: Sequence[str] = (), saves: bool = True) ->
         try:
             yield run
         except Preempted as reason:
+            run.saver.save_before_stopping(run.progress)
             display.close()
             display.log(f"stopped before its last step ({reason}) and saved; resume=auto continues from here")
             raise
@@ -146,6 +154,7 @@ def _build(
     if reference is not None and checkpoint is not None and not in_warm_start:
         reference.take_over(run_of(checkpoint))
     generation = open_generation(config, parallel, policy, display, watchdog, resources)
+    generation.stop = stop
     generation.memory.before_training()
     saver = CheckpointSaver(
         config=config,
@@ -286,7 +295,6 @@ def start_policy(
     needs_weights: bool,
 ) -> Policy:
     """The policy with its initial weights: random, or those of `policy.init_from`."""
-    check_device(config.policy, parallel.device)
     folder = Path(config.policy.init_from) if config.policy.init_from is not None else None
     weights: WeightSource | None = None
     if needs_weights and folder is None:
@@ -295,7 +303,7 @@ def start_policy(
         weights = read_weights(folder, config.policy.model).__getitem__
     policy = Policy(config, vocab_size, parallel, optimizer, weights)
     if needs_weights and folder is not None and holds_weights(folder):
-        policy.set_weights(CheckpointShards(folder, policy.chunks, policy.table, parallel))
+        policy.set_weights(CheckpointShards(folder, policy.chunks, policy.param_mapping, parallel))
     return policy
 
 
@@ -307,6 +315,6 @@ def frozen_policy(config: Config, parallel: Parallel, vocab_size: int, checkpoin
     """
     policy = start_policy(config, parallel, vocab_size, None, checkpoint is None)
     if checkpoint is not None:
-        policy.set_weights(CheckpointShards(checkpoint, policy.chunks, policy.table, parallel))
+        policy.set_weights(CheckpointShards(checkpoint, policy.chunks, policy.param_mapping, parallel))
         policy.version = read_version(checkpoint)
     return policy

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import RECIPE
-from tiny_run import STEPS, lasting, rows, train
 
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.cli.main import main
 from opo_megatron.config import load_config
 from opo_megatron.tasks.lift import LiftTask
+from tests.support.fixtures import RECIPE
+from tests.support.tiny_run import STEPS, lasting, rows, train
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -129,7 +129,7 @@ def test_resumed_run_is_the_uninterrupted_one(finished: Path, tmp_path: Path, ne
         assert path.read_bytes() == (run_dir / "rollouts" / path.name).read_bytes()
 
 
-def test_a_finished_run_that_is_started_again_says_so_and_keeps_its_summary(
+def test_a_finished_run_started_again_keeps_its_summary(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "again"

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from record import write_record
+from bench.record import write_record
 from torch import Tensor
 
 from opo_megatron.algorithm.advantages import compute_advantages

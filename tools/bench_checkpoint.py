@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from record import write_record
+from bench.record import write_record
 
 from opo_megatron.algorithm.objective import Supervised
 from opo_megatron.batch.rollouts import Rollouts

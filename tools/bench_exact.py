@@ -19,8 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.record import write_record
 from bench_loop import PHASES, ROOT, phases, rows_of
-from record import write_record
 
 MODES = {
     "exact": ("rollout.local.exact=true", "on_policy.tolerance=0"),

@@ -27,8 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.record import write_record
 from bench_weights import resident
-from record import write_record
 
 SIZES = ("2048x32768x512", "2048x65536x1024")
 ARMS = ("ours", "megatron", "autograd")

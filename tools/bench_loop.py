@@ -30,7 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from record import write_record
+from bench.record import write_record
 
 ROOT = Path(__file__).parent.parent
 PHASES = ("rollout", "reward", "train", "sync")
@@ -240,7 +240,7 @@ def hugging_face_model(run: Any, weights: dict[str, Any]) -> Any:
 
 def training(run: Any, weights: dict[str, Any]) -> dict[str, float]:
     import torch
-    from plain_torch import PlainModel, policy_gradient_step
+    from bench.plain_torch import PlainModel, policy_gradient_step
 
     from opo_megatron.algorithm.objective import PolicyGradient
     from opo_megatron.batch.micro_batch import build_micro_batches

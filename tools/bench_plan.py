@@ -4,7 +4,7 @@
     python tools/bench_plan.py --memory    only memory, nothing is written (CPU ranks: two minutes)
     python tools/bench_plan.py --times     only times, nothing is written
 
-Memory: `tools/plan_memory.py`, six layouts; within 10 % on every rank, else exit code 1.
+Memory: `tools/bench/plan_memory.py`, six layouts; within 10 % on every rank, else exit code 1.
 
 Times: one constant, `step_overhead`, is fitted to the first row; the others are predictions, whose errors are
 stated as they come.  The rows are GRPO's on H100s in bf16, on-policy (NeMo RL's performance summary), with
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from record import write_record
+from bench.record import write_record
 
 LARGEST_ERROR = 0.1
 """Of memory."""
@@ -88,7 +88,7 @@ def misses(results: dict[str, Any]) -> list[str]:
 
 
 def memory() -> dict[str, Any]:
-    from plan_memory import LAYOUTS, measured, predicted
+    from bench.plan_memory import LAYOUTS, measured, predicted
 
     found = {}
     for layout in LAYOUTS:

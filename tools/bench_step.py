@@ -29,7 +29,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from record import write_record
+from bench.record import write_record
 
 from opo_megatron.algorithm.objective import Clipped, PolicyGradient
 from opo_megatron.batch.rollouts import Rollouts

@@ -31,8 +31,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from bench.record import write_record
 from bench_weights import resident
-from record import write_record
 
 ROOT = Path(__file__).parent.parent
 TRANSPORTS = ("tensor", "distributed", "disk")

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from record import write_record
+from bench.record import write_record
 
 from opo_megatron.updates.variance_report import relative_noise
 

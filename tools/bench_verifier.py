@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from record import write_record
-from verifier_sets import Solution, boxed, solutions, wrong_answers
+from bench.record import write_record
+from bench.verifier_sets import Solution, boxed, solutions, wrong_answers
 
 from opo_megatron.tasks.math_answers import reference
 from opo_megatron.tasks.worker_pool import WorkerPool

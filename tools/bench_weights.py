@@ -95,7 +95,7 @@ def compare(work: Path, options: argparse.Namespace) -> int:
     }
     print(json.dumps({name: value for name, value in results.items() if name != "runs"}, indent=2))
     if not options.no_record:
-        from record import write_record
+        from bench.record import write_record
 
         print(f"written to {write_record('weights', results)}")
     missed = [claim for claim, holds in claims.items() if not holds]
@@ -165,9 +165,8 @@ def copy(source: Path, target: Path) -> Any:
 
 
 def convert(source: Path, target: Path) -> Any:
-    from opo_megatron.cli.checkpoint_options import config_of
-
     from opo_megatron.checkpoint.convert import convert
+    from opo_megatron.cli.checkpoint_options import config_of
     from opo_megatron.config.architecture import read_architecture
     from opo_megatron.distributed.process_groups import initialize
 
@@ -177,9 +176,8 @@ def convert(source: Path, target: Path) -> Any:
 
 
 def export(source: Path, target: Path) -> Any:
-    from opo_megatron.cli.checkpoint_options import config_of
-
     from opo_megatron.checkpoint.convert import export
+    from opo_megatron.cli.checkpoint_options import config_of
     from opo_megatron.config.architecture import read_architecture
     from opo_megatron.distributed.process_groups import initialize
     from opo_megatron.weights.hf_folder import DEFAULT_SHARD_BYTES

@@ -24,9 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.gpu_kernels import KERNELS
+from bench.record import write_record
 from bench_sync import SIZES
-from gpu_kernels import KERNELS
-from record import write_record
 
 ROOT = Path(__file__).parent.parent
 SECTION_SECONDS = 120

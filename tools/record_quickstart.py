@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from record import write_record
+from bench.record import write_record
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 

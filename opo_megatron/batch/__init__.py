@@ -1,1 +1,3 @@
-"""A batch on its way from an engine to the optimizer: rollouts, their statistics, redistribution over ranks, micro-batches, packing."""
+"""A batch between engine and optimizer: rollouts, statistics, redistribution, micro-batches, packing."""
+
+import opo_megatron.utils.quiet_megatron  # noqa: F401  before Megatron is imported

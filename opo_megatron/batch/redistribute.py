@@ -1,4 +1,4 @@
-"""Samples move between ranks: from the rank that generated them to the data-parallel rank that trains on them.
+"""Samples move from the rank that generated them to the data-parallel rank that trains on them.
 
 Every rank generates a contiguous block of the step's samples, whatever its coordinates; each data-parallel
 rank then receives the tokens of its own samples only, in the order of its micro-batches.

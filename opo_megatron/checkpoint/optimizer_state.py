@@ -24,7 +24,7 @@ STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
 class Pieces:
-    """The states of a buffer's parameters, each a tensor of its own; `[start:end]` are positions in the buffer."""
+    """The states of a buffer's parameters, each a tensor of its own; indexed by positions in the buffer."""
 
     def __init__(self, pieces: Mapping[tuple[int, int], Tensor]) -> None:
         self._pieces = pieces

@@ -22,8 +22,8 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantize",
         choices=["fp8_block", "fp8"],
-        help="FP8 matrices: fp8_block has a scale per 128×128 block, computed from the weights during the "
-        "export; fp8 has one per tensor, for activations too, calibrated by nvidia-modelopt on prompts, for "
+        help="FP8 matrices: fp8_block has a scale per 128×128 block, computed from the weights as they are "
+        "written; fp8 has one per tensor, for activations too, calibrated by nvidia-modelopt on prompts, for "
         "which the whole model is loaded",
     )
     group.add_argument(

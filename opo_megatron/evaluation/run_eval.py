@@ -38,7 +38,7 @@ from opo_megatron.tasks.benchmarks import HELD_OUT, Benchmark, check_vocabulary
 from opo_megatron.utils.disk import report_disk_errors
 
 WORK = "work"
-"""Subfolder of the results for files that are needed only while the evaluation runs: rank status, server logs."""
+"""Subfolder of the results for what exists only while the evaluation runs: rank status, server logs."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which weights `opo eval` evaluates: a run's newest checkpoint, one checkpoint, or a recipe's initial ones."""
+"""Which weights `opo eval` uses: a run's newest checkpoint, one checkpoint, or a recipe's initial ones."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def _triton_softmax(
     vocabulary: VocabularyShard,
     temperature: float,
 ) -> Gradient:
-    """`_softmax` in one launch, and its gradient in another, over the logits; `buffer` is in weight's type."""
+    """`_softmax` in one launch, and its gradient in another, over the logits; `buffer` has weight's type."""
     from opo_megatron.kernels.triton_softmax import gradient_in_place, row_statistics
 
     logits = torch.mm(hidden[part], weight.t(), out=buffer[: part.stop - part.start])

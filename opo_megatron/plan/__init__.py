@@ -6,4 +6,4 @@ the plan counts what will run.  Only two things are modelled: times (`times.py`,
 bandwidths), and the engine's memory (`engine.py`), which SGLang allocates.
 """
 
-import opo_megatron.policy  # noqa: F401  silences Megatron's warnings, before it is imported
+import opo_megatron.utils.quiet_megatron  # noqa: F401  before Megatron is imported

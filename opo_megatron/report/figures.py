@@ -212,14 +212,14 @@ def _canvas(width: float, height: float) -> Iterator[Canvas]:
 
 def _render(canvas: Canvas, with_png: bool) -> tuple[str, bytes | None]:
     """SVG, and PNG if requested."""
-    drawing = StringIO()
-    canvas.savefig(drawing, format="svg", metadata={"Date": None})
+    svg = StringIO()
+    canvas.savefig(svg, format="svg", metadata={"Date": None})
     if not with_png:
-        return drawing.getvalue(), None
+        return svg.getvalue(), None
     canvas.set_layout_engine("none")  # keep the layout of the SVG
     picture = BytesIO()
     canvas.savefig(picture, format="png", dpi=150)
-    return drawing.getvalue(), picture.getvalue()
+    return svg.getvalue(), picture.getvalue()
 
 
 def _figure(name: str, section: str, title: str, caption: str, svg: str, png: bytes | None) -> Figure:

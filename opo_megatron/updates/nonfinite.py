@@ -1,4 +1,4 @@
-"""A reward, loss or gradient that is NaN or infinite: the rollouts are kept, the step is skipped or the run ends.
+"""A reward, loss or gradient that is NaN or infinite: rollouts are kept, the step is skipped or the run ends.
 
 All ranks find out alike, before the optimizer step, so the weights stay as they are (as the updates
 before it left them, where a batch has several).  A skipped step logs `skipped` = 1 and no other metrics

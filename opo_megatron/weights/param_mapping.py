@@ -229,7 +229,7 @@ def hf_shapes(model: ModelConfig, vocab_size: int) -> dict[str, Shape]:
 def _layer(
     model: ModelConfig, layer: int, stages: Stages, ep_size: int, spec: LayerSpec
 ) -> Iterator[Parameter]:
-    stage, chunk, local = stages.place(layer)
+    stage, chunk, layer_of_chunk = stages.place(layer)
     sizes, local_experts = _dimensions(model), (model.num_moe_experts or 0) // ep_size
     for row in (row for row in PARAM_SPECS if row.when(model)):
         name = row.mcore_name if spec == "local" or row.transformer_engine is None else row.transformer_engine
@@ -243,5 +243,5 @@ def _layer(
                 tuple((f"model.layers.{layer}.{n.format(e=e)}", shape) for n, shape in shapes.items())
                 for e in experts
             )
-            ours = f"decoder.layers.{local}.{name.format(j=j)}"
+            ours = f"decoder.layers.{layer_of_chunk}.{name.format(j=j)}"
             yield Parameter(ours, row.sharding(model), tensors, stage, chunk, row.is_expert)

@@ -149,7 +149,7 @@ def _collect(
 
 
 def _gather_rows(flat: Tensor, size: int, group: Any, to: Receivers) -> Tensor | None:
-    """[rows, n] of each rank → [size · rows, n], rank by rank; None on all but the first with `to="rank0"`."""
+    """[rows, n] of each rank → [size · rows, n], rank by rank; with `to="rank0"` None but on the first."""
     if size == 1:
         return flat
     flat = flat.contiguous()

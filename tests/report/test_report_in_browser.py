@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser, browser
-from conftest import require
-from made_runs import BYTES, HOSTILE, make_run
 
 from opo_megatron.cli.main import main
+from tests.support.browser import Browser, browser
+from tests.support.fake_runs import BYTES, HOSTILE, make_run
+from tests.support.requirements import require
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,7 @@ def choose(chromium: Browser, control: str, value: str) -> None:
     )
 
 
-def test_the_page_is_drawn_without_a_complaint(opened: Browser, tmp_path: Path) -> None:
+def test_the_page_renders_without_console_messages(opened: Browser, tmp_path: Path) -> None:
     boxes = opened.run(
         "[...document.querySelectorAll('figure svg')].map(svg => svg.getBoundingClientRect())"
         ".map(box => [box.width, box.height])"

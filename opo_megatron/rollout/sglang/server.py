@@ -179,13 +179,13 @@ class Server:
         for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
             kept.pop(name, None)
         kept["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for CONTEXT_MARGIN
+        # None on a CPU: SGLang asks torch for GPUs, not its own option --device.
+        kept["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus or ())
         if self.gpus is None:
             # More threads than idle cores make it many times slower, as they do the ranks.
             kept["OMP_NUM_THREADS"] = str(self.config.run.threads_per_rank)
             # The C library would map fresh pages for every bucket, which takes longer than filling them.
             kept |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-        else:
-            kept["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
         return kept
 
     def _wait_until_ready(self, show_status: Callable[[str], None], begin: int) -> None:

@@ -1,0 +1,423 @@
+"""FP8 and the options of big models without a GPU: rules, Megatron's fields, and what the engine is sent.
+
+Transformer Engine cannot be imported here.  So the configuration object is Megatron's own, what is made of
+it is read from Megatron's source, and the layer spec is built with stand-ins of the same names.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import fp8_utils
+from megatron.core.enums import Fp8Recipe
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.optimizer import optimizer_config
+
+from opo_megatron.algorithm.objective import Supervised
+from opo_megatron.batch.micro_batch import build_micro_batches, schedule_micro_batches
+from opo_megatron.build import joined_ranks
+from opo_megatron.config import to_yaml
+from opo_megatron.config.choices import Fp8
+from opo_megatron.config.compare import check_resume
+from opo_megatron.distributed.process_groups import initialize, shutdown
+from opo_megatron.errors import UserError
+from opo_megatron.kernels.fp8 import Scales, dequantize_blocks, quantize_blocks
+from opo_megatron.policy import layer_specs, optimizer
+from opo_megatron.policy.layer_specs import (
+    check_context_device,
+    fp8_lacks,
+    layer_spec,
+    spec_name,
+    token_multiple,
+)
+from opo_megatron.policy.model import transformer_config
+from opo_megatron.policy.optimizer import megatron_optimizer
+from opo_megatron.rollout.sglang.engine import SglangEngine
+from opo_megatron.rollout.sglang.server import write_model_config
+from opo_megatron.rollout.sglang.transfer import _copy_shared
+from opo_megatron.weights.fp8_folder import BlockFp8
+from tests.support.fixtures import VOCAB_SIZE, ragged_rollouts, small_config, small_policy
+
+CPU = torch.device("cpu")
+BIG = (
+    "policy.dtype=bf16",
+    "policy.model.hidden_size=256",
+    "policy.model.kv_channels=128",
+    "policy.model.ffn_hidden_size=512",
+    "policy.model.num_query_groups=2",
+)
+BLOCKWISE = (*BIG, "policy.fp8=blockwise")
+
+
+def config_of(*overrides: str, world_size: int = 1) -> Any:
+    return small_config(*overrides, world_size=world_size).policy
+
+
+# ---------------------------------------------------------------------- Megatron's fields
+
+
+@pytest.mark.parametrize(
+    ("fp8", "form", "recipe"),
+    [
+        ("blockwise", "e4m3", Fp8Recipe.blockwise),
+        ("tensorwise", "hybrid", Fp8Recipe.tensorwise),
+        ("delayed", "hybrid", Fp8Recipe.delayed),
+        ("mxfp8", "e4m3", Fp8Recipe.mxfp8),
+    ],
+)
+def test_fp8_becomes_megatrons_recipe(fp8: str, form: str, recipe: Fp8Recipe) -> None:
+    config = transformer_config(config_of(*BIG, f"policy.fp8={fp8}"), CPU)
+    assert (config.fp8, config.fp8_recipe) == (form, recipe)
+    assert not config.fp8_param and not config.fp8_dot_product_attention and not config.first_last_layers_bf16
+    if fp8 == "delayed":
+        assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (1024, "max")
+
+
+def test_megatron_makes_of_every_recipe_the_class_that_is_meant() -> None:
+    source = Path(inspect.getfile(fp8_utils)).read_text()
+    for recipe, kind in (
+        ("blockwise", "Float8BlockScaling"),
+        ("tensorwise", "Float8CurrentScaling"),
+        ("delayed", "TEDelayedScaling"),
+        ("mxfp8", "MXFP8BlockScaling"),
+    ):
+        _, _, behind = source.partition(f"config.fp8_recipe == Fp8Recipe.{recipe}")
+        assert kind in behind.split("elif")[0], recipe
+
+
+def test_without_fp8_nothing_of_it_is_set() -> None:
+    config = transformer_config(config_of(), CPU)
+    assert config.fp8 is None and not config.gradient_accumulation_fusion
+    assert config.recompute_granularity is None
+
+
+def test_on_gpus_what_can_be_imported_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, found = SimpleNamespace(type="cuda"), set[str]()
+    monkeypatch.setattr(layer_specs, "find_spec", lambda name: name if name in found else None)
+    policy = config_of()
+    assert spec_name(gpu) == "local"
+    assert layer_specs.device_fields(policy, gpu) == {"gradient_accumulation_fusion": False}
+    found |= {"transformer_engine", "fused_weight_gradient_mlp_cuda"}
+    assert spec_name(gpu) == "transformer_engine" and spec_name(CPU) == "local"
+    assert layer_specs.device_fields(policy, gpu) == {"gradient_accumulation_fusion": True}
+    assert layer_specs.device_fields(policy, CPU) == {"gradient_accumulation_fusion": False}
+    packed = config_of("policy.packing=thd")
+    assert layer_specs.device_fields(packed, gpu)["apply_rope_fusion"] is True
+    assert "apply_rope_fusion" not in layer_specs.device_fields(packed, CPU)
+    experts = config_of("policy.model.num_moe_experts=4")
+    assert layer_specs.device_fields(experts, gpu)["moe_grouped_gemm"] is True
+
+
+def test_transformer_engines_spec_is_megatrons(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.extensions import transformer_engine as extension
+    from megatron.core.extensions import transformer_engine_spec_provider as module
+
+    for name in [name for name in vars(module) if name.startswith("TE") and name != "TESpecProvider"]:
+        monkeypatch.setattr(module, name, type(name, (), {}))
+    monkeypatch.setattr(module, "is_te_min_version", lambda version: True)
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", module.TESpecProvider, raising=False)
+    norm = type("TENorm", (), {})
+    monkeypatch.setattr(extension, "TENorm", norm, raising=False)
+    config = transformer_config(config_of(*BLOCKWISE), CPU)
+    spec, last = layer_spec(config, "transformer_engine", exact=False)
+    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    assert last is norm
+    assert attention.linear_qkv.__name__ == mlp.linear_fc1.__name__ == "TELayerNormColumnParallelLinear"
+    assert attention.linear_proj.__name__ == mlp.linear_fc2.__name__ == "TERowParallelLinear"
+    assert attention.core_attention.__name__ == "TEDotProductAttention"
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(UserError) as refused:
+        small_config(*overrides)
+    return str(refused.value)
+
+
+SGLANG = "rollout.engine=sglang"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("policy.fp8=blockwise",), "policy.fp8=blockwise with policy.dtype=fp32"),
+        ((*BLOCKWISE, "policy.device=cpu"), "Transformer Engine has no FP8 on a CPU; set policy.fp8=null"),
+        ((*BLOCKWISE, "policy.model.num_moe_experts=4"), "experts in FP8 are not implemented"),
+        ((*BLOCKWISE, SGLANG, "policy.model.ffn_hidden_size=320"), "ffn_hidden_size / policy.tensor_model"),
+        ((*BLOCKWISE, SGLANG, "policy.model.kv_channels=64"), "kv_channels is 64, which must be a multiple"),
+        ((*BLOCKWISE, "policy.model.ffn_hidden_size=520"), "is 520, which must be a multiple of 16 for FP8"),
+        ((*BIG, SGLANG, "rollout.sglang.fp8=true"), "policy.fp8 is null, so the engine would generate with"),
+        ((*BIG, "policy.fp8=delayed", SGLANG, "rollout.sglang.fp8=true"), "set policy.fp8=blockwise or"),
+        (("policy.megatron.fp8=hybrid",), "is set by the project; set policy.fp8 instead"),
+        (("policy.megatron.fp8_recipe=delayed",), "set policy.fp8 instead"),
+        (("policy.recompute=full", "policy.megatron.recompute_granularity=full"), "is set too; remove one"),
+        (("policy.packing=thd", "rollout.local.exact=true"), "needs policy.packing=padded, but it is thd"),
+        ((*BIG, "policy.optimizer_offload=1.5"), "offload is 1.5; it must be between 0 and 1"),
+        ((*BIG, "policy.optimizer_offload=1", "policy.device=cpu"), "is in host memory anyway; set policy"),
+        (("policy.optimizer_offload=0.5",), "offload=0.5 with policy.dtype=fp32 and policy."),
+        ((*BIG, "policy.optimizer_offload=1", "policy.distributed_optimizer=false"), "=false, but Megatron"),
+        (("policy.context_parallel_size=2",), "is 2 with policy.packing=padded, but only packed sequences"),
+        ((SGLANG, "policy.model.num_moe_experts=4"), "would route tokens to different experts"),
+    ],
+)  # fmt: skip
+def test_contradictions_and_what_is_not_built_are_refused(overrides: tuple[str, ...], words: str) -> None:
+    assert words in refusal(*overrides)
+
+
+H100, B200, A100 = (9, 0), (10, 0), (8, 0)
+
+
+@pytest.mark.parametrize(
+    ("fp8", "capability", "engine", "cuda", "words"),
+    [
+        ("blockwise", H100, "2.11.0", "13.0", None),
+        ("tensorwise", H100, "2.9.0", "12.4", None),
+        ("mxfp8", B200, "2.11.0", "13.0", None),
+        ("mxfp8", H100, "2.11.0", "13.0", "10.0 (Blackwell), and this GPU has 9.0; set policy.fp8=blockwise"),
+        ("delayed", A100, "2.11.0", "13.0", "8.9 (Ada or Hopper), and this GPU has 8.0; set policy.fp8=null"),
+        ("blockwise", H100, "2.11.0", "12.8", "CUDA 12.9 or newer, and torch is built for 12.8"),
+        ("blockwise", H100, None, "13.0", "Transformer Engine, which is not installed; install it with: pip"),
+        ("blockwise", H100, "2.13.0", "13.0", "2.9 or newer, below 2.12, and 2.13.0 is installed"),
+    ],
+)
+def test_what_a_gpu_lacks_for_fp8_is_named(
+    fp8: str, capability: tuple[int, int], engine: str | None, cuda: str, words: str | None
+) -> None:
+    lacks = fp8_lacks(Fp8(fp8), capability, engine, cuda)
+    assert lacks is None if words is None else words in str(lacks)
+
+
+def test_fp8_on_a_machine_without_a_gpu_is_refused_when_the_run_starts() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    refused = pytest.raises(UserError, match=r"policy\.fp8=blockwise needs a GPU, and this run is on a CPU")
+    with refused, joined_ranks(small_config(*BLOCKWISE)):
+        pass
+
+
+def test_offload_becomes_megatrons_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Megatron's own dataclass, which checks them, and its own rule for what they must be used with."""
+    monkeypatch.setattr(optimizer_config, "is_te_min_version", lambda version: True)
+    config = small_config(*BIG, "policy.optimizer_offload=0.5")
+    made = megatron_optimizer(config.policy, config.optimizer, torch.bfloat16)
+    assert made.optimizer_cpu_offload and made.optimizer_offload_fraction == 0.5
+    # Only so do master weights belong to the hybrid optimizer, and gradients reach it as it reads them.
+    assert made.use_precision_aware_optimizer_no_fp8_or_ds_fp8 and made.decoupled_weight_decay
+    assert made.main_params_dtype == made.exp_avg_dtype == made.exp_avg_sq_dtype == torch.float32
+    plain = small_config(*BIG)
+    made = megatron_optimizer(plain.policy, plain.optimizer, torch.bfloat16)
+    assert not made.optimizer_cpu_offload and not made.use_precision_aware_optimizer
+
+
+def test_recipes_of_runs_that_had_a_switch_for_offload_still_load() -> None:
+    assert small_config("policy.optimizer_offload=false").policy.optimizer_offload == 0.0
+
+
+def test_offload_on_a_machine_without_a_gpu_is_refused_when_the_run_starts() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    refused = pytest.raises(UserError, match=r"policy\.optimizer_offload=1 needs a GPU, and this run is on a")
+    with refused, joined_ranks(small_config(*BIG, "policy.optimizer_offload=1")):
+        pass
+
+
+def test_offload_without_transformer_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, policy = SimpleNamespace(type="cuda"), config_of(*BIG, "policy.optimizer_offload=0.25")
+    monkeypatch.setattr(optimizer, "find_spec", lambda name: name)
+    optimizer.check_offload_device(policy, gpu)
+    monkeypatch.setattr(optimizer, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"offload=0\.25 needs Transformer Engine, which is not installed; inst"
+    ):
+        optimizer.check_offload_device(policy, gpu)
+
+
+def test_a_resumed_run_keeps_its_fp8_unless_a_change_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(small_config(*BIG)))
+    with pytest.raises(UserError, match=r"policy\.fp8 is .*blockwise but was None"):
+        check_resume(small_config(*BLOCKWISE), tmp_path / "config.yaml", 3, [])
+    check_resume(small_config(*BLOCKWISE), tmp_path / "config.yaml", 3, ["policy.fp8"])
+    check_resume(small_config(*BIG, "policy.recompute=full"), tmp_path / "config.yaml", 3, [])
+
+
+# ---------------------------------------------------------------------- shapes and recomputation
+
+
+@pytest.mark.parametrize(("fp8", "one"), [("blockwise", 128), ("tensorwise", 16), ("delayed", 16)])
+def test_fp8_micro_batches_hold_whole_blocks_on_every_rank(fp8: str, one: int) -> None:
+    policy = config_of(*BIG, f"policy.fp8={fp8}")
+    assert token_multiple(policy) == one
+    parallel = replace(policy, tensor_model_parallel_size=2, sequence_parallel=True)
+    assert token_multiple(parallel) == 2 * one
+    assert token_multiple(replace(parallel, context_parallel_size=4)) == 8 * one
+    batch = ragged_rollouts(24)
+    schedule = schedule_micro_batches(batch.sequence_lengths.tolist(), 1, 128)
+    batch = batch.select([i for rows in schedule.assignment[0] for i in rows])
+    plain = build_micro_batches(batch, schedule, 0, {}, 2, CPU)
+    for before, micro in zip(
+        plain, build_micro_batches(batch, schedule, 0, {}, 2, CPU, 2 * one), strict=True
+    ):
+        rows, width = micro.tokens.shape
+        assert rows * width % (2 * one) == 0 and width % 2 == 0
+        assert (
+            width - before.tokens.shape[1] < 2 * one // math.gcd(2 * one, rows) + 2
+        )  # and no more than that
+        assert torch.equal(micro.targets, before.targets)
+        taken = micro.tokens[:, : before.tokens.shape[1]]
+        assert torch.equal(taken, before.tokens) and not micro.tokens[:, before.tokens.shape[1] :].any()
+
+
+def test_megatron_gets_the_context_parallel_size() -> None:
+    policy = config_of("policy.packing=thd", "policy.context_parallel_size=2", world_size=2)
+    config = transformer_config(policy, CPU)
+    assert config.context_parallel_size == 2 and config.cp_comm_type is None  # Megatron's default, a ring
+
+
+def test_context_parallelism_on_gpus_is_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_specs, "spec_name", lambda device: "transformer_engine")
+    cut = ("policy.packing=thd", "policy.context_parallel_size=2")
+    check_context_device(config_of(*cut, "policy.dtype=bf16", world_size=2), CPU)
+    check_context_device(config_of(), CPU)
+    with pytest.raises(UserError, match=r"=2 with policy\.dtype=fp32, but .* set policy\.dtype=bf16, or"):
+        check_context_device(config_of(*cut, world_size=2), CPU)
+    monkeypatch.setattr(layer_specs, "spec_name", lambda device: "local")
+    check_context_device(config_of(*cut, world_size=2), CPU)
+
+
+def test_recomputed_activations_give_the_same_gradient() -> None:
+    batch, gradients = ragged_rollouts(8), {}
+    batch.is_demonstration = True
+    parallel = initialize(small_config())
+    try:
+        for recompute in ("none", "selective", "full"):
+            policy = small_policy(small_config(f"policy.recompute={recompute}"), parallel)
+            assert policy.megatron_config.recompute_granularity == (
+                None if recompute == "none" else recompute
+            )
+            schedule = policy.schedule(batch.sequence_lengths)
+            policy.checked_gradients(batch.select(schedule.samples_of(0)), schedule, Supervised(len(batch)))
+            gradients[recompute] = [b.grad_data.clone() for c in policy.ddp_chunks for b in c.buffers]
+    finally:
+        shutdown()
+    assert float(gradients["none"][0].norm()) > 0
+    for recompute in ("selective", "full"):
+        for ours, theirs in zip(gradients[recompute], gradients["none"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
+
+
+# ---------------------------------------------------------------------- what the engine is sent
+
+
+def test_blockwise_and_an_sglang_engine_go_together(tmp_path: Path) -> None:
+    assert small_config(*BLOCKWISE, SGLANG).rollout.sglang.fp8 is True
+    assert small_config(*BLOCKWISE, SGLANG, "rollout.sglang.fp8=false").rollout.sglang.fp8 is False
+    assert small_config(*BLOCKWISE).rollout.sglang.fp8 is False
+    assert small_config(*BIG, SGLANG).rollout.sglang.fp8 is False
+    config = small_config(*BLOCKWISE, SGLANG)
+    fp8 = BlockFp8(replace(config.policy.model, vocab_size=VOCAB_SIZE), Scales.power_of_two)
+    write_model_config(config, VOCAB_SIZE, tmp_path, fp8.config)
+    described = (tmp_path / "config.json").read_text()
+    assert '"weight_block_size"' in described and '"ue8m0"' in described
+
+
+class Client:
+    """A server that takes every post."""
+
+    url = "http://nowhere"
+
+    def post(self, path: str, **body: Any) -> dict[str, bool]:
+        return {"success": True}
+
+    def offers(self, path: str) -> bool:
+        return True
+
+
+class Transfer:
+    """Keeps what a server would have got."""
+
+    def __init__(self) -> None:
+        self.got: dict[str, torch.Tensor] = {}
+
+    def send(self, bucket: Any) -> Any:
+        return lambda: self.got.update(bucket)
+
+    def finish(self) -> None:
+        pass
+
+
+def engine_with(fp8: BlockFp8) -> tuple[SglangEngine, Transfer]:
+    engine, transfer = SglangEngine.__new__(SglangEngine), Transfer()
+    client: Any = Client()
+    engine.config = small_config(*BLOCKWISE, SGLANG)
+    engine.settings, engine.parallel = engine.config.rollout.sglang, SimpleNamespace(rank=0)  # type: ignore[assignment]
+    engine._fp8, engine._owner, engine._clients, engine._released = fp8, 0, [client], set()
+    engine._transfers = {client.url: transfer}  # type: ignore[dict-item]
+    return engine, transfer
+
+
+def test_the_engine_gets_the_trainers_bytes(tmp_path: Path) -> None:
+    """Shard by shard at tensor parallelism 2, as the trainer quantizes, is the whole as it is sent."""
+    model = replace(small_config(*BLOCKWISE).policy.model, vocab_size=VOCAB_SIZE)
+    generator = torch.Generator().manual_seed(0)
+    gate = torch.randn(512, 256, generator=generator).bfloat16()
+    norm = torch.ones(256, dtype=torch.bfloat16)
+    engine, transfer = engine_with(BlockFp8(model, Scales.power_of_two))
+    name = "model.layers.0.mlp.gate_proj.weight"
+    engine.update_weights(iter([[(name, gate), ("model.norm.weight", norm)]]), 3)
+    assert engine.version == 3
+    assert set(transfer.got) == {name, name + "_scale_inv", "model.norm.weight"}
+    assert transfer.got["model.norm.weight"].dtype is torch.bfloat16
+    sent, scale = transfer.got[name], transfer.got[name + "_scale_inv"]
+    for rank, shard in enumerate(gate.chunk(2)):
+        values, own = quantize_blocks(name, shard, Scales.power_of_two)
+        assert torch.equal(values.view(torch.uint8), sent.chunk(2)[rank].view(torch.uint8))
+        assert torch.equal(own, scale.chunk(2)[rank])
+    assert torch.equal(scale.log2(), scale.log2().round())
+    assert float((dequantize_blocks(sent, scale) - gate.float()).abs().max()) <= 2**-4 * float(
+        gate.abs().max()
+    )
+
+
+def test_a_weight_that_has_no_fp8_ends_the_update_after_the_whole_stream() -> None:
+    model = replace(small_config(*BLOCKWISE).policy.model, vocab_size=VOCAB_SIZE)
+    engine, transfer = engine_with(BlockFp8(model, Scales.power_of_two))
+    bad = torch.full((512, 256), math.nan, dtype=torch.bfloat16)
+    stream = iter([[("model.layers.0.mlp.gate_proj.weight", bad)], [("model.norm.weight", torch.ones(256))]])
+    with pytest.raises(UserError, match="NaN or infinite"):
+        engine.update_weights(stream, 3)
+    assert engine.version is None and transfer.got == {} and next(stream, None) is None
+
+
+def test_a_bucket_of_several_types_keeps_each() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(128, 128, generator=generator)
+    values, scale = quantize_blocks("w", weight, Scales.power_of_two)
+    bucket = [("a", values), ("b", scale), ("c", weight.bfloat16()), ("d", torch.ones(3))]
+    for (name, tensor), (_, copy) in zip(bucket, shared := _copy_shared(bucket), strict=True):
+        assert copy.dtype is tensor.dtype and copy.shape == tensor.shape, name
+        assert torch.equal(copy.view(torch.uint8), tensor.view(torch.uint8))
+        assert copy.storage_offset() * copy.element_size() % 16 == 0
+    assert len({copy.untyped_storage().data_ptr() for _, copy in shared}) == 1 and copy.is_shared()
+
+
+def test_power_of_two_scales_are_transformer_engines() -> None:
+    """Its kernel takes 448 / amax and cuts the fraction off; ours takes amax / 448 and rounds up."""
+    generator = torch.Generator().manual_seed(0)
+    largest = torch.cat([torch.rand(4000, generator=generator) * 10, 448 * 2.0 ** torch.arange(-30, 9)])
+    largest = torch.cat(
+        [largest, largest.nextafter(torch.tensor(math.inf)), largest.nextafter(torch.tensor(0.0))]
+    )
+    blocks = torch.zeros(len(largest) * 128, 128)
+    blocks[::128, 0] = largest
+    _, ours = quantize_blocks("w", blocks, Scales.power_of_two)
+    encoded = ((448 / largest).view(torch.int32) & ~0x7FFFFF).view(torch.float32)
+    assert torch.equal(ours[:, 0], 1 / encoded)

@@ -1,0 +1,148 @@
+"""The head's gradients, energies and inner products under every layout: against float64, and one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from opo_megatron.distributed.process_groups import initialize, shutdown
+from opo_megatron.weights.random_init import random_weights
+from tests.support import dense_reference
+from tests.support.fixtures import VOCAB_SIZE, small_config
+from tests.support.paths import WORKERS
+from tests.support.requirements import run_ranks_of
+from tests.support.workers import algorithm_worker
+from tests.support.workers.algorithm_worker import HEAD_SHAPES, TEMPERATURE
+
+WORKER = WORKERS / "algorithm_worker.py"
+TP2, PP2 = "policy.tensor_model_parallel_size=2", "policy.pipeline_model_parallel_size=2"
+TP4 = "policy.tensor_model_parallel_size=4,policy.model.num_query_groups=4"
+SP, VPP2 = "policy.sequence_parallel=true", "policy.virtual_pipeline_model_parallel_size=2"
+PACKED = "policy.packing=thd"
+CP2 = f"{PACKED},policy.context_parallel_size=2"
+PLAIN = "policy.distributed_optimizer=false"
+TIED = "policy.model.tie_embeddings=true"
+SUMS = ("energy", "energy_hidden", "gram_output", "gram_output_energy", "gram_all", "gram_all_energy")
+
+
+def close(found: Tensor, expected: Tensor, what: str, relative: float = 1e-5) -> None:
+    """Largest error as a share of the largest value."""
+    error = float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+    assert error <= relative, f"{what}: {error:.1e}"
+
+
+def truth(overrides: str) -> dict[str, Any]:
+    """Gradients and inner products in float64, from the dense model, sample by sample."""
+    config = small_config(*[part for part in overrides.split(",") if part])
+    model, rollouts = config.policy.model, algorithm_worker.batch_of()
+    source = random_weights(model, VOCAB_SIZE, config.run.seed)
+    names = weight_names(overrides)
+    weights = {name: source(name)[:].double().requires_grad_() for name in names}
+    total = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    single: list[dict[str, Tensor]] = []
+    for i in range(len(rollouts)):
+        one = rollouts.select([i])
+        prompt, response = one.prompt_tokens.tolist(), one.response_tokens.tolist()
+        log_prob = dense_reference.log_probs(model, weights, prompt, response, TEMPERATURE).sum()
+        gradients = dict(zip(names, torch.autograd.grad(log_prob, list(weights.values())), strict=True))
+        single.append(gradients)
+        for name in names:
+            total[name] += -float(rollouts.advantages[i]) / 100.0 * gradients[name]
+    flat = torch.stack([torch.cat([g.flatten() for g in one.values()]) for one in single[:8]])
+    found: dict[str, Any] = {"gradients": total, "gram_all": flat @ flat.T}
+    if not model.tie_embeddings:
+        head = torch.stack([one["lm_head.weight"].flatten() for one in single[:8]])
+        found["gram_output"] = head @ head.T
+    return found
+
+
+def weight_names(overrides: str) -> list[str]:
+    parallel = initialize(small_config())
+    policy = algorithm_worker.small_policy(
+        small_config(*[part for part in overrides.split(",") if part and "parallel" not in part]), parallel
+    )
+    names = [name for bucket in policy.stream_weights() for name, _ in bucket]
+    shutdown()
+    return names
+
+
+def check(tmp_path: Path, ranks: int, model: str, *cuts: str) -> None:
+    parts = [part for part in model.split(",") if part]
+    expected = truth(model)
+    one_process = algorithm_worker.measure(parts, initialize(small_config(*parts)))
+    shutdown()
+    output = tmp_path / "found.pt"
+    layouts = [",".join(filter(None, (model, cut))) for cut in cuts]
+    run_ranks_of(WORKER, ranks, str(output), *layouts)
+    for layout, found in zip(("one process", *cuts), (one_process, *torch.load(output)), strict=True):
+        for name, gradient in found.get("gradients", {}).items():
+            close(gradient, expected["gradients"][name], f"{layout}: gradient of {name}")
+        for name in ("gram_all", "gram_output"):
+            if name in expected:
+                close(torch.tensor(found[name]), expected[name], f"{layout}: {name}", 2e-5)
+        for name in SUMS:
+            close(torch.tensor(found[name]), torch.tensor(one_process[name]), f"{layout}: {name}", 2e-5)
+        for shape, values in zip(HEAD_SHAPES, found.get("head", []), strict="head" in found):
+            check_head(shape, values, layout)
+    assert any("gradients" in found for found in torch.load(output)) or ranks > 2
+
+
+def check_head(shape: tuple[int, int, int], values: dict[str, Tensor], layout: str) -> None:
+    """Against float64 autograd of the definition."""
+    inputs = algorithm_worker.head_inputs(shape)
+    hidden = inputs["hidden"].double().requires_grad_()
+    weight = inputs["weight"].double().requires_grad_()
+    log_pi = torch.log_softmax(hidden @ weight.T / 1.3, -1)
+    log_prob = log_pi[torch.arange(len(hidden)), inputs["targets"]]
+    loss = -inputs["advantages"].double() * log_prob + 0.1 * log_prob**2
+    d_hidden, d_weight = torch.autograd.grad(loss.sum(), (hidden, weight))
+    expected = {
+        "log_prob": log_prob,
+        "entropy": -(log_pi.exp() * log_pi).sum(-1),
+        "sum_squares": log_pi.exp().square().sum(-1),
+        "loss": loss,
+        "d_hidden": d_hidden,
+        "d_weight": d_weight,
+    }
+    for name, value in expected.items():
+        close(values[name], value.detach(), f"{layout}: head {shape}: {name}")
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    check(tmp_path, 2, "", TP2, PP2, "", f"{PACKED},{PP2},{VPP2}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ranks, model, cuts",
+    [
+        (2, "", (f"{TP2},{SP}", f"{PP2},{VPP2}")),
+        (2, "", (PACKED, f"{PACKED},{TP2},{SP}", f"{PACKED},{PP2}")),
+        (2, TIED, (f"{PACKED},{TP2},{SP}", f"{PACKED},{PP2},{VPP2}")),
+        (2, "", (CP2, f"{CP2},{PLAIN},policy.recompute=selective", f"{CP2},{PLAIN},policy.recompute=full")),
+        (4, "", (f"{CP2},{PLAIN},{TP2},{SP}", f"{CP2},{PLAIN},{PP2},{VPP2}", f"{CP2},{PP2}", CP2)),
+        (4, "", (f"{PACKED},{TP2},{PP2},{VPP2},{SP}", f"{PACKED},{TP2}")),
+        (2, TIED, (TP2, f"{TP2},{SP}", PP2, f"{PP2},{VPP2}", "")),
+        (4, "", (f"{TP2},{PP2}", TP2, f"{PP2},{VPP2}")),
+        (4, "policy.model.num_query_groups=4", (TP4.split(",")[0],)),
+    ],
+    ids=[
+        "two",
+        "packed-two",
+        "packed-tied",
+        "context-two",
+        "context-four",
+        "packed-four",
+        "tied",
+        "four",
+        "tp4",
+    ],
+)
+def test_every_layout_has_the_gradients_of_one_process(
+    tmp_path: Path, ranks: int, model: str, cuts: tuple[str, ...]
+) -> None:
+    check(tmp_path, ranks, model, *cuts)

@@ -1,0 +1,105 @@
+"""Triton kernels: in Triton's interpreter against their torch twins, and compiled for H100 without one."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from opo_megatron import kernels
+from opo_megatron.algorithm.on_policy import HISTOGRAM
+from opo_megatron.kernels import triton_advantages as group_advantages
+from opo_megatron.kernels import triton_softmax as head_softmax
+from opo_megatron.kernels import triton_token_loss as token_loss
+
+INTERPRETED = sorted(Path(__file__).parent.glob("interpreted_*.py"))
+
+
+def test_kernels_equal_their_references_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, INTERPRETED)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kernels_run_on_gpus_and_their_references_elsewhere() -> None:
+    assert kernels.uses_triton(torch.device("cuda", 1))
+    assert not kernels.uses_triton(torch.device("cpu")) and not kernels.uses_triton(torch.device("meta"))
+
+
+GROUP_ADVANTAGES = {
+    "rewards": "*fp64", "weights": "*fp64", "offsets": "*i64",
+    "baselines": "*fp64", "advantages": "*fp64", "epsilon": "fp32",
+}  # fmt: skip
+TOKEN_PASS = {
+    "log_prob": "*fp32", "advantages": "*fp32", "engine_log_prob": "*fp32", "edges": "*fp64",
+    "loss": "*fp32", "coefficient": "*fp32", "partial": "*fp64", "tokens": "i32", "normalizer": "fp32",
+    "cap": "fp32",
+}  # fmt: skip
+LOGITS = {
+    "targets": "*i64", "rows": "i32", "stride": "i32", "start": "i32", "inverse_temperature": "fp32",
+}  # fmt: skip
+HEAD = {
+    "head_statistics": (head_softmax._statistics_kernel, {"statistics": "*fp32", "tokens": "i32"}),
+    "head_gradient": (
+        head_softmax._gradient_kernel,
+        {"highest": "*fp32", "total": "*fp32", "d_log_prob": "*fp32"},
+    ),
+}
+
+
+def both(*names: str) -> list[dict[str, bool]]:
+    """Every setting of these switches."""
+    settings = itertools.product((False, True), repeat=len(names))
+    return [dict(zip(names, values, strict=True)) for values in settings]
+
+
+CASES: dict[str, list[tuple[Any, dict[str, str], dict[str, Any], int]]] = {
+    "group_advantages": [
+        (
+            group_advantages._kernel,
+            GROUP_ADVANTAGES,
+            switches | {"BLOCK": group_advantages.BLOCK},
+            4,
+        )
+        for switches in both("LEAVE_ONE_OUT", "SCALE")
+    ],
+    "token_pass": [
+        (
+            token_loss._kernel,
+            TOKEN_PASS,
+            switches | {"EDGES": len(HISTOGRAM) * switches["MEASURES"], "BLOCK": token_loss.BLOCK},
+            4,
+        )
+        for switches in both("LEARNS", "CAPPED", "MEASURES")
+        if switches["LEARNS"] or (switches["MEASURES"] and not switches["CAPPED"])
+    ],
+}
+"""Kernel, types of its arguments, constants, warps."""
+CASES |= {
+    name: [
+        (kernel, types | LOGITS | {"logits": logits}, {"BLOCK": head_softmax.BLOCK}, head_softmax.WARPS)
+        for logits in ("*fp32", "*bf16")
+    ]
+    for name, (kernel, types) in HEAD.items()
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_compile_for_hopper(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    for kernel, pointers, constants, warps in CASES[name]:
+        types = pointers | dict.fromkeys(constants, "constexpr")
+        signature = {argument: types[argument] for argument in kernel.arg_names}
+        source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        compiled = triton.compile(source, target=target, options={"num_warps": warps})
+        assert ".target sm_90" in compiled.asm["ptx"] and len(compiled.asm["cubin"]) > 0
+        assert compiled.metadata.shared <= 48 * 1024

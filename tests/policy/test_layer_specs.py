@@ -1,0 +1,102 @@
+"""The table's names in both of Megatron's layer specs.
+
+The local names are those of a model that is built.  Transformer Engine is not needed for the others:
+Megatron's own provider names the class of every place, and its layers' attributes are the fields of
+their submodules, so parameter names follow from the provider's tree.  What one such class calls its
+parameters is taken from what Megatron itself reads: `layer_norm_weight` beside `weight` where a norm
+is fused, and `weight0, weight1, …` in grouped experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from opo_megatron.config.schema import ModelConfig
+from opo_megatron.weights.param_mapping import Parameter, Stages, hf_shapes, parameters
+from tests.support.hf_models import FAMILIES, VOCAB_SIZE
+
+EXPERTS_PER_RANK = 2
+
+
+def names_of_class(kind: type, place: str, model: ModelConfig) -> list[str]:
+    """What a class of Transformer Engine's provider holds at a place of the layer."""
+    has_bias = model.add_qkv_bias and place.endswith("linear_qkv")
+    names = {
+        "TENorm": ["weight"],
+        "TELayerNormColumnParallelLinear": ["layer_norm_weight", "weight"],
+        "TEColumnParallelLinear": ["weight"],
+        "TERowParallelLinear": ["weight"],
+        "TEColumnParallelGroupedLinear": [f"weight{j}" for j in range(EXPERTS_PER_RANK)],
+        "TERowParallelGroupedLinear": [f"weight{j}" for j in range(EXPERTS_PER_RANK)],
+    }.get(kind.__name__, [])
+    return names + ["bias"] * has_bias
+
+
+def walk(spec: Any, place: str, model: ModelConfig) -> Iterator[str]:
+    if isinstance(spec, ModuleSpec):
+        if spec.module.__name__ == "MoELayer":
+            yield f"{place}.router.weight"
+        if spec.module.__name__ == "SharedExpertMLP":  # built only for models with shared experts
+            return
+        yield from walk(spec.submodules, place, model)
+    elif is_dataclass(spec):
+        for field in fields(spec):
+            yield from walk(getattr(spec, field.name), f"{place}.{field.name}".lstrip("."), model)
+    elif isinstance(spec, type) and spec is not IdentityOp:
+        yield from (f"{place}.{name}" for name in names_of_class(spec, place, model))
+
+
+@pytest.fixture
+def provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron's provider, with stand-ins of the same names for the classes that need the package."""
+    from megatron.core.extensions import transformer_engine_spec_provider as module
+
+    for name in [name for name in vars(module) if name.startswith("TE") and name != "TESpecProvider"]:
+        if name != "TEGroupedMLP":
+            monkeypatch.setattr(module, name, type(name, (), {}))
+    monkeypatch.setattr(module, "is_te_min_version", lambda version: True)
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", module.TESpecProvider, raising=False)
+
+
+def table_of(model: ModelConfig, ep_size: int = 1) -> list[Parameter]:
+    stages = Stages(model.num_layers)
+    return parameters(model, VOCAB_SIZE, stages, ep_size, spec="transformer_engine")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformer_engine_names_are_those_of_megatrons_spec(family: str, provider: None) -> None:
+    model = FAMILIES[family]
+    spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+        num_experts=model.num_moe_experts, moe_grouped_gemm=True, qk_layernorm=model.qk_layernorm
+    )
+    ep_size = 1 if model.num_moe_experts is None else model.num_moe_experts // EXPERTS_PER_RANK
+    prefix = "decoder.layers.1."
+    ours = [p.mcore_name for p in table_of(model, ep_size) if p.mcore_name.startswith(prefix)]
+    assert sorted(ours) == sorted(prefix + name for name in walk(spec, "", model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_is_covered_once_under_transformer_engine_names(family: str) -> None:
+    model = replace(FAMILIES[family], num_layers=4)
+    for ep_size in (1,) if model.num_moe_experts is None else (1, 2, 4):
+        table = table_of(model, ep_size)
+        names = [name for p in table for rank in p.tensors for name, _ in rank]
+        assert len(names) == len(set(names))
+        assert set(names) == set(hf_shapes(model, VOCAB_SIZE))
+        assert len({p.mcore_name for p in table}) == len(table)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_specs_shard_the_same_tensors_the_same_way(family: str) -> None:
+    model = FAMILIES[family]
+    local = parameters(model, VOCAB_SIZE, Stages(model.num_layers))
+    assert [(p.tensors, p.sharding, p.stage) for p in local] == [
+        (p.tensors, p.sharding, p.stage) for p in table_of(model)
+    ]

@@ -1,0 +1,255 @@
+"""What must be caught is provoked on a real server, and caught in the step in which it happens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from opo_megatron.algorithm.on_policy import check_versions
+from opo_megatron.build import open_run
+from opo_megatron.errors import EngineFailure, OnPolicyError, Preempted
+from opo_megatron.rollout.engine import GenerationRequest, Sampling
+from opo_megatron.rollout.sglang.client import Client
+from opo_megatron.rollout.sglang.engine import SglangEngine
+from opo_megatron.rollout.sglang.transfer import Sender
+from opo_megatron.run import Run
+from tests.support.fixtures import small_config
+from tests.support.servers import processes_of, sglang_python
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """A run with a server of its own; its policy is a Llama without QK-norm."""
+    run_dir = tmp_path_factory.mktemp("contract") / "run"
+    config = small_config(
+        f"run.dir={run_dir}",
+        "policy.model.qk_layernorm=false",
+        "policy.model.max_sequence_length=1024",
+        "rollout.engine=sglang",
+        f"rollout.sglang.python={sglang_python()}",
+        "rollout.sglang.max_running_requests=32",
+        "rollout.sglang.timeout_seconds=60",
+        "rollout.sglang.share_memory=true",  # the order is the same on a CPU, where nothing is gained
+        "rollout.prompts_per_step=4",
+        "rollout.sglang.restarts=1",
+        "warm_start.steps=0",
+        "observe.kl=off",
+        "observe.tensorboard=false",
+    )
+    with open_run(config) as run:
+        yield run
+    assert processes_of(run_dir) == []
+
+
+@pytest.fixture(autouse=True)
+def in_step(run: Run) -> None:
+    """Each test begins with an engine that holds the policy's weights."""
+    run.generation.synchronize()
+    assert run.generation.sync_difference < 1e-4
+
+
+def engine_of(run: Run) -> SglangEngine:
+    assert isinstance(run.generation.engine, SglangEngine)
+    return run.generation.engine
+
+
+def change_policy(run: Run, name: str = "decoder.layers.1.mlp.linear_fc1.weight") -> None:
+    """As an optimizer step would: other weights, the next version."""
+    weight = run.policy.chunks[0].get_parameter(name)
+    generator = torch.Generator().manual_seed(run.policy.version)
+    with torch.no_grad():
+        weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    run.policy.version += 1
+
+
+def requests(count: int, length: int = 8) -> list[GenerationRequest]:
+    return [GenerationRequest(i, i, 0, tuple((i + 3 * j) % 17 for j in range(length))) for i in range(count)]
+
+
+def test_a_sync_that_did_not_happen_is_caught_by_the_version(run: Run) -> None:
+    change_policy(run)
+    rollouts = run.generation.generate(requests(4), Sampling(6, (), (1,)), "test")
+    with pytest.raises(OnPolicyError, match=rf"version {run.policy.version} but 24 of 24 sampled tokens"):
+        check_versions(rollouts.weight_versions, run.policy.version)
+
+
+def test_weights_that_did_not_arrive_are_caught_by_the_probe(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_policy(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(Sender, "send", lambda self, bucket: None)
+        with pytest.raises(OnPolicyError, match=r"after the sync of version \d+, the SGLang server http"):
+            run.generation.synchronize()
+
+
+def test_an_altered_layer_is_caught_by_the_probe(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    send = Sender.send
+
+    def altered(self: Sender, bucket: list[tuple[str, torch.Tensor]]) -> None:
+        name = "model.layers.2.self_attn.v_proj.weight"
+        send(self, [(n, t * 1.01 if n == name else t) for n, t in bucket])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sender, "send", altered)
+        with pytest.raises(OnPolicyError, match="differs from the policy by"):
+            run.generation.synchronize()
+
+
+def test_a_cache_that_was_not_flushed_is_caught_by_the_probe(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    post = Client.post
+
+    def without_flush(self: Client, path: str, *args: object, **body: object) -> object:
+        return None if path.startswith("/flush_cache") else post(self, path, *args, **body)  # type: ignore[arg-type]
+
+    change_policy(run, "decoder.layers.0.self_attention.linear_qkv.weight")
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "post", without_flush)
+        with pytest.raises(OnPolicyError, match="answers from an old cache"):
+            run.generation.synchronize()
+
+
+def test_a_response_that_two_versions_drew_is_caught(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, post = engine_of(run), Client.post
+
+    def in_place(self: Client, path: str, *args: object, **body: object) -> object:
+        if path.startswith("/flush_cache"):
+            return None
+        if path == "/pause_generation":
+            body["mode"] = "in_place"  # leaves what is running to go on with the new weights
+        return post(self, path, *args, **body)  # type: ignore[arg-type]
+
+    before, drawn = run.policy.version, []
+    sampling = Sampling(900, (), (1,))
+    thread = threading.Thread(target=lambda: drawn.append(engine.generate(requests(1), sampling)))
+    thread.start()
+    time.sleep(1.0)
+    change_policy(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "post", in_place)
+        engine.update_weights(run.policy.stream_weights(), run.policy.version)
+    thread.join()
+    assert drawn[0].weight_versions.unique().tolist() == [before, before + 1]
+    with pytest.raises(OnPolicyError, match=rf"\(\d+ of version {before}\)"):
+        check_versions(drawn[0].weight_versions, run.policy.version)
+
+
+def test_weights_read_back_from_the_server_are_the_policys(run: Run) -> None:
+    change_policy(run)
+    run.generation.synchronize()
+    client = engine_of(run)._clients[0]
+    streamed = {name: tensor.clone() for bucket in run.policy.stream_weights() for name, tensor in bucket}
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+        name = f"model.layers.1.{name}.weight"
+        found = torch.tensor(client.post("/get_weights_by_name", name=name, truncate_size=8))
+        torch.testing.assert_close(found, streamed[name][: len(found)], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_dead_server_is_restarted_and_the_whole_step_regenerated(run: Run) -> None:
+    server = engine_of(run)._server
+    assert server is not None and server.pid is not None
+    first = server.pid
+    os.kill(first, signal.SIGKILL)
+    rollouts = run.generation.generate(requests(6), Sampling(5, (), (1,)), "test")
+    assert len(rollouts) == 6 and run.generation.failures == 1 and server.pid != first
+    assert rollouts.weight_versions is not None
+    assert rollouts.weight_versions.unique().tolist() == [run.policy.version]
+
+
+def test_a_stop_request_aborts_the_generation_of_the_servers(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[str] = []
+    post = Client.post
+
+    def listening(self: Client, path: str, **words: object) -> object:
+        answer = post(self, path, **words)
+        if path == "/generate":
+            answers.extend(one["meta_info"]["finish_reason"]["type"] for one in answer)
+        return answer
+
+    monkeypatch.setattr(Client, "post", listening)
+    monkeypatch.setattr(run.saver.stop, "_signal", signal.SIGUSR1)
+    with pytest.raises(Preempted, match="SIGUSR1"):
+        run.generation.generate(requests(32), Sampling(1000, (), (1,)), "test", interruptible=True)
+    assert len(answers) == 32 and "abort" in answers
+    monkeypatch.setattr(run.saver.stop, "_signal", 0)
+    assert len(run.generation.generate(requests(2), Sampling(5, (), (1,)), "test")) == 2
+
+
+def test_policy_and_engine_take_turns_with_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    post, memory = Client.post, run.policy.memory
+
+    def watched(self: Client, path: str, *args: object, **body: object) -> object:
+        tags = " ".join(body.get("tags", []))  # type: ignore[arg-type]
+        about_memory = path.endswith("_memory_occupation")
+        events.append(f"{path[1:].split('_')[0]} {tags}" if about_memory else path.split("?")[0])
+        return post(self, path, *args, **body)  # type: ignore[arg-type]
+
+    for name in ("free_gradients", "offload_optimizer", "reload"):
+        done = getattr(memory, name)
+        monkeypatch.setattr(memory, name, lambda name=name, done=done: (events.append(name), done()))
+    monkeypatch.setattr(Client, "post", watched)
+    run.generation.memory.before_training()
+    assert memory.is_complete and events == ["release kv_cache weights", "reload"]
+    events.clear()
+    run.generation.synchronize()
+    kept = [event for event in events if "pause" not in event and "flush" not in event]
+    assert kept == [
+        "free_gradients",
+        "resume weights",
+        "/begin_weight_update",
+        "/update_weights_from_tensor",
+        "/end_weight_update",
+        "/update_weight_version",
+        "/continue_generation",
+        "offload_optimizer",
+        "resume kv_cache",
+        "/generate",
+    ]
+    events.clear()
+    with run.generation.memory.saving():
+        assert memory.is_complete
+    assert not memory.is_complete
+    assert events == ["release kv_cache", "reload", "free_gradients", "offload_optimizer", "resume kv_cache"]
+    assert len(run.generation.generate(requests(4), Sampling(6, (), (1,)), "test")) == 4
+
+
+@pytest.mark.slow
+def test_a_server_that_keeps_its_memory_is_ended(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    post, server = Client.post, engine_of(run)._server
+
+    def refusing(self: Client, path: str, *args: object, **body: object) -> object:
+        if path == "/release_memory_occupation":
+            raise EngineFailure("not idle")
+        return post(self, path, *args, **body)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "post", refusing)
+        run.generation.memory.before_training()
+    assert server is not None and not server.is_alive() and run.policy.memory.is_complete
+    run.generation.synchronize()
+    assert server.is_alive() and run.generation.sync_difference < 1e-4
+
+
+def test_an_engine_without_whole_weights_does_not_generate(run: Run) -> None:
+    engine = engine_of(run)
+    engine.version = None
+    with pytest.raises(EngineFailure, match="no complete weights"):
+        engine.generate(requests(1), Sampling(5, (), (1,)))
+
+
+def test_the_folder_of_the_model_holds_no_weights(run: Run) -> None:
+    folder = Path(run.config.run.dir) / "sglang" / "model"
+    assert [path.name for path in folder.iterdir()] == ["config.json"]

@@ -1,0 +1,36 @@
+"""A whole run of a tiny recipe, and what may be compared between two of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from opo_megatron.cli.main import main
+from opo_megatron.config.rules.resilience import VOLATILE
+from tests.support.fixtures import RECIPE, SMALL_MODEL
+
+STEPS = 4
+TINY = (
+    *SMALL_MODEL,
+    "warm_start.steps=6",
+    f"train.steps={STEPS}",
+    "rollout.prompts_per_step=6",
+    "rollout.samples_per_prompt=4",
+    "optimizer.schedule=cosine",
+    "eval.every_steps=2",
+    "eval.problems=16",
+    "checkpoint.every_steps=2",
+)
+
+
+def train(run_dir: Path, *overrides: str) -> int:
+    return main(["train", str(RECIPE), f"run.dir={run_dir}", *TINY, *overrides])
+
+
+def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+def lasting(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """Rows without what may differ between identical runs."""
+    return [{k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in rows(run_dir, name)]

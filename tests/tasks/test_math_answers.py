@@ -1,0 +1,173 @@
+"""What counts as the right answer: pairs by hand, then all of MATH and GSM8K, right and wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bench.verifier_sets import GSM8K_SIZE, MATH_SIZE, boxed, rows_of, solutions, wrong_answers
+
+from opo_megatron.tasks.math_answers import last_boxed, reference
+from opo_megatron.tasks.worker_pool import WorkerPool
+from tests.support.requirements import require
+
+RIGHT = [
+    ("0.5", r"\frac{1}{2}"),
+    (r"\dfrac12", r"\frac{1}{2}"),
+    ("1/2", r"\frac{1}{2}"),
+    (r"3\frac{1}{2}", r"\frac72"),
+    ("x+1", "1 + x"),
+    (r"2\sqrt{3}", r"\sqrt{12}"),
+    ("1,000", "1000"),
+    (r"\$5.00", "5"),
+    (r"50\%", "50"),
+    ("x=5", "5"),
+    (r"6\text{ cm}", "6"),
+    (r"120^\circ", "120"),
+    (r"(3,\frac{\pi}{2})", r"\left( 3, \frac{\pi}{2} \right)"),
+    (r"\{2,1\}", r"\{1,2\}"),
+    ("1,2", "2,1"),
+    ("Friday", r"\text{Friday}"),
+    ("evelyn", r"\text{Evelyn}"),
+    ("C", r"\text{(C)}"),
+    ("even", r"\text{even}"),
+    (r"2007+\frac{\pi}{2}", r"2007 + \frac\pi 2"),
+    (
+        r"\begin{pmatrix} 1 & -1 \\ 1 & 1 \end{pmatrix}",
+        r"\begin{pmatrix} 1 & -1 \\ 1 & \phantom -1 \end{pmatrix}",
+    ),
+]
+WRONG = [
+    ("0.333", r"\frac13"),
+    ("(1,2)", r"\{1,2\}"),
+    ("(2,1)", "(1,2)"),
+    ("[2,3)", "(2,3)"),
+    ("Monday", r"\text{Friday}"),
+    (r"\text{4:30 p.m.}", r"\text{5:30 p.m.}"),
+    ("-5", "5"),
+    ("", "5"),
+    ("$", "5"),
+    ("5" * 2000, "5"),
+    ("x-1", "x+1"),
+    (r"2008+\frac{\pi}{2}", r"2007 + \frac\pi 2"),
+    (
+        r"\begin{pmatrix} 2 & -1 \\ 1 & 1 \end{pmatrix}",
+        r"\begin{pmatrix} 1 & -1 \\ 1 & \phantom -1 \end{pmatrix}",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[WorkerPool]:
+    require("math_verify", "pip install -e '.[math]'")
+    pool = WorkerPool(2, 5.0, 2048)
+    yield pool
+    pool.close()
+
+
+def test_pairs_that_agree_and_pairs_that_do_not(workers: WorkerPool) -> None:
+    pairs = [(boxed(ours), gold) for ours, gold in RIGHT + WRONG]
+    found = workers.grade(pairs)
+    wanted = [1.0] * len(RIGHT) + [0.0] * len(WRONG)
+    wrong = [pair for pair, got, want in zip(pairs, found, wanted, strict=True) if got != want]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"\boxed{1} and \boxed{\frac{2}{3}}", r"\frac{2}{3}"),
+        (r"\boxed{1} and \boxed{2", "1"),
+        (r"\fbox{x}", "x"),
+        (r"\boxed 5$", "5"),
+        (r"\boxed{\{1\}}", r"\{1\}"),
+        ("nothing", None),
+        (r"\boxed{}", ""),
+    ],
+)
+def test_the_last_whole_box_is_the_answer(text: str, content: str | None) -> None:
+    assert last_boxed(text) == content
+
+
+def test_references_of_three_data_sets() -> None:
+    assert reference("6 of them.\n#### 1,234") == "1,234"
+    assert reference(r"so $\boxed{\sqrt2}$.") == r"\sqrt2"
+    assert reference(r" \frac{1}{2} ") == r"\frac{1}{2}"
+
+
+def test_what_hangs_or_fails_costs_one_sample_and_no_other(workers: WorkerPool) -> None:
+    pool = WorkerPool(2, 1.0, 2048)
+    hangs = boxed("100000000!")
+    hostile = [boxed("(" * 4000), boxed("9^{" * 300 + "9" + "}" * 300), "\ud800" * 9]
+    jobs = [(boxed("x+1"), "1+x"), (hangs, "3"), *[(text, "7") for text in hostile], (boxed("7"), "7")]
+    found = pool.grade(jobs)
+    assert found[0] == found[-1] == 1.0 and found[1] is None and pool.timeouts >= 1
+    assert all(not reward for reward in found[2:-1])
+    # What was interrupted does not grade again: the next answers are right.
+    assert pool.grade([(boxed("x+1"), "1+x")] * 4) == [1.0] * 4
+    pool.close()
+
+
+def test_a_killed_worker_costs_one_sample(workers: WorkerPool) -> None:
+    pool = WorkerPool(1, 20.0, 2048)
+    assert pool.grade([(boxed("1"), "1")]) == [1.0]
+    pool._workers[0].process.kill()
+    pool._workers[0].process.wait()
+    assert pool.grade([(boxed("2"), "2"), (boxed("3"), "4")]) == [1.0, 0.0]
+    pids = [worker.process.pid for worker in pool._workers]
+    pool.close()
+    assert all(not Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def data() -> Path:
+    folder = os.environ.get("OPO_TEST_DATA")
+    if folder is None:
+        pytest.skip("set OPO_TEST_DATA to the folder with math/ and gsm8k/")
+    return Path(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_gold_answers_of_math_and_gsm8k_are_accepted(workers: WorkerPool) -> None:
+    every = solutions(data())
+    assert len(every) == MATH_SIZE + GSM8K_SIZE
+    found = workers.grade([(text, reference(text)) for text, _ in every])
+    wrong = [text for (text, _), reward in zip(every, found, strict=True) if reward != 1]
+    assert len(wrong) <= 0.005 * len(every), wrong[:20]
+    answers = json.loads((data() / "math500" / "math500.json").read_text())
+    of_test = {row["problem"]: row["solution"] for row in rows_of(data(), "math/test.jsonl")}
+    pairs = [(of_test[row["problem"]], row["answer"]) for row in answers if row["problem"] in of_test]
+    assert len(pairs) == 500 and sum(reward or 0 for reward in workers.grade(pairs)) >= 0.995 * 500
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_wrong_answers_to_math_and_gsm8k_are_rejected(workers: WorkerPool) -> None:
+    wrong = wrong_answers(solutions(data()), 6000)
+    found = workers.grade([(boxed(one.answer), one.gold) for one in wrong])
+    accepted = [one for one, reward in zip(wrong, found, strict=True) if reward]
+    assert len(wrong) > 15_000 and len(accepted) <= 0.005 * len(wrong), accepted[:20]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ten_thousand_hostile_answers_crash_nothing(workers: WorkerPool) -> None:
+    rng = random.Random(0)
+    pieces = [
+        "\\frac{", "\\sqrt{", "^{", "}", "(", ")", "\\left(", "9", "99999999999", "!", "\\boxed{",
+        "\\begin{matrix}", "&", "\\\\", "x", "\\text{", "\x00", "\ud83d", "é", "\\int", "\\sum_{n=1}^{", "e^",
+        "\\infty", ",", "=", "$",
+    ]  # fmt: skip
+    answers = ["".join(rng.choices(pieces, k=rng.randint(1, 40))) for _ in range(9_900)]
+    answers += ["(" * rng.randint(1, 10**6) for _ in range(40)]
+    answers += ["9^" * rng.randint(1, 2000) + "9" for _ in range(40)]
+    answers += ["x" * 10**6] * 10 + [f"{rng.randint(10**3, 10**9)}!" for _ in range(10)]
+    pool = WorkerPool(2, 1.0, 2048)
+    found = pool.grade([(boxed(answer), "17") for answer in answers])
+    assert len(found) == 10_000 and pool.grade([(boxed("17"), "17")]) == [1.0]
+    assert found.count(None) == pool.timeouts + pool.crashes
+    pool.close()

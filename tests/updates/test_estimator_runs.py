@@ -1,0 +1,167 @@
+"""Whole runs under other estimators than the paper's: energies, the variance report, `auto`, clipping."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opo_megatron.algorithm.advantages import compute_advantages
+from opo_megatron.algorithm.config import AlgorithmConfig, MismatchAction, OnPolicyConfig
+from opo_megatron.algorithm.energy import EnergySums
+from opo_megatron.algorithm.fitted_weights import FEATURES
+from opo_megatron.algorithm.objective import opo_objective
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.cli.main import main
+from opo_megatron.config import load_config
+from opo_megatron.distributed.process_groups import initialize, shutdown
+from opo_megatron.policy.token_measures import measure_energies
+from opo_megatron.rollout.engine import GenerationRequest, Sampling
+from opo_megatron.rollout.local.engine import LocalEngine
+from opo_megatron.tasks.lift import LiftTask
+from tests.support.fixtures import RECIPE, SMALL_MODEL, VOCAB_SIZE, small_config, small_policy
+
+TINY = (
+    *SMALL_MODEL,
+    "warm_start.steps=6",
+    "train.steps=3",
+    "rollout.prompts_per_step=6",
+    "rollout.samples_per_prompt=4",
+    "eval.every_steps=0",
+    "eval.problems=4",
+    "eval.greedy=false",
+    "observe.kl=off",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def some_reward() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LiftTask, "reward", lambda self, prompt, response: float(sum(response) % 2))
+        yield
+
+
+def train(run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
+    assert main(["train", str(RECIPE), f"run.dir={run_dir}", *TINY, *overrides]) == 0
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def rollouts_of(run_dir: Path, step: int) -> Rollouts:
+    return Rollouts.load(run_dir / "rollouts" / f"step_{step:08d}.safetensors")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_energies_of_the_engine_are_those_of_a_forward_pass(temperature: float) -> None:
+    config = small_config()
+    parallel = initialize(config)
+    policy = small_policy(config, parallel)
+    engine = LocalEngine(config.policy.model, VOCAB_SIZE, torch.float32, parallel.device, slots=5)
+    engine.update_weights(policy.stream_weights(), policy.version)
+    requests = [GenerationRequest(i // 3, i // 3, i % 3, tuple(range(1, 2 + i // 3 % 7))) for i in range(24)]
+    drawn = [
+        engine.generate(requests, Sampling(12, (0,), (1,), temperature, energies=wanted))
+        for wanted in (True, False)
+    ]
+    assert torch.equal(drawn[0].response_tokens, drawn[1].response_tokens) and drawn[1].energy is None
+    schedule = policy.schedule(drawn[0].sequence_lengths)
+    found = measure_energies(policy, drawn[0].select(schedule.samples_of(0)), schedule, 24, temperature)
+    shutdown()
+    assert drawn[0].energy is not None and drawn[0].energy_hidden is not None
+    torch.testing.assert_close(drawn[0].energy, found.energy, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(drawn[0].energy_hidden, found.energy_hidden, rtol=1e-5, atol=1e-6)
+    assert float(found.energy.std()) > 0.1
+
+
+@pytest.mark.parametrize("weight", ["energy", "energy_hidden"])
+def test_advantages_of_a_run_are_weighted_by_its_energies(tmp_path: Path, weight: str) -> None:
+    train(tmp_path / "run", "algorithm.baseline=energy_loo", f"algorithm.weight={weight}")
+    config = load_config(tmp_path / "run" / "config.yaml").algorithm
+    rollouts = rollouts_of(tmp_path / "run", 2)
+    assert rollouts.rewards is not None and rollouts.energy is not None
+    assert rollouts.energy_hidden is not None and rollouts.advantages is not None
+    lengths, sums = rollouts.response_lengths, EnergySums(rollouts.energy, rollouts.energy_hidden)
+    expected = compute_advantages(config, rollouts.rewards, lengths, rollouts.groups, energies=sums)
+    assert torch.equal(rollouts.advantages, expected)
+    by_length = load_config(RECIPE, ["algorithm.baseline=opo_loo"]).algorithm
+    assert not torch.equal(
+        expected, compute_advantages(by_length, rollouts.rewards, lengths, rollouts.groups)
+    )
+
+
+def test_a_run_that_needs_no_energies_keeps_none(tmp_path: Path) -> None:
+    train(tmp_path / "run", "train.steps=1")
+    assert rollouts_of(tmp_path / "run", 1).energy is None
+
+
+@pytest.mark.slow
+def test_reports_come_when_they_are_due_and_change_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = train(tmp_path / "plain")
+    for gradients in ("output_layer", "all_parameters"):
+        capsys.readouterr()
+        every = ("algorithm.variance_every=2", "algorithm.variance_prompts=4")
+        rows = train(tmp_path / gradients, *every, f"algorithm.variance_of={gradients}")
+        said = " ".join(capsys.readouterr().out.split())
+        assert said.count("gradient's noise") == 2 and "rloo 1.00" in said
+        assert [("variance/rloo" in row) for row in rows] == [False, True, False, True]
+        for row in rows[1::2]:
+            # Without its own reward in the baseline an estimate is larger by K/(K − 1).
+            assert row["variance/group_mean"] == pytest.approx(0.75**2 * row["variance/rloo"], rel=1e-9)
+            assert row["signal/group_mean"] == pytest.approx(0.75**2 * row["signal/rloo"], rel=1e-9)
+            assert row["variance/this_run"] == row["variance/opo"] > 0
+            assert -1 <= row["variance/correlation_energy"] <= 1
+        for row, other in zip(rows, plain, strict=True):
+            shared = {k: v for k, v in row.items() if k.partition("/")[0] not in
+                      ("variance", "signal", "time", "memory", "throughput", "run")}  # fmt: skip
+            assert shared == {k: other[k] for k in shared} and shared.keys() >= {"step"}
+
+
+def test_auto_learns_from_every_report_and_uses_it_from_the_next_step_on(tmp_path: Path) -> None:
+    rows = train(tmp_path / "run", "algorithm.baseline=auto", "algorithm.variance_every=1")
+    mixtures = [[row[f"baseline/auto_{name}"] for name in FEATURES] for row in rows[1:]]
+    assert all(sum(mixture) == 1 for mixture in mixtures)
+    # Before the first report the weights are the lengths.
+    assert rows[1]["variance/auto"] == rows[1]["variance/opo_loo"]
+    for row in rows[1:]:
+        assert row["variance/this_run"] == pytest.approx(row["variance/auto"], rel=1e-9)
+    pure = {(1.0, 0.0, 0.0): "rloo", (0.0, 1.0, 0.0): "opo_loo", (0.0, 0.0, 1.0): "energy_loo"}
+    for before, row in zip(mixtures, rows[2:], strict=False):
+        same_as = pure.get(tuple(before))
+        assert same_as is None or row["variance/auto"] == pytest.approx(row[f"variance/{same_as}"])
+
+
+def test_one_clipped_update_without_a_kl_is_the_policy_gradient(tmp_path: Path) -> None:
+    plain = train(tmp_path / "plain")
+    clipped = train(tmp_path / "clipped", "algorithm.objective=clipped")
+    for row, other in zip(clipped[1:], plain[1:], strict=True):
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+        assert row["reward/mean"] == other["reward/mean"]
+        assert row["on_policy/logprob_diff_max"] == pytest.approx(
+            other["on_policy/logprob_diff_max"], abs=2e-6
+        )
+
+
+def test_several_clipped_updates_with_a_kl_take_as_many_optimizer_steps(tmp_path: Path) -> None:
+    settings = ("algorithm.objective=clipped", "algorithm.updates_per_batch=3", "algorithm.baseline=grpo")
+    rows = train(tmp_path / "run", *settings, "algorithm.kl_coefficient=0.5")
+    for step in (1, 2, 3):
+        # The warm start's 6 steps, then 3 per batch; drawn before the first of them.
+        assert set(rollouts_of(tmp_path / "run", step).weight_versions.tolist()) == {6 + 3 * (step - 1)}
+    free = train(tmp_path / "free", *settings)
+    assert free[1]["grad_norm"] != rows[1]["grad_norm"] and (tmp_path / "run" / "start_weights").is_dir()
+    assert all(row["on_policy/logprob_diff_max"] < 2e-5 for row in rows[1:])
+
+
+def test_correction_by_importance_weights_reaches_the_objective() -> None:
+    settings = [
+        OnPolicyConfig(action=action, max_importance_weight=1.5)
+        for action in (MismatchAction.refuse, MismatchAction.correct)
+    ]
+    refuses, corrects = (opo_objective(AlgorithmConfig(), s, torch.tensor([3, 4]), 0.7) for s in settings)
+    assert refuses.max_importance_weight is None and corrects.max_importance_weight == 1.5
+    assert corrects.normalizer == 7 and corrects.temperature == 0.7

@@ -1,0 +1,94 @@
+"""NaN and infinite rewards, losses and gradients: the batch is kept, the step skipped or the run ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.policy.policy import Policy
+from opo_megatron.tasks.lift import LiftTask
+from tests.support.tiny_run import lasting, rows, train
+
+SMALL = ("warm_start.steps=2", "train.steps=4", "checkpoint.every_steps=1", "eval.greedy=false")
+BAD_STEP = 2
+BAD_VERSION = 2 + BAD_STEP - 1
+"""Of the weights that draw it."""
+
+
+@pytest.fixture
+def bad_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reward of step 2 is NaN: that of the 30th response that is rewarded in training."""
+    calls = 0
+
+    def reward(self: LiftTask, prompt: object, response: list[int]) -> float:
+        nonlocal calls
+        calls += 1
+        return float("nan") if calls == 16 + 24 + 6 else float(sum(response) % 2)
+
+    monkeypatch.setattr(LiftTask, "reward", reward)
+
+
+@pytest.fixture
+def bad_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of step 2 holds an infinity."""
+    monkeypatch.setattr(LiftTask, "reward", lambda self, prompt, response: float(sum(response) % 2))
+    run_schedule = Policy._run
+    times = 0
+
+    def run(self: Policy, *arguments: object, **options: object) -> None:
+        nonlocal times
+        run_schedule(self, *arguments, **options)
+        if self.version == BAD_VERSION and not options.get("forward_only") and not times:
+            times += 1
+            self.ddp_chunks[0].buffers[0].grad_data[7] = float("inf")
+
+    monkeypatch.setattr(Policy, "_run", run)
+
+
+FAULTS = {"bad_reward": "is nan", "bad_gradient": "the gradient is not finite"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_non_finite_step_is_skipped_and_its_batch_is_kept(
+    request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    request.getfixturevalue(fault)
+    run_dir = tmp_path / "run"
+    assert train(run_dir, *SMALL, "run.on_bad_numbers=skip") == 0
+    metrics = rows(run_dir)
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3, 4]
+    assert [row.get("skipped") for row in metrics] == [None, None, 1, None, None]
+    assert "reward/mean" not in metrics[2] and "eval/accuracy" in metrics[2], "step 2 is evaluated"
+    dump = run_dir / "bad_batches" / f"step_{BAD_STEP:08d}.safetensors"
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"warning: step 2: the {'reward' if fault == 'bad_reward' else 'loss'}" in said
+    assert FAULTS[fault] in said and f"its rollouts are in {dump}; the step is skipped" in said
+    kept = Rollouts.load(dump)
+    assert len(kept) == 24 and kept.rewards is not None
+    assert int((~torch.isfinite(kept.rewards)).sum()) == (fault == "bad_reward")
+    # The weights of step 2 drew step 3 as well: a skipped step makes none.
+    after = Rollouts.load(run_dir / "rollouts" / "step_00000003.safetensors")
+    assert set(kept.weight_versions.tolist()) == set(after.weight_versions.tolist()) == {BAD_VERSION}
+
+
+def test_by_default_a_non_finite_number_stops_the_run(
+    bad_reward: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert train(run_dir, *SMALL) == 2
+    error = capsys.readouterr().err
+    dump = run_dir / "bad_batches" / f"step_{BAD_STEP:08d}.safetensors"
+    assert error.count("\n") == 1 and f"its rollouts are in {dump}; a verifier must" in error
+    assert len(Rollouts.load(dump)) == 24
+    assert [row["step"] for row in lasting(run_dir)] == [0, 1]
+
+
+def test_a_bad_reward_in_an_evaluation_always_stops(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(LiftTask, "reward", lambda self, prompt, response: float("inf"))
+    assert train(tmp_path / "run", *SMALL, "run.on_bad_numbers=skip") == 2
+    assert "in the evaluation the reward of prompt" in capsys.readouterr().err
