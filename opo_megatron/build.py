@@ -151,7 +151,7 @@ def _build(
     watchdog.start()
     policy.on_micro_batch = watchdog.progress
     if reference is not None and checkpoint is not None and not in_warm_start:
-        reference.take_over(run_of(checkpoint))
+        reference.adopt(run_of(checkpoint))
     generation = open_generation(config, parallel, policy, display, watchdog, resources)
     generation.memory.before_training()
     saver = CheckpointSaver(
@@ -301,7 +301,7 @@ def start_policy(
         weights = read_weights(folder, config.policy.model).__getitem__
     policy = Policy(config, vocab_size, parallel, optimizer, weights)
     if needs_weights and folder is not None and holds_weights(folder):
-        policy.set_weights(CheckpointShards(folder, policy.chunks, policy.table, parallel))
+        policy.set_weights(CheckpointShards(folder, policy.chunks, policy.param_mapping, parallel))
     return policy
 
 
@@ -313,6 +313,6 @@ def frozen_policy(config: Config, parallel: Parallel, vocab_size: int, checkpoin
     """
     policy = start_policy(config, parallel, vocab_size, None, checkpoint is None)
     if checkpoint is not None:
-        policy.set_weights(CheckpointShards(checkpoint, policy.chunks, policy.table, parallel))
+        policy.set_weights(CheckpointShards(checkpoint, policy.chunks, policy.param_mapping, parallel))
         policy.version = read_version(checkpoint)
     return policy

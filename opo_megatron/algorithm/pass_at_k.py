@@ -16,7 +16,7 @@ RESAMPLES = 2000
 
 def pass_at_k(correct: Tensor, samples: int, k: int) -> Tensor:
     """[problems] float64: the probability that k of `samples` samples include a correct one, where
-    correct [problems] are correct."""
+    correct [problems] of them are correct."""
     if not 1 <= k <= samples:
         raise ValueError(f"pass@{k} needs at least {k} samples per problem, not {samples}")
     factors = 1 - k / torch.arange(1, samples + 1, dtype=torch.float64)

@@ -37,7 +37,7 @@ def audit_row(
     Args:
         rollouts: this rank's part; None for a step without any.
     """
-    weights = digest_weights(policy.chunks, policy.table, policy.parallel)
+    weights = digest_weights(policy.chunks, policy.param_mapping, policy.parallel)
     columns = digest_rollouts(policy.parallel, rollouts)
     of_weights, of_rollouts = (
         sum(values) & MASK for values in ((one.sum for one in weights.values()), columns.values())

@@ -148,7 +148,7 @@ def verify(checkpoint: Path, hf_folder: Path, config: Config, parallel: Parallel
     longest = min(model.max_sequence_length, max(VERIFY_LENGTHS))
     config = replace(config, policy=replace(config.policy, model=replace(model, max_sequence_length=longest)))
     policy = Policy(config, model.vocab_size, parallel, config.optimizer, None)
-    policy.set_weights(CheckpointShards(checkpoint, policy.chunks, policy.table, parallel))
+    policy.set_weights(CheckpointShards(checkpoint, policy.chunks, policy.param_mapping, parallel))
     rng = random.Random(0)
     rows = [[rng.randrange(model.vocab_size) for _ in range(min(n, longest))] for n in VERIFY_LENGTHS]
     batch = Rollouts.from_demonstrations([row[:1] for row in rows], [row[1:] for row in rows])

@@ -146,7 +146,7 @@ def _optimizer_tensors(policy: Policy) -> Iterator[Tensor]:
 def _own_parameters(policy: Policy) -> int:
     parallel, total = policy.parallel, 0
     remaining = [dict(chunk.named_parameters()) for chunk in policy.chunks]
-    for parameter in policy.table:
+    for parameter in policy.param_mapping:
         if parameter.stage != parallel.pp_rank:
             continue
         weight = remaining[parameter.chunk].pop(parameter.mcore_name)

@@ -98,9 +98,9 @@ class Policy:
         stages = Stages(self.config.model.num_layers, parallel.pp_size, parallel.vpp_size)
         padded = padded_vocab_size(self.config, vocab_size, parallel.dp_size)
         spec = spec_name(parallel.device)
-        self.table = parameters(self.config.model, vocab_size, stages, parallel.ep_size, padded, spec)
+        self.param_mapping = parameters(self.config.model, vocab_size, stages, parallel.ep_size, padded, spec)
         if weights is not None:
-            load_weights(self.chunks, self.table, parallel, weights)
+            load_weights(self.chunks, self.param_mapping, parallel, weights)
         self._mark_shards()
         self.megatron_config = self.chunks[0].config
         self.head = LMHead(
@@ -134,7 +134,7 @@ class Policy:
 
         Unmarked ones count as copies, and the gradient norm would leave out all ranks but one.
         """
-        for parameter in self.table:
+        for parameter in self.param_mapping:
             if parameter.stage == self.parallel.pp_rank and parameter.sharding.partition_dim is not None:
                 weight = self.chunks[parameter.chunk].get_parameter(parameter.mcore_name)
                 if not hasattr(weight, "tensor_model_parallel"):  # biases are marked always
@@ -369,7 +369,7 @@ class Policy:
     def set_weights(self, shards: Shards) -> None:
         """Take over all weights, and begin the optimizer, where there is one, anew with them."""
         with torch.no_grad():
-            for parameter in self.table:
+            for parameter in self.param_mapping:
                 if parameter.stage == self.parallel.pp_rank:
                     weight = self.chunks[parameter.chunk].get_parameter(parameter.mcore_name)
                     weight.copy_(shards.read(parameter))
@@ -382,7 +382,7 @@ class Policy:
         Tensors are to be read only, and before the next optimizer step.
         """
         limit = int(self.config.weight_bucket_mib * 2**20)
-        return stream_weights(ModelShards(self.chunks), self.table, self.parallel, limit, to)
+        return stream_weights(ModelShards(self.chunks), self.param_mapping, self.parallel, limit, to)
 
     @contextmanager
     def swap_weights(self, source: WeightSource | LocalParams) -> Iterator[None]:
@@ -396,7 +396,7 @@ class Policy:
             if isinstance(source, LocalParams):
                 self._copy_in(source)
             else:
-                load_weights(self.chunks, self.table, self.parallel, source)
+                load_weights(self.chunks, self.param_mapping, self.parallel, source)
             yield
         finally:
             self._copy_in(own)

@@ -137,7 +137,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     parallel = initialize(other)
     policy = policy_from(other, parallel)
     with pytest.raises(UserError, match=r"another model|with shape"):
-        CheckpointShards(tmp_path / "out", policy.chunks, policy.table, parallel)
+        CheckpointShards(tmp_path / "out", policy.chunks, policy.param_mapping, parallel)
 
 
 def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(tmp_path: Path) -> None:

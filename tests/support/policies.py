@@ -27,7 +27,7 @@ def make_policy(parallel: Parallel, *overrides: str) -> tuple[Policy, Config]:
 def gradients_of(policy: Policy) -> dict[str, torch.Tensor]:
     """Accumulated gradients under Hugging Face names."""
     named = {}
-    for parameter in policy.table:
+    for parameter in policy.param_mapping:
         gradient = policy.chunks[0].get_parameter(parameter.mcore_name).main_grad
         names = [name for name, _ in parameter.tensors[0]]
         named |= dict(zip(names, parameter.sharding.join([gradient]), strict=True))

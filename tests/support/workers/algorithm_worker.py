@@ -77,7 +77,7 @@ def measure(overrides: list[str], parallel: Parallel) -> dict[str, Any]:
         objective = PolicyGradient(100.0, TEMPERATURE)
         schedule = policy.schedule(rollouts.sequence_lengths, rollouts.advantages == 0)
         policy.checked_gradients(rollouts.select(schedule.samples_of(0)), schedule, objective)
-        stream = stream_weights(GradientShards(policy), policy.table, parallel, 2**20)
+        stream = stream_weights(GradientShards(policy), policy.param_mapping, parallel, 2**20)
         found["gradients"] = {name: tensor.clone() for bucket in stream for name, tensor in bucket}
     if parallel.tp_size == WORLD_SIZE:
         found["head"] = [head(shape, parallel) for shape in HEAD_SHAPES]

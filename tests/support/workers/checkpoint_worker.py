@@ -39,7 +39,7 @@ def state_of(policy: Policy, parallel: Parallel) -> dict[str, Tensor]:
     """Optimizer state under Hugging Face names, put together from all ranks."""
     distributed = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])[0]
     shards = {}
-    for parameter in policy.table:
+    for parameter in policy.param_mapping:
         if parameter.stage != parallel.pp_rank or parameter.tied_duplicate or parameter.is_expert:
             continue  # experts have an optimizer of their own: the next step tells
         weight = policy.chunks[parameter.chunk].get_parameter(parameter.mcore_name)
