@@ -101,6 +101,7 @@ def open_run(config: Config, allowed: Sequence[str] = (), saves: bool = True) ->
         try:
             yield run
         except Preempted as reason:
+            run.saver.save_before_stopping(run.progress)
             display.close()
             display.log(f"stopped before its last step ({reason}) and saved; resume=auto continues from here")
             raise
@@ -153,6 +154,7 @@ def _build(
     if reference is not None and checkpoint is not None and not in_warm_start:
         reference.adopt(run_of(checkpoint))
     generation = open_generation(config, parallel, policy, display, watchdog, resources)
+    generation.stop = stop
     generation.memory.before_training()
     saver = CheckpointSaver(
         config=config,

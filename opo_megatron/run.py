@@ -6,7 +6,6 @@ What generates is `rollout/generation.py`, what saves is `checkpoint/saver.py`; 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,8 +18,9 @@ from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.checkpoint.progress import RunProgress
 from opo_megatron.checkpoint.saver import CheckpointSaver
 from opo_megatron.config import Config
+from opo_megatron.config.rules.resilience import VOLATILE
 from opo_megatron.distributed.process_groups import Parallel, all_reduce
-from opo_megatron.errors import OnPolicyError, Preempted
+from opo_megatron.errors import OnPolicyError
 from opo_megatron.observe.console import Display
 from opo_megatron.observe.metrics_file import MetricsRow
 from opo_megatron.observe.run_files import RunFiles
@@ -30,7 +30,6 @@ from opo_megatron.observe.timing import PhaseTimer
 from opo_megatron.policy.metric_sums import StepMetrics
 from opo_megatron.policy.policy import LocalParams, Policy
 from opo_megatron.resilience.watchdog import Watchdog
-from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.generation import Generation
 from opo_megatron.tasks import Prompt, Task
 from opo_megatron.tasks.base import STREAM_TRAIN, PromptOrder, Split
@@ -84,20 +83,10 @@ class Run:
         self.watchdog.enter("warm start" if self.step < 0 else "step", step)
         return PhaseTimer(self.watchdog.enter)
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling, step: int) -> Rollouts:
-        """The training rollouts of a step, one per request of this rank; a collective.
-
-        Raises:
-            Preempted: on all ranks where the run has to end, once it is saved; the next attempt generates
-                the same rollouts again.
-        """
-        try:
-            what = f"step {step}  generating"
-            self.last_rollouts = self.generation.generate(requests, sampling, what, self.saver.stop)
-        except Preempted:
-            self.saver.save_before_stopping(RunProgress("step", self.step))
-            raise
-        return self.last_rollouts
+    @property
+    def progress(self) -> RunProgress:
+        """How far the run is, as checkpoints record it."""
+        return RunProgress("warm_start", self.warm_step) if self.step < 0 else RunProgress("step", self.step)
 
     def save_reference_weights(self) -> None:
         """Write the weights that OPO begins with, where the KL to them is measured."""
@@ -111,8 +100,7 @@ class Run:
         """Log a warm-start step, then save where it is due."""
         self.files.write_warm_start(row)
         self.warm_step = row["step"]
-        progress = RunProgress("warm_start", self.warm_step)
-        self.saver.save_or_stop(progress, self.config.warm_start.steps, {})
+        self.saver.save_or_stop(self.progress, self.config.warm_start.steps, {})
 
     def finish_step(self, row: MetricsRow, rollouts: Rollouts | None = None) -> None:
         """Log an OPO step, then save where it is due."""
@@ -129,7 +117,7 @@ class Run:
         self.files.write_step(row | throughput_metrics(row) | memory_metrics())
         self.display.row(row)
         self.step = row["step"]
-        self.saver.save_or_stop(RunProgress("step", self.step), self.config.train.steps, row)
+        self.saver.save_or_stop(self.progress, self.config.train.steps, row)
 
     def summarize(self) -> None:
         """Write summary.json and show the closing table."""
@@ -142,7 +130,7 @@ class Run:
             steps = self.config.train.steps
             self.display.log(f"nothing was left to do: {self.config.run.dir} has its {steps} OPO steps")
             return
-        names = [name for name in last if not name.startswith(("time/", "memory/", "throughput/", "run/"))]
+        names = [name for name in last if not name.startswith(VOLATILE)]
         self.files.write_summary(
             {
                 "steps": last["step"],

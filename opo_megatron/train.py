@@ -1,12 +1,12 @@
 """The loop of OPO (arXiv 2505.23585), as the paper writes it.
 
-    for each step:
-        generate K responses per prompt with the current policy
-        reward them
-        A = r − b,  b = Σ l·r / Σ l over each prompt's responses
-        one optimizer step on −(1/N) Σ A Σ log π        (and never a second one)
-        send the new weights to the engine
-        evaluate and save, where it is due
+    for each step:                                                      in
+        generate K responses per prompt with the current policy         rollout/generation.py
+        reward them                                                     tasks/
+        A = r − b,  b = Σ l·r / Σ l over each prompt's responses        algorithm/advantages.py
+        one optimizer step on −(1/N) Σ A Σ log π, never a second one    policy/policy.py
+        send the new weights to the engine                              weights/param_mapping.py
+        evaluate and save, where it is due                              evaluation/, checkpoint/saver.py
 
 Every rank runs this same program.  What is left out is the point: no clip, no KL term, no entropy
 bonus, no critic, no reference model, no second update on old samples.
@@ -65,7 +65,9 @@ def opo_step(run: Run, step: int) -> None:
     with timer.phase("rollout"):
         prompts = run.prompts(step)
         requests = requests_for(prompts, config.rollout.samples_per_prompt, parallel)
-        rollouts = run.generate(requests, training_sampling(config, run.task, step), step)
+        sampling = training_sampling(config, run.task, step)
+        rollouts = run.generation.generate(requests, sampling, f"step {step}  generating", interruptible=True)
+        run.last_rollouts = rollouts
         check_versions(rollouts.weight_versions, policy.version)
 
     with timer.phase("reward"):

@@ -129,7 +129,7 @@ def test_resumed_run_is_the_uninterrupted_one(finished: Path, tmp_path: Path, ne
         assert path.read_bytes() == (run_dir / "rollouts" / path.name).read_bytes()
 
 
-def test_a_finished_run_that_is_started_again_says_so_and_keeps_its_summary(
+def test_a_finished_run_started_again_keeps_its_summary(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "again"

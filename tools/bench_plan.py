@@ -4,7 +4,7 @@
     python tools/bench_plan.py --memory    only memory, nothing is written (CPU ranks: two minutes)
     python tools/bench_plan.py --times     only times, nothing is written
 
-Memory: `tools/plan_memory.py`, six layouts; within 10 % on every rank, else exit code 1.
+Memory: `tools/bench/plan_memory.py`, six layouts; within 10 % on every rank, else exit code 1.
 
 Times: one constant, `step_overhead`, is fitted to the first row; the others are predictions, whose errors are
 stated as they come.  The rows are GRPO's on H100s in bf16, on-policy (NeMo RL's performance summary), with

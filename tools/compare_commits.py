@@ -29,10 +29,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from opo_megatron.config.rules.resilience import VOLATILE
+
 ROOT = Path(__file__).resolve().parent.parent
 WORKING_TREE = "the working tree"
-VOLATILE = ("time/", "memory/", "throughput/", "run/")
-"""Prefixes of metrics that differ between two runs of the same code."""
 FILES = ("audit.jsonl", "metrics.jsonl", "warm_start.jsonl")
 
 SHORT = (

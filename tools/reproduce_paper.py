@@ -11,7 +11,7 @@ with the highest pass@1 on the very problems that arms are compared by, as a mea
 that no other arm has, so the comparison favours it.
 
 At the end every arm answers held-out problems several times (`opo eval`), and every claim of the paper is
-reproduced, not reproduced, or not testable at this scale, by the rule in tools/paper_claims.py.  Calling
+reproduced, not reproduced, or not testable at this scale, by the rule in tools/paper/claims.py.  Calling
 the same command again goes on where it was interrupted; what is finished is not run again.
 """
 
@@ -151,7 +151,7 @@ def compare(options: argparse.Namespace) -> None:
         "best learning rate of off-policy GRPO": {"arm": best, "pass@1 by rate, which chose it": rates},
         "seconds of this command": round(time.monotonic() - started),
         "arms": {arm.name: _rounded(measured[arm.name]) for arm in ARMS},
-        "rule": "paired over seeds, 95 % t intervals, not corrected for their number; tools/paper_claims.py",
+        "rule": "paired over seeds, 95 % t intervals, not corrected for their number; tools/paper/claims.py",
         "claims": [_row(finding) for finding in findings],
     }
     pictures = draw(places, best, findings, target, name)

@@ -6,7 +6,7 @@ literals such as `device="cuda"`, and two helpers of its MoE layer.  `install` r
 those.  What Megatron computes stays as it is, and with a CUDA policy nothing is patched.
 
 String literals cannot be reached from outside a function, so the constants of the compiled
-functions are rewritten in the modules of `LITERAL_MODULES`.  `tests/test_cpu_backend.py` scans
+functions are rewritten in the modules of `LITERAL_MODULES`.  `tests/distributed/test_cpu_backend.py` scans
 Megatron's source and fails when a new version names CUDA where this file does not look.
 
 `install("meta")` maps the same places to meta tensors, for counting bytes without allocating them.

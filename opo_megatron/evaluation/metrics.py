@@ -1,13 +1,13 @@
-"""What answers to problems show: how often one of k is right, how long, alike and repetitive they are.
+"""What is measured of responses: pass@k, length, diversity, repetition, entropy.
 
-Evaluations during training and `opo eval` both measure here.  Every rank holds the answers that it drew;
-what belongs to one answer is computed where the answer is, Self-BLEU on the rank that has the group's first
-answer, to which others send theirs, because a group may be split over ranks.  Every rank learns the results,
-which are the same numbers under any layout that draws the same answers.
+Evaluations during training and `opo eval` both measure here.  Every rank holds the responses that it
+generated.  What belongs to one response is computed on its rank; Self-BLEU on the rank that has the group's
+first response, to which the others send theirs, because a group may be split over ranks.  Every rank gets the
+results, the same numbers under any layout that generates the same responses.
 
-Entropy is −Σ log π / Σ l over the sampled tokens, by the log-probabilities that the engine recorded: unbiased
-for the entropy per token of softmax(z/T), the distribution that was drawn from, as long as neither top_p nor
-top_k cut it.  At T = 1 it is the policy's own.
+Entropy is −Σ log π / Σ l over the sampled tokens, by the log-probabilities of the engine: unbiased
+for the entropy per token of softmax(z/T), the sampled distribution, unless top_p or top_k truncate it.
+At T = 1 it is the policy's own.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from opo_megatron.distributed.process_groups import (
 from opo_megatron.observe.metrics_file import MetricsRow
 from opo_megatron.rollout.engine import Sampling
 
-RIGHT = 1.0
-"""Reward from which on an answer is right, for pass@k."""
+CORRECT = 1.0
+"""Least reward of a correct response, for pass@k."""
 REPETITION_ORDER = 4
 
 
 @dataclass(frozen=True)
 class ResponseMetrics:
-    """Of `samples` answers to each of the problems, the same on every rank."""
+    """Of `samples` responses to each problem, the same on every rank."""
 
     rewards: Tensor
     """[problems, samples] float64."""
     length_mean: float
-    """Tokens of an answer, stop token included."""
+    """Tokens of a response, stop token included."""
     truncation_rate: float
-    """Share of answers that were cut."""
+    """Share of truncated responses."""
     rep_4: float
-    """Mean over answers of the share of 4-grams that stood in the answer before."""
+    """Mean over responses of the share of 4-grams that occurred in the response before."""
     self_bleu: float | None
     """Mean over problems; None with one sample each."""
     entropy: float | None
@@ -68,11 +68,11 @@ class ResponseMetrics:
 
     def pass_at_k(self) -> dict[int, Tensor]:
         """k = 1, 2, 4, … and all samples → [problems] float64, whose mean is pass@k."""
-        right = (self.rewards >= RIGHT).sum(1)
-        return {k: pass_at_k(right, self.samples, k) for k in powers_of_two(self.samples)}
+        correct = (self.rewards >= CORRECT).sum(1)
+        return {k: pass_at_k(correct, self.samples, k) for k in powers_of_two(self.samples)}
 
     def row(self) -> MetricsRow:
-        """As `eval/*` metrics of a step; what was not measured is absent."""
+        """The `eval/*` metrics of a step; what was not measured is absent."""
         row: MetricsRow = {
             "eval/problems": self.problems,
             "eval/accuracy": self.accuracy,
@@ -89,36 +89,36 @@ class ResponseMetrics:
 
 
 def measure_responses(
-    parallel: Parallel, rollouts: Rollouts, summary: BatchStats, samples: int, sampling: Sampling
+    parallel: Parallel, rollouts: Rollouts, stats: BatchStats, samples: int, sampling: Sampling
 ) -> ResponseMetrics:
-    """Of all ranks' answers; a collective.
+    """Of all ranks' responses; a collective.
 
     Args:
-        rollouts: this rank's block of the answers, ordered by problem.
-        summary: of all of them.
-        sampling: how they were drawn.
+        rollouts: this rank's block of the responses, ordered by problem.
+        stats: of all of them.
+        sampling: how they were sampled.
     """
     responses = rollouts.responses()
     repetitions = torch.tensor([repetition(r, REPETITION_ORDER) for r in responses], dtype=torch.float64)
     is_whole = sampling.top_p == 1 and sampling.top_k == 0 and not sampling.greedy
-    nll = _sums(rollouts) if is_whole else None
+    nll = _nll(rollouts) if is_whole else None
     gathered = all_gather_objects(parallel, (repetitions, nll))
     entropy = None
     parts = [part for _, part in gathered if part is not None]
     if len(parts) == parallel.world_size:
-        entropy = float(torch.cat(parts).sum() / summary.response_lengths.sum())
+        entropy = float(torch.cat(parts).sum() / stats.response_lengths.sum())
     return ResponseMetrics(
-        rewards=summary.rewards.view(-1, samples),
-        length_mean=float(summary.response_lengths.double().mean()),
-        truncation_rate=summary.truncated,
+        rewards=stats.rewards.view(-1, samples),
+        length_mean=float(stats.response_lengths.double().mean()),
+        truncation_rate=stats.truncated,
         rep_4=float(torch.cat([part for part, _ in gathered]).mean()),
-        self_bleu=_self_bleu(parallel, responses, len(summary.groups), samples) if samples > 1 else None,
+        self_bleu=_self_bleu(parallel, responses, len(stats.groups), samples) if samples > 1 else None,
         entropy=entropy,
     )
 
 
-def _sums(rollouts: Rollouts) -> Tensor | None:
-    """[n] float64: −Σ log π of each answer; None where none was recorded."""
+def _nll(rollouts: Rollouts) -> Tensor | None:
+    """[n] float64: −Σ log π of each response; None where none was recorded."""
     if rollouts.engine_log_prob is None:
         return None
     parts = rollouts.engine_log_prob.double().split(rollouts.response_lengths.tolist())
@@ -126,15 +126,15 @@ def _sums(rollouts: Rollouts) -> Tensor | None:
 
 
 def _self_bleu(parallel: Parallel, responses: Sequence[list[int]], total: int, samples: int) -> float:
-    """Mean over problems, each computed by the rank that has the problem's first answer."""
+    """Mean over problems, each computed by the rank that has the problem's first response."""
     blocks = [rank_range(total, rank, parallel.world_size) for rank in range(parallel.world_size)]
     mine = blocks[parallel.rank]
     send_chunks: list[list[list[int]]] = [[] for _ in blocks]
     for place, response in zip(mine, responses, strict=True):
         first = place - place % samples
         send_chunks[next(rank for rank, block in enumerate(blocks) if first in block)].append(response)
-    # Blocks are contiguous, so what comes from rank after rank is in order.
-    answers = [answer for part in all_to_all_objects(parallel, send_chunks) for answer in part]
-    groups = [answers[i : i + samples] for i in range(0, len(answers), samples)]
+    # Blocks are contiguous, so concatenation by rank is in order.
+    received = [response for part in all_to_all_objects(parallel, send_chunks) for response in part]
+    groups = [received[i : i + samples] for i in range(0, len(received), samples)]
     own = torch.tensor([self_bleu(group) for group in groups], dtype=torch.float64)
     return float(torch.cat(all_gather_objects(parallel, own)).mean())

@@ -57,7 +57,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_samples(path: Path, task: Task, problems: Sequence[Prompt], rollouts: Rollouts) -> None:
-    """A line per problem with all its answers, from those of all ranks."""
+    """A line per problem with all its responses, from the rollouts of all ranks."""
     assert rollouts.rewards is not None
     samples: list[list[dict[str, Any]]] = [[] for _ in problems]
     columns = (rollouts.groups, rollouts.rewards, rollouts.response_lengths, rollouts.finish_reasons)
@@ -87,18 +87,20 @@ def results_table(
     def pass_at(k: str) -> tuple[str, ...]:
         found = [result["pass@k"][k] for result in results.values()]
         values = [f"{one['value']:.1%} [{one['low']:.1%}, {one['high']:.1%}]" for one in found]
-        meaning = "an answer is right" if k == "1" else f"one of {k} answers is"
-        return (f"pass@{k}", *values, f"chance that {meaning}, with its 95 % interval")
+        meaning = "a response is correct" if k == "1" else f"one of {k} responses is"
+        return (f"pass@{k}", *values, f"probability that {meaning}, with its 95 % interval")
 
     ks = [str(k) for k in next(iter(measured.values())).pass_at_k()]
     lines = [
-        line("problems", "{}", "problems", f"with {next(iter(measured.values())).samples} answers each"),
+        line("problems", "{}", "problems", f"with {next(iter(measured.values())).samples} responses each"),
         *map(pass_at, ks),
-        line("length", "{:.1f}", "length_mean", "tokens per answer, stop token included"),
-        line("cut", "{:.1%}", "truncation_rate", "answers that were cut at rollout.max_response_tokens"),
-        line("Self-BLEU", "{:.3f}", "self_bleu", "how alike the answers to a problem are; 1 is all the same"),
-        line("Rep-4", "{:.3f}", "rep_4", "share of an answer's 4-grams that stood in it before"),
-        line("entropy", "{:.3f}", "entropy", "nats per token, −mean log π of the tokens drawn"),
+        line("length", "{:.1f}", "length_mean", "tokens per response, stop token included"),
+        line("truncated", "{:.1%}", "truncation_rate", "responses that reached rollout.max_response_tokens"),
+        line(
+            "Self-BLEU", "{:.3f}", "self_bleu", "similarity of the responses to a problem; 1 is all the same"
+        ),
+        line("Rep-4", "{:.3f}", "rep_4", "share of a response's 4-grams that occurred in it before"),
+        line("entropy", "{:.3f}", "entropy", "nats per token, −mean log π of the sampled tokens"),
     ]
     is_narrow = len(results) <= COLUMNS_WITH_MEANING
     return [line if is_narrow else line[:-1] for line in lines], list(results)

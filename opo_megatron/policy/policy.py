@@ -39,12 +39,12 @@ from opo_megatron.kernels.lm_head import default_chunk_tokens
 from opo_megatron.policy.adam import use_group_step_adam
 from opo_megatron.policy.layer_specs import row_multiple, spec_name, token_multiple
 from opo_megatron.policy.lm_head import LMHead, LMHeadLoss, log_probs
-from opo_megatron.policy.measure import measure_tokens
 from opo_megatron.policy.memory import PolicyMemory
 from opo_megatron.policy.metric_sums import MetricSums, StepMetrics
 from opo_megatron.policy.model import build_chunks, head_shares_embedding, head_weight, padded_vocab_size
 from opo_megatron.policy.optimizer import megatron_optimizer
 from opo_megatron.policy.token_loss import TokenLoss
+from opo_megatron.policy.token_measures import measure_tokens
 from opo_megatron.weights.param_mapping import Stages, parameters
 from opo_megatron.weights.stream import (
     Bucket,

@@ -21,8 +21,8 @@ from opo_megatron.config import Config
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
 from opo_megatron.observe.console import Display
-from opo_megatron.policy.measure import measure_energies
 from opo_megatron.policy.policy import Policy
+from opo_megatron.policy.token_measures import measure_energies
 from opo_megatron.resilience.stop import StopRequest
 from opo_megatron.resilience.watchdog import Watchdog
 from opo_megatron.rollout.engine import GenerationRequest, Progress, RolloutEngine, Sampling
@@ -43,6 +43,8 @@ class Generation:
     memory: MemorySharing
     display: Display
     watchdog: Watchdog
+    stop: StopRequest | None = None
+    """Interrupts generation for training where the run has to end."""
     sync_difference: float = field(default=0.0, init=False)
     """Largest |Δ log-probability| of the probe after the last sync."""
     failures: int = field(default=0, init=False)
@@ -76,23 +78,23 @@ class Generation:
         requests: Sequence[GenerationRequest],
         sampling: Sampling,
         what: str,
-        stop: StopRequest | None = None,
+        interruptible: bool = False,
     ) -> Rollouts:
         """One response per request of this rank, from the engine's current weights.
 
         Args:
             what: names the work in the progress line.
-            stop: interrupts the generation where the run has to end; None lets it run to its end.
+            interruptible: whether a stop request ends it early; the next attempt generates the same again.
 
         Raises:
-            Preempted: on all ranks.
+            Preempted: on all ranks, where it was interrupted.
         """
         show = self._progress(what)
 
         def show_or_stop(done: int, total: int, tokens: int) -> None:
             show(done, total, tokens)
-            if stop is not None:
-                stop.raise_if_stopping()
+            if interruptible and self.stop is not None:
+                self.stop.raise_if_stopping()
 
         def recover() -> None:
             self.engine.recover()

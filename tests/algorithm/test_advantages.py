@@ -231,7 +231,7 @@ def test_advantages_are_never_nan_and_bounded_by_the_range_of_rewards(
             assert bool((got.abs() <= 1 + 1e-6).all())
 
 
-def test_a_baseline_left_with_almost_no_weight_is_still_a_mean_of_the_others() -> None:
+def test_a_baseline_with_almost_no_weight_left_is_a_mean_of_the_others() -> None:
     rewards, lengths = torch.tensor([0.5, 0.0, 1.0]).double(), torch.tensor([10**10, 1, 2])
     config = setting(Baseline.opo_loo, weight=Weight.length_power)
     got = compute_advantages(config, rewards, lengths, torch.zeros(3, dtype=torch.int64))

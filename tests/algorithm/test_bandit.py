@@ -151,7 +151,7 @@ def test_dividing_by_the_tokens_of_the_batch_biases_even_the_direction() -> None
     assert cosine(torch.full((4,), 7)) == pytest.approx(1, abs=1e-12)
 
 
-def test_weighting_by_the_squared_score_gives_the_constant_baseline_of_least_variance() -> None:
+def test_squared_score_weights_give_the_constant_of_least_variance() -> None:
     """Var[(r − b)∇log π] at b* = E[‖∇log π‖² r]/E[‖∇log π‖²] is least; away from it, δ²·E‖∇log π‖² more."""
     squares = SCORES.square().sum(1)
     best = float(PROBABILITIES @ (squares * REWARDS) / (PROBABILITIES @ squares))
@@ -167,7 +167,7 @@ def test_weighting_by_the_squared_score_gives_the_constant_baseline_of_least_var
     assert variance(float(PROBABILITIES @ REWARDS)) > variance(best)
 
 
-def test_the_weighted_mean_is_the_best_baseline_where_weights_are_squared_scores() -> None:
+def test_no_baseline_beats_the_mean_weighted_by_squared_scores() -> None:
     """A group in which actions stand in the policy's own proportions (2 : 1 : 4 : 1 of 8)."""
     group = torch.tensor([2, 0, 2, 3, 0, 2, 1, 2])
     policy = torch.bincount(group).double() / 8

@@ -111,7 +111,7 @@ def test_correlation_is_the_one_within_prompts() -> None:
     assert correlation(measured, measured.lengths) is None
 
 
-def test_fitted_weights_take_the_candidate_of_least_noise_and_come_back_from_their_state() -> None:
+def test_fitted_weights_choose_the_least_noise_and_restore_from_state() -> None:
     fitted = FittedWeights()
     measured, _ = batch((0, 1), (0, 1, 0, 1, 0, 0))
     first = fitted(measured.lengths, measured.energies)
@@ -138,7 +138,7 @@ def test_fitted_weights_take_the_candidate_of_least_noise_and_come_back_from_the
     assert fitted.state() == other.state()
 
 
-def test_energy_is_the_squared_length_of_the_logit_gradient_and_never_negative() -> None:
+def test_energy_is_the_squared_norm_of_the_logit_gradient() -> None:
     logits = torch.randn(50, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
     chosen = logits.argmax(1)
     probabilities = logits.softmax(1)

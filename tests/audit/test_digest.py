@@ -105,7 +105,7 @@ def test_two_elements_that_change_places_change_the_digest() -> None:
     assert digest_shard(-0.0 * values, places, ["w"])[0] != digest_shard(0.0 * values, places, ["w"])[0]
 
 
-def test_rollouts_have_one_digest_however_they_are_spread_and_another_when_one_value_changes() -> None:
+def test_a_digest_ignores_the_split_over_ranks_and_sees_every_value() -> None:
     rollouts = ragged_rollouts()
     rollouts.sample_indices = torch.arange(len(rollouts)) % 4
     whole = digest_rollouts(parallel_of(), rollouts)

@@ -42,9 +42,7 @@ def assert_within(schedule: MicroBatchPlan, lengths: list[int], budget: int) -> 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("count", [1, 2, 5, 7, 64, 383])
-def test_every_sample_is_dealt_once_within_the_budget_and_all_ranks_count_alike(
-    count: int, dp_size: int
-) -> None:
+def test_every_sample_is_assigned_once_within_the_token_budget(count: int, dp_size: int) -> None:
     lengths = some_lengths(count, seed=count)
     for multiple, fixed_shape in product((1, 2, 3), (False, True)):
         schedule = schedule_micro_batches(lengths, dp_size, 1000, fixed_shape, multiple)
@@ -69,7 +67,7 @@ def test_data_parallel_ranks_get_nearly_the_same_tokens(dp_size: int, seed: int)
     assert max(tokens) / min(tokens) < 1.02
 
 
-def test_padding_is_a_fraction_of_what_filling_in_order_of_arrival_would_need() -> None:
+def test_padding_is_a_fraction_of_that_in_order_of_arrival() -> None:
     lengths = some_lengths(384)
     schedule = schedule_micro_batches(lengths, 2, 4096)
     padded = sum(
@@ -85,7 +83,7 @@ def test_padding_is_a_fraction_of_what_filling_in_order_of_arrival_would_need() 
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_no_other_cuts_of_the_sorted_samples_cost_less(seed: int) -> None:
+def test_no_other_partition_of_the_sorted_samples_costs_less(seed: int) -> None:
     rng = random.Random(seed)
     lengths = sorted((rng.choice((30, 35, 90, 200, 260)) for _ in range(9)), reverse=True)
 

@@ -26,9 +26,7 @@ def some_lengths(count: int, seed: int = 0) -> list[int]:
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 64, 383])
-def test_every_sequence_is_in_one_bin_within_the_budget_and_all_ranks_count_alike(
-    count: int, dp_size: int
-) -> None:
+def test_every_sequence_is_in_one_bin_within_the_token_budget(count: int, dp_size: int) -> None:
     lengths = some_lengths(count, seed=count)
     for multiple, budget in product((1, 2, 3), (100, 1000, 4096)):
         dealt, fullest = bin_pack(lengths, dp_size, budget, multiple)
@@ -121,7 +119,7 @@ def test_sequences_stand_one_behind_another_and_the_rest_is_one_of_its_own(
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_context_parallel_ranks_have_the_places_whose_frequencies_megatron_gives_them(size: int) -> None:
+def test_context_parallel_positions_are_those_of_megatrons_frequencies(size: int) -> None:
     segments = [2 * size * count for count in (1, 5, 2, 7)]
     held = [context_positions(segments, rank, size) for rank in range(size)]
     assert sorted(torch.cat(held).tolist()) == list(range(sum(segments)))
@@ -189,7 +187,7 @@ def test_without_a_sequence_there_is_still_a_row() -> None:
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_a_packed_step_is_a_padded_step_and_one_sequence_leaves_the_others_alone(recompute: str) -> None:
+def test_a_packed_step_equals_a_padded_step(recompute: str) -> None:
     parallel = initialize(small_config())
     try:
         found = []

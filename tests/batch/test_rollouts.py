@@ -100,7 +100,7 @@ def test_select_takes_samples_whole_in_the_order_asked_for(seed: int, optional: 
         assert (picked.rewards is None) is not optional
 
 
-def test_select_takes_a_tensor_of_indices_and_keeps_the_mark_of_demonstrations() -> None:
+def test_select_takes_a_tensor_and_keeps_the_demonstration_flag() -> None:
     demonstrations = Rollouts.from_demonstrations([[1], [2], [3]], [[4], [], [5, 6]])
     picked = demonstrations.select(torch.tensor([2, 1]))
     assert picked.is_demonstration and picked.responses() == [[5, 6], []]
@@ -146,7 +146,7 @@ def test_saving_again_replaces_the_file(tmp_path: Path) -> None:
     assert_same(Rollouts.load(tmp_path / "r.safetensors"), random_rollouts(4, 1))
 
 
-def test_demonstrations_are_rollouts_of_one_sample_per_group_without_measurements() -> None:
+def test_demonstrations_are_groups_of_one_without_measurements() -> None:
     prompts, responses = [[1, 2], [3], [4, 5, 6]], [[7], [], [8, 9]]
     got = Rollouts.from_demonstrations(prompts, responses)
     assert got.is_demonstration and len(got) == 3

@@ -19,7 +19,7 @@ WORKER = WORKERS / "full_disk_worker.py"
 
 
 @pytest.mark.slow
-def test_both_ranks_are_told_and_no_folder_has_its_name(tmp_path: Path) -> None:
+def test_both_ranks_fail_and_no_folder_has_the_final_name(tmp_path: Path) -> None:
     save_random_model("qwen3", tmp_path / "model")
     write_recipe(tmp_path)
     run_ranks_of(WORKER, 2, str(tmp_path / "model"), str(tmp_path))

@@ -68,7 +68,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_the_checkpoint_before_a_damaged_one_is_used_and_nothing_else_is_touched(
+def test_resume_skips_a_damaged_checkpoint_and_touches_nothing_else(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
 ) -> None:
     run_dir = tmp_path / "run"
@@ -173,7 +173,7 @@ def test_a_setting_that_must_not_change_is_refused_by_its_name(
     assert contents(run_dir) == before
 
 
-def test_a_setting_that_is_allowed_may_change_and_so_may_those_that_make_no_other_curve(
+def test_allowed_settings_and_those_that_keep_the_curve_may_change(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"

@@ -37,9 +37,7 @@ def leave_groups() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_folder_comes_back_bit_by_bit_and_computes_what_transformers_computes(
-    family: str, tmp_path: Path
-) -> None:
+def test_a_round_trip_is_bitwise_and_agrees_with_transformers(family: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     model = save_random_model(family, folder, shard_size="30KB")
     (results,) = run_layouts(folder, tmp_path, 1, [[]])

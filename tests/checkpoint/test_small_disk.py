@@ -49,7 +49,7 @@ def small_disk(tmp_path: Path, calm: Path) -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("on_failure", "last"), [("stop", 4), ("continue", STEPS)])
-def test_the_run_goes_on_or_stops_and_what_was_saved_stays_valid(
+def test_the_run_continues_or_stops_and_saved_checkpoints_stay_valid(
     small_disk: Path, calm: Path, on_failure: str, last: int
 ) -> None:
     command = (*SHORT, f"checkpoint.on_failure={on_failure}")

@@ -168,7 +168,7 @@ def test_a_bug_is_not_dressed_as_a_user_error(monkeypatch, recipe, trained):
         main(["train", recipe])
 
 
-def test_a_rank_that_loses_its_peers_is_silent_where_one_of_them_has_said_why(
+def test_a_rank_that_loses_its_peers_prints_nothing_after_their_error(
     monkeypatch, capsys, recipe, trained, tmp_path
 ):
     def lose(_config: Config, _allowed: list[str]) -> None:
@@ -184,11 +184,14 @@ def test_a_rank_that_loses_its_peers_is_silent_where_one_of_them_has_said_why(
 
 
 def test_help_teaches_by_example(capsys):
-    for argv in (["--help"], ["train", "--help"], ["config", "-h"]):
-        assert main(argv) == 0
+    assert main(["--help"]) == 0
+    assert "opo train recipes/quickstart.yaml run.dir=runs/first" in capsys.readouterr().out
+    for name in COMMANDS:
+        assert main([name, "--help"]) == 0
         shown = capsys.readouterr().out
-        assert "opo train recipes/quickstart.yaml run.dir=runs/first" in shown
-        assert "task.data=problems.jsonl" in shown
+        assert "examples:" in shown and f"  opo {name} " in shown
+    assert main(["train", "-h"]) == 0
+    assert "task.data=problems.jsonl" in capsys.readouterr().out
 
 
 def test_every_example_of_the_help_is_a_recipe_that_holds(monkeypatch, capsys):

@@ -143,7 +143,7 @@ def files(folder: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("overrides", "words"), TRAINING_MISTAKES, ids=[case[0] for case in TRAINING_MISTAKES]
 )
-def test_what_training_cannot_use_is_said_before_anything_is_written(capsys, world, overrides, words):
+def test_what_training_cannot_use_is_refused_before_any_write(capsys, world, overrides, words):
     if "reasoning_gym" in overrides:
         require("reasoning_gym", "make setup-dev")
     before = files(world)
@@ -263,7 +263,7 @@ def void(_: object) -> None: ...
         "other optimizer",
     ],
 )
-def test_a_checkpoint_that_cannot_be_used_is_named_and_the_run_stays_as_it_was(
+def test_an_unusable_checkpoint_is_named_and_the_run_stays_as_it_was(
     capsys, tmp_path, trained, damage, overrides, words
 ):
     shutil.copytree(trained, tmp_path / "run")
@@ -296,7 +296,7 @@ def test_a_checkpoint_is_not_resumed_into_another_runs_folder(capsys, tmp_path, 
     ],
     ids=["config.yaml", "start weights", "checkpoint"],
 )
-def test_a_disk_that_takes_no_more_is_a_sentence_and_the_run_goes_on_afterwards(
+def test_a_full_disk_is_one_sentence_and_the_run_resumes_afterwards(
     capsys, world, trained, largest, overrides, words
 ):
     # A limit on the size of a file is the full disk that a test can have.

@@ -122,7 +122,7 @@ def test_rotary_settings_of_old_and_new_files(
     assert theirs["rope_theta"] == base
 
 
-def test_published_experts_are_named_num_experts_and_transformers_writes_num_local_experts(
+def test_both_names_of_the_number_of_experts_are_read(
     tmp_path: Path,
 ) -> None:
     assert read_architecture(folder_of(tmp_path, MOE)).model.num_moe_experts == 4

@@ -36,7 +36,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_schema_defaults_are_a_valid_recipe_and_come_back_as_plain_dataclasses(recipe: Path):
+def test_schema_defaults_are_a_valid_recipe(recipe: Path):
     config = load_config(recipe)
     assert type(config) is Config and type(config.policy.model) is ModelConfig
     assert type(config.optimizer.betas) is list and type(config.policy.megatron) is dict
@@ -77,7 +77,7 @@ def test_none_is_a_choice_of_scale_and_null_asks_for_the_preset(recipe: Path):
     assert load_config(recipe, [grpo, "algorithm.scale=null"]).algorithm.scale is Scale.std
 
 
-def test_every_preset_fills_the_four_switches_and_a_set_switch_overrides_it(recipe: Path):
+def test_presets_fill_the_four_switches_and_a_set_switch_wins(recipe: Path):
     assert set(PRESETS) == set(Baseline)
     for baseline in Baseline:
         algorithm = load_config(recipe, [f"algorithm.baseline={baseline.value}"]).algorithm
@@ -131,7 +131,7 @@ def test_shapes_that_follow_from_others_are_filled(recipe: Path):
     assert model.moe_ffn_hidden_size == 64
 
 
-def test_loss_constant_defaults_to_the_largest_batch_and_only_where_it_is_used(recipe: Path):
+def test_loss_constant_defaults_to_the_largest_batch_where_used(recipe: Path):
     batch = ["rollout.prompts_per_step=3", "rollout.samples_per_prompt=4", "rollout.max_response_tokens=5"]
     constant = [*batch, "algorithm.loss_normalizer=constant"]
     assert load_config(recipe, constant).algorithm.loss_constant == 60.0
@@ -166,7 +166,7 @@ def test_interpolation_reads_another_key(recipe: Path):
     assert load_config(recipe, ["run.dir=runs/seed-${run.seed}", "run.seed=7"]).run.dir == "runs/seed-7"
 
 
-def test_every_field_of_the_schema_has_a_known_key_and_a_default_that_prints():
+def test_every_schema_field_has_a_key_and_a_printable_default():
     def leaves(section: object) -> int:
         return sum(
             leaves(value) if dataclasses.is_dataclass(value) else 1 for value in vars(section).values()
@@ -261,7 +261,7 @@ def test_a_group_of_one_is_accepted_where_it_is_not_its_own_baseline(recipe: Pat
     load_config(recipe, [one, "algorithm.baseline=batch_length", "algorithm.leave_one_out=true"])
 
 
-def test_truncated_sampling_is_accepted_in_evaluation_and_on_request_in_training(recipe: Path):
+def test_truncated_sampling_is_for_evaluation_or_on_request(recipe: Path):
     load_config(recipe, ["eval.top_p=0.9", "eval.top_k=5"])
     load_config(recipe, ["rollout.top_p=0.9", "rollout.top_k=5", "algorithm.off_policy_sampling=true"])
 

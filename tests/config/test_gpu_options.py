@@ -189,7 +189,7 @@ H100, B200, A100 = (9, 0), (10, 0), (8, 0)
         ("blockwise", H100, "2.13.0", "13.0", "2.9 or newer, below 2.12, and 2.13.0 is installed"),
     ],
 )
-def test_what_a_gpu_lacks_for_fp8_is_said(
+def test_what_a_gpu_lacks_for_fp8_is_named(
     fp8: str, capability: tuple[int, int], engine: str | None, cuda: str, words: str | None
 ) -> None:
     lacks = fp8_lacks(Fp8(fp8), capability, engine, cuda)
@@ -241,7 +241,7 @@ def test_offload_without_transformer_engine_is_refused(monkeypatch: pytest.Monke
         optimizer.check_offload_device(policy, gpu)
 
 
-def test_a_run_that_goes_on_keeps_its_fp8_unless_another_curve_is_meant(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_fp8_unless_a_change_is_allowed(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(small_config(*BIG)))
     with pytest.raises(UserError, match=r"policy\.fp8 is .*blockwise but was None"):
         check_resume(small_config(*BLOCKWISE), tmp_path / "config.yaml", 3, [])
@@ -276,7 +276,7 @@ def test_fp8_micro_batches_hold_whole_blocks_on_every_rank(fp8: str, one: int) -
         assert torch.equal(taken, before.tokens) and not micro.tokens[:, before.tokens.shape[1] :].any()
 
 
-def test_megatron_is_told_of_context_parallelism() -> None:
+def test_megatron_gets_the_context_parallel_size() -> None:
     policy = config_of("policy.packing=thd", "policy.context_parallel_size=2", world_size=2)
     config = transformer_config(policy, CPU)
     assert config.context_parallel_size == 2 and config.cp_comm_type is None  # Megatron's default, a ring

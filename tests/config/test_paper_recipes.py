@@ -66,7 +66,7 @@ def test_an_arm_differs_from_opo_in_its_estimator_and_nothing_else(name: str) ->
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_all_arms_draw_equally_many_samples(name: str) -> None:
+def test_all_arms_generate_equally_many_samples(name: str) -> None:
     config = recipe(name)
     samples = config.train.steps * config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     assert samples == {"paper": 200 * 128 * 8, "paper_small": 100 * 48 * 8}[name.split("/")[0]]

@@ -17,7 +17,7 @@ from opo_megatron.config.choices import Fp8
 from opo_megatron.config.schema import Config
 from opo_megatron.weights.param_mapping import Stages, parameters
 from tests.support.paths import ROOT
-from tests.support.scaled_down import RECIPES, SCALES, twin
+from tests.support.scaled_down import RECIPES, SCALES, scale_down
 
 PARAMETERS = {
     "opo_llama3_70b": 70_553_706_496,
@@ -93,8 +93,8 @@ def test_a_model_that_contradicts_its_recipe_is_refused(
 
 
 @pytest.mark.parametrize("name", SCALES)
-def test_a_twin_has_its_recipes_structure(name: str, tmp_path: Path) -> None:
-    made = twin(name, tmp_path)
+def test_a_scaled_down_recipe_keeps_its_structure(name: str, tmp_path: Path) -> None:
+    made = scale_down(name, tmp_path)
     small, big = load_config(RECIPES / f"{name}.yaml", made.overrides, made.ranks), recipe(name)
     for key in (
         "pipeline_model_parallel_size",
@@ -115,8 +115,8 @@ def test_a_twin_has_its_recipes_structure(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", SCALES)
-def test_a_twin_trains_two_steps_under_torchrun(name: str, tmp_path: Path) -> None:
-    made = twin(name, tmp_path)
+def test_a_scaled_down_recipe_trains_two_steps_under_torchrun(name: str, tmp_path: Path) -> None:
+    made = scale_down(name, tmp_path)
     command = [
         sys.executable,
         "-m",

@@ -255,7 +255,7 @@ def test_a_mistaken_command_line_points_to_help(capsys, argv, words):
         (f"recipe.yaml --nproc 3 {TENSOR}=2", "start a multiple of 2 ranks (--nproc 2)"),
     ],
 )
-def test_the_real_command_answers_a_mistake_in_the_recipe_in_under_3_seconds(argv, words):
+def test_a_mistake_in_the_recipe_is_reported_in_under_3_seconds(argv, words):
     Path("notes").mkdir()
     Path("notes/notes.txt").touch()
     start = time.monotonic()

@@ -142,5 +142,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         "tp4",
     ],
 )
-def test_every_cut(tmp_path: Path, ranks: int, model: str, cuts: tuple[str, ...]) -> None:
+def test_every_layout_has_the_gradients_of_one_process(
+    tmp_path: Path, ranks: int, model: str, cuts: tuple[str, ...]
+) -> None:
     check(tmp_path, ranks, model, *cuts)

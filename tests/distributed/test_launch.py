@@ -77,7 +77,7 @@ def test_threads_that_the_user_has_set_are_kept(monkeypatch):
     assert written("threads") == "5"
 
 
-def test_the_first_failing_rank_gives_the_exit_code_and_the_others_are_ended():
+def test_the_first_failing_rank_sets_the_exit_code_and_ends_the_rest():
     code = (
         "import os, sys, time\n"
         "rank = int(os.environ['RANK'])\n"
@@ -101,7 +101,7 @@ def test_of_two_failures_the_earlier_is_reported():
     assert run_ranks([*PYTHON, code], 2) == 2
 
 
-def test_ranks_that_end_as_agreed_are_waited_for_and_a_failure_among_them_is_reported(monkeypatch):
+def test_preempted_ranks_are_waited_for_and_a_failure_is_reported(monkeypatch):
     monkeypatch.setattr(launch.end_ranks, "__defaults__", (0.2,))
     code = (
         "import os, sys, time\n"

@@ -6,7 +6,7 @@ import check_layouts
 import pytest
 
 
-def test_tp2pp2_dp2_and_cp2dp2_with_the_distributed_optimizer_take_the_same_steps_as_one_process(
+def test_three_layouts_take_the_same_steps_as_one_process(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     assert check_layouts.compare(["tp2pp2", "dp2", "cp2dp2"]) == 0

@@ -42,7 +42,7 @@ def check(one_process: dict, results: list[dict], layouts: tuple[str, ...]) -> N
         assert result["tokens"] == one_process["tokens"], f"{layout or 'dp2'} drew other tokens"
 
 
-def test_two_ranks_draw_the_same_256_responses_as_one_and_agree_with_the_policy(tmp_path: Path) -> None:
+def test_two_ranks_generate_the_same_responses_as_one(tmp_path: Path) -> None:
     layouts = (TP2, "")
     one_process = agreement_worker.measure([], initialize(small_config()))
     shutdown()
@@ -57,7 +57,7 @@ def test_two_ranks_draw_the_same_256_responses_as_one_and_agree_with_the_policy(
         (4, (f"{TP2},{PP2}", f"{TP2},{PP2},{SP}", TP2, PP2, f"{PP2},{VPP2}")),
     ],
 )
-def test_every_layout_draws_the_same_responses_and_agrees(
+def test_every_layout_generates_the_same_responses_and_agrees(
     tmp_path: Path, ranks: int, layouts: tuple[str, ...]
 ) -> None:
     (one_process,) = measure(tmp_path, 1, "")

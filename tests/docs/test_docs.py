@@ -142,7 +142,8 @@ def test_what_a_document_points_to_exists(document: Path) -> None:
         if re.match(r"[a-z]+:", target):
             continue
         found = (document.parent / target).resolve() if target else document
-        if not found.exists() or (anchor and anchor not in anchors(found)):
+        is_line = found.suffix == ".py" and re.fullmatch(r"L\d+", anchor) is not None
+        if not found.exists() or (anchor and not is_line and anchor not in anchors(found)):
             missing.append(link["target"])
     for path in _PATH.findall(document.read_text(encoding="utf-8")):
         if not (ROOT / path).exists():
@@ -168,3 +169,9 @@ def test_every_page_is_in_the_index_and_the_navigation() -> None:
     for page in sorted((ROOT / "docs").glob("*.md")):
         assert f": {page.name}" in navigation, page.name
         assert page.name == "index.md" or f"({page.name})" in index, page.name
+
+
+def test_the_walk_through_the_code_has_todays_lines() -> None:
+    command = [sys.executable, str(ROOT / "tools" / "make_walk.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -75,7 +75,7 @@ def test_where_all_is_there_it_is_ready(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_without_sglang_training_is_ready_and_the_cost_and_the_command_are_said(tmp_path: Path) -> None:
+def test_without_sglang_training_is_ready_and_the_fix_is_named(tmp_path: Path) -> None:
     site = install(tmp_path / "site", everything())
     code, findings = doctor(site, tmp_path / "nowhere/python")
     assert code == 0
@@ -113,7 +113,7 @@ def test_in_an_empty_environment_every_required_part_is_missing(tmp_path: Path) 
     assert all(findings[name]["state"] == "missing" and findings[name]["fix"] for name in required)
 
 
-def test_this_environment_is_judged_within_a_second_and_by_the_same_command(
+def test_this_environment_is_diagnosed_within_a_second(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert opo(["doctor", "--sglang-python", "nowhere"]) == 0
@@ -174,7 +174,7 @@ def test_versions_are_compared_by_number_and_local_parts_do_not_count() -> None:
     assert numbers("25.09rc1") == (25, 9) and numbers("none") == ()
 
 
-def test_installed_versions_are_found_by_any_spelling_and_the_first_folder_wins(tmp_path: Path) -> None:
+def test_versions_are_found_by_any_spelling_in_the_first_folder(tmp_path: Path) -> None:
     first = install(tmp_path / "a", {"Reasoning_Gym": "1.0"})
     second = install(tmp_path / "b", {"reasoning-gym": "2.0", "torch": "2.13.0+cpu"})
     found = look([str(first), str(second)], "nowhere").installed

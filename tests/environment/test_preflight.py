@@ -60,7 +60,7 @@ def test_a_recipe_that_opo_config_refuses_is_refused(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.startswith("error: optimizer.lr is -1")
 
 
-def test_a_full_disk_and_a_missing_engine_are_said_by_node(
+def test_a_full_disk_and_a_missing_engine_are_reported_by_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OPO_MIN_FREE_DISK_GB", "1e9")

@@ -127,7 +127,7 @@ def test_two_ranks_that_split_a_problems_answers_give_the_same(
         assert [s["text"] for s in ours["samples"]] == [s["text"] for s in theirs["samples"]]
 
 
-def test_a_recipe_is_evaluated_at_its_random_start_and_cut_sampling_has_no_entropy(tmp_path: Path) -> None:
+def test_initial_weights_are_evaluated_and_truncation_has_no_entropy(tmp_path: Path) -> None:
     settings = [*SMALL_MODEL, "eval.top_p=0.9", "eval.problems=4"]
     assert main(["eval", str(RECIPE), *settings, "--samples", "1", "--out", str(tmp_path / "out")]) == 0
     found = held_out_of(tmp_path / "out")
@@ -136,7 +136,7 @@ def test_a_recipe_is_evaluated_at_its_random_start_and_cut_sampling_has_no_entro
     assert "random initial weights" in json.loads((tmp_path / "out" / "eval.json").read_text())["checkpoint"]
 
 
-def test_exact_mode_draws_and_needs_no_training_pass(run_dir: Path, tmp_path: Path) -> None:
+def test_exact_mode_generates_without_a_training_pass(run_dir: Path, tmp_path: Path) -> None:
     exact = ("rollout.local.exact=true", "on_policy.tolerance=0", "--problems", "4")
     assert main(["eval", str(run_dir), *exact, "--out", str(tmp_path / "out")]) == 0
     assert held_out_of(tmp_path / "out")["problems"] == 4
@@ -177,7 +177,7 @@ def test_what_cannot_be_evaluated_is_one_sentence(
         ([run, "--tasks", "held_out=own.jsonl"], "is the name of the recipe's own problems"),
         ([run, "--tasks", "a/b=own.jsonl"], "is not a name"),
         ([run, "--tasks", "held_out,held_out"], "has held_out twice"),
-        ([run, "--samples", "0"], "argument --samples: '0' is not a number, 1 or more"),
+        ([run, "--samples", "0"], "argument --samples: '0' is not a number of samples, 1 or more"),
         ([run, "--tasks", "mine=own.jsonl", "--out", "x"], "task.tokenizer=bytes has 257 tokens, but the"),
     ):
         assert words in refused(capsys, "eval", *arguments), arguments

@@ -49,7 +49,7 @@ def test_two_ranks_measure_what_one_does_and_get_their_weights_back(tmp_path: Pa
     ],
     ids=["tied", "bf16", "experts"],
 )
-def test_every_cut_measures_the_same(
+def test_every_layout_measures_the_same_kl(
     tmp_path: Path, model: str, layouts: tuple[str, ...], tolerance: float
 ) -> None:
     check(tmp_path, model, layouts, tolerance)

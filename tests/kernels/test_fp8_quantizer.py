@@ -175,7 +175,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(bad: float, scales: Sca
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_a_shard_has_the_bytes_of_the_whole_where_it_is_cut_between_blocks(dim: int) -> None:
+def test_a_shard_cut_between_blocks_has_the_bytes_of_the_whole(dim: int) -> None:
     weight = matrix(512, 512)
     quantized, scale = quantize_blocks("w", weight)
     for size, same in ((2, True), (4, True), (8, False)):

@@ -22,14 +22,14 @@ from opo_megatron.kernels import triton_token_loss as token_loss
 INTERPRETED = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 
 
-def test_kernels_equal_their_twins_in_the_interpreter() -> None:
+def test_kernels_equal_their_references_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, INTERPRETED)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_kernels_run_on_gpus_and_their_twins_elsewhere() -> None:
+def test_kernels_run_on_gpus_and_their_references_elsewhere() -> None:
     assert kernels.uses_triton(torch.device("cuda", 1))
     assert not kernels.uses_triton(torch.device("cpu")) and not kernels.uses_triton(torch.device("meta"))
 

@@ -30,7 +30,7 @@ def test_rows_are_read_back_as_they_were_appended(rows: MetricsFile) -> None:
 
 
 @pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step": 4}', "{", "\x00\x00"])
-def test_a_torn_last_line_is_not_a_row(rows: MetricsFile, torn: str) -> None:
+def test_a_partial_last_line_is_not_a_row(rows: MetricsFile, torn: str) -> None:
     """A line without its end was not written whole, even where it happens to be JSON."""
     fill(rows, 4)
     with rows.path.open("a") as file:
@@ -42,7 +42,7 @@ def test_a_torn_last_line_is_not_a_row(rows: MetricsFile, torn: str) -> None:
 
 
 @pytest.mark.parametrize(("step", "kept"), [(-1, []), (0, [0]), (2, [0, 1, 2]), (99, [0, 1, 2, 3])])
-def test_cutting_drops_what_lies_behind_a_step_and_leaves_the_rest_to_the_byte(
+def test_truncating_drops_later_rows_and_keeps_the_rest_to_the_byte(
     rows: MetricsFile, step: int, kept: list[int]
 ) -> None:
     fill(rows, 4)
@@ -53,7 +53,7 @@ def test_cutting_drops_what_lies_behind_a_step_and_leaves_the_rest_to_the_byte(
     assert [file.name for file in rows.path.parent.iterdir()] == [rows.path.name]
 
 
-def test_cutting_a_file_that_is_not_there_leaves_no_rows(rows: MetricsFile) -> None:
+def test_truncating_a_missing_file_leaves_no_rows(rows: MetricsFile) -> None:
     rows.cut_after(5)
     assert rows.read() == []
 

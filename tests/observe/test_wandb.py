@@ -69,7 +69,7 @@ def of_type(records: list[dict], kind: str) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_its_reader_shows_the_metrics_on_two_axes_and_a_resumed_run_goes_on(
+def test_wandb_has_two_axes_and_a_resumed_run_continues(
     wandb: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")

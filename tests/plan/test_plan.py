@@ -186,7 +186,7 @@ def test_the_longest_packed_samples_fill_their_micro_batches(budget: int, contex
     )
 
 
-def test_an_offloaded_share_of_the_optimizer_is_in_host_memory_and_takes_time_there() -> None:
+def test_an_offloaded_share_of_the_optimizer_is_on_the_host() -> None:
     rank = RankBytes(0, 0, 0, 0, 0, parameters=20, gradients=40, optimizer=120, own_parameters=10)
     assert offloaded(rank, 0.0) == rank
     half = offloaded(rank, 0.5)
@@ -319,7 +319,7 @@ def test_the_phase_that_does_not_fit_is_named_with_its_rank() -> None:
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_said_with_what_does(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_reported_with_what_does(tmp_path: Path) -> None:
     recipe = tmp_path / "large.yaml"
     recipe.write_text(TOO_LARGE)
     done = plan(recipe, "--gpus", "4")

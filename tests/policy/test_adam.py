@@ -79,7 +79,7 @@ def test_a_parameter_without_gradient_stays_and_has_no_state() -> None:
     assert params[0] not in optimizer.state
 
 
-def test_a_run_restored_from_its_state_goes_on_as_if_nothing_had_happened() -> None:
+def test_an_optimizer_restored_from_its_state_takes_the_same_steps() -> None:
     through, first = parameters(), parameters()
     whole, before = GroupStepAdam(groups_of(through)), GroupStepAdam(groups_of(first))
     for step in range(4):

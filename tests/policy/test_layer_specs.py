@@ -94,7 +94,7 @@ def test_every_tensor_is_covered_once_under_transformer_engine_names(family: str
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_specs_cut_the_same_tensors_the_same_way(family: str) -> None:
+def test_both_specs_shard_the_same_tensors_the_same_way(family: str) -> None:
     model = FAMILIES[family]
     local = parameters(model, VOCAB_SIZE, Stages(model.num_layers))
     assert [(p.tensors, p.sharding, p.stage) for p in local] == [

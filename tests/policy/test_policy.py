@@ -20,6 +20,7 @@ from opo_megatron.rollout.local.engine import LocalEngine
 from tests.support import dense_reference
 from tests.support.fixtures import VOCAB_SIZE, ragged_rollouts
 from tests.support.policies import gradients_of, make_policy
+from tests.support.policies import parallel as parallel
 
 TEMPERATURE = 0.7
 PACKED = "policy.packing=thd"
@@ -194,7 +195,7 @@ def test_bf16_policy_trains_and_agrees_with_its_engine_to_bf16_rounding(parallel
         rollouts = draw(policy, config, parallel)
 
 
-def test_step_is_refused_before_the_optimizer_when_the_engine_held_other_weights(
+def test_rollouts_of_other_weights_are_refused_before_the_optimizer(
     parallel: Parallel,
 ) -> None:
     policy, config = make_policy(parallel)

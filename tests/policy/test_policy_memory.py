@@ -62,9 +62,7 @@ def test_training_takes_the_memory_back_by_itself(parallel: Parallel) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_policy_that_never_trains_computes_the_same_and_has_nothing_to_lend(
-    parallel: Parallel, dtype: str
-) -> None:
+def test_a_frozen_policy_computes_the_same_and_releases_nothing(parallel: Parallel, dtype: str) -> None:
     config = small_config(f"policy.dtype={dtype}")
     training = small_policy(config, parallel)
     source = random_weights(config.policy.model, VOCAB_SIZE, config.run.seed)

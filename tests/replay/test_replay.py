@@ -110,10 +110,10 @@ def test_two_ranks_replay_what_one_did(honest: Path, tmp_path: Path, layout: tup
     from subprocess import run as run_process
     from sys import executable
 
-    struck = WORKERS / "interrupted_run.py"
+    interrupted = WORKERS / "interrupted_run.py"
     launch = "from opo_megatron.distributed.launch import run_ranks; import sys; "
     launch += "sys.exit(run_ranks(sys.argv[1:], 2))"
-    command = [executable, str(struck), "[null]", "replay", str(honest), "--step", str(STEP)]
+    command = [executable, str(interrupted), "[null]", "replay", str(honest), "--step", str(STEP)]
     command += layout
     done = run_process([executable, "-c", launch, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

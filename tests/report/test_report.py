@@ -112,7 +112,7 @@ def test_the_half_width_is_that_of_students_interval(count: int) -> None:
     assert mean_of([0.25]) == (0.25, None, 1)
 
 
-def test_groups_are_dealt_out_to_runs_and_to_their_first_middle_and_last_step() -> None:
+def test_groups_come_from_all_runs_and_their_first_middle_last_step() -> None:
     assert shares(64, 3) == [22, 21, 21] and shares(1, 3) == [1, 0, 0]
     assert choose_steps(range(10, 60, 10), 22) == {10: 7, 30: 7, 50: 8}
     assert choose_steps([10, 20, 30], 1) == {30: 1}

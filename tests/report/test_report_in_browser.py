@@ -59,7 +59,7 @@ def choose(chromium: Browser, control: str, value: str) -> None:
     )
 
 
-def test_the_page_is_drawn_without_a_complaint(opened: Browser, tmp_path: Path) -> None:
+def test_the_page_renders_without_console_messages(opened: Browser, tmp_path: Path) -> None:
     boxes = opened.run(
         "[...document.querySelectorAll('figure svg')].map(svg => svg.getBoundingClientRect())"
         ".map(box => [box.width, box.height])"

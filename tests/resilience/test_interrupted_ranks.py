@@ -41,10 +41,10 @@ def start(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_four_ranks_of_which_one_is_struck_in_every_phase_go_on_as_if_nothing_had_happened(
+def test_four_ranks_with_one_killed_in_every_phase_end_as_one_run(
     tmp_path: Path,
 ) -> None:
-    calm, struck = tmp_path / "calm", tmp_path / "struck"
+    calm, interrupted = tmp_path / "calm", tmp_path / "struck"
     assert attempt(calm, 4, None, TP2) == 0
     schedules = (
         (["warm start", int(SIGKILL), 3], 128 + SIGKILL),
@@ -55,9 +55,9 @@ def test_four_ranks_of_which_one_is_struck_in_every_phase_go_on_as_if_nothing_ha
         (["saving", int(SIGKILL), 0], 128 + SIGKILL),
     )
     for schedule, code in schedules:
-        assert attempt(struck, 4, schedule, TP2) == code, schedule
-    assert attempt(struck, 4, None, TP2) == 0
-    assert_same_run(struck, calm)
+        assert attempt(interrupted, 4, schedule, TP2) == code, schedule
+    assert attempt(interrupted, 4, None, TP2) == 0
+    assert_same_run(interrupted, calm)
 
 
 @pytest.mark.slow
@@ -65,16 +65,16 @@ def test_four_ranks_of_which_one_is_struck_in_every_phase_go_on_as_if_nothing_ha
 @pytest.mark.parametrize(
     ("layout", "recipe"), [((TP2,), ()), (CP2, ()), (CP2, CLIPPED)], ids=["tensor", "context", "clipped"]
 )
-def test_a_run_goes_on_under_another_layout_within_rounding(
+def test_a_run_resumes_under_another_layout_within_rounding(
     tmp_path: Path, layout: tuple[str, ...], recipe: tuple[str, ...]
 ) -> None:
-    calm, struck = tmp_path / "calm", tmp_path / "struck"
+    calm, interrupted = tmp_path / "calm", tmp_path / "struck"
     assert attempt(calm, 1, None, *recipe) == 0
-    assert attempt(struck, 2, ["training", int(SIGTERM), 1], *layout, *recipe) == EXIT_PREEMPTED
-    assert attempt(struck, 1, None, *recipe) == 0
-    assert [row["run/attempt"] for row in rows(struck)] == [1, 1, 2, 2, 2, 2, 2]
+    assert attempt(interrupted, 2, ["training", int(SIGTERM), 1], *layout, *recipe) == EXIT_PREEMPTED
+    assert attempt(interrupted, 1, None, *recipe) == 0
+    assert [row["run/attempt"] for row in rows(interrupted)] == [1, 1, 2, 2, 2, 2, 2]
     for name in ("metrics.jsonl", "warm_start.jsonl"):
-        for row, expected in zip(lasting(struck, name), lasting(calm, name), strict=True):
+        for row, expected in zip(lasting(interrupted, name), lasting(calm, name), strict=True):
             assert row.keys() == expected.keys()
             for key in expected.keys() & {"loss", "grad_norm", "reward/mean", "eval/accuracy", "entropy"}:
                 close = pytest.approx(expected[key], rel=1e-3, abs=1e-6)
@@ -84,12 +84,12 @@ def test_a_run_goes_on_under_another_layout_within_rounding(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("stopped", "answers"), [(1, 0), (0, 1)])
-def test_a_rank_that_is_stopped_is_named_with_its_phase_and_all_stacks_are_there(
+def test_a_stopped_rank_is_named_with_its_phase_and_all_stacks(
     tmp_path: Path, stopped: int, answers: int
 ) -> None:
     minutes = 0.2
-    struck = tmp_path / "struck"
-    done = start(struck, 2, ["training", int(SIGSTOP), stopped], TP2, f"run.hang_minutes={minutes}")
+    interrupted = tmp_path / "struck"
+    done = start(interrupted, 2, ["training", int(SIGSTOP), stopped], TP2, f"run.hang_minutes={minutes}")
     assert done.returncode == EXIT_HUNG, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, done.stderr
@@ -97,7 +97,7 @@ def test_a_rank_that_is_stopped_is_named_with_its_phase_and_all_stacks_are_there
     assert f"rank {answers} " not in lines[0]
     waited = float(lines[0].split("since ")[1].split(" s")[0])
     assert 60 * minutes <= waited < 2 * 60 * minutes
-    stacks = [(struck / "stacks" / f"rank_{rank:05d}.txt").read_text() for rank in (0, 1)]
+    stacks = [(interrupted / "stacks" / f"rank_{rank:05d}.txt").read_text() for rank in (0, 1)]
     assert all("in opo_step" in one and "in train_step" in one for one in stacks)
     assert "strike" in stacks[stopped] or "struck" in stacks[stopped], "where it was when it was stopped"
-    assert attempt(struck, 2, None, TP2) == 0
+    assert attempt(interrupted, 2, None, TP2) == 0

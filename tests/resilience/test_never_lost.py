@@ -26,18 +26,14 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def test_a_run_that_is_killed_once_in_every_phase_is_the_run_that_never_was(
-    calm: Path, tmp_path: Path
-) -> None:
+def test_a_run_killed_in_every_phase_equals_an_uninterrupted_one(calm: Path, tmp_path: Path) -> None:
     schedules = [[moment, int(SIGKILL)] for moment in MOMENTS]
     assert attempts(tmp_path / "run", *schedules) == [-SIGKILL] * len(schedules) + [0]
     assert_same_run(tmp_path / "run", calm)
     assert rows(tmp_path / "run")[-1]["run/attempt"] == len(schedules) + 1
 
 
-def test_a_run_that_is_told_to_end_in_every_phase_is_the_run_that_never_was(
-    calm: Path, tmp_path: Path
-) -> None:
+def test_a_run_stopped_in_every_phase_equals_an_uninterrupted_one(calm: Path, tmp_path: Path) -> None:
     schedules = [
         ["saving", int(SIGTERM)],
         ["warm start", int(SIGTERM)],

@@ -42,7 +42,7 @@ def test_a_process_that_hangs_is_ended_and_says_where(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "status" / "rank_00000.json").read_text())["phase"] == "reward"
 
 
-def test_a_process_that_makes_progress_is_left_alone_and_nothing_stays_behind(tmp_path: Path) -> None:
+def test_a_process_with_progress_is_left_alone_and_leaves_no_files(tmp_path: Path) -> None:
     watchdog = Watchdog(parallel_of(), tmp_path, minutes=0.3 / 60)
     watchdog.start()
     for step in range(4):

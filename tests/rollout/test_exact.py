@@ -117,7 +117,7 @@ def test_without_exact_mode_the_same_comparison_finds_rounding(parallel: Paralle
     assert difference(policy, draw(policy, config, 3, 1.0), 150, 1.0) > 0
 
 
-def test_exact_mode_draws_the_same_responses(parallel: Parallel) -> None:
+def test_exact_mode_generates_the_same_responses(parallel: Parallel) -> None:
     """Same uniform numbers and the same probabilities but for rounding: the same distribution."""
     drawn = []
     for is_exact in (True, False):

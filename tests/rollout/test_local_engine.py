@@ -135,7 +135,7 @@ def test_responses_do_not_depend_on_the_order_of_requests() -> None:
     assert_same_responses(got, expected.select(order))
 
 
-def test_responses_depend_on_seed_prompt_id_and_sample_index_but_not_on_the_group() -> None:
+def test_responses_depend_on_seed_prompt_and_sample_not_on_the_group() -> None:
     engine = engine_of(LLAMA)
     sampling = Sampling(max_tokens=12, stop_tokens=(), seed=(1, 2))
     request = GenerationRequest(5, 0, 0, (1, 2, 3))
@@ -153,7 +153,7 @@ def test_responses_depend_on_seed_prompt_id_and_sample_index_but_not_on_the_grou
     assert len({tuple(tokens) for tokens in [drawn(request), *others]}) == 5
 
 
-def test_a_stop_token_is_the_last_of_its_response_and_what_has_none_was_cut() -> None:
+def test_a_response_ends_with_a_stop_token_or_is_truncated() -> None:
     _, sampling, rollouts = reference_rollouts()
     reasons = rollouts.finish_reasons.tolist()
     assert set(reasons) == {FINISH_STOP, FINISH_LENGTH}
@@ -243,7 +243,7 @@ def test_a_prompt_that_leaves_no_room_for_its_response_is_refused(prompt: int, f
 
 
 @torch.no_grad()
-def test_twenty_thousand_first_tokens_are_distributed_as_their_probabilities() -> None:
+def test_20000_first_tokens_are_distributed_as_their_probabilities() -> None:
     """Pearson's χ² of the counts; the survival function is the regularised upper incomplete gamma."""
     engine, count = engine_of(LLAMA, slots=1000), 20_000
     prompt = (4, 8, 15, 16)

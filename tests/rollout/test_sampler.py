@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opo_megatron.rollout.engine import Sampling
-from opo_megatron.rollout.local.sampler import draw, uniforms
+from opo_megatron.rollout.local.sampler import sample, uniforms
 from opo_megatron.utils.hashing import hash_of
 
 ALMOST_ONE = 1 - 2.0**-53
@@ -146,51 +146,51 @@ def by_brute_force(logits: list[float], uniform: float, sampling: Sampling) -> i
         {"top_k": 5, "top_p": 0.7, "temperature": 1.5},
     ],
 )
-def test_draws_equal_brute_force_over_the_whole_range_of_uniforms(cut: dict[str, float]) -> None:
+def test_samples_equal_brute_force_over_the_range_of_uniforms(cut: dict[str, float]) -> None:
     logits, grid = some_logits(8, 13), torch.linspace(0, ALMOST_ONE, 101, dtype=torch.float64)
     sampling = plain(**cut)
     for row in logits:
-        tokens, *_ = draw(row.expand(101, 13), grid, sampling)
+        tokens, *_ = sample(row.expand(101, 13), grid, sampling)
         assert tokens.tolist() == [by_brute_force(row.tolist(), u, sampling) for u in grid.tolist()]
 
 
 def test_greedy_takes_the_argmax_whatever_the_uniform() -> None:
     logits = some_logits(50, 13)
     for u in (0.0, 0.5, ALMOST_ONE):
-        tokens, *_ = draw(logits, torch.full((50,), u, dtype=torch.float64), plain(greedy=True))
+        tokens, *_ = sample(logits, torch.full((50,), u, dtype=torch.float64), plain(greedy=True))
         assert torch.equal(tokens, logits.argmax(1))
 
 
 @pytest.mark.parametrize("cut", [{}, {"top_k": 2}, {"top_p": 0.3}, {"greedy": True}])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_are_those_of_the_policy_whatever_is_cut_off(
+def test_log_probs_are_those_of_the_policy_under_any_truncation(
     cut: dict[str, int], temperature: float
 ) -> None:
     logits, uniform = some_logits(50, 13), torch.rand(50, dtype=torch.float64)
-    tokens, log_prob, _ = draw(logits, uniform, plain(temperature=temperature, **cut))
+    tokens, log_prob, _ = sample(logits, uniform, plain(temperature=temperature, **cut))
     expected = (logits.double() / temperature).log_softmax(1)[torch.arange(50), tokens]
     torch.testing.assert_close(log_prob.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_token_of_probability_zero_is_never_drawn_at_either_end() -> None:
+def test_a_token_of_probability_zero_is_never_sampled_at_the_ends() -> None:
     """First, last and inner tokens without probability: masked, or so unlikely that fp32 has no number."""
     for never in (-math.inf, -1000.0):
         logits = torch.tensor([[never, 0.0, never, 1.0, never]])
         for u, token in ((0.0, 1), (ALMOST_ONE, 3)):
-            assert draw(logits, torch.tensor([u], dtype=torch.float64), plain())[0].tolist() == [token]
+            assert sample(logits, torch.tensor([u], dtype=torch.float64), plain())[0].tolist() == [token]
         grid = torch.linspace(0, ALMOST_ONE, 1001, dtype=torch.float64)
-        drawn, log_prob, _ = draw(logits.expand(1001, 5), grid, plain())
+        drawn, log_prob, _ = sample(logits.expand(1001, 5), grid, plain())
         assert set(drawn.tolist()) == {1, 3}
         assert bool(torch.isfinite(log_prob).all())
 
 
 @pytest.mark.parametrize("vocabulary", [3, 21, 5000])
-def test_the_ends_of_the_unit_interval_draw_the_first_and_the_last_possible_token(vocabulary: int) -> None:
+def test_the_ends_of_the_unit_interval_sample_the_outermost_tokens(vocabulary: int) -> None:
     """Whatever the cumulative sum rounds to: 1 − 2⁻⁵³ is the largest number that there is."""
     logits = some_logits(200, vocabulary)
     logits[:, 0] = logits[:, -1] = -math.inf
     for u, token in ((0.0, 1), (ALMOST_ONE, vocabulary - 2)):
-        drawn, *_ = draw(logits, torch.full((200,), u, dtype=torch.float64), plain())
+        drawn, *_ = sample(logits, torch.full((200,), u, dtype=torch.float64), plain())
         assert drawn.tolist() == [token] * 200
 
 
@@ -198,6 +198,6 @@ def test_frequencies_are_the_probabilities_on_an_even_grid() -> None:
     """With u at the midpoints of n cells, each token's count is n·π up to one at each end of its interval."""
     logits, n = some_logits(1, 21), 100_000
     grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    tokens, *_ = draw(logits.expand(n, 21), grid, plain(temperature=0.8))
+    tokens, *_ = sample(logits.expand(n, 21), grid, plain(temperature=0.8))
     expected = n * (logits[0].double() / 0.8).softmax(0)
     assert float((torch.bincount(tokens, minlength=21) - expected).abs().max()) <= 1.05

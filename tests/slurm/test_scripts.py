@@ -27,7 +27,11 @@ FAKES = {
             [ "$code" != 75 ] || code=0
             exit "$code"
         }
-        case "$*" in *preflight*) which=preflight ;; *cli.serve*) which=engine ;; *) which=train ;; esac
+        case "$*" in
+        *"opo_megatron preflight"*) which=preflight ;;
+        *"opo_megatron serve"*) which=engine ;;
+        *) which=train ;;
+        esac
         cat "$FAKE/$which.says" >"${log/\\%n/0}" 2>/dev/null
         [ ! -e "$FAKE/$which.waits" ] || {
             trap 'sleep 0.2; leave' USR1
@@ -131,7 +135,7 @@ def test_preflight_then_training_on_all_nodes_with_one_task_each(job: Job) -> No
     assert (code, status) == (0, "completed")
     preflight, train = job.words
     assert preflight.endswith(
-        "bash slurm/node.sh opo_megatron.environment.preflight recipes/quickstart.yaml resume=auto run.seed=2"
+        "bash slurm/node.sh opo_megatron preflight recipes/quickstart.yaml resume=auto run.seed=2"
     )
     assert train.endswith(
         "bash slurm/node.sh opo_megatron train recipes/quickstart.yaml resume=auto run.seed=2"
@@ -142,7 +146,7 @@ def test_preflight_then_training_on_all_nodes_with_one_task_each(job: Job) -> No
     assert "running" in job.printed and "completed" in job.printed
 
 
-def test_a_preflight_that_fails_stops_the_job_before_training_with_its_reason(job: Job) -> None:
+def test_a_failed_preflight_stops_the_job_with_its_reason(job: Job) -> None:
     job.says("preflight", "noise\nerror: node7: GPU 3 counts 2 uncorrected ECC errors\nmore", 2)
     code, status = job.run()
     assert code == 1
@@ -192,9 +196,7 @@ def test_hung_ranks_requeue_the_job_up_to_the_cap(job: Job) -> None:
 @pytest.mark.parametrize(
     ("code", "status"), [(75, "preempted"), (0, "completed"), (1, "timeout: the ranks did not save before")]
 )
-def test_the_signal_before_the_limit_is_passed_on_and_its_end_is_told_apart(
-    job: Job, code: int, status: str
-) -> None:
+def test_the_signal_before_the_limit_is_forwarded_and_recognised(job: Job, code: int, status: str) -> None:
     job.says("train", code=code)
     (job.folder / "train.waits").touch()
     process = job.start()
@@ -218,8 +220,8 @@ def test_the_last_nodes_serve_where_asked_for(job: Job) -> None:
     (job.folder / "engine.waits").touch()
     assert job.run(FAKE_NODES="1 2 3", OPO_ENGINE_NODES="1") == (0, "completed")
     preflight, *rest = job.words
-    engine = next(words for words in rest if "opo_megatron.cli.serve" in words)
-    train = next(words for words in rest if "opo_megatron.cli.serve" not in words)
+    engine = next(words for words in rest if "opo_megatron serve" in words)
+    train = next(words for words in rest if "opo_megatron serve" not in words)
     assert "--nodelist=node3 --nodes=1" in engine and engine.endswith("--port 10123")
     assert "--nodelist=node1,node2 --nodes=2" in train and "--nodelist=node1,node2" in preflight
     assert "rollout.sglang.urls=[http://node3:10123] rollout.sglang.transport=distributed" in train

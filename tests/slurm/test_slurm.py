@@ -50,9 +50,7 @@ def test_slurm_takes_the_job(cluster: Cluster) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_signalled_and_requeued_it_ends_with_the_curve_of_a_run_that_never_was(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_a_requeued_job_ends_with_the_curve_of_an_uninterrupted_one(cluster: Cluster, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     measured = train_through(cluster, tmp_path / "measured", "train.steps=40")
     # Long enough that the signal, 45 to 75 seconds before the end of three minutes, comes in between.

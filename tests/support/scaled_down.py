@@ -15,7 +15,7 @@ from opo_megatron.config import load_config
 from tests.support.paths import RECIPES
 
 
-class Twin(NamedTuple):
+class ScaledDown(NamedTuple):
     overrides: list[str]
     ranks: int
 
@@ -31,7 +31,7 @@ SCALES = {
 """Recipe → GPUs that it is written for."""
 
 
-def twin(name: str, folder: Path) -> Twin:
+def scale_down(name: str, folder: Path) -> ScaledDown:
     """Overrides of `recipes/NAME.yaml` and the number of ranks, at most 8.
 
     Args:
@@ -63,4 +63,4 @@ def twin(name: str, folder: Path) -> Twin:
         "train.steps=2", "optimizer.warmup_steps=0", "optimizer.lr=1e-3",
         "eval.problems=4", "eval.every_steps=0", "checkpoint.every_steps=0",
     ]  # fmt: skip
-    return Twin(overrides, 8 if SCALES[name] > 8 else 4)
+    return ScaledDown(overrides, 8 if SCALES[name] > 8 else 4)

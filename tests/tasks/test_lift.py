@@ -154,7 +154,7 @@ def test_one_floor_in_ten_is_a_random_one_and_is_carried_on(demonstrations: list
     assert floors > 10_000 and wrong / floors == pytest.approx(0.09, abs=4 * error)
 
 
-def test_an_uncorrupted_demonstration_is_rewarded_and_a_direct_one_is_always_right(
+def test_clean_and_direct_demonstrations_are_rewarded(
     task: LiftTask, demonstrations: list[tuple[Prompt, str]]
 ) -> None:
     sound = 0
@@ -178,7 +178,7 @@ def test_an_uncorrupted_demonstration_is_rewarded_and_a_direct_one_is_always_rig
     assert sound > 2500
 
 
-def test_demonstrations_have_the_documented_lengths_and_follow_the_generator(
+def test_demonstrations_have_the_documented_lengths(
     task: LiftTask, demonstrations: list[tuple[Prompt, str]]
 ) -> None:
     lengths: dict[str, set[int]] = {}

@@ -42,7 +42,7 @@ def test_mistakes_are_one_sentence(
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_arms_have_one_rate_but_for_the_slower_ones_and_draw_equally_many(scale: str, tmp_path: Path) -> None:
+def test_arms_share_their_learning_rate_and_number_of_samples(scale: str, tmp_path: Path) -> None:
     place = Place(tmp_path, SCALES[scale], seed=2)
     configs = {}
     for arm in ARMS:

@@ -19,7 +19,7 @@ from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.cli.main import main
 from opo_megatron.config import load_config
 from opo_megatron.distributed.process_groups import initialize, shutdown
-from opo_megatron.policy.measure import measure_energies
+from opo_megatron.policy.token_measures import measure_energies
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.tasks.lift import LiftTask

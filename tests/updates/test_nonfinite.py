@@ -52,7 +52,7 @@ FAULTS = {"bad_reward": "is nan", "bad_gradient": "the gradient is not finite"}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_step_with_bad_numbers_is_skipped_and_its_batch_is_kept(
+def test_a_non_finite_step_is_skipped_and_its_batch_is_kept(
     request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str
 ) -> None:
     request.getfixturevalue(fault)
@@ -74,7 +74,7 @@ def test_a_step_with_bad_numbers_is_skipped_and_its_batch_is_kept(
     assert set(kept.weight_versions.tolist()) == set(after.weight_versions.tolist()) == {BAD_VERSION}
 
 
-def test_by_default_bad_numbers_stop_the_run_and_the_batch_is_named(
+def test_by_default_a_non_finite_number_stops_the_run(
     bad_reward: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"

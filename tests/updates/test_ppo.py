@@ -48,7 +48,7 @@ def test_only_columns_that_are_needed_are_asked_for() -> None:
     assert "reference_log_prob" in Clipped(1.0, 1.0, 0.2, 0.2, 0.1).columns
 
 
-def test_mini_batches_are_whole_prompts_each_once_and_a_function_of_the_seed() -> None:
+def test_mini_batches_are_whole_prompts_and_a_function_of_the_seed() -> None:
     groups = torch.tensor([2, 2, 0, 0, 1, 1, 3, 3])
     parts = split_prompts(groups, 2, "1/5")
     assert sorted(i for part in parts for i in part) == list(range(8))

@@ -155,7 +155,7 @@ def test_texts_of_a_file_are_tokenized_by_the_models_tokenizer(tmp_path: Path) -
         assert len(calibration.file_prompts(tmp_path / name, [folder], 1)) == 1
 
 
-def test_prompts_are_cut_to_what_the_model_takes() -> None:
+def test_prompts_are_truncated_to_the_models_length() -> None:
     assert calibration.usable([[1, 2, 3], [], [4]], 5, 2) == [[1, 2], [4]]
 
 

@@ -117,7 +117,7 @@ def test_kl_is_that_of_a_dense_model_with_both_sets_of_weights(measured: tuple[P
     assert 1e-4 < metrics[1]["eval/kl"] != metrics[2]["eval/kl"]
 
 
-def test_start_weights_are_those_of_step_0_bit_for_bit(measured: tuple[Path, Seen]) -> None:
+def test_reference_weights_are_those_of_step_0_bit_for_bit(measured: tuple[Path, Seen]) -> None:
     run_dir, seen = measured
     start = start_weights(run_dir)
     assert start.keys() == seen[0][1].keys()
@@ -155,7 +155,9 @@ def test_resumed_runs_measure_against_the_same_start(measured: tuple[Path, Seen]
         assert (new / "start_weights" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_another_warm_start_makes_other_start_weights(measured: tuple[Path, Seen], tmp_path: Path) -> None:
+def test_another_warm_start_makes_other_reference_weights(
+    measured: tuple[Path, Seen], tmp_path: Path
+) -> None:
     run_dir = tmp_path / "back"
     shutil.copytree(measured[0], run_dir)
     older = run_dir / "checkpoints" / "warm_start_00000001"
@@ -187,7 +189,7 @@ def scribble(folder: Path) -> None:
     ],
     ids=["missing", "truncated", "index", "file", "no file of the format"],
 )
-def test_start_weights_that_cannot_be_used_are_refused_before_anything_is_written(
+def test_unusable_reference_weights_are_refused_before_any_write(
     measured: tuple[Path, Seen], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, words: str
 ) -> None:
     run_dir = tmp_path / "run"

@@ -56,7 +56,7 @@ def test_joining_what_was_split_gives_the_tensors_back(name: str, size: int) -> 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", SHARDINGS)
-def test_the_partition_dimension_is_the_one_that_is_cut(name: str, size: int) -> None:
+def test_the_partition_dimension_is_the_sharded_one(name: str, size: int) -> None:
     sharding, tensors = SHARDINGS[name]
     whole, shard = sharding.split(tensors, 0, 1), sharding.split(tensors, 0, size)
     expected = list(whole.shape)
@@ -134,7 +134,7 @@ def test_every_tensor_is_in_the_table_once_under_every_layout(
 
 
 @pytest.mark.parametrize(("pipeline", "virtual"), [(1, 1), (2, 1), (2, 2), (4, 2), (2, 4)])
-def test_layers_are_dealt_to_stages_chunk_by_chunk(pipeline: int, virtual: int) -> None:
+def test_layers_are_assigned_to_stages_chunk_by_chunk(pipeline: int, virtual: int) -> None:
     """Walking chunk by chunk, and within a chunk stage by stage, meets the layers in order."""
     stages = Stages(8, pipeline, virtual)
     per_chunk = 8 // (pipeline * virtual)
@@ -152,7 +152,7 @@ def test_each_layers_tensors_stand_on_the_layers_own_stage() -> None:
                 assert p.mcore_name.startswith(f"decoder.layers.{local}.")
 
 
-def test_experts_are_dealt_in_blocks_to_expert_parallel_ranks() -> None:
+def test_experts_are_assigned_in_blocks_to_expert_parallel_ranks() -> None:
     table = parameters(replace(EXPERTS, num_moe_experts=6), VOCAB_SIZE, Stages(8), ep_size=2)
     held = {
         p.mcore_name.split(".")[6]: [rank[0][0].split(".")[5] for rank in p.tensors]
@@ -173,7 +173,7 @@ def test_a_tied_output_is_the_embedding_and_a_copy_of_it_on_another_stage(pipeli
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_parameter_of_a_model_is_cut_and_joined_without_loss(family: str, size: int) -> None:
+def test_every_parameter_is_split_and_joined_without_loss(family: str, size: int) -> None:
     model = replace(FAMILIES[family], num_attention_heads=8, num_query_groups=4)
     source = random_weights(model, VOCAB_SIZE, seed=0)
     for p in parameters(model, VOCAB_SIZE, Stages(model.num_layers)):

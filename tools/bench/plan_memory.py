@@ -38,7 +38,7 @@ _MODEL = (
     "policy.max_tokens_per_micro_batch=4096",
     "policy.device=cpu",
 )
-_RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+_RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
 
 def config_of(layout: str) -> Any:

@@ -24,7 +24,7 @@ from opo_megatron.errors import UserError
 from opo_megatron.observe.metrics_file import MetricsFile, MetricsRow
 from opo_megatron.updates.variance_report import relative_noise
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes" / "paper_small"
 OPO = (sys.executable, "-m", "opo_megatron")
 SAME_WEIGHTS = "*.safetensors"

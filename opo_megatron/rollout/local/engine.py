@@ -1,7 +1,7 @@
-"""Batched decoding with continuous refilling: a finished response makes room for the next request.
+"""Batched decoding with continuous refilling: a finished response frees its slot for the next request.
 
 Running responses always fill the first rows of the cache.  When some finish, running rows from the
-end move into their places, and waiting requests are admitted behind them; nothing else is copied.
+end move into the free rows, and waiting requests are admitted after them; nothing else is copied.
 Samples of one prompt share its prefill.
 """
 
@@ -19,12 +19,12 @@ from opo_megatron.errors import UserError
 from opo_megatron.kernels.exact import padded_keys
 from opo_megatron.rollout.engine import GenerationRequest, Progress, Sampling
 from opo_megatron.rollout.local.decoder import Decoder, KeyValueCache
-from opo_megatron.rollout.local.sampler import draw, uniforms
+from opo_megatron.rollout.local.sampler import sample, uniforms
 from opo_megatron.utils.hashing import hash_of
 from opo_megatron.weights.stream import NamedTensors
 
 PREFILL_TOKENS = 16384
-"""Prompt tokens, padding included, that are run at once."""
+"""Prompt tokens, padding included, per prefill pass."""
 
 
 class LocalEngine:
@@ -45,7 +45,7 @@ class LocalEngine:
         self._cache: KeyValueCache | None = None
 
     def update_weights(self, buckets: NamedTensors, version: int) -> None:
-        """Take over all tensors of the stream.
+        """Load all tensors of the stream.
 
         Raises:
             ValueError: when the stream does not carry each tensor exactly once.
@@ -63,23 +63,23 @@ class LocalEngine:
         self.version = version
 
     def probe(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> dict[str, Rollouts]:
-        """This rank's copy is the only one that it feeds."""
+        """The responses of this rank's copy, the only one that it updates."""
         return {"the local engine": self.generate(requests, sampling)}
 
     def sleep(self, keeps_weights: bool = False) -> None:
-        """It keeps what it has: one decoder and the cache of a step."""
+        """Frees nothing: the engine is one decoder and the cache of a step."""
 
     def wake(self) -> None: ...
 
     def recover(self) -> None:
-        """Nothing here outlives a failure of this process."""
+        """Nothing to do: the engine lives in this process."""
 
     def close(self) -> None:
         self._cache = None
 
     def cache(self, rows: int, length: int) -> KeyValueCache:
-        """A cache of at least this size; its memory is kept for the next call, since touching fresh
-        pages costs as much as an eighth of a step's decoding."""
+        """A cache of at least this size; its memory is kept for the next call, because touching fresh
+        pages costs an eighth of a step's decoding."""
         length = padded_keys(length)  # exact mode reads whole multiples
         kept = self._cache
         if kept is None or kept.rows < rows or kept.length < length:
@@ -92,7 +92,7 @@ class LocalEngine:
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: Sampling, progress: Progress | None = None
     ) -> Rollouts:
-        """Draw one response per request.
+        """Generate one response per request.
 
         Raises:
             UserError: for prompts that do not fit, or weights that give no finite probabilities.
@@ -109,13 +109,13 @@ class LocalEngine:
         batch = _Batch(self, requests, sampling, longest + sampling.max_tokens)
         while batch.advance():
             if progress is not None:
-                progress(batch.finished, len(requests), batch.drawn)
+                progress(batch.finished, len(requests), batch.sampled)
         rollouts = batch.rollouts(self.version)
         assert rollouts.engine_log_prob is not None
         if not bool(torch.isfinite(rollouts.engine_log_prob).all()):
             raise UserError(
-                f"weights of version {self.version} give probabilities that are not finite; go back to the "
-                "last checkpoint and a smaller learning rate"
+                f"weights of version {self.version} give non-finite probabilities; resume from the last "
+                "checkpoint with a smaller learning rate"
             )
         return rollouts
 
@@ -131,9 +131,9 @@ class _Rows:
     position: Tensor
     """Position of `token` in the sequence."""
     token: Tensor
-    """Last token drawn, not yet in the cache."""
+    """Last sampled token, not yet in the cache."""
     count: Tensor
-    """Tokens drawn."""
+    """Tokens sampled so far."""
 
     def columns(self) -> tuple[Tensor, ...]:
         return self.request, self.key, self.position, self.token, self.count
@@ -163,10 +163,10 @@ class _Batch:
         self.stopped = torch.zeros(n, dtype=torch.bool, device=self.device)
         none = torch.empty(0, dtype=torch.int64, device=self.device)
         self.rows = _Rows(none, none, none, none, none)
-        self.admitted = self.finished = self.drawn = 0
+        self.admitted = self.finished = self.sampled = 0
 
     def advance(self) -> bool:
-        """Admit what fits, draw one token per running response; False once all are finished."""
+        """Admit what fits, sample one token per running response; False once all are finished."""
         if self.admitted < len(self.requests) and self.rows.request.numel() < self.slots:
             self._admit()
             self._retire()
@@ -174,12 +174,12 @@ class _Batch:
             rows = self.rows
             hidden = self.decoder.decode(rows.token, rows.position, self.cache)
             rows.position = rows.position + 1
-            self._draw(rows, hidden)
+            self._sample(rows, hidden)
             self._retire()
         return self.finished < len(self.requests)
 
     def _admit(self) -> None:
-        """Prefill the next requests into free rows and draw their first token."""
+        """Prefill the next requests into free rows and sample their first token."""
         running = self.rows.request.numel()
         batch = list(range(self.admitted, min(self.admitted + self.slots - running, len(self.requests))))
         self.admitted += len(batch)
@@ -209,24 +209,24 @@ class _Batch:
             token=torch.zeros_like(request),
             count=torch.zeros_like(request),
         )
-        self._draw(new, last_hidden[torch.tensor(prompt_of, device=self.device)])
+        self._sample(new, last_hidden[torch.tensor(prompt_of, device=self.device)])
         joined = zip(self.rows.columns(), new.columns(), strict=True)
         self.rows = _Rows(*(torch.cat(pair) for pair in joined))
 
-    def _draw(self, rows: _Rows, hidden: Tensor) -> None:
-        """Draw the token that follows `hidden` in each row and record it."""
+    def _sample(self, rows: _Rows, hidden: Tensor) -> None:
+        """Sample the token that follows `hidden` in each row and record it."""
         uniform = uniforms(rows.key, rows.count)
-        rows.token, log_prob, energy = draw(self.decoder.logits(hidden), uniform, self.sampling)
+        rows.token, log_prob, energy = sample(self.decoder.logits(hidden), uniform, self.sampling)
         if energy is not None:
             energy = energy.double()
             self.energies[:, rows.request] += torch.stack((energy, energy * hidden.float().square().sum(1)))
         self.tokens[rows.request, rows.count] = rows.token
         self.log_probs[rows.request, rows.count] = log_prob
         rows.count = rows.count + 1
-        self.drawn += rows.count.numel()
+        self.sampled += rows.count.numel()
 
     def _retire(self) -> None:
-        """Take finished responses out; running rows from the end move into their places."""
+        """Remove finished responses; running rows from the end move into their rows."""
         rows = self.rows
         stopped = torch.isin(rows.token, self.stop)
         done = stopped | (rows.count >= self.sampling.max_tokens)
@@ -247,7 +247,7 @@ class _Batch:
     def rollouts(self, version: int) -> Rollouts:
         """The finished responses, on the CPU, in the order of the requests."""
         lengths = self.lengths.cpu()
-        drawn = torch.arange(self.sampling.max_tokens) < lengths.unsqueeze(1)
+        sampled = torch.arange(self.sampling.max_tokens) < lengths.unsqueeze(1)
         requests = self.requests
         return Rollouts(
             prompt_ids=torch.tensor([r.prompt_id for r in requests], dtype=torch.int64),
@@ -256,10 +256,10 @@ class _Batch:
             prompt_lengths=self.prompt_lengths,
             prompt_tokens=torch.tensor([t for r in requests for t in r.tokens], dtype=torch.int64),
             response_lengths=lengths,
-            response_tokens=self.tokens.cpu()[drawn],
+            response_tokens=self.tokens.cpu()[sampled],
             finish_reasons=torch.where(self.stopped.cpu(), FINISH_STOP, FINISH_LENGTH),
             weight_versions=torch.full((int(lengths.sum()),), version, dtype=torch.int64),
-            engine_log_prob=self.log_probs.cpu()[drawn],
+            engine_log_prob=self.log_probs.cpu()[sampled],
             energy=self.energies[0].cpu() if self.sampling.energies else None,
             energy_hidden=self.energies[1].cpu() if self.sampling.energies else None,
         )

@@ -1,4 +1,4 @@
-"""Drawing tokens: stateless uniform numbers and the inverse of the cumulative distribution.
+"""Sampling tokens: stateless uniform numbers and the inverse of the cumulative distribution.
 
 The uniform number of a token is a hash of (run seed, step, prompt id, sample index, position).  So a
 response does not depend on its neighbours in the batch, on the number of ranks, or on whether the
@@ -22,12 +22,12 @@ def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
     return shift_right(x, 11).double() * 2.0**-53
 
 
-def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Next tokens, their log π_T and, where asked for, their energies ‖onehot − π_T‖², each [n], from
-    logits [n, V].
+def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Next tokens, their log π_T and, with `sampling.energies`, their energies ‖onehot − π_T‖², each [n],
+    from logits [n, V].
 
-    Log-probability and energy are the policy's at temperature T, also where top_k, top_p or greedy
-    choice made the token likelier than that.
+    Log-probability and energy are those of π_T, also where top_k, top_p or greedy decoding sample from
+    another distribution.
     """
     log_probs = log_softmax(logits, sampling.temperature)
     if sampling.greedy:
@@ -44,7 +44,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
 
 
 def _truncate(probabilities: Tensor, sampling: Sampling) -> Tensor:
-    """Zero what top_k and top_p leave out; at least the likeliest token stays."""
+    """Set what top_k and top_p exclude to zero; at least the most likely token stays."""
     if sampling.top_k > 0:
         kept = probabilities.topk(min(sampling.top_k, probabilities.shape[1])).values[:, -1:]
         probabilities = torch.where(probabilities >= kept, probabilities, 0.0)

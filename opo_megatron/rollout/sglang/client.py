@@ -1,7 +1,7 @@
 """HTTP to one SGLang server: JSON in, JSON out, and what its failures mean.
 
-A server that cannot be reached, breaks off or stays silent has failed (`EngineFailure`): it can be
-started again.  A request that it refuses is a mistake in what was asked (`UserError`).
+A server that cannot be reached, closes the connection or does not answer has failed (`EngineFailure`): it
+can be restarted.  A request that it refuses is a mistake in the request (`UserError`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Client:
     def __init__(self, url: str, timeout: float, api_key: str | None = None) -> None:
         """Args:
         url: `http://host:port`.
-        timeout: seconds without an answer after which the server counts as hung.
+        timeout: seconds without a reply after which the server counts as hung.
         """
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname or not parts.port:
@@ -34,25 +34,25 @@ class Client:
             self._headers["Authorization"] = f"Bearer {api_key}"
 
     def post(self, path: str, timeout: float | None = None, **body: Any) -> Any:
-        """The answer to a POST.
+        """The reply to a POST.
 
         Raises:
-            EngineFailure: no answer, a broken one, or an error inside the server.
+            EngineFailure: no reply, a broken one, or an error inside the server.
             UserError: the server refuses the request.
         """
-        status, answer = self._request("POST", path, json.dumps(body), timeout)
-        return self._checked(path, status, answer)
+        status, reply = self._request("POST", path, json.dumps(body), timeout)
+        return self._checked(path, status, reply)
 
     def get(self, path: str, timeout: float | None = None) -> Any:
-        """The answer to a GET; raises as `post` does."""
-        status, answer = self._request("GET", path, None, timeout)
-        return self._checked(path, status, answer)
+        """The reply to a GET; raises as `post` does."""
+        status, reply = self._request("GET", path, None, timeout)
+        return self._checked(path, status, reply)
 
     def address_towards(self) -> str:
-        """This machine's address on the way to the server, where the server can reach it back."""
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:  # sends nothing
-            way.connect((self._host, self._port))
-            address: str = way.getsockname()[0]
+        """This machine's address on the route to the server, at which the server reaches it."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
+            probe.connect((self._host, self._port))
+            address: str = probe.getsockname()[0]
             return address
 
     def is_healthy(self) -> bool:
@@ -63,7 +63,7 @@ class Client:
             return False
 
     def offers(self, path: str) -> bool:
-        """Whether the server knows this path, which is how older versions are told apart."""
+        """Whether the server has this path, by which versions are distinguished."""
         if self._paths is None:
             self._paths = frozenset(self.get("/openapi.json").get("paths", {}))
         return path in self._paths
@@ -76,15 +76,15 @@ class Client:
             response = connection.getresponse()
             return response.status, response.read()
         except TimeoutError as error:
-            raise EngineFailure(f"{self.url}{path} gave no answer for {limit:g} seconds") from error
+            raise EngineFailure(f"{self.url}{path} did not reply for {limit:g} seconds") from error
         except (OSError, http.client.HTTPException) as error:
             what = str(error) or type(error).__name__
-            raise EngineFailure(f"{self.url}{path} broke off ({what})") from error
+            raise EngineFailure(f"{self.url}{path} closed the connection ({what})") from error
         finally:
             connection.close()
 
-    def _checked(self, path: str, status: int, answer: bytes) -> Any:
-        text = answer.decode(errors="replace")
+    def _checked(self, path: str, status: int, reply: bytes) -> Any:
+        text = reply.decode(errors="replace")
         if status in (401, 403):
             raise UserError(f"{self.url} refuses the API key; set rollout.sglang.api_key to the server's")
         if 400 <= status < 500:
@@ -94,11 +94,11 @@ class Client:
         try:
             return json.loads(text) if text.strip() else None
         except json.JSONDecodeError:
-            return text  # some paths answer in plain words
+            return text  # some paths reply in plain text
 
 
 def _message(text: str) -> str:
-    """The words of an error answer, at most a line of them."""
+    """The message of an error reply, at most one line."""
     try:
         body = json.loads(text)
     except json.JSONDecodeError:

@@ -1,15 +1,15 @@
 """`RolloutEngine` over SGLang servers, shared by groups of ranks.
 
-*Managed*: one server per engine-sized group of a node's ranks (on a CPU one for the whole node),
-started by the group's first rank and fed by it.  *External* (`rollout.sglang.urls`): servers that
-someone else started, all fed by rank 0; every rank spreads its requests over them.
+*Managed*: one server per engine-sized group of a node's ranks (on a CPU one for the whole node); the
+group's first rank starts it and sends it weights.  *External* (`rollout.sglang.urls`): servers that
+are running already, with weights from rank 0; every rank balances its requests over them.
 
 A weight update is pause → flush → begin → buckets → end → new version → continue.  Flushing matters:
-keys and values of old weights that stay in the radix cache would serve the next rollouts.  While an
-update is half done the engine holds no version and refuses to generate.
+keys and values of old weights that stay in the radix cache would serve the next rollouts.  During an
+update the engine holds no version and refuses to generate.
 
-An engine that fails loses all that it drew in that call: the caller lets every rank draw the whole
-step again, for keeping what had finished would favour short answers.
+A failure discards all responses of the call: the caller has every rank generate the whole step again,
+because keeping those that had finished would favour short responses.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from opo_megatron.weights.fp8_folder import BlockFp8
 from opo_megatron.weights.stream import NamedTensors
 
 POSTS_PER_CALL = 16
-"""A rank's requests travel in this many posts at most, so that progress is seen as they end."""
+"""A rank's requests are split into at most this many posts, so that progress shows as they end."""
 PROGRESS_EVERY_SECONDS = 1.0
-"""So soon a run that is told to end cuts what it draws."""
+"""Interval at which a stop request is noticed during generation."""
 FLUSH_SECONDS = 30
-"""How long a server may take to finish what is running before its cache is flushed."""
+"""How long a flush waits for running requests."""
 
 
 class SglangEngine:
@@ -68,7 +68,7 @@ class SglangEngine:
         Args:
             model_dir: folder with the `config.json` that managed servers build their model from.
             show_status: shows one line.
-            fp8: how weights are quantized on their way; None sends them as they are.
+            fp8: how weights are quantized before sending; None sends them as they are.
         """
         self._fp8 = fp8
         self.config, self.settings, self.parallel = config, config.rollout.sglang, parallel
@@ -111,7 +111,7 @@ class SglangEngine:
         names = visible.split(",") if visible else [str(number) for number in range(first + ranks)]
         return names[first : first + ranks]
 
-    # ------------------------------------------------------------------ life
+    # ------------------------------------------------------------------ lifecycle
 
     def recover(self) -> None:
         """Start managed servers that are not running; a collective.  They hold no weights afterwards.
@@ -151,7 +151,7 @@ class SglangEngine:
     # ------------------------------------------------------------------ memory
 
     def sleep(self, keeps_weights: bool = False) -> None:
-        """Let the servers that this rank feeds give up their memory; weights are then lost."""
+        """Release the memory of the servers that this rank sends weights to; their weights are lost."""
         parts = {"kv_cache"} if keeps_weights else {"kv_cache", "weights"}
         if not keeps_weights:
             self.version = None
@@ -162,12 +162,12 @@ class SglangEngine:
                     client.post("/release_memory_occupation", tags=wanted)
             except EngineFailure:
                 if self._server is not None:
-                    self._server.stop()  # it keeps memory otherwise; the next update starts it again
+                    self._server.stop()  # otherwise it keeps its memory; the next update restarts it
                 raise
             self._released |= parts
 
     def wake(self) -> None:
-        """Give the servers all of their memory again."""
+        """Resume all released memory of the servers."""
         self._resume(set(self._released))
 
     def _resume(self, parts: set[str]) -> None:
@@ -180,10 +180,10 @@ class SglangEngine:
     # ------------------------------------------------------------------ weights
 
     def update_weights(self, buckets: NamedTensors, version: int) -> None:
-        """Send the stream to the servers that this rank feeds; every rank enters and exhausts it.
+        """Send the stream to this rank's servers; every rank enters and exhausts it.
 
         Raises:
-            EngineFailure: when a server did not take all of it; it holds no usable weights then.
+            EngineFailure: where a server did not load all of it; it then holds no usable weights.
         """
         self.version = None
         failure: EngineFailure | UserError | None = None
@@ -196,7 +196,7 @@ class SglangEngine:
                     senders.append(Sender(self._transfer(client)))
         except (EngineFailure, UserError) as error:
             failure, senders = error, []
-        for bucket in buckets:  # a collective of all ranks, which no failure may leave
+        for bucket in buckets:  # a collective of all ranks, to be exhausted whatever fails
             if not senders or failure is not None:
                 continue
             try:
@@ -219,7 +219,7 @@ class SglangEngine:
         self.version = version
 
     def _quantized(self, bucket: Bucket) -> Bucket:
-        """A bucket as the server's model has it.
+        """A bucket in the precision of the server's model.
 
         Raises:
             UserError: for weights that are NaN or infinite, in FP8.
@@ -229,7 +229,7 @@ class SglangEngine:
         return [pair for name, tensor in bucket for pair in self._fp8.tensors(name, tensor)]
 
     def _transfer(self, client: Client) -> Transfer:
-        """How this server gets its buckets; made once, as joining a group takes time."""
+        """The server's transport; created once, because joining a group takes time."""
         if client.url not in self._transfers:
             ranks, kind = self.settings.tensor_parallel_size, self.settings.transport
             if kind is Transport.tensor:
@@ -245,20 +245,20 @@ class SglangEngine:
         client.post("/pause_generation", mode="abort")
         client.post(f"/flush_cache?timeout={FLUSH_SECONDS}")
         if self._has_sessions(client):
-            answer = client.post("/begin_weight_update")
-            if answer.get("success") is False:  # one was left open by an update that broke off
+            reply = client.post("/begin_weight_update")
+            if reply.get("success") is False:  # an interrupted update left one open
                 client.post("/end_weight_update")
                 check_success(client.post("/begin_weight_update"), "the beginning of an update")
 
     def _close_update(self, client: Client, version: int) -> None:
         if self._has_sessions(client):
             check_success(client.post("/end_weight_update"), "the end of an update")
-        answer = client.post("/update_weight_version", new_version=str(version), abort_all_requests=False)
-        check_success(answer, f"the version {version}")
+        reply = client.post("/update_weight_version", new_version=str(version), abort_all_requests=False)
+        check_success(reply, f"the version {version}")
         client.post("/continue_generation")
 
     def _has_sessions(self, client: Client) -> bool:
-        """Updates sit between two calls from SGLang 0.5.21 on; a load from disk does so by itself."""
+        """From SGLang 0.5.21 on, updates are enclosed by two calls; a load from disk encloses itself."""
         return self.settings.transport is not Transport.disk and client.offers("/begin_weight_update")
 
     # ------------------------------------------------------------------ rollouts
@@ -266,19 +266,19 @@ class SglangEngine:
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: Sampling, progress: Progress | None = None
     ) -> Rollouts:
-        """Draw one response per request.
+        """Generate one response per request.
 
         Raises:
-            EngineFailure: a server died, hung or broke off.
+            EngineFailure: a server died, hung or closed the connection.
             UserError: a prompt does not fit, or a server stops where the task does not.
-            Preempted: from `progress`; the servers are told to give up all that they draw.
+            Preempted: from `progress`, after all requests of the servers are aborted.
         """
         if self.version is None:
             raise EngineFailure("the servers hold no complete weights")
         self._check_lengths(requests, sampling)
         size = max(1, -(-len(requests) // POSTS_PER_CALL))
         parts = [requests[i : i + size] for i in range(0, len(requests), size)]
-        answers: list[list[Any]] = [[] for _ in parts]
+        replies: list[list[Any]] = [[] for _ in parts]
         balance = _Balance(self._clients)
         finished = tokens = 0
         with ThreadPoolExecutor(POSTS_PER_CALL) as threads, self.abort_on_preempt():
@@ -287,33 +287,33 @@ class SglangEngine:
             while waiting:
                 ended, waiting = wait(waiting, PROGRESS_EVERY_SECONDS, return_when=FIRST_COMPLETED)
                 for done in ended:
-                    answer = answers[posted[done]] = done.result()
-                    finished += len(answer)
-                    tokens += sum(len(one["output_ids"]) for one in answer)
+                    reply = replies[posted[done]] = done.result()
+                    finished += len(reply)
+                    tokens += sum(len(one["output_ids"]) for one in reply)
                 if progress is not None:
                     progress(finished, len(requests), tokens)
-        return rollouts_of(requests, [one for answer in answers for one in answer], sampling)
+        return rollouts_of(requests, [one for reply in replies for one in reply], sampling)
 
     @contextlib.contextmanager
     def abort_on_preempt(self) -> Iterator[None]:
-        """Posts would be waited for to their end, which may be minutes away."""
+        """Abort running requests on a stop request; otherwise leaving would wait for their end."""
         try:
             yield
         except (Preempted, KeyboardInterrupt):
             for client in self._clients:
-                with contextlib.suppress(EngineFailure):  # a server that is gone draws nothing
+                with contextlib.suppress(EngineFailure):  # a server that is gone generates nothing
                     client.post("/abort_request", abort_all=True)
             raise
 
     def probe(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> dict[str, Rollouts]:
-        """The requests answered by each server that this rank feeds."""
+        """The responses of each server that this rank sends weights to."""
         if not self.is_sender:
             return {}
-        answers = {
+        replies = {
             f"the SGLang server {client.url}": _Balance([client]).post(requests, sampling)
             for client in self._clients
         }
-        return {name: rollouts_of(requests, answer, sampling) for name, answer in answers.items()}
+        return {name: rollouts_of(requests, reply, sampling) for name, reply in replies.items()}
 
     def _check_lengths(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> None:
         longest = max((len(request.tokens) for request in requests), default=0)
@@ -326,7 +326,7 @@ class SglangEngine:
 
 
 class _Balance:
-    """Gives each post to the server that has least tokens to work on."""
+    """Sends each post to the server with the fewest outstanding tokens."""
 
     def __init__(self, clients: Sequence[Client]) -> None:
         self._lock = threading.Lock()
@@ -335,15 +335,15 @@ class _Balance:
     def post(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Any]:
         tokens = sum(len(request.tokens) + sampling.max_tokens for request in requests)
         with self._on_least_busy(tokens) as client:
-            answer = client.post(
+            reply = client.post(
                 "/generate",
                 input_ids=[list(request.tokens) for request in requests],
                 sampling_params=sampling_params(sampling),
                 return_logprob=True,
             )
-        if not isinstance(answer, list) or len(answer) != len(requests):
-            raise EngineFailure(f"{client.url} answered {len(requests)} prompts with something else")
-        return answer
+        if not isinstance(reply, list) or len(reply) != len(requests):
+            raise EngineFailure(f"{client.url} did not return {len(requests)} responses for as many prompts")
+        return reply
 
     @contextlib.contextmanager
     def _on_least_busy(self, tokens: int) -> Any:
@@ -358,13 +358,13 @@ class _Balance:
 
 
 def server_group(hosts: Sequence[str], rank: int, servers_per_node: int) -> list[int]:
-    """The ranks that share `rank`'s server: equal contiguous parts of the ranks of its node.
+    """The ranks that share `rank`'s server: equal contiguous parts of its node's ranks.
 
     Args:
         hosts: name of each rank's node.
 
     Raises:
-        UserError: where the node's ranks cannot be dealt evenly.
+        UserError: where the node's ranks do not divide evenly.
     """
     local = [r for r, host in enumerate(hosts) if host == hosts[rank]]
     if len(local) % servers_per_node:

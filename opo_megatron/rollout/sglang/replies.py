@@ -1,4 +1,4 @@
-"""SGLang's words for sampling, and its answers as `Rollouts`: ids in, ids out, nothing re-tokenised."""
+"""Sampling parameters in SGLang's terms, and its replies as `Rollouts`: token ids both ways."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from opo_megatron.errors import EngineFailure, UserError
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 
 UNKNOWN_VERSION = -1
-"""Of a token whose server names no number as its weights' version."""
+"""Version of a token whose server reports no number."""
 
 
 def sampling_params(sampling: Sampling) -> dict[str, Any]:
-    """Sampling as SGLang wants it.  It ignores seeds outside its deterministic mode."""
+    """`sampling` in SGLang's parameters.  It ignores seeds outside its deterministic mode."""
     params: dict[str, Any] = {
         "max_new_tokens": sampling.max_tokens,
         "temperature": 0.0 if sampling.greedy else sampling.temperature,
@@ -31,31 +31,31 @@ def sampling_params(sampling: Sampling) -> dict[str, Any]:
 
 
 def rollouts_of(
-    requests: Sequence[GenerationRequest], answers: Sequence[Any], sampling: Sampling
+    requests: Sequence[GenerationRequest], replies: Sequence[Any], sampling: Sampling
 ) -> Rollouts:
-    """One answer per request, in that order.
+    """From one reply per request, in that order.
 
     Raises:
-        EngineFailure: an answer is not whole.
+        EngineFailure: a reply is incomplete.
         UserError: the server ended a response at a token that is not one of the task's stop tokens.
     """
     tokens: list[int] = []
     log_probs: list[float] = []
     versions: list[int] = []
     lengths, reasons = [], []
-    for request, answer in zip(requests, answers, strict=True):
-        ids, about = answer["output_ids"], answer["meta_info"]
-        drawn = about.get("output_token_logprobs") or []
-        if [token for _, token, *_ in drawn] != ids:
+    for request, reply in zip(requests, replies, strict=True):
+        ids, meta_info = reply["output_ids"], reply["meta_info"]
+        sampled = meta_info.get("output_token_logprobs") or []
+        if [token for _, token, *_ in sampled] != ids:
             raise EngineFailure(
-                f"{len(drawn)} log-probabilities came with the {len(ids)} tokens of prompt "
+                f"{len(sampled)} log-probabilities came with the {len(ids)} tokens of prompt "
                 f"{request.prompt_id}"
             )
         tokens += ids
-        log_probs += [value for value, *_ in drawn]
-        versions += versions_of(about, len(ids))
+        log_probs += [value for value, *_ in sampled]
+        versions += versions_of(meta_info, len(ids))
         lengths.append(len(ids))
-        reasons.append(_finish_reason(request, ids, about["finish_reason"], sampling))
+        reasons.append(_finish_reason(request, ids, meta_info["finish_reason"], sampling))
     return Rollouts(
         prompt_ids=torch.tensor([r.prompt_id for r in requests], dtype=torch.int64),
         groups=torch.tensor([r.group for r in requests], dtype=torch.int64),
@@ -70,11 +70,11 @@ def rollouts_of(
     )
 
 
-def versions_of(about: dict[str, Any], length: int) -> list[int]:
-    """The weight version of each token: from spans where the server names them, else one for all."""
-    spans = about.get("weight_versions")
+def versions_of(meta_info: dict[str, Any], length: int) -> list[int]:
+    """The weight version of each token: by spans where the server reports them, else one for all."""
+    spans = meta_info.get("weight_versions")
     if not spans:
-        return [_number(about.get("weight_version"))] * length
+        return [_number(meta_info.get("weight_version"))] * length
     versions = [UNKNOWN_VERSION] * length
     for span in spans:
         for place in range(span["start"], min(span["end"], length)):

@@ -155,7 +155,7 @@ def test_weights_read_back_from_the_server_are_the_policys(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_died_is_started_again_and_the_whole_step_is_drawn(run: Run) -> None:
+def test_a_dead_server_is_restarted_and_the_whole_step_regenerated(run: Run) -> None:
     server = engine_of(run)._server
     assert server is not None and server.pid is not None
     first = server.pid
@@ -166,7 +166,7 @@ def test_a_server_that_died_is_started_again_and_the_whole_step_is_drawn(run: Ru
     assert rollouts.weight_versions.unique().tolist() == [run.policy.version]
 
 
-def test_a_run_that_is_told_to_end_cuts_what_the_servers_draw(
+def test_a_stop_request_aborts_the_generation_of_the_servers(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers: list[str] = []
@@ -181,7 +181,7 @@ def test_a_run_that_is_told_to_end_cuts_what_the_servers_draw(
     monkeypatch.setattr(Client, "post", listening)
     monkeypatch.setattr(run.saver.stop, "_signal", signal.SIGUSR1)
     with pytest.raises(Preempted, match="SIGUSR1"):
-        run.generate(requests(32), Sampling(1000, (), (1,)), 1)
+        run.generation.generate(requests(32), Sampling(1000, (), (1,)), "test", interruptible=True)
     assert len(answers) == 32 and "abort" in answers
     monkeypatch.setattr(run.saver.stop, "_signal", 0)
     assert len(run.generation.generate(requests(2), Sampling(5, (), (1,)), "test")) == 2

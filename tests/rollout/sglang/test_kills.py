@@ -82,7 +82,7 @@ def drawn(run_dir: Path) -> list[tuple[list[int], list[int]]]:
     return [(step.prompt_ids.tolist(), step.sample_indices.tolist()) for step in steps]
 
 
-def test_a_run_whose_server_is_killed_three_times_draws_the_same_samples(tmp_path: Path) -> None:
+def test_a_run_with_a_server_killed_three_times_has_unbiased_lengths(tmp_path: Path) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     train(small_config(*settings(undisturbed)))
     with (

@@ -21,8 +21,8 @@ from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.distributed.process_groups import Parallel, destroy_model_parallel, initialize, shutdown
 from opo_megatron.kernels.lm_head import VocabularyShard, chunked_logprobs
 from opo_megatron.policy import per_sample
-from opo_megatron.policy.measure import measure_energies
 from opo_megatron.policy.policy import Policy
+from opo_megatron.policy.token_measures import measure_energies
 from opo_megatron.weights.stream import ModelShards, stream_weights
 from tests.support.fixtures import ragged_rollouts, small_config, small_policy
 

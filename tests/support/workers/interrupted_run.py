@@ -35,20 +35,20 @@ def during_warm_start(strike: Callable[[], None], step: int = 14) -> None:
     """Behind an optimizer step, before its row is written."""
     train_step = Policy.train_step
 
-    def struck(self: Policy, batch: Rollouts, *arguments: Any) -> Any:
+    def interrupted(self: Policy, batch: Rollouts, *arguments: Any) -> Any:
         result = train_step(self, batch, *arguments)
         if batch.is_demonstration and self.version == step:
             strike()
         return result
 
-    Policy.train_step = struck
+    Policy.train_step = interrupted
 
 
 def _during_drawing(strike: Callable[[], None], stream: int, calls: int) -> None:
     generate = LocalEngine.generate
     count = 0
 
-    def struck(self: LocalEngine, requests: Any, sampling: Any, progress: Any = None) -> Any:
+    def interrupted(self: LocalEngine, requests: Any, sampling: Any, progress: Any = None) -> Any:
         def show(done: int, total: int, tokens: int) -> None:
             if 2 * done > total and count == calls and sampling.seed[1:2] == (stream,):
                 strike()
@@ -59,7 +59,7 @@ def _during_drawing(strike: Callable[[], None], stream: int, calls: int) -> None
         count += sampling.seed[1:2] == (stream,)
         return generate(self, requests, sampling, show)
 
-    LocalEngine.generate = struck
+    LocalEngine.generate = interrupted
 
 
 def during_generation(strike: Callable[[], None]) -> None:
@@ -76,35 +76,35 @@ def during_training(strike: Callable[[], None]) -> None:
     """Gradients are there, the optimizer step is not."""
     accumulate = Policy.accumulate_gradients
 
-    def struck(self: Policy, batch: Rollouts, *arguments: Any) -> Any:
+    def interrupted(self: Policy, batch: Rollouts, *arguments: Any) -> Any:
         result = accumulate(self, batch, *arguments)
         if not batch.is_demonstration:
             strike()
         return result
 
-    Policy.accumulate_gradients = struck
+    Policy.accumulate_gradients = interrupted
 
 
 def during_writing(strike: Callable[[], None]) -> None:
     """The process that writes a checkpoint has written its tensors and would read them back."""
     entries_of = checkpoint_writer.entries_of
 
-    def struck(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any) -> Any:
         strike()
         return entries_of(*arguments)
 
-    checkpoint_writer.entries_of = struck
+    checkpoint_writer.entries_of = interrupted
 
 
 def during_saving(strike: Callable[[], None]) -> None:
     """A checkpoint's tensors are written, it has no manifest and no name yet."""
     finish = checkpoint.PendingCheckpoint._finish
 
-    def struck(self: checkpoint.PendingCheckpoint, *arguments: Any) -> Any:
+    def interrupted(self: checkpoint.PendingCheckpoint, *arguments: Any) -> Any:
         strike()
         return finish(self, *arguments)
 
-    checkpoint.PendingCheckpoint._finish = struck
+    checkpoint.PendingCheckpoint._finish = interrupted
 
 
 MOMENTS = {
