@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from opo_megatron.algorithm.config import MismatchAction
-from opo_megatron.audit.record import PER_SAMPLE, PER_TOKEN, in_hex, layout_of, sums_of
+from opo_megatron.audit.record import PER_SAMPLE, PER_TOKEN, column_digests, in_hex, layout_of
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.build import open_run
 from opo_megatron.checkpoint.progress import PHASES, RunProgress, checkpoints
@@ -190,7 +190,7 @@ class _Replay:
         done_again, changed = batch(self.run.files.dir, step), []
         in_file = Rollouts.load(path) if path.exists() else None
         if in_file is not None:
-            sums = sums_of(in_file)
+            sums = column_digests(in_file)
             changed = [name for name in columns if columns[name] != in_hex(sums[name])]
         other = [name for name in columns if columns[name] != again["columns"][name]]
         if not changed and not other:

@@ -23,7 +23,7 @@ from opo_megatron.kernels.fp8 import not_finite
 from opo_megatron.utils.extras import require_extra
 from opo_megatron.weights.hf_folder import copy_companions
 
-WANTED_BY = "--quantize fp8"
+_OPTION = "--quantize fp8"
 
 
 def load_modelopt() -> tuple[Any, Any, Any]:
@@ -32,10 +32,10 @@ def load_modelopt() -> tuple[Any, Any, Any]:
     Raises:
         UserError: naming a package that is not installed.
     """
-    transformers = require_extra("transformers", WANTED_BY, "modelopt")
+    transformers = require_extra("transformers", _OPTION, "modelopt")
     with _without_warnings():
-        quantization = require_extra("modelopt.torch.quantization", WANTED_BY, "modelopt")
-        exporter = require_extra("modelopt.torch.export", WANTED_BY, "modelopt")
+        quantization = require_extra("modelopt.torch.quantization", _OPTION, "modelopt")
+        exporter = require_extra("modelopt.torch.export", _OPTION, "modelopt")
     return transformers, quantization, exporter
 
 
