@@ -87,7 +87,7 @@ def _shared_environment(nproc: int, threads_per_rank: int, folder: Path) -> dict
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.set_parent_death_signal(("127.0.0.1", 0))
+        probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 

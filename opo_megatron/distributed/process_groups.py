@@ -58,7 +58,7 @@ class Parallel:
 
     @property
     def owns_logits(self) -> bool:
-        """Whether this rank adds its tokens to sums: it has logits, and no other rank counts the same tokens."""
+        """Whether this rank adds its tokens to sums: it has logits, and no other rank counts its tokens."""
         return self.is_last_stage and self.tp_rank == 0
 
     @property
