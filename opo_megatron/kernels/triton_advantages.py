@@ -38,7 +38,7 @@ def _statistics(rewards, weights, begin, end, BLOCK: tl.constexpr):
     count = (end - begin).to(tl.float64)
     mean = tl.sum(plain, 0) / tl.maximum(count, 1.0)
     all_zero = tl.sum(total, 0) == 0
-    whole = tl.where(all_zero, count, tl.sum(total, 0))
+    total_weight = tl.where(all_zero, count, tl.sum(total, 0))
     weighted, squares = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     light, light_weighted = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for start in range(begin, end, BLOCK):
@@ -47,7 +47,7 @@ def _statistics(rewards, weights, begin, end, BLOCK: tl.constexpr):
         r = tl.load(rewards + index, mask=inside, other=0.0).to(tl.float64)
         w = tl.load(weights + index, mask=inside, other=0.0).to(tl.float64)
         w = tl.where(all_zero, tl.where(inside, 1.0, 0.0), w)
-        is_light = w <= whole / 2
+        is_light = w <= total_weight / 2
         weighted += w * r
         light += tl.where(is_light, w, 0.0)
         light_weighted += tl.where(is_light, w * r, 0.0)
@@ -55,25 +55,25 @@ def _statistics(rewards, weights, begin, end, BLOCK: tl.constexpr):
     deviation = tl.sqrt(tl.sum(squares, 0) / tl.maximum(count - 1, 1.0))
     all_equal = tl.min(low, 0) == tl.max(high, 0)
     return (
-        all_zero, whole, tl.sum(weighted, 0), tl.sum(light, 0), tl.sum(light_weighted, 0), all_equal,
+        all_zero, total_weight, tl.sum(weighted, 0), tl.sum(light, 0), tl.sum(light_weighted, 0), all_equal,
         deviation,
     )  # fmt: skip
 
 
 @triton.jit
 def _advantage(
-    r, w, all_zero, whole, weighted, light, light_weighted, all_equal, deviation, epsilon,
+    r, w, all_zero, total_weight, weighted, light, light_weighted, all_equal, deviation, epsilon,
     LEAVE_ONE_OUT: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """Advantages of samples with rewards r and weights w, from the statistics of their group."""
     w = tl.where(all_zero, 1.0, w)
     if LEAVE_ONE_OUT:
-        heavy = w > whole / 2
-        others = tl.where(heavy, light, whole - w)
+        heavy = w > total_weight / 2
+        others = tl.where(heavy, light, total_weight - w)
         others_weighted = tl.where(heavy, light_weighted, weighted - w * r)
         baseline = tl.where(others > 0, others_weighted / tl.where(others > 0, others, 1.0), r)
     else:
-        baseline = weighted / whole
+        baseline = weighted / total_weight
     advantage = tl.where(all_equal, 0.0, r - baseline)
     if SCALE:
         advantage = advantage / (deviation + epsilon)
@@ -87,17 +87,17 @@ def _kernel(
 ):  # fmt: skip
     group = tl.program_id(0)
     begin, end = tl.load(offsets + group), tl.load(offsets + group + 1)
-    all_zero, whole, weighted, light, light_weighted, all_equal, deviation = _statistics(
+    all_zero, total_weight, weighted, light, light_weighted, all_equal, deviation = _statistics(
         rewards, weights, begin, end, BLOCK
     )
-    tl.store(baselines + group, weighted / tl.where(whole > 0, whole, 1.0))
+    tl.store(baselines + group, weighted / tl.where(total_weight > 0, total_weight, 1.0))
     for start in range(begin, end, BLOCK):
         index = start + tl.arange(0, BLOCK)
         inside = index < end
         r = tl.load(rewards + index, mask=inside, other=0.0).to(tl.float64)
         w = tl.load(weights + index, mask=inside, other=0.0).to(tl.float64)
         advantage = _advantage(
-            r, w, all_zero, whole, weighted, light, light_weighted, all_equal, deviation, epsilon,
+            r, w, all_zero, total_weight, weighted, light, light_weighted, all_equal, deviation, epsilon,
             LEAVE_ONE_OUT, SCALE,
         )  # fmt: skip
         tl.store(advantages + index, advantage, mask=inside)

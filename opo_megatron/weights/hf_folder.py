@@ -58,14 +58,14 @@ def read_weights(
             raise UnreadableWeights(reason, "download them again")
         stored |= tensors
     if missing := sorted(expected.keys() - stored.keys()):
-        raise UserError(f"{folder} lacks {_summary(missing)}, which {described_by} asks for")
+        raise UserError(f"{folder} lacks {_summary(missing)}, which {described_by} requires")
     if extra := sorted(name for name in stored.keys() - expected.keys() if not _is_ignored(name, model)):
         raise UserError(f"{folder} holds {_summary(extra)}, which {described_by} does not have")
     for name, shape in expected.items():
         if stored[name].shape != shape:
             raise UserError(
                 f"{stored[name].path} holds {name} with shape {list(stored[name].shape)}, but "
-                f"{described_by} asks for {list(shape)}"
+                f"{described_by} requires {list(shape)}"
             )
     return {name: stored[name] for name in expected}
 

@@ -95,7 +95,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnreadableWeights(f"{path} is not a readable safetensors file ({error})") from None
     if end != size:
-        raise UnreadableWeights(f"{path} has {size} bytes where its header says {end}")
+        raise UnreadableWeights(f"{path} has {size} bytes but its header requires {end}")
     return tensors
 
 
