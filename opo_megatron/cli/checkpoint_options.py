@@ -1,4 +1,4 @@
-"""What `opo convert` and `opo export` share: options, ranks, progress lines."""
+"""Shared code of `opo convert` and `opo export`: options, ranks, progress lines."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 def reuse_memory() -> None:
-    """Let tensors that come one after the other share pages, huge ones where the system has them.
+    """Let consecutive tensors reuse memory pages, huge ones where the system has them.
 
-    By default each tensor gets fresh pages, and mapping them takes longer than copying the weights.  To
-    be called before torch is used; where the C library is not glibc, nothing happens.
+    By default each tensor gets new pages, and mapping them takes longer than copying the weights.  Must be
+    called before torch is used; does nothing if the C library is not glibc.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch
     with contextlib.suppress(OSError, AttributeError):
@@ -40,11 +40,11 @@ def reuse_memory() -> None:
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-"""Of glibc's malloc.h."""
+"""From glibc's malloc.h."""
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """Options of both directions."""
+    """The options of both commands."""
     for name, what in (
         ("tensor", "ranks that share each matrix"),
         ("pipeline", "ranks that share the layers"),
@@ -53,7 +53,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}-model-parallel-size", metavar="N", type=int, default=1, help=f"{what} (default: 1)"
         )
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="of the result; default as it is stored")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="of the result; default the stored one")
     parser.add_argument(
         "--verify", action="store_true", help="compare log-probabilities of a few prompts with transformers'"
     )
@@ -67,7 +67,7 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
 
 
 def config_of(model: ModelConfig, options: argparse.Namespace) -> Config:
-    """A configuration of the policy alone, on CPUs, checked."""
+    """A validated configuration of the policy alone, on CPUs."""
     tensor, expert = options.tensor_model_parallel_size, options.expert_model_parallel_size
     for name in ("tensor", "pipeline", "expert"):
         if getattr(options, f"{name}_model_parallel_size") < 1:
@@ -91,7 +91,7 @@ def config_of(model: ModelConfig, options: argparse.Namespace) -> Config:
 
 
 class CheckpointCommand:
-    """The ranks and the progress lines of one conversion."""
+    """The ranks and progress lines of one conversion."""
 
     def __init__(self, config: Config, options: argparse.Namespace) -> None:
         self._config, self._arguments = config, options.arguments
@@ -100,22 +100,22 @@ class CheckpointCommand:
 
     @property
     def needs_ranks(self) -> bool:
-        """Whether this process has to start ranks for the layout, instead of being one."""
+        """Whether this process must start the layout's ranks, instead of being one."""
         return self._world_size > 1 and not is_launched()
 
     def run_on_ranks(self) -> int:
-        """The same command on as many ranks as the layout needs; its exit code."""
+        """Run the same command on the layout's ranks; returns its exit code."""
         return run_command_on_ranks(self._arguments, self._world_size)
 
     @contextmanager
     def joined(self) -> Iterator[Parallel]:
-        """This rank's place among them."""
+        """The process groups of this rank, within this context."""
         from opo_megatron.distributed.process_groups import initialize, shutdown
 
         yield initialize(self._config)
         shutdown()
 
     def log(self, line: str) -> None:
-        """A line of progress, on the first rank."""
+        """Print a progress line on rank 0."""
         if os.environ.get("RANK", "0") == "0":
             print(line, flush=True)

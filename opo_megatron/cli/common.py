@@ -1,4 +1,4 @@
-"""What the commands share: a parser whose errors are one line, rank counts, and how errors are printed once."""
+"""Shared code of the commands: a parser with one-line errors, rank counts, printing each error once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opo_megatron.errors import ReplayDiffers, UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are user errors like all others: one line."""
+    """An ArgumentParser whose errors are UserErrors, printed as one line."""
 
     def __init__(self, **options: Any) -> None:
         style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
@@ -25,26 +25,26 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `{self.prog} --help` shows examples")
 
 
-def count_of(what: str, least: int = 1) -> Callable[[str], int]:
-    """An argparse type: a whole number of `what`, at least `least`."""
+def count_of(what: str, minimum: int = 1) -> Callable[[str], int]:
+    """An argparse type: a whole number of `what`, at least `minimum`."""
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {what}, {least} or more")
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {what}, {minimum} or more")
         return int(text)
 
     return parse
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """A recipe and its overrides."""
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file; its `base:` names one to inherit from")
+    """The arguments RECIPE and key=value."""
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file; inherits from the recipe in its `base:`")
     add_overrides(parser)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="replaces a value, e.g. train.steps=10"
+        "overrides", metavar="key=value", nargs="*", help="overrides a setting, e.g. train.steps=10"
     )
 
 
@@ -59,7 +59,7 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 
 
 def world_size(nproc: int | None) -> int | None:
-    """Ranks by --nproc or by the launcher that started this process; None where neither says."""
+    """Number of ranks by --nproc or by the launcher of this process; None where neither sets it."""
     launched = os.environ.get("WORLD_SIZE")
     if launched is None:
         return nproc
@@ -67,14 +67,14 @@ def world_size(nproc: int | None) -> int | None:
         raise UserError(f"WORLD_SIZE={launched} in the environment is not a number; unset it")
     if nproc is not None:
         raise UserError(
-            f"--nproc {nproc} was given, but WORLD_SIZE={launched} says that a launcher started this "
-            f"process; leave --nproc out or unset WORLD_SIZE"
+            f"--nproc {nproc} was given, but WORLD_SIZE={launched} shows that a launcher started this "
+            f"process; remove --nproc or unset WORLD_SIZE"
         )
     return int(launched)
 
 
 def run_command_on_ranks(arguments: list[str], nproc: int, threads_per_rank: int = 1) -> int:
-    """`opo ARGUMENTS` on `nproc` ranks; the exit code of the first that failed, else 0."""
+    """Run `opo ARGUMENTS` on `nproc` ranks; returns the exit code of the first that failed, else 0."""
     return run_ranks([sys.executable, "-m", "opo_megatron", *arguments], nproc, threads_per_rank)
 
 
@@ -84,17 +84,17 @@ def is_launched() -> bool:
 
 
 def error_is_printed() -> bool:
-    """Whether another rank of this launcher has printed a user's mistake."""
+    """Whether another rank of this launcher has printed a user error."""
     claim = os.environ.get(ERROR_CLAIM)
     return claim is not None and Path(claim).exists()
 
 
 def print_error(error: UserError | ReplayDiffers) -> None:
-    """One line on stderr, once where several ranks make the same mistake."""
+    """Print one line on stderr, once where several ranks raise the same error."""
     claim, rank = os.environ.get(ERROR_CLAIM), os.environ.get("RANK", "0")
     who = f" (rank {rank})" if claim is None and rank != "0" else ""
     if claim is not None:
-        # The launcher ends all ranks when the first returns; the one that claims must still print.
+        # The launcher terminates all ranks when the first returns; the rank that claims must still print.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             Path(claim).touch(exist_ok=False)

@@ -1,4 +1,4 @@
-"""`opo config`: the resolved recipe, and what a step of it does in words."""
+"""`opo config`: the resolved recipe, and a description of its step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SUMMARY = "print the resolved recipe, and what a step does"
 EPILOG = """\
 examples:
   opo config recipes/quickstart.yaml run.dir=runs/first optimizer.lr=1e-4
-      every setting that the run would have, and the arithmetic of its batches
+      every setting of the run, and its batch arithmetic
 """
 
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print a recipe again, with its description as comments."""
+    """Print the resolved recipe, with its description as comments."""
     size = world_size(options.nproc)
     config = load_config(options.recipe, options.overrides, size)
     description = describe_batch(config, size or config.run.ranks or smallest_world(config))

@@ -1,4 +1,4 @@
-"""`opo convert`: a Megatron checkpoint of a Hugging Face folder, for `policy.init_from`."""
+"""`opo convert`: a Megatron checkpoint from a Hugging Face folder, for `policy.init_from`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from opo_megatron.cli.checkpoint_options import (
 from opo_megatron.config.architecture import read_architecture
 from opo_megatron.utils.atomic_dir import check_new
 
-SUMMARY = "make a Megatron checkpoint of a Hugging Face folder"
+SUMMARY = "convert a Hugging Face folder to a Megatron checkpoint"
 EPILOG = """\
 examples:
   opo convert models/Qwen3-0.6B checkpoints/qwen3-0.6b --verify
   opo convert models/Llama-3.1-70B checkpoints/llama-70b \\
       --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2
 
-The result holds weights, config.json and tokenizer; a run of any layout reads it.  The sizes are how many
-ranks share the work here, which this command starts itself, not what the run will use.  A run can also start
-from the Hugging Face folder as it is; converting pays where many runs or many ranks read it.
+The result has weights, config.json and tokenizer, and is independent of the run's parallel layout.  The sizes
+are those of this command, which starts its own ranks.  A run can also start from the Hugging Face folder
+itself; converting pays off where many runs or many ranks read it.
 """
 
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check everything that needs no tensor, then convert as one rank, or as one of several."""
+    """Check everything that needs no tensors, then convert as the only rank, or as one of several."""
     model = read_architecture(options.source).model
     config = config_of(model, options)
     check_new(options.target)

@@ -1,4 +1,4 @@
-"""`opo export`: a Hugging Face folder of a Megatron checkpoint, of a run or a converted one."""
+"""`opo export`: a Hugging Face folder from a Megatron checkpoint, of a run or of `opo convert`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from opo_megatron.utils.atomic_dir import check_new
 if TYPE_CHECKING:
     from opo_megatron.distributed.process_groups import Parallel
 
-SUMMARY = "make a Hugging Face folder of a checkpoint, also in FP8"
+SUMMARY = "export a checkpoint as a Hugging Face folder, also in FP8"
 EPILOG = """\
 examples:
   opo export runs/mine/checkpoints/step_00000140 models/mine --verify
@@ -36,8 +36,8 @@ examples:
   opo export runs/mine/checkpoints/step_00000140 models/mine-fp8 \\
       --quantize fp8 --calibration-data prompts.jsonl --calibration-prompts 256
 
-The architecture comes from the run's config.yaml.  config.json and tokenizer are those of the folder that the
-run started from; for a policy with random initial weights, a config.json is made.
+The architecture comes from the run's config.yaml, config.json and tokenizer from the folder in the run's
+policy.init_from; for a policy with random initial weights, a config.json is generated.
 """
 
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="CHECKPOINT", type=Path, help="folder of one checkpoint")
     parser.add_argument("target", metavar="OUT", type=Path, help="new folder")
     parser.add_argument(
-        "--like", metavar="HF_DIR", type=Path, help="take config.json and tokenizer from this folder"
+        "--like", metavar="HF_DIR", type=Path, help="copy config.json and tokenizer from this folder"
     )
     parser.add_argument(
         "--max-shard-size", metavar="GIB", type=float, default=4.0, help="largest file (default: %(default)g)"
@@ -56,18 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check everything that needs no tensor, then export as one rank, or as one of several."""
+    """Check everything that needs no tensors, then export as the only rank, or as one of several."""
     if options.max_shard_size <= 0:
         raise UserError(f"--max-shard-size is {options.max_shard_size:g}; it must be above 0")
     check_quantization(options)
     model, companions = describe(options.source)
     if options.like is not None:
-        theirs = read_architecture(options.like).model
-        if replace(theirs, max_sequence_length=0) != replace(model, max_sequence_length=0):
-            raise UserError(f"--like {options.like} is of another architecture than {options.source}")
+        like_model = read_architecture(options.like).model
+        if replace(like_model, max_sequence_length=0) != replace(model, max_sequence_length=0):
+            raise UserError(f"--like {options.like} has another architecture than {options.source}")
         companions = [options.like, *companions]
     if not any((folder / "config.json").exists() for folder in companions):
-        hf_config(model, "float32")  # refuses what no family computes
+        hf_config(model, "float32")  # raises for a model of no family
     config = config_of(model, options)
     check_new(options.target)
     command = CheckpointCommand(config, options)
@@ -91,7 +91,7 @@ def _write(
     companions: list[Path],
     log: Callable[[str], None],
 ) -> None:
-    """Export as the options say; a collective of all ranks."""
+    """Export with these options; a collective of all ranks."""
     from opo_megatron.checkpoint.convert import export
     from opo_megatron.kernels.fp8 import Scales
     from opo_megatron.weights.fp8_folder import BlockFp8
@@ -113,7 +113,7 @@ def _write(
 
 
 def describe(checkpoint: Path) -> tuple[ModelConfig, list[Path]]:
-    """The model in a checkpoint, and the folders that may hold its config.json and tokenizer."""
+    """The model of a checkpoint, and the folders that may have its config.json and tokenizer."""
     if (checkpoint / "opo_weights.json").exists():
         return read_architecture(checkpoint).model, [checkpoint]
     state, recipe = checkpoint / "run_state.json", checkpoint.resolve().parent.parent / "config.yaml"
@@ -121,15 +121,15 @@ def describe(checkpoint: Path) -> tuple[ModelConfig, list[Path]]:
         raise UserError(f"{checkpoint} is not a checkpoint; name a folder of <run.dir>/checkpoints")
     if not recipe.exists():
         raise UserError(f"{checkpoint} is not in the folder of its run: {recipe} is missing")
-    # The recipe is resolved: it holds the architecture even where the first folder is gone.
+    # The recipe is resolved: it has the architecture even if the folder in init_from no longer exists.
     config: Config = load_config(recipe, ["policy.init_from=null", "resume=never"])
-    first = load_raw(recipe).get("policy", {}).get("init_from")
+    init_from = load_raw(recipe).get("policy", {}).get("init_from")
     model = replace(config.policy.model, vocab_size=vocabulary(state))
-    return model, [Path(f) for f in (first, config.task.tokenizer) if f and Path(f).is_dir()]
+    return model, [Path(f) for f in (init_from, config.task.tokenizer) if f and Path(f).is_dir()]
 
 
 def vocabulary(state: Path) -> int:
-    """Rows of the embedding, as the run counted them."""
+    """The vocabulary size recorded in a checkpoint's run_state.json."""
     return int(json.loads(state.read_text())["model"]["vocab_size"])
 
 

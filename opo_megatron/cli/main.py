@@ -1,16 +1,16 @@
-"""The command `opo`: reads the command line, prints a user's mistake as one line, chooses exit codes.
+"""The command `opo`: parses the command line, prints a user error as one line, sets the exit code.
 
-Exit codes: 0 done; 2 a mistake that the user can fix (one line on stderr, no traceback); 3 a replayed
-step differs from the recorded one; 75 stopped before the last step, by SIGTERM, SIGUSR1 or run.max_minutes,
-and saved: resume=auto continues; 76 hung, ended by its watchdog; 130 interrupted; with `--nproc`, the code of
-the first rank that failed.
+Exit codes: 0 done; 2 a user error (one line on stderr, no traceback); 3 a replayed step differs from the
+recorded one; 75 stopped before the last step, by SIGTERM, SIGUSR1 or run.max_minutes, and saved: resume=auto
+resumes; 76 hung, ended by its watchdog; 130 interrupted; with `--nproc`, the code of the first rank that
+failed.
 
-One mistake, one line: `opo train` checks the recipe before it starts ranks.  What only a rank can
-find is printed by the first rank that claims the launcher's error file, so that the same mistake on
-every rank is printed once, and one on a single rank is never lost.  Under torchrun there is no such
-file: every rank prints its own line, with its number.
+An error is printed once: `opo train` validates the recipe before it starts ranks.  An error that occurs on
+ranks is printed by the first rank that claims the launcher's error file, so that the same error on all ranks
+is printed once, and an error on one rank is never lost.  Under torchrun there is no such file: every rank
+prints its own line, with its number.
 
-Nothing here imports torch until training starts, so that a mistake in a recipe is answered at once.
+Nothing here imports torch until training starts, so that a mistake in a recipe is reported immediately.
 """
 
 from __future__ import annotations
@@ -72,21 +72,21 @@ examples:
   opo report runs/first runs/second --out comparison.html
       one page that compares runs: curves, results, times, settings, rollouts
   opo export runs/first/checkpoints/step_00000140 models/first
-      a Hugging Face folder of a checkpoint
+      export a checkpoint as a Hugging Face folder
   opo plan recipes/quickstart.yaml
-      memory of every rank, the weight sync and the time of a step on GPUs, counted here without one
+      memory of every rank, weight sync and time of a step on GPUs, without a GPU
 `opo COMMAND --help` has more.
 
 exit codes:
-  0 done    2 a mistake, named in one line    3 `opo replay`: the step differs    130 interrupted
+  0 done    2 a user error, in one line    3 `opo replay`: the step differs    130 interrupted
   75 stopped before its last step by SIGTERM, SIGUSR1 or run.max_minutes, and saved:
-     the same command with resume=auto continues
+     the same command with resume=auto resumes
   76 no progress for run.hang_minutes: ended, with the stacks of all ranks in run.dir/stacks
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `opo` with these arguments (default: those of the process) and return its exit code."""
+    """Run `opo` with these arguments (default: the process's); returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(arguments)
@@ -103,10 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_DIFFERS
     except KeyboardInterrupt:
         if not is_launched():
-            print("interrupted; resume=auto continues from the newest checkpoint of run.dir", file=sys.stderr)
+            print("interrupted; resume=auto resumes from the newest checkpoint of run.dir", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception:
-        # A rank that loses its peers has nothing to add to the error that one of them has printed.
+        # The exception of a rank that lost its peers adds nothing to the error that one of them printed.
         if "--debug" not in arguments and error_is_printed():
             return EXIT_USER_ERROR
         raise
@@ -116,7 +116,7 @@ def _run(arguments: list[str]) -> int:
     parser, commands = _parsers()
     try:
         if arguments and arguments[0] in commands:
-            # Only parse_intermixed_args takes options between overrides, and it knows no subcommands.
+            # Only parse_intermixed_args accepts options between overrides, and not with subparsers.
             options = commands[arguments[0]].parse_intermixed_args(arguments[1:])
         else:
             options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""`opo plan`: the command line around a plan."""
+"""`opo plan`: its command line; the plan is made in `plan/`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opo_megatron.cli.common import add_debug, add_recipe, count_of
 from opo_megatron.errors import UserError
 from opo_megatron.utils.extras import block_import
 
-SUMMARY = "what a run will hold, move and take, for every rank, without a GPU"
+SUMMARY = "memory of every rank, weight sync and time of a run, without a GPU"
 EPILOG = """\
 examples:
   opo plan recipes/quickstart.yaml
@@ -21,14 +21,14 @@ examples:
   opo plan my.yaml --gpus 64 --gpu h200 policy.tensor_model_parallel_size=8
       another layout, on other GPUs; does it fit?
   opo plan my.yaml policy.init_from=Llama-3.1-70B policy.dtype=bf16 --gpus 64 --mean-response 2000
-      a model by its name, without its weights; answers of 2,000 tokens on average
+      a model by its name, without its weights; responses of 2,000 tokens on average
   opo plan my.yaml --gpus 64 --json | jq '.times.step, .parameters'
       for scripts
 
-Every rank is built by the code that will run, on tensors without memory: parameters, gradients, optimizer
-state, activations and the weight stream are counted.  Memory of SGLang and all times are models, whose
-constants are printed with their sources by --json.  Exit code 2 where the recipe does not fit; the last line
-says what would.
+The code that trains builds every rank on tensors without memory: parameters, gradients, optimizer state,
+activations and the weight stream are counted.  SGLang's memory and all times are modelled; --json prints the
+models' constants with their sources.  Exit code 2 if the recipe does not fit; the last line names the nearest
+settings that do.
 """
 
 
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     """Print the plan.
 
     Raises:
-        UserError: for a recipe that does not fit, after its plan is printed, naming what does.
+        UserError: for a recipe that does not fit, after its plan is printed, naming settings that do.
     """
     from opo_megatron.plan.hardware import GPUS, gpu_of
 
@@ -79,13 +79,13 @@ def run(options: argparse.Namespace) -> int:
         return 0
     other = gpu_that_fits(job, GPUS)
     remedy = "the nearest that fits adds " + " ".join(nearest) if nearest else (
-        "no layout was found that fits; use more GPUs" + (f" or --gpu {other}" if other else "")
+        "no layout that fits was found; use more GPUs" + (f" or --gpu {other}" if other else "")
     )  # fmt: skip
     raise UserError(f"{plan.problem}; {remedy}")
 
 
 class _Progress:
-    """A line on stderr while it works, in a terminal only."""
+    """A status line on stderr, in a terminal only."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()

@@ -10,12 +10,12 @@ SUMMARY = "check every node before a job loads a model: GPUs, disk, versions, re
 EPILOG = """\
 examples:
   opo preflight recipes/quickstart.yaml
-      this machine alone
+      this machine only
   torchrun --nnodes 8 --nproc-per-node 8 … -m opo_megatron preflight my.yaml
       all nodes of a job, with the bandwidth of an all-reduce over them
 
-Exit code 2 and a line per problem where a node is not fit.  OPO_MIN_ALL_REDUCE_GB_PER_S, OPO_MIN_FREE_DISK_GB
-and OPO_MIN_FREE_GPU_SHARE move the limits.
+Exit code 2 and one line per problem if a node is not fit.  OPO_MIN_ALL_REDUCE_GB_PER_S, OPO_MIN_FREE_DISK_GB
+and OPO_MIN_FREE_GPU_SHARE set the limits.
 """
 
 

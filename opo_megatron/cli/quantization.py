@@ -1,4 +1,4 @@
-"""What `opo export --quantize` takes, and the calibrated export."""
+"""The options of `opo export --quantize`, and the calibrated export."""
 
 from __future__ import annotations
 
@@ -12,45 +12,48 @@ from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
 from opo_megatron.utils.atomic_dir import new_folder
 
-PROMPTS = 128
-"""As many as there are, up to this."""
+DEFAULT_PROMPTS = 128
+"""Default number of calibration prompts, at most."""
 
 
 def add_quantization(parser: argparse.ArgumentParser) -> None:
-    """Options of one group of the help text."""
+    """The option group `quantization`."""
     group = parser.add_argument_group("quantization")
     group.add_argument(
         "--quantize",
         choices=["fp8_block", "fp8"],
-        help="FP8 matrices: fp8_block has a scale for every 128×128 block, found from the weights while they "
-        "are written; fp8 one for each tensor, activations too, found by nvidia-modelopt from prompts, for "
+        help="FP8 matrices: fp8_block has a scale per 128×128 block, computed from the weights while they are "
+        "written; fp8 has one per tensor, for activations too, calibrated by nvidia-modelopt on prompts, for "
         "which the whole model is loaded",
     )
     group.add_argument(
         "--scales",
         choices=["fp32", "power_of_two"],
-        help="of fp8_block: any number, or powers of two, rounded up (default: fp32)",
+        help="for fp8_block: any number, or powers of two, rounded up (default: fp32)",
     )
     prompts = group.add_mutually_exclusive_group()
     prompts.add_argument(
         "--calibrate-recipe",
         metavar="RECIPE",
         type=Path,
-        help="for fp8: training prompts of this recipe's task (default: the checkpoint's own run's)",
+        help="for fp8: training prompts of this recipe's task (default: of the checkpoint's run)",
     )
     prompts.add_argument(
         "--calibration-data",
         metavar="FILE",
         type=Path,
-        help="for fp8: a text a line, or a .jsonl with text, prompt or question on each",
+        help="for fp8: one text per line, or a .jsonl with a field text, prompt or question",
     )
     group.add_argument(
-        "--calibration-prompts", metavar="N", type=int, help=f"for fp8: how many (default: {PROMPTS})"
+        "--calibration-prompts",
+        metavar="N",
+        type=int,
+        help=f"for fp8: number of prompts (default: {DEFAULT_PROMPTS})",
     )
 
 
 def check_quantization(options: argparse.Namespace) -> None:
-    """Refuse options that would not do anything."""
+    """Refuse options that would have no effect."""
     chosen = options.quantize
     if options.verify and chosen is not None:
         raise UserError(
@@ -66,7 +69,7 @@ def check_quantization(options: argparse.Namespace) -> None:
         if value is not None and chosen != belongs_to:
             raise UserError(f"{name} belongs to --quantize {belongs_to}; add that, or remove it")
     if options.calibration_prompts is None:
-        options.calibration_prompts = PROMPTS
+        options.calibration_prompts = DEFAULT_PROMPTS
     if options.calibration_prompts < 1:
         raise UserError(f"--calibration-prompts is {options.calibration_prompts}; it must be at least 1")
 
@@ -79,17 +82,17 @@ def export_calibrated(
     export_to: Callable[[Path], None],
     log: Callable[[str], None],
 ) -> None:
-    """Export as it is, a collective of all ranks, then quantize that on the first.
+    """Export unquantized, a collective of all ranks, then quantize on rank 0.
 
     Args:
-        export_to: writes the unquantized folder, which is removed at the end.
+        export_to: writes the unquantized folder, which is deleted at the end.
     """
     from opo_megatron.weights.fp8_calibrated import load_modelopt, quantize_calibrated
 
     prompts: list[list[int]] = []
     if is_first:
         assert model.vocab_size is not None
-        load_modelopt()  # what is missing is said before anything is written
+        load_modelopt()  # raises before anything is written
         prompts = usable(find_prompts(options, companions), model.vocab_size, model.max_sequence_length)
         log(f"calibrating with {len(prompts)} prompts of {sum(map(len, prompts))} tokens")
     with new_folder(options.target, is_writer=is_first) as partial:

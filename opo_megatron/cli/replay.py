@@ -10,13 +10,13 @@ from opo_megatron.config import load_config
 from opo_megatron.errors import UserError
 from opo_megatron.utils.extras import block_import
 
-SUMMARY = "repeat a step of a run and compare it with what was recorded"
+SUMMARY = "repeat a step of a run and compare it with its record"
 EPILOG = """\
 examples:
   opo replay runs/first --step 20
-      repeat step 20 from the checkpoint before it: equal, or the difference is named
+      repeat step 20 from the checkpoint before it; prints that it is equal, or what differs
   opo replay runs/first --step 20 --nproc 2 policy.tensor_model_parallel_size=2
-      the same under another layout: equal but for rounding
+      the same under another layout: equal up to rounding
 """
 
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Repeat the step, as ranks of its own where --nproc asks for that."""
+    """Repeat the step; with --nproc, start ranks for it."""
     recipe = options.run_dir / "config.yaml"
     if not recipe.exists():
         raise UserError(f"{options.run_dir} is not the folder of a run ({recipe} is missing); name a run.dir")

@@ -1,4 +1,4 @@
-"""`opo report`: the command line around the page."""
+"""`opo report`: its command line; the page is made in `report/`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ examples:
   opo report runs/opo-1 runs/opo-2 runs/rloo-1 runs/rloo-2 --out comparison.html --png figures
       two arms of two seeds each; the page, and its figures as PNG files
   opo report runs/* --rollouts 0
-      without any rollouts
+      without rollouts
 
 Runs whose settings differ only in run.seed, run.dir or resume form one arm.  The page needs no network and no
-other file.  A run may be unfinished.
+other file.  Runs may be unfinished.
 """
 DEFAULT_GROUPS = 64
 
@@ -38,17 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--rollouts",
         metavar="N",
-        type=count_of("prompts", least=0),
+        type=count_of("prompts", minimum=0),
         default=DEFAULT_GROUPS,
         help=f"prompts with all their samples in the page, over all runs; default {DEFAULT_GROUPS}",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the page, and the pictures where asked for.
+    """Write the page and, with --png, the pictures.
 
     Raises:
-        UserError: for a folder that is no run, and for a place that cannot be written.
+        UserError: for a folder that is not a run, and for a path that cannot be written.
     """
     from opo_megatron.report.arms import group_runs
     from opo_megatron.report.runs import read_runs
@@ -78,19 +78,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_target(path: Path) -> None:
-    """Asked before anything is drawn, which takes a while."""
+    """Raise early, before the figures, which take a while."""
     if path.is_dir():
         raise UserError(f"--out {path} is a folder; name a file, such as {path / 'report.html'}")
     if path.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--out {path} does not end with .html; give the page a name that does")
+        raise UserError(f"--out {path} does not end with .html; choose a name that does")
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Visible under its name only when complete."""
+    """Write a file that appears under its name only when complete."""
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); name another place") from None
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another path") from None

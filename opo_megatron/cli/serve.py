@@ -1,4 +1,4 @@
-"""`opo serve`: an SGLang server of a recipe's model, for `rollout.sglang.urls` of a run on other nodes."""
+"""`opo serve`: an SGLang server for a recipe's model, for `rollout.sglang.urls` of a run on other nodes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from opo_megatron.config.choices import Device, EngineName
 from opo_megatron.errors import UserError
 from opo_megatron.rollout.sglang.server import SERVE, Server, interpreter, write_model_config
 
-SUMMARY = "start an SGLang server of a recipe's model, for runs on other nodes"
+SUMMARY = "start an SGLang server for a recipe's model, for runs on other nodes"
 EPILOG = """\
 examples:
   opo serve my.yaml --port 10123
-      then, on the training nodes: rollout.sglang.urls=[http://HOST:10123] rollout.sglang.transport=distributed
+      then, on the training nodes:
+      rollout.sglang.urls=[http://HOST:10123] rollout.sglang.transport=distributed
 
-It starts with dummy weights, as a managed server does, and takes the node's first
+The server starts with dummy weights, like a run's own, on the node's first
 rollout.sglang.tensor_parallel_size GPUs; the run sends its weights before every step.
 """
 
@@ -30,27 +31,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     add_debug(parser)
     parser.add_argument(
-        "--port", metavar="N", type=count_of("a port"), required=True, help="where it listens"
+        "--port", metavar="N", type=count_of("a port"), required=True, help="port that the server listens on"
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Become the server; returns only where it cannot."""
+    """Replace this process by the server."""
     command, environment = server_command(options.recipe, options.overrides, options.port)
     os.execve(command[0], command, environment)
 
 
 def server_command(recipe: str, overrides: Sequence[str], port: int) -> tuple[list[str], dict[str, str]]:
-    """What to run, and its environment.
+    """The server's command line and environment.
 
     Raises:
-        UserError: for recipes whose model the file alone does not say.
+        UserError: for a recipe without SGLang, or without the vocabulary size.
     """
     config = load_config(recipe, overrides)
     model = config.policy.model
     if config.rollout.engine is not EngineName.sglang:
         raise UserError(
-            "OPO_ENGINE_NODES asks for servers, and rollout.engine is local; set rollout.engine=sglang"
+            "opo serve (OPO_ENGINE_NODES) needs an SGLang recipe, and rollout.engine is local; set "
+            "rollout.engine=sglang"
         )
     if model.vocab_size is None:
         raise UserError("policy.model.vocab_size is null, and a server needs it; set it, or policy.init_from")

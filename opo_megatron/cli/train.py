@@ -1,4 +1,4 @@
-"""`opo train`: checks the recipe and its folder, starts ranks, trains."""
+"""`opo train`: validates the recipe and its run.dir, starts ranks, trains."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from opo_megatron.errors import UserError
 from opo_megatron.rollout.sglang.server import interpreter
 from opo_megatron.utils.extras import block_import
 
-SUMMARY = "train by a recipe"
+SUMMARY = "train with a recipe"
 EPILOG = """\
 examples:
   opo train recipes/quickstart.yaml run.dir=runs/first
@@ -29,13 +29,13 @@ examples:
   opo train recipes/quickstart.yaml run.dir=runs/first resume=auto
       resume from the newest checkpoint of runs/first
   opo train recipes/quickstart.yaml run.dir=runs/tp2 --nproc 2 policy.tensor_model_parallel_size=2
-      two ranks that hold the model together
+      two tensor-parallel ranks
   opo train recipes/quickstart.yaml run.dir=runs/mine task.name=text task.data=problems.jsonl \\
       task.prompt_field=question task.answer_field=answer task.verifier=number \\
       warm_start.steps=0 policy.model.max_sequence_length=600
-      your own problems, one JSON object per line; rewarded where the last number is the answer's
+      your own problems, one JSON object per line; the reward is 1 if the last numbers are equal
   opo train recipes/quickstart.yaml run.dir=runs/first resume=auto optimizer.lr=1e-4 --allow optimizer.lr
-      resume with a setting that may only change where --allow names it
+      resume with another value of a fixed setting
 """
 
 
@@ -45,12 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_nproc(parser)
     add_debug(parser)
     parser.add_argument(
-        "--allow", metavar="KEY", action="append", default=[], help="may change in a resumed run"
+        "--allow", metavar="KEY", action="append", default=[], help="setting that a resumed run may change"
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train, as ranks of its own where --nproc asks for that."""
+    """Train; with --nproc, start ranks for it."""
     config = load_config(options.recipe, options.overrides, world_size(options.nproc) or 1)
     for key in options.allow:
         if key not in key_types():
@@ -72,14 +72,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check_run_dir(config: Config) -> None:
-    """Refuse a folder that cannot be written or holds something; asked once, before any rank writes."""
+    """Refuse a run.dir that cannot be written or is not empty; once, before any rank writes."""
     folder = Path(config.run.dir)
-    # Of a folder that is not there yet, the nearest one above it says whether it can be made.
-    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not above.is_dir():
-        where = f"run.dir={folder}" + (f": {above}" if above != folder.absolute() else "")
+    # If the folder does not exist, its nearest existing parent decides whether it can be created.
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        where = f"run.dir={folder}" + (f": {existing}" if existing != folder.absolute() else "")
         raise UserError(f"{where} is a file; choose another run.dir")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"run.dir={folder} cannot be written ({above} forbids it); choose another run.dir")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"run.dir={folder} cannot be written (no permission in {existing}); choose another run.dir"
+        )
     if config.resume == "never" and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"run.dir={folder} is not empty; choose another run.dir, or go on with resume=auto")
+        raise UserError(f"run.dir={folder} is not empty; choose another run.dir, or set resume=auto")

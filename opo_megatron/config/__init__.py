@@ -1,6 +1,6 @@
 """Recipes: typed schema, loading with `base:` inheritance, validation, batch arithmetic.
 
-Nothing in this room imports torch, so that a mistake in a recipe is answered at once.
+Nothing in this package imports torch, so that mistakes in a recipe are reported immediately.
 """
 
 from opo_megatron.config.load import load_config, to_yaml

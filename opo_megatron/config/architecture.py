@@ -1,8 +1,7 @@
-"""Model families: a Hugging Face `config.json` in the recipe's terms, and back.
+"""Model families: from a Hugging Face `config.json` to `policy.model`, and back.
 
-One row of `FAMILIES` is one family.  What Megatron-Core 0.16.1 cannot compute exactly as the family's
-own code does is refused by name, for a model that is nearly right trains without an error.  The file
-is read as JSON: transformers takes seconds to import, and a recipe is checked before that.
+Options that Megatron-Core 0.16.1 cannot compute exactly as the family's own code are refused by name, because
+a nearly right model trains without an error.  The file is read as JSON: importing transformers takes seconds.
 """
 
 from __future__ import annotations
@@ -20,25 +19,25 @@ from opo_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class Family:
-    """What sets a family apart; all share Llama's tensor names, RMSNorm, SwiGLU and RoPE."""
+    """The properties of a family; all share Llama's tensor names, RMSNorm, SwiGLU and RoPE."""
 
     model_type: str
     architecture: str
-    """Class that `config.json` names."""
+    """The class in `config.json`."""
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
     has_experts: bool = False
     window: Literal["none", "always", "switched"] = "none"
-    """Whether `sliding_window` counts, counts wherever it is not null, or only with `use_sliding_window`."""
+    """When `sliding_window` applies: never, wherever it is not null, or only with `use_sliding_window`."""
     default_window: int | None = None
-    """`sliding_window` where the file has none."""
+    """`sliding_window` if the file has none."""
     default_head_dim: int | None = None
-    """`head_dim` where the file has none; None is hidden_size / num_attention_heads."""
+    """`head_dim` if the file has none; None is hidden_size / num_attention_heads."""
     even_heads: bool = False
-    """transformers refuses heads that do not divide the hidden size, even with a head_dim of their own."""
+    """transformers rejects heads that do not divide the hidden size, even with a head_dim."""
 
     def expresses(self, model: ModelConfig) -> bool:
-        """Whether a model born from a recipe can be called one of this family."""
+        """Whether a model that a recipe defines belongs to this family."""
         return (
             self.add_qkv_bias == model.add_qkv_bias
             and self.qk_layernorm == model.qk_layernorm
@@ -61,15 +60,15 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a `config.json` says."""
+    """The content of a `config.json`."""
 
     family: Family
     model: ModelConfig
-    """With the vocabulary, and with max_position_embeddings as its longest sequence."""
+    """With the vocabulary, and with max_position_embeddings as its maximum sequence length."""
     sliding_window: int | None
-    """Tokens that attention looks back, where that is limited."""
+    """Attention window in tokens, if limited."""
     dtype: str | None
-    """Of the stored weights, as the file says: float32, bfloat16, …"""
+    """Of the stored weights, by the file's name: float32, bfloat16, …"""
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -96,44 +95,48 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def adopt_architecture(config: Config, given: Set[str]) -> None:
-    """Take over, in place, the architecture of the folder `policy.init_from`.
+    """Set `config.policy.model` to the architecture of the folder `policy.init_from`, in place.
 
     Args:
-        given: full keys that the recipe or the command line sets; where one contradicts, it is refused.
+        given: full keys that the recipe or the command line sets.
+
+    Raises:
+        UserError: where one of these contradicts the folder.
     """
     assert config.policy.init_from is not None
     folder, model = Path(config.policy.init_from), config.policy.model
     if not folder.is_dir():
         raise UserError(f"policy.init_from={folder} is not a folder; name the folder of a model")
-    found = read_architecture(folder)
-    longest = found.model.max_sequence_length
+    architecture = read_architecture(folder)
+    longest = architecture.model.max_sequence_length
     if "policy.model.max_sequence_length" not in given:
         model.max_sequence_length = min(model.max_sequence_length, longest)
     if model.max_sequence_length > longest:
         raise UserError(
             f"policy.model.max_sequence_length is {model.max_sequence_length}, but the model in "
-            f"policy.init_from={folder} was made for {longest} positions; lower the first"
+            f"policy.init_from={folder} has {longest} positions; lower the first"
         )
-    if found.sliding_window is not None and found.sliding_window < model.max_sequence_length:
+    if architecture.sliding_window is not None and architecture.sliding_window < model.max_sequence_length:
         raise UserError(
-            f"the model in policy.init_from={folder} attends to the last {found.sliding_window} tokens only, "
-            f"which is not supported; set policy.model.max_sequence_length to at most that"
+            f"the model in policy.init_from={folder} attends only to the last {architecture.sliding_window} "
+            "tokens, which is not supported; set policy.model.max_sequence_length to at most that"
         )
-    _merge(model, found.model, "policy.model.", given - {"policy.model.max_sequence_length"}, folder)
+    _merge(model, architecture.model, "policy.model.", given - {"policy.model.max_sequence_length"}, folder)
 
 
-def _merge(ours: Any, theirs: Any, prefix: str, given: Set[str], folder: Path) -> None:
-    for field in fields(ours):
-        key, mine, value = prefix + field.name, getattr(ours, field.name), getattr(theirs, field.name)
-        if is_dataclass(mine):
-            _merge(mine, value, key + ".", given, folder)
-        elif key in given and mine != value:
+def _merge(recipe: Any, stored: Any, prefix: str, given: Set[str], folder: Path) -> None:
+    """Copy the fields of the folder's section into the recipe's."""
+    for field in fields(recipe):
+        key, old, new = prefix + field.name, getattr(recipe, field.name), getattr(stored, field.name)
+        if is_dataclass(old):
+            _merge(old, new, key + ".", given, folder)
+        elif key in given and old != new:
             raise UserError(
-                f"{key} is {_text(mine)}, but the model in policy.init_from={folder} has {_text(value)}; "
+                f"{key} is {_text(old)}, but the model in policy.init_from={folder} has {_text(new)}; "
                 f"remove {key} from the recipe"
             )
         elif field.name != "max_sequence_length":
-            setattr(ours, field.name, value)
+            setattr(recipe, field.name, new)
 
 
 def _text(value: Any) -> str:
@@ -141,7 +144,7 @@ def _text(value: Any) -> str:
 
 
 class _Reader:
-    """One `config.json`: typed access, refusals that name the file, and the model that it describes."""
+    """One `config.json`: typed access, errors that name the file, and the model that it describes."""
 
     def __init__(self, raw: dict[str, Any], path: Path) -> None:
         self.raw, self.path = raw, path
@@ -161,7 +164,7 @@ class _Reader:
         raw = self.raw
         activation = raw.get("hidden_act", "silu")
         layer_types = set(raw.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
-        refused: list[tuple[Any, str]] = [
+        unsupported: list[tuple[Any, str]] = [
             (raw.get("attention_bias"), "attention_bias=true, a bias of the attention's output"),
             (raw.get("mlp_bias"), "mlp_bias=true"),
             (activation not in ("silu", "swish"), f"hidden_act={activation}"),
@@ -171,24 +174,24 @@ class _Reader:
         ]
         if family.has_experts:
             step = raw.get("decoder_sparse_step", 1)
-            refused += [
+            unsupported += [
                 (raw.get("mlp_only_layers"), f"mlp_only_layers={raw.get('mlp_only_layers')}"),
                 (step != 1, f"decoder_sparse_step={step}, layers without experts"),
             ]
-        for is_there, what in refused:
-            if is_there:
-                raise UserError(f"{self.path} asks for {what}, which is not supported; use another model")
+        for is_present, what in unsupported:
+            if is_present:
+                raise UserError(f"{self.path} has {what}, which is not supported; use another model")
 
     def model(self, family: Family) -> ModelConfig:
         hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
-        width = self.raw.get("head_dim") or family.default_head_dim or hidden // heads
+        head_dim = self.raw.get("head_dim") or family.default_head_dim or hidden // heads
         model = ModelConfig(
             num_layers=self.integer("num_hidden_layers"),
             hidden_size=hidden,
             ffn_hidden_size=self.integer("intermediate_size"),
             num_attention_heads=heads,
             num_query_groups=self.integer("num_key_value_heads", heads),
-            kv_channels=width,
+            kv_channels=head_dim,
             qk_layernorm=family.qk_layernorm,
             add_qkv_bias=family.add_qkv_bias,
             tie_embeddings=bool(self.raw.get("tie_word_embeddings", False)),
@@ -198,24 +201,26 @@ class _Reader:
         )
         self.set_rope(model)
         if family.has_experts:
-            # transformers 5 writes num_local_experts where the published files say num_experts.
+            # transformers 5 writes num_local_experts, published files have num_experts.
             name = "num_local_experts" if "num_local_experts" in self.raw else "num_experts"
             model.num_moe_experts = self.integer(name)
             model.moe_router_topk = self.integer("num_experts_per_tok")
             model.moe_ffn_hidden_size = self.integer("moe_intermediate_size")
-            # Normalised, the softmax over all experts is the softmax over the chosen ones.
+            # Normalized over the selected experts, the softmax over all is the softmax over the selected.
             model.moe_router_pre_softmax = not self.raw.get("norm_topk_prob", False)
         return model
 
     def set_rope(self, model: ModelConfig) -> None:
         raw = self.raw
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the order of transformers
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers' precedence
         kind = rope.get("rope_type", rope.get("type", "default"))
-        share = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-        if share not in (None, 1):
-            raise UserError(f"{self.path} rotates {share} of each head, which is not supported; use another")
+        fraction = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+        if fraction not in (None, 1):
+            raise UserError(
+                f"{self.path} rotates {fraction} of each head, which is not supported; use another"
+            )
         if any(isinstance(value, dict) for value in rope.values()):
-            kind = "a rule for each kind of layer"
+            kind = "a rule per layer type"
         if kind not in ("default", "linear", "llama3"):
             raise UserError(
                 f"{self.path} scales rotary embeddings by {kind}, which is not supported; supported are "
@@ -255,25 +260,27 @@ class _Reader:
         value = self.raw.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or value < 1:
-            raise UserError(f"{self.path} has {key}={value}, which is no positive integer; download it again")
+            raise UserError(
+                f"{self.path} has {key}={value}, which is not a positive integer; download it again"
+            )
         return value
 
 
 def hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """A `config.json` for a model that was born from a recipe.
+    """A `config.json` for a model that a recipe defines.
 
     Args:
         model: resolved, with its vocabulary.
-        dtype: of the weights, as transformers calls it.
+        dtype: of the weights, by transformers' name.
 
     Raises:
-        UserError: where no supported family computes this model.
+        UserError: where no supported family has this model.
     """
     family = next((family for family in FAMILIES.values() if family.expresses(model)), None)
     if family is None:
         raise UserError(
             "no Hugging Face family has this combination of add_qkv_bias, qk_layernorm and experts, so the "
-            "model cannot be written as one"
+            "model cannot be exported"
         )
     scaling = model.rope_scaling
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rotary_base}

@@ -1,4 +1,4 @@
-"""What fields of a recipe may hold that take one of a few names."""
+"""The enumerations of a recipe's fields."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Dtype(str, Enum):
 
 
 class Fp8(str, Enum):
-    """Transformer Engine's recipes: what shares a scale."""
+    """Transformer Engine's FP8 recipes, by what shares a scale."""
 
     blockwise = "blockwise"
     tensorwise = "tensorwise"
@@ -65,7 +65,7 @@ class RopeType(str, Enum):
 
 
 class Transport(str, Enum):
-    """How weights reach an SGLang server."""
+    """How weights are sent to an SGLang server."""
 
     tensor = "tensor"
     distributed = "distributed"
@@ -78,6 +78,6 @@ class Better(str, Enum):
 
 
 FP8_BLOCK = 128
-"""Side of the blocks of a weight that share a scale with `policy.fp8=blockwise`."""
+"""Side of the weight blocks that share a scale with `policy.fp8=blockwise`."""
 FP8_MULTIPLE = 16
-"""Transformer Engine's FP8 products take matrices whose sides are multiples of this."""
+"""Transformer Engine's FP8 matrix products need sides that are multiples of this."""

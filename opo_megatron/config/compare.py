@@ -1,8 +1,7 @@
-"""What a resumed run may do otherwise than the run so far, key by key.
+"""The settings that a resumed run may change.
 
-A setting is fixed where another value would make another curve than that of a run that was never
-interrupted; `--allow KEY` says that it is meant.  All else may change freely: the layout, the device,
-where files lie, how much memory is used, what is measured and saved.
+A setting is fixed if another value gives another curve than an uninterrupted run's; `--allow KEY` permits the
+change.  All else may change freely: layout, device, file locations, memory use, what is measured and saved.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from opo_megatron.config.load import to_yaml
 from opo_megatron.config.schema import Config
 from opo_megatron.errors import UserError
 
-_OF_EVERY_START = ("run.dir", "resume")
+_PER_ATTEMPT = ("run.dir", "resume")
 
 FIXED = (
     "run.seed",
@@ -33,17 +32,17 @@ FIXED = (
     "on_policy.action",
     "on_policy.max_importance_weight",
 )
-"""Keys and sections that must not change."""
+"""Keys and sections that must not change, except `FREE`."""
 FREE = (
     "rollout.local",
     "rollout.sglang",
     "policy.model.max_sequence_length",
 )
-"""Parts of those that may."""
+"""Their parts that may change."""
 
 
 class Change(NamedTuple):
-    """A key with another value than before."""
+    """A key whose value has changed."""
 
     key: str
     before: Any
@@ -54,45 +53,45 @@ class Change(NamedTuple):
 
 
 def check_resume(config: Config, recipe: Path, finished_steps: int, allowed: Sequence[str]) -> None:
-    """Refuse to go on with a fixed setting that differs from the resolved recipe of the run so far.
+    """Refuse to resume with a fixed setting that differs from the resolved recipe of the run so far.
 
     Args:
-        finished_steps: OPO steps behind the checkpoint.
-        allowed: keys and sections that may differ all the same.
+        finished_steps: OPO steps of the checkpoint.
+        allowed: keys and sections that may change nevertheless.
     """
     changes = [change for change in changed_settings(config, recipe) if not _is_in(change.key, allowed)]
     for change in changes:
         if _is_in(change.key, FIXED) and not _is_in(change.key, FREE):
             raise UserError(
                 f"{change.key} is {change.now} but was {change.before} when the checkpoint {recipe.parent} "
-                f"was written; set it back, or say --allow {change.key} if another curve is meant"
+                f"was written; restore it, or add --allow {change.key} to change the curve on purpose"
             )
         if change.key == "train.steps":
             _check_steps(config, change, finished_steps)
 
 
 def _check_steps(config: Config, change: Change, finished_steps: int) -> None:
-    """More steps, or fewer than planned, are the same curve only where no schedule ends with them."""
+    """Changing the number of steps keeps the curve only if the learning rates do not depend on it."""
     if change.now < finished_steps:
         raise UserError(
-            f"train.steps is {change.now}, but the checkpoint has {finished_steps} steps behind it; raise "
-            "it, or resume from an older checkpoint"
+            f"train.steps is {change.now}, but the checkpoint has finished {finished_steps} steps; raise it, "
+            "or resume from an older checkpoint"
         )
     schedule = config.optimizer.schedule
     if schedule is not Schedule.constant:
         raise UserError(
             f"train.steps is {change.now} but was {change.before}, and with optimizer.schedule="
-            f"{schedule.value} the learning rates of all steps depend on it; set it back, or say --allow "
-            "train.steps if another curve is meant"
+            f"{schedule.value} the learning rates of all steps depend on it; restore it, or add --allow "
+            "train.steps to change the curve on purpose"
         )
 
 
 def changed_settings(config: Config, recipe: Path) -> list[Change]:
-    """Every key that differs from a resolved recipe; none where there is no recipe."""
+    """Every key that differs from a resolved recipe; none if the recipe does not exist."""
     if not recipe.exists():
         return []
     before, now = flat(yaml.safe_load(recipe.read_text())), flat(yaml.safe_load(to_yaml(config)))
-    keys = [key for key in now if key not in _OF_EVERY_START and key in before and before[key] != now[key]]
+    keys = [key for key in now if key not in _PER_ATTEMPT and key in before and before[key] != now[key]]
     return [Change(key, before[key], now[key]) for key in keys]
 
 
@@ -104,7 +103,7 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted key."""
     if not isinstance(tree, dict) or not tree:
         return {prefix[:-1]: tree}
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for name, part in tree.items():
-        found |= flat(part, f"{prefix}{name}.")
-    return found
+        leaves |= flat(part, f"{prefix}{name}.")
+    return leaves

@@ -1,4 +1,4 @@
-"""The keys that a recipe may hold, with their types, and the nearest one to a misspelling."""
+"""The keys of a recipe with their types, and the nearest key to a misspelling."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 
 @lru_cache(maxsize=1)
 def key_types() -> dict[str, Any]:
-    """Full key ('rollout.top_p') → type.  The type of a section is its dataclass."""
+    """Full key ('rollout.top_p') → type; a section's type is its dataclass."""
     return dict(_walk(Config, ""))
 
 
@@ -31,7 +31,7 @@ def _walk(section: Any, prefix: str) -> Iterable[tuple[str, Any]]:
 
 
 def describe_type(hint: Any) -> str:
-    """The type in a sentence: 'an integer', 'one of opo, rloo', 'a number or null'."""
+    """The type as text: 'an integer', 'one of opo, rloo', 'a number or null'."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         inner = next(argument for argument in arguments if argument is not type(None))
@@ -44,7 +44,7 @@ def describe_type(hint: Any) -> str:
 
 
 def nearest(key: str, known: Iterable[str]) -> str | None:
-    """The known key that was probably meant: the same last part elsewhere, else the most similar text."""
+    """The key that was probably meant: one with the same last part, else the most similar."""
     candidates = list(known)
     leaf = key.rpartition(".")[2]
     misplaced = [candidate for candidate in candidates if candidate.rpartition(".")[2] == leaf]
@@ -53,7 +53,7 @@ def nearest(key: str, known: Iterable[str]) -> str | None:
 
 
 def unknown(key: str, known: Iterable[str]) -> str:
-    """The sentence about a key that does not exist."""
+    """The error message for a key that does not exist."""
     guess = nearest(key, known)
     remedy = f"did you mean '{guess}'?" if guess else "`opo config RECIPE` prints every key"
     return f"unknown key '{key}'; {remedy}"

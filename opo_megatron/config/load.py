@@ -1,8 +1,8 @@
-"""From a recipe file and the command line to one complete, checked `Config`.
+"""From a recipe file and the command line to one complete, validated `Config`.
 
-Later wins: the schema's defaults, the recipe that `base:` names (and that one's base), the recipe,
-`key=value` overrides.  Every value is stored on its own, so that a mistake is reported with its key,
-its value and the file that it stands in.  What is derived from other fields is filled in by `resolve`.
+The last one wins: the schema's defaults, the recipe of `base:` (after its own base), the recipe, `key=value`
+overrides.  Values are stored one by one, so that a mistake is reported with its key, value and file.
+`resolve` derives what follows from other fields.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from opo_megatron.config.validate import validate
 from opo_megatron.errors import UserError
 
 FREE_SECTION = "policy.megatron"
-"""The one mapping whose keys are not in the schema; `validate` checks them against Megatron's source."""
+"""The mapping whose keys are not in the schema; `validate` checks them against Megatron's source."""
 
 
 class Entry(NamedTuple):
-    """One value of a recipe or override, and where it stands ('' for the command line)."""
+    """One value of a recipe or override, and its file ('' for the command line)."""
 
     key: str
     value: Any
@@ -47,14 +47,13 @@ def load_config(
     """Read, merge, resolve and validate a recipe.
 
     Args:
-        recipe: a YAML file.  Its optional key `base` names another one, relative to its own folder.
-        overrides: `key=value` with full keys; the value is read as YAML.
-        world_size: number of ranks that will run; None takes the recipe's own, or the fewest that the
-            layout needs.
-        locate: `policy.init_from` → the folder whose architecture is read in its place.
+        recipe: a YAML file.  Its optional key `base` names another one, relative to its folder.
+        overrides: `key=value` with full keys; the value is parsed as YAML.
+        world_size: number of ranks; None is the recipe's, or the fewest that the layout needs.
+        locate: `policy.init_from` → the folder whose architecture is read instead.
 
     Raises:
-        UserError: one sentence that names the key, its value and the remedy.
+        UserError: one sentence with the key, its value and the remedy.
     """
     entries = [*_recipe_entries(Path(recipe), ()), *_override_entries(overrides)]
     tree = OmegaConf.structured(Config)
@@ -71,12 +70,12 @@ def load_config(
 
 
 def to_yaml(config: Config) -> str:
-    """The configuration as YAML that loads again to the same configuration."""
+    """The configuration as YAML, which loads to the same configuration."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def resolve(config: Config) -> None:
-    """Fill, in place, what a recipe may leave open because it follows from other fields."""
+    """Derive, in place, the fields whose default follows from other fields."""
     model, algorithm, rollout = config.policy.model, config.algorithm, config.rollout
     if model.num_query_groups is None:
         model.num_query_groups = model.num_attention_heads
@@ -106,11 +105,11 @@ def resolve(config: Config) -> None:
 
 
 def _recipe_entries(path: Path, children: tuple[Path, ...]) -> Iterator[Entry]:
-    """The entries of a recipe after those of its bases; `children` are the recipes that led here."""
+    """The entries of a recipe after those of its bases; `children` are the recipes based on it."""
     if path.resolve() in [child.resolve() for child in children]:
         chain = " → ".join(str(step) for step in (*children, path))
         raise UserError(f"base: {chain} is a cycle; remove one of these `base:` lines")
-    content = _read(path, wanted_by=children[-1] if children else None)
+    content = _read(path, child=children[-1] if children else None)
     base = content.pop("base", None)
     if base is not None:
         if not isinstance(base, str):
@@ -119,10 +118,10 @@ def _recipe_entries(path: Path, children: tuple[Path, ...]) -> Iterator[Entry]:
     yield from _flatten(content, "", str(path))
 
 
-def _read(path: Path, wanted_by: Path | None) -> dict[Any, Any]:
-    name = f"recipe '{path}'" + (f", the base of '{wanted_by}'," if wanted_by else "")
+def _read(path: Path, child: Path | None) -> dict[Any, Any]:
+    name = f"recipe '{path}'" + (f", the base of '{child}'," if child else "")
     try:
-        # OmegaConf's loader reads 1e-4 as a number, where YAML 1.1 has text, and refuses a repeated key.
+        # OmegaConf's loader reads 1e-4 as a number (YAML 1.1: text), and rejects repeated keys.
         content = OmegaConf.load(path)
     except FileNotFoundError:
         hint = "the recipe comes before key=value" if "=" in path.name else "check the path"
@@ -130,15 +129,15 @@ def _read(path: Path, wanted_by: Path | None) -> dict[Any, Any]:
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{name} is not valid YAML{line}: {problem}; mend that line") from None
+        raise UserError(f"{name} is not valid YAML{line}: {problem}; fix that line") from None
     except UnicodeDecodeError:
         raise UserError(f"{name} is not UTF-8 text; give a YAML file") from None
     except OSError as error:
-        # OmegaConf says OSError, without errno, where the whole file is one number.
+        # OmegaConf raises OSError, without errno, if the whole file is one number.
         reason = f"cannot be read ({error.strerror})" if error.strerror else "is not a mapping"
         raise UserError(f"{name} {reason}; give a YAML file of `section:` blocks") from None
     except OmegaConfBaseException as error:
-        raise UserError(f"{name} holds an interpolation that cannot be read: {error.msg}") from None
+        raise UserError(f"{name} has an interpolation that cannot be read: {error.msg}") from None
     if not isinstance(content, DictConfig):
         raise UserError(f"{name} is a list, not a mapping; write `section:` blocks of `key: value`")
     return cast(dict[Any, Any], OmegaConf.to_container(content, resolve=False))
@@ -157,19 +156,19 @@ def _override_entries(overrides: Sequence[str]) -> Iterator[Entry]:
 
 
 def _flatten(content: dict[Any, Any], prefix: str, file: str) -> Iterator[Entry]:
-    """Leaves of nested sections; every key that the schema lacks is refused here."""
+    """Leaves of nested sections; raises for keys that are not in the schema."""
     for name, value in content.items():
         key = f"{prefix}{name}"
         free = key.startswith(FREE_SECTION + ".")
         if not free and key not in key_types():
-            raise UserError(unknown(key, key_types()) + _place(file))
+            raise UserError(unknown(key, key_types()) + _location(file))
         if not free and _is_section(key):
             if isinstance(value, dict):
                 yield from _flatten(value, key + ".", file)
             elif value is not None:  # a section without entries is null in YAML
                 raise UserError(
                     f"{key} is {value!r}, but it is a section; set one of its keys, like "
-                    f"{_first_key(key)}{_place(file)}"
+                    f"{_first_key(key)}{_location(file)}"
                 )
         else:
             yield Entry(key, value, file)
@@ -185,7 +184,7 @@ def _first_key(section: str) -> str:
     return f"{section}.{fields(key_types()[section])[0].name}"
 
 
-def _place(file: str) -> str:
+def _location(file: str) -> str:
     return f" (in {file})" if file else ""
 
 
@@ -194,12 +193,14 @@ def _store(tree: DictConfig, entry: Entry) -> None:
     # YAML reads a bare `off` as false.
     value = "off" if entry.value is False and "off" in choices else entry.value
     if value is False and entry.key == "policy.optimizer_offload":
-        value = 0.0  # it was a switch once, and is one in the recipes of older runs
+        value = 0.0  # a boolean in the recipes of older runs
     try:
         OmegaConf.update(tree, entry.key, value, merge=False)
     except OmegaConfBaseException:
-        wanted = describe_type(key_types().get(entry.key, dict))
-        raise UserError(f"{entry.key} is {entry.value!r}; it must be {wanted}{_place(entry.file)}") from None
+        expected = describe_type(key_types().get(entry.key, dict))
+        raise UserError(
+            f"{entry.key} is {entry.value!r}; it must be {expected}{_location(entry.file)}"
+        ) from None
 
 
 def _to_dataclasses(tree: DictConfig) -> Config:

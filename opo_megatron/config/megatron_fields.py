@@ -1,7 +1,7 @@
-"""What `policy.megatron` may hold: field names of Megatron-Core's configuration, less the managed ones.
+"""The keys of `policy.megatron`: fields of Megatron-Core's configuration that the project does not set.
 
-The names are read from Megatron's source with `ast`: importing the class takes many seconds and
-brings torch.  The types of the values are left to Megatron.
+The names are read from Megatron's source with `ast`: importing the class takes many seconds and imports
+torch.  Megatron checks the values' types.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def _always(value: str) -> str:
 
 
 _DROPOUT = "dropout must be 0: the engine samples without it"
-_OBJECTIVE = "remove it: the gradient holds the policy objective and nothing else"
-_WEIGHTS = "initial weights are drawn from run.seed alike under every layout, remove it"
+_OBJECTIVE = "remove it: the gradient is of the policy objective and nothing else"
+_WEIGHTS = "initial weights follow from run.seed, the same under every layout, remove it"
 _FUNCTION = "the training step supplies this function, remove it"
 _EVEN = "layers are split evenly over the stages, remove it"
-_NOT_BUILT = "it is not built yet, remove it"
+_NOT_IMPLEMENTED = "it is not implemented, remove it"
 
 MANAGED_FIELDS: dict[str, str] = {
     "num_layers": _use("model.num_layers"),
@@ -65,7 +65,7 @@ MANAGED_FIELDS: dict[str, str] = {
     "fp16": _use("dtype (fp32 or bf16)"),
     "fp8": _use("fp8"),
     "fp8_recipe": _use("fp8"),
-    "fp4": _NOT_BUILT,
+    "fp4": _NOT_IMPLEMENTED,
     "hidden_dropout": _DROPOUT,
     "attention_dropout": _DROPOUT,
     "variable_seq_lengths": _always("what the micro-batches need"),
@@ -94,7 +94,7 @@ MANAGED_FIELDS: dict[str, str] = {
     "grad_sync_func": _FUNCTION,
     "param_sync_func": _FUNCTION,
 }
-"""Fields that the project sets itself → what to do instead.  A dropout of 0 is let through."""
+"""Fields that the project sets → what to do instead.  A dropout of 0 is accepted."""
 
 
 ALLOWED_FIELDS = (
@@ -119,32 +119,32 @@ ALLOWED_FIELDS = (
     "deterministic_mode",
     "cpu_offloading",
 )
-"""Fields, by their beginning, that say how to compute and leave model and gradient as they are.
+"""Prefixes of the fields that change how model and gradient are computed, not what is computed.
 
-Any other could change what the policy computes without the engine or the head knowing."""
+Any other could change what the policy computes, and neither the engine nor the LM head would follow."""
 
 _PREFIX = "policy.megatron."
 
 
 def check_megatron_fields(policy: PolicyConfig) -> None:
-    """Raise UserError unless Megatron has every extra field, the project leaves it free and they fit."""
+    """Raise UserError unless every extra field exists in Megatron, is allowed, and fits the others."""
     extra = policy.megatron
     for name, value in extra.items():
         if name in MANAGED_FIELDS and not (name.endswith("_dropout") and value == 0):
             raise UserError(f"{_PREFIX}{name} is set by the project; {MANAGED_FIELDS[name]}")
         if name not in megatron_field_names():
-            free = [field for field in sorted(megatron_field_names()) if field.startswith(ALLOWED_FIELDS)]
-            raise UserError(unknown(_PREFIX + name, [*(_PREFIX + field for field in free), *key_types()]))
+            allowed = [field for field in sorted(megatron_field_names()) if field.startswith(ALLOWED_FIELDS)]
+            raise UserError(unknown(_PREFIX + name, [*(_PREFIX + field for field in allowed), *key_types()]))
         if name not in MANAGED_FIELDS and not name.startswith(ALLOWED_FIELDS):
             raise UserError(
                 f"{_PREFIX}{name} could change what the policy computes without the engine knowing, so it is "
-                "not passed on; remove it"
+                "refused; remove it"
             )
     if policy.virtual_pipeline_model_parallel_size is None or not extra.get("batch_p2p_comm"):
         return
     if policy.pipeline_model_parallel_size == 2:
         raise UserError(
-            "policy.megatron.batch_p2p_comm=true with virtual stages on 2 pipeline stages gives silently "
+            "policy.megatron.batch_p2p_comm=true with virtual stages on 2 pipeline stages silently gives "
             "wrong gradients in Megatron, because both neighbours are one rank; set it to false"
         )
     if extra.get("overlap_p2p_comm", True):
@@ -157,8 +157,8 @@ def check_megatron_fields(policy: PolicyConfig) -> None:
 @lru_cache(maxsize=1)
 def megatron_field_names() -> frozenset[str]:
     """Public fields of TransformerConfig and its base ModelParallelConfig, as installed."""
-    spec = find_spec("megatron")  # a namespace package: finding it imports nothing
-    roots = [Path(place) / "core" for place in (spec.submodule_search_locations or ())] if spec else []
+    spec = find_spec("megatron")  # a namespace package: find_spec imports nothing
+    roots = [Path(folder) / "core" for folder in (spec.submodule_search_locations or ())] if spec else []
     for root in roots:
         if all((root / source).is_file() for source in _SOURCES.values()):
             return frozenset(

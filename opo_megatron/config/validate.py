@@ -1,7 +1,7 @@
-"""What a resolved recipe must satisfy: ranges of single fields, then the rules that join several.
+"""Validation of a resolved recipe: ranges of single fields, then rules that involve several.
 
-Everything is checked before torch is imported and before a rank starts.  Rules about the vocabulary
-or the device are not here: a recipe alone does not tell either.
+Everything is checked before torch is imported and before a rank starts.  Rules about the vocabulary or the
+device are elsewhere, because a recipe alone determines neither.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ _FIELD_RULES: tuple[Rule, ...] = (
 
 
 def check_fields(config: Config) -> None:
-    """Each field by itself; None stands for 'not used' and passes."""
+    """Check each field by itself; None means 'not used' and passes."""
     for key, value in _leaves(config):
         require(not _is_not_finite(value), f"{key} is {value}; it must be a finite number")
     for keys, holds, words in _FIELD_RULES:
@@ -121,14 +121,14 @@ def check_fields(config: Config) -> None:
 
 
 def check_task(config: Config) -> None:
-    """Whether a task has what it needs, and its longest prompt and response fit into the model."""
+    """Check that a task has the keys that it needs, and that its longest prompt and response fit."""
     task, rollout, model = config.task, config.rollout, config.policy.model
     if task.name is TaskName.lift:
         return
     require(
         config.warm_start.steps == 0,
-        f"warm_start.steps is {config.warm_start.steps}, but task.name={task.name.value} has no demonstrations to "
-        "learn from; set warm_start.steps=0",
+        f"warm_start.steps is {config.warm_start.steps}, but task.name={task.name.value} has no "
+        "demonstrations; set warm_start.steps=0",
     )
     require(
         task.name is not TaskName.text or task.data is not None,
@@ -141,19 +141,19 @@ def check_task(config: Config) -> None:
     require(
         task.max_prompt_tokens + rollout.max_response_tokens <= model.max_sequence_length,
         f"task.max_prompt_tokens={task.max_prompt_tokens} and rollout.max_response_tokens="
-        f"{rollout.max_response_tokens} are more than policy.model.max_sequence_length="
-        f"{model.max_sequence_length} together; lower one of them or raise that",
+        f"{rollout.max_response_tokens} together exceed policy.model.max_sequence_length="
+        f"{model.max_sequence_length}; lower one of them or raise the limit",
     )
 
 
 def check_engine(config: Config) -> None:
-    """What an SGLang engine cannot serve."""
+    """Refuse what an SGLang engine cannot serve."""
     if config.rollout.engine is not EngineName.sglang:
         return
     require(
         not (config.rollout.sglang.share_memory and config.rollout.sglang.urls),
-        "rollout.sglang.share_memory=true with rollout.sglang.urls, but only the run's own servers give up "
-        "memory for it; remove one",
+        "rollout.sglang.share_memory=true with rollout.sglang.urls, but only the run's own servers release "
+        "memory; remove one",
     )
     require(
         config.policy.model.num_moe_experts is None,
@@ -171,7 +171,7 @@ def check_run(config: Config) -> None:
 
 
 def check_sampling(config: Config) -> None:
-    """Training rollouts come from the policy itself, and fit into its context."""
+    """Check that training rollouts are sampled from the policy itself, and fit into its context."""
     rollout, longest = config.rollout, config.policy.model.max_sequence_length
     for key, value, neutral in (("top_p", config.eval.top_p, 1), ("top_k", config.eval.top_k, 0)):
         require(
@@ -193,14 +193,14 @@ def check_sampling(config: Config) -> None:
 
 
 def check_model(policy: PolicyConfig) -> None:
-    """Shapes that attention, RoPE and the router accept."""
+    """Check the shapes of attention, RoPE and the router."""
     model = policy.model
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
     divides("policy.model.num_query_groups", groups, "policy.model.num_attention_heads", heads)
     for key, width in (("hidden_size", model.hidden_size), ("kv_channels", model.kv_channels)):
         require(
             width is None or width % 2 == 0,
-            f"policy.model.{key} is {width}; it must be even, because rotary embeddings turn pairs",
+            f"policy.model.{key} is {width}; it must be even, because rotary embeddings rotate pairs",
         )
     check_rope_scaling(model.rope_scaling)
     experts, active = model.num_moe_experts, model.moe_router_topk
@@ -211,8 +211,8 @@ def check_model(policy: PolicyConfig) -> None:
     )
     require(
         experts is None or active > 1 or model.moe_router_pre_softmax,
-        "policy.model.moe_router_topk is 1, where the softmax over the chosen expert is always 1 and teaches "
-        "the router nothing; raise it or set policy.model.moe_router_pre_softmax=true",
+        "policy.model.moe_router_topk is 1, where the softmax over the selected expert is always 1 and the "
+        "router gets no gradient; raise it or set policy.model.moe_router_pre_softmax=true",
     )
     require(
         experts is not None or model.moe_ffn_hidden_size is None,
@@ -235,26 +235,26 @@ def check_rope_scaling(scaling: RopeScalingConfig) -> None:
 
 
 def check_layout(policy: PolicyConfig) -> None:
-    """Tensor, pipeline, sequence and context parallelism against the model's shape."""
+    """Check tensor, pipeline, sequence and context parallelism against the model's shape."""
     model, tensor = policy.model, policy.tensor_model_parallel_size
     stages, chunks = policy.pipeline_model_parallel_size, policy.virtual_pipeline_model_parallel_size
     context = f"policy.context_parallel_size is {policy.context_parallel_size}"
     require(
         policy.context_parallel_size == 1 or policy.packing is Packing.thd,
-        f"{context} with policy.packing={policy.packing.value}, but only packed sequences are cut over "
+        f"{context} with policy.packing={policy.packing.value}, but only packed sequences are sharded over "
         "ranks; set policy.packing=thd",
     )
     require(
         policy.context_parallel_size == 1 or model.num_moe_experts is None,
         f"{context} with policy.model.num_moe_experts={model.num_moe_experts}, but context parallelism of "
-        "experts is not built yet; set policy.context_parallel_size=1",
+        "experts is not implemented; set policy.context_parallel_size=1",
     )
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         divides("policy.tensor_model_parallel_size", tensor, f"policy.model.{name}", getattr(model, name))
     require(
         tensor > 1 or not policy.sequence_parallel,
-        "policy.sequence_parallel=true needs policy.tensor_model_parallel_size above 1; raise that or set it "
-        "to false",
+        "policy.sequence_parallel=true needs policy.tensor_model_parallel_size above 1; raise it or set "
+        "policy.sequence_parallel=false",
     )
     require(
         chunks is None or stages > 1,
@@ -266,7 +266,7 @@ def check_layout(policy: PolicyConfig) -> None:
 
 
 def check_experts(policy: PolicyConfig) -> None:
-    """Expert parallelism: only with experts, and evenly split."""
+    """Check expert parallelism: only with experts, and evenly divided."""
     model, experts = policy.model, policy.model.num_moe_experts
     for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
         size = getattr(policy, name)
@@ -304,13 +304,13 @@ def check_experts(policy: PolicyConfig) -> None:
 
 
 def check_world(config: Config, world_size: int) -> None:
-    """Whether this many ranks divide into whole copies of the model, and of its experts."""
+    """Check that this number of ranks divides into whole replicas of the model and of its experts."""
     policy, fewest = config.policy, smallest_world(config)
     start = f"start a multiple of {fewest} ranks (--nproc {fewest}) or change the layout"
     require(world_size >= 1, f"the number of ranks is {world_size}; it must be at least 1")
     require(
         world_size % model_parallel_size(policy) == 0,
-        f"{world_size} ranks cannot be split into copies of the model of "
+        f"{world_size} ranks cannot be split into model replicas of "
         f"{policy.tensor_model_parallel_size} tensor × {policy.pipeline_model_parallel_size} pipeline × "
         f"{policy.context_parallel_size} context parallel ranks; {start}",
     )
@@ -323,7 +323,7 @@ def check_world(config: Config, world_size: int) -> None:
 
 
 def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(full key, number or other leaf) of everything in a section, list and mapping entries included."""
+    """(full key, value) of every leaf of a section, including entries of lists and mappings."""
     children: Iterable[tuple[Any, Any]]
     if isinstance(section, dict):
         children = section.items()

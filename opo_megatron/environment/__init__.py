@@ -1,1 +1,1 @@
-"""What is installed, whether nodes are fit to run, and the set of versions that works together."""
+"""Checks of installed packages and of nodes, and the set of versions that work together."""

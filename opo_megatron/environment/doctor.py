@@ -1,12 +1,12 @@
-"""`opo doctor`: what is installed, what each missing part costs, and the command that mends it.
+"""`opo doctor`: what is installed, what each missing part costs, and the command that installs it.
 
-Nothing is imported to find out: versions come from the metadata of installed distributions, GPUs from
-`nvidia-smi`, SGLang from its own interpreter.  So it answers in a moment, also where torch is broken
-or missing, and needs nothing but Python.
+It imports none of the packages: versions come from the metadata of installed distributions, GPUs from
+`nvidia-smi`, SGLang's environment from its own interpreter.  So it is fast, works where torch is broken or
+missing, and needs only Python.
 
-A finding is `ok`, `wrong` (another version than the set of `versions.toml`), `missing`, or `unused`
-(of no use on this machine).  The exit code is 0 where everything that is needed is right, else 2.
-Needed are the packages without which nothing runs, and what `--need` names.
+A finding is `ok`, `wrong` (not the version of `versions.toml`), `missing`, or `unused` (not useful on this
+machine).  The exit code is 0 if all required parts are ok, else 2.  Required are the packages without which
+nothing runs, and the parts that `--need` names.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from opo_megatron.environment.versions import Part, Versions, numbers, read_vers
 from opo_megatron.errors import EXIT_USER_ERROR
 
 NEEDS = ("gpu", "fp8", "sglang")
-"""What `--need` takes besides names of packages."""
+"""Values of `--need`, in addition to names of packages."""
 SGLANG_PYTHON = ".venv-sglang/bin/python"
-_ASK_SECONDS = 20.0
+_TIMEOUT_SECONDS = 20.0
 _LIST_DISTRIBUTIONS = (
     "import json; from importlib.metadata import distributions; "
     "print(json.dumps({d.metadata['Name'].lower().replace('_', '-'): d.version for d in distributions()}))"
@@ -36,7 +36,7 @@ _LIST_DISTRIBUTIONS = (
 
 @dataclass(frozen=True)
 class Gpu:
-    """One device, as `nvidia-smi` names it."""
+    """One device, as `nvidia-smi` reports it."""
 
     name: str
     driver: str
@@ -45,16 +45,16 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found, before any judgement."""
+    """The state of this machine, before diagnosis."""
 
     python: str
     installed: dict[str, str]
     """Version by name of distribution, in lower case with hyphens."""
     path: tuple[str, ...] = ()
-    """Where modules are looked for."""
+    """The module search path."""
     gpus: tuple[Gpu, ...] = ()
     sglang: dict[str, str] | None = None
-    """The same of SGLang's environment; None where its interpreter does not run."""
+    """`installed` of SGLang's environment; None where its interpreter does not run."""
     sglang_python: str = SGLANG_PYTHON
 
     def has_module(self, name: str) -> bool:
@@ -63,7 +63,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Finding:
-    """The verdict on one part."""
+    """The diagnosis of one part."""
 
     part: str
     state: str
@@ -88,24 +88,24 @@ class Report:
         return EXIT_USER_ERROR if any(finding.is_fatal for finding in self.findings) else 0
 
 
-def look(path: Sequence[str] | None = None, sglang_python: str = SGLANG_PYTHON) -> Machine:
-    """Look around on this machine.
+def collect(path: Sequence[str] | None = None, sglang_python: str = SGLANG_PYTHON) -> Machine:
+    """Collect what is installed on this machine.
 
     Args:
-        path: folders of packages; default those of this process.
+        path: folders of packages; default this process's.
     """
     folders = list(sys.path if path is None else path)
     installed: dict[str, str] = {}
     for distribution in distributions(path=folders):
         name = distribution.metadata["Name"]
-        if name:  # the first folder wins, as it does for imports; a broken one has no name
+        if name:  # the first folder wins, as for imports; a broken distribution has no name
             installed.setdefault(_normal(name), distribution.version)
     return Machine(
         python=".".join(map(str, sys.version_info[:3])),
         installed=installed,
         path=tuple(folders),
         gpus=_gpus(),
-        sglang=_ask_sglang(sglang_python),
+        sglang=_query_sglang(sglang_python),
         sglang_python=sglang_python,
     )
 
@@ -117,37 +117,37 @@ def _normal(name: str) -> str:
 def _gpus() -> tuple[Gpu, ...]:
     query = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=_ASK_SECONDS)
+        result = subprocess.run(query, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
-        return ()  # no driver, hence no GPU that could be used
-    if answer.returncode != 0:
+        return ()  # no driver, so no usable GPU
+    if result.returncode != 0:
         return ()
-    rows = [line.split(", ") for line in answer.stdout.strip().splitlines()]
+    rows = [line.split(", ") for line in result.stdout.strip().splitlines()]
     return tuple(Gpu(*row) for row in rows if len(row) == 3)
 
 
-def _ask_sglang(python: str) -> dict[str, str] | None:
+def _query_sglang(python: str) -> dict[str, str] | None:
     interpreter = Path(python).expanduser()
     if not interpreter.exists():
         return None
     try:
-        answer = subprocess.run(
+        result = subprocess.run(
             [str(interpreter.absolute()), "-c", _LIST_DISTRIBUTIONS],
             capture_output=True,
             text=True,
-            timeout=_ASK_SECONDS,
-            env={},  # PYTHONPATH would show it the trainer's packages
+            timeout=_TIMEOUT_SECONDS,
+            env={},  # PYTHONPATH would add the trainer's packages
         )
-        return dict(json.loads(answer.stdout))
+        return dict(json.loads(result.stdout))
     except (OSError, subprocess.TimeoutExpired, ValueError):
         return None
 
 
-def judge(machine: Machine, versions: Versions, needs: Sequence[str] = ()) -> Report:
-    """The verdict on every part of the set.
+def diagnose(machine: Machine, versions: Versions, needs: Sequence[str] = ()) -> Report:
+    """Compare every part of the set with the machine.
 
     Args:
-        needs: of NEEDS, or names of packages: what is required besides the packages that always are.
+        needs: values of NEEDS or names of packages that are required in addition.
     """
     report = Report([_python(machine, versions), *_gpu_findings(machine, versions, needs)])
     for part in versions.packages:
@@ -170,7 +170,7 @@ def _python(machine: Machine, versions: Versions) -> Finding:
 def _gpu_findings(machine: Machine, versions: Versions, needs: Sequence[str]) -> list[Finding]:
     required = "gpu" in needs or "fp8" in needs
     if not machine.gpus:
-        costs = "policies train on the CPU, which is for small models"
+        costs = "policies train on the CPU, for small models only"
         fix = "run on a machine where nvidia-smi lists GPUs"
         state = "missing" if required else "unused"
         return [Finding("gpu", state, required, None, "an NVIDIA GPU", costs, fix)]
@@ -187,7 +187,7 @@ def _gpu_findings(machine: Machine, versions: Versions, needs: Sequence[str]) ->
             driver,
             f"{wanted} or newer",
             "torch finds no GPU",
-            f"install NVIDIA's driver {wanted} or newer",
+            f"install NVIDIA driver {wanted} or newer",
         )
     )
     return findings
@@ -198,7 +198,7 @@ def _package(part: Part, machine: Machine, required: bool) -> Finding:
     wanted, costs, fix = part.wanted, part.costs, part.fix
     if part.needed == "gpu" and not machine.gpus and not required:
         return Finding(part.name, "unused", False, found, wanted)
-    if part.git is not None:  # has no version that means anything; what counts is its extension
+    if part.git is not None:  # its version means nothing; its extension module counts
         assert part.module is not None
         if machine.has_module(part.module):
             return Finding(part.name, "ok", required, found or part.module, part.module)
@@ -208,10 +208,10 @@ def _package(part: Part, machine: Machine, required: bool) -> Finding:
     if found is None:
         return Finding(part.name, "missing", required, None, wanted, costs, fix)
     if not part.accepts(found):
-        costs = "this set was not tried with it" + (f"; {part.why}" if part.why else "")
+        costs = "untested with the other versions of this set" + (f"; {part.why}" if part.why else "")
         return Finding(part.name, "wrong", required, found, wanted, costs, fix)
     if part.name == "torch" and machine.gpus and found.endswith("+cpu"):
-        costs, fix = "this build knows no GPU", f"pip uninstall -y torch, then pip install {part.name}=="
+        costs, fix = "this build has no CUDA", f"pip uninstall -y torch, then pip install {part.name}=="
         fix += f"{part.version} from an index with CUDA builds"
         return Finding(part.name, "wrong", required, found, f"a CUDA build of {part.version}", costs, fix)
     return Finding(part.name, "ok", required, found, wanted)
@@ -228,18 +228,18 @@ def _sglang(machine: Machine, versions: Versions, required: bool) -> list[Findin
         found = machine.sglang.get(part.name)
         state = "missing" if found is None else "ok" if part.accepts(found) else "wrong"
         name = part.name if part.name == "sglang" else f"sglang's {part.name}"
-        said = ("", "") if state == "ok" else (part.costs, fix)
-        findings.append(Finding(name, state, required, found, part.wanted, *said))
+        costs_and_fix = ("", "") if state == "ok" else (part.costs, fix)
+        findings.append(Finding(name, state, required, found, part.wanted, *costs_and_fix))
     return findings
 
 
 def describe(report: Report) -> str:
-    """The report as text: what is there in one block, then what is not, with cost and fix."""
+    """The report as text: a line per part, with cost and fix where it is missing or wrong."""
     width = max(len(finding.part) for finding in report.findings)
     lines = []
     for finding in report.findings:
-        mark = {"ok": "ok", "wrong": "WRONG" if finding.required else "wrong", "unused": "–"}
-        state = mark.get(finding.state, "MISSING" if finding.required else "missing")
+        labels = {"ok": "ok", "wrong": "WRONG" if finding.required else "wrong", "unused": "–"}
+        state = labels.get(finding.state, "MISSING" if finding.required else "missing")
         found = finding.found or ""
         wanted = f"  (wanted: {finding.wanted})" if finding.state in ("wrong", "missing") else ""
         lines.append(f"{finding.part:{width}}  {state:7}  {found}{wanted}".rstrip())
@@ -248,9 +248,7 @@ def describe(report: Report) -> str:
             lines += [f"{indent}cost  {finding.costs}", f"{indent}fix   {finding.fix}"]
     fatal = [finding.part for finding in report.findings if finding.is_fatal]
     lines.append("")
-    lines.append(
-        f"not ready: {', '.join(fatal)}" if fatal else "ready; lower-case findings cost only what they say"
-    )
+    lines.append(f"not ready: {', '.join(fatal)}" if fatal else "ready; parts in lower case are optional")
     return "\n".join(lines)
 
 
@@ -273,14 +271,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the report; 0 where all that is needed is right, else 2."""
+    """Print the report; returns 0 if all required parts are ok, else 2."""
     versions = read_versions()
-    known = (*NEEDS, *(part.name for part in versions.packages))
+    names = (*NEEDS, *(part.name for part in versions.packages))
     for need in options.need:
-        if need not in known:
-            print(f"error: --need {need} is not known; choose of {', '.join(known)}", file=sys.stderr)
+        if need not in names:
+            print(f"error: --need {need} is not known; choose of {', '.join(names)}", file=sys.stderr)
             return EXIT_USER_ERROR
-    report = judge(look(sglang_python=options.sglang_python), versions, options.need)
+    report = diagnose(collect(sglang_python=options.sglang_python), versions, options.need)
     if options.json:
         ready = report.exit_code == 0
         print(json.dumps({"ready": ready, "findings": list(map(asdict, report.findings))}, indent=2))
@@ -290,12 +288,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`opo doctor` without the rest of `opo`, whose imports are what may be missing."""
+    """`opo doctor` without the rest of `opo`, whose imports may be missing."""
     parser = argparse.ArgumentParser(
-        prog="opo doctor", description="what is installed, what each missing part costs, how to mend it"
+        prog="opo doctor", description="what is installed, what each missing part costs, how to install it"
     )
     add_arguments(parser)
     try:
         return run(parser.parse_args(arguments))
-    except SystemExit as said:
-        return int(said.code or 0)
+    except SystemExit as error:
+        return int(error.code or 0)

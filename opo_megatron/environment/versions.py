@@ -1,9 +1,9 @@
-"""The set of versions in `versions.toml`: its reader, and pip constraints for whoever installs.
+"""The set of versions in `versions.toml`: its reader, and pip constraints.
 
-    python opo_megatron/environment/versions.py            constraints, one NAME==VERSION a line
+    python opo_megatron/environment/versions.py            constraints, one NAME==VERSION per line
     python opo_megatron/environment/versions.py apex       the version of one part
 
-Needs nothing but Python, for it runs before anything is installed.
+Needs only Python, because it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ class Part:
     """One package of the set."""
 
     name: str
-    """Of the distribution."""
+    """Name of the distribution."""
     needed: str
     """always | gpu | choice"""
     costs: str
-    """What is lost without it."""
+    """What does not work without it."""
     version: str | None = None
-    """The one that was tried."""
+    """The tested version."""
     at_least: str | None = None
     below: str | None = None
     module: str | None = None
-    """What is imported of it; default its name."""
+    """The imported module; default the distribution's name."""
     extra: str | None = None
-    """Of opo-megatron, which brings it."""
+    """The extra of opo-megatron that installs it."""
     install: str | None = None
     why: str = ""
     git: str | None = None
-    """Where it comes from, if not from the registry."""
+    """Its source, if not the registry."""
 
     @property
     def wanted(self) -> str:
-        """The accepted versions in words."""
+        """The accepted versions, as text."""
         if self.at_least and self.below:
             return f"{self.at_least} or newer, below {self.below}"
         return self.version or "any"
 
     def accepts(self, version: str) -> bool:
-        """Whether this version is in the set; a local part such as `+cpu` does not count."""
+        """Whether this version is in the set; a local part such as `+cpu` is ignored."""
         public = version.partition("+")[0]
         if self.at_least and self.below:
             return numbers(self.at_least) <= numbers(public) < numbers(self.below)
@@ -56,7 +56,7 @@ class Part:
 
     @property
     def fix(self) -> str:
-        """The command that brings the right version."""
+        """The command that installs the right version."""
         if self.install is not None:
             return self.install
         if self.extra is not None:
@@ -68,21 +68,21 @@ class Part:
 
 @dataclass(frozen=True)
 class Versions:
-    """Everything that the file says."""
+    """The content of `versions.toml`."""
 
     python: tuple[str, str]
-    """At least, below."""
+    """(at least, below)."""
     cuda: dict[str, str]
     packages: tuple[Part, ...]
     sglang: tuple[Part, ...]
-    """Of SGLang's own environment."""
+    """SGLang's own environment."""
 
     def part(self, name: str) -> Part:
         return next(part for part in self.packages if part.name == name)
 
 
 def read_versions(file: Path = FILE) -> Versions:
-    """The set as the file has it."""
+    """Read the set."""
     raw = tomllib.loads(file.read_text(encoding="utf-8"))
     return Versions(
         python=(raw["python"]["at_least"], raw["python"]["below"]),
@@ -93,16 +93,16 @@ def read_versions(file: Path = FILE) -> Versions:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, which compare as versions do."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, found.group().split("."))) if found else ()
+    """The leading numbers of a version, for comparisons."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, match.group().split("."))) if match else ()
 
 
 def constraints(versions: Versions) -> list[str]:
-    """Pip constraints of the trainer's environment."""
+    """Pip constraints for the trainer's environment."""
     return [f"{part.name}=={part.version}" for part in versions.packages if part.version and part.git is None]
 
 
 if __name__ == "__main__":
-    known = read_versions()
-    print("\n".join([known.part(name).version or "" for name in sys.argv[1:]] or constraints(known)))
+    versions = read_versions()
+    print("\n".join([versions.part(name).version or "" for name in sys.argv[1:]] or constraints(versions)))

@@ -1,1 +1,1 @@
-"""What a run writes and shows: metrics, TensorBoard, the live table, the summary."""
+"""The output of a run: metrics, TensorBoard and W&B, the live table, the summary."""

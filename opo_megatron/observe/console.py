@@ -1,4 +1,4 @@
-"""What a person sees: a progress line while something runs, a line per step, a table at the end."""
+"""Console output: a progress line, a line per step, a table at the end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BAR_WIDTH = 30
 
 
 class Display:
-    """A live table in a terminal, plain lines elsewhere; silent on all ranks but one."""
+    """A live table in a terminal, plain lines elsewhere; only the active rank prints."""
 
     def __init__(self, active: bool) -> None:
         self.console = Console(file=sys.stdout, highlight=False)
@@ -47,29 +47,29 @@ class Display:
             self._live.start()
 
     def status(self, text: str, done: float = 0.0) -> None:
-        """What is going on right now and how much of it is done (0 to 1); shown in a terminal only."""
+        """The current work and the fraction done (0 to 1); shown in a terminal only."""
         self._status, self._done = text, done
         if self._live is not None and time.monotonic() - self._last_refresh > REFRESH_SECONDS:
             self._refresh()
 
     def log(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line."""
         if self.active:
             self.console.print(text, markup=False, soft_wrap=True)
 
     def row(self, row: MetricsRow) -> None:
-        """A finished step."""
+        """Show the row of a finished step."""
         self._rows.append(row)
         if self._live is not None:
             self._refresh()
         elif self.active:
             pairs = [
-                f"{head} {shape.format(row[name])}" for name, (head, shape) in COLUMNS.items() if name in row
+                f"{head} {spec.format(row[name])}" for name, (head, spec) in COLUMNS.items() if name in row
             ]
             self.console.print("  ".join(pairs), markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Leave the terminal as a person expects it."""
+        """Stop the live table and restore the terminal."""
         if self._live is not None:
             self._status = ""
             self._refresh()
@@ -82,7 +82,7 @@ class Display:
         for heading, _ in COLUMNS.values():
             table.add_column(heading, justify="right")
         for row in self._rows[-VISIBLE_ROWS:]:
-            table.add_row(*(shape.format(row[n]) if n in row else "" for n, (_, shape) in COLUMNS.items()))
+            table.add_row(*(spec.format(row[n]) if n in row else "" for n, (_, spec) in COLUMNS.items()))
         progress = Table.grid(padding=(0, 1))
         if self._status:
             progress.add_row(ProgressBar(1.0, self._done, width=BAR_WIDTH), self._status)
@@ -92,14 +92,14 @@ class Display:
     def summary(
         self, title: str, lines: Sequence[Sequence[str]], columns: Sequence[str] = ("start", "end")
     ) -> None:
-        """The closing table: (what, a value per column, in plain words, which may be left out)."""
+        """Print the closing table; a line is (name, a value per column, and optionally its meaning)."""
         if not self.active:
             return
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for heading in ("", *columns):
             table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
         if len(lines[0]) > len(columns) + 1:
-            table.add_column("what it means", overflow="fold")
+            table.add_column("meaning", overflow="fold")
         for line in lines:
             table.add_row(*line)
         self.console.print(table)

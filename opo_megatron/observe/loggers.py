@@ -1,8 +1,8 @@
-"""Where curves are drawn: TensorBoard's files, and Weights & Biases where a recipe asks for it.
+"""Metric loggers: TensorBoard, and Weights & Biases if the recipe sets a project.
 
-Both get the rows of metrics.jsonl under the same names.  The steps of the warm start count on an axis
-of their own: a folder of TensorBoard's, names behind `warm_start/` in W&B.  A step that a resumed run
-does again replaces the earlier one in TensorBoard; W&B deletes nothing and shows both.
+Both log the rows of metrics.jsonl under the same names.  Warm-start steps have their own axis: a subfolder in
+TensorBoard, the prefix `warm_start/` in W&B.  A step that a resumed run repeats replaces the earlier one in
+TensorBoard; W&B deletes nothing and shows both.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Axis = Literal["step", "warm_start"]
 
 class MetricLogger(Protocol):
     def write(self, axis: Axis, row: MetricsRow) -> None:
-        """Draw a row at its step."""
+        """Log a row at its step."""
         ...
 
     def close(self, failed: bool) -> None: ...
 
 
 class TensorBoard:
-    """`<run.dir>/tensorboard`, purged behind the last step of either axis that is kept."""
+    """`<run.dir>/tensorboard`, purged after the last step that is kept on each axis."""
 
     def __init__(self, run_dir: Path, step: int, warm_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -52,18 +52,18 @@ class TensorBoard:
 
 
 class WandB:
-    """One W&B run per `run.dir`, which a resumed run goes on in; all but the project by its own variables."""
+    """One W&B run per `run.dir`, which a resumed run continues; W&B's variables set all but the project."""
 
     ID_FILE = "wandb_run_id"
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         wandb = load_wandb(config)
         id_file = run_dir / self.ID_FILE
-        known = id_file.read_text().strip() if id_file.exists() else os.environ.get("WANDB_RUN_ID")
+        run_id = id_file.read_text().strip() if id_file.exists() else os.environ.get("WANDB_RUN_ID")
         try:
             self._run = wandb.init(
                 project=config.observe.wandb_project,
-                id=known,
+                id=run_id,
                 resume="allow",
                 dir=None if "WANDB_DIR" in os.environ else str(run_dir),
                 config=yaml.safe_load(to_yaml(config)),
@@ -71,14 +71,14 @@ class WandB:
         except wandb.Error as error:
             raise _unavailable(config, str(error)) from error
         id_file.write_text(f"{self._run.id}\n")
-        self._drawn: set[str] = set()
+        self._defined: set[str] = set()
 
     def write(self, axis: Axis, row: MetricsRow) -> None:
         prefix = "warm_start/" if axis == "warm_start" else ""
         named = {prefix + name: value for name, value in row.items()}
-        for name in named.keys() - self._drawn:
+        for name in named.keys() - self._defined:
             self._run.define_metric(name, step_metric=prefix + "step" if name != prefix + "step" else None)
-        self._drawn |= named.keys()
+        self._defined |= named.keys()
         self._run.log(named)
 
     def close(self, failed: bool) -> None:
@@ -86,10 +86,10 @@ class WandB:
 
 
 def load_wandb(config: Config) -> Any:
-    """The package, with credentials where the mode needs them; asks nobody for any.
+    """The package, with credentials where the mode needs them; never prompts.
 
     Raises:
-        UserError: naming what to install, or how to do without an account.
+        UserError: naming what to install, or how to run without an account.
     """
     wandb = require_extra("wandb", f"observe.wandb_project={config.observe.wandb_project}", "wandb")
     try:
@@ -104,5 +104,5 @@ def load_wandb(config: Config) -> Any:
 def _unavailable(config: Config, reason: str) -> UserError:
     return UserError(
         f"observe.wandb_project={config.observe.wandb_project}, but W&B cannot be used ({reason}); set "
-        "WANDB_API_KEY, or WANDB_MODE=offline to need no account, or observe.wandb_project=null"
+        "WANDB_API_KEY, or WANDB_MODE=offline to run without an account, or observe.wandb_project=null"
     )

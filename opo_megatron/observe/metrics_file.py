@@ -1,8 +1,8 @@
-"""A JSON-lines file of one object per step, which never holds half a step.
+"""A JSON-lines file with one object per step, never half a step.
 
-A row is written in one piece and is on disk before `append` returns.  A resumed run first cuts what
-lies behind its checkpoint, a torn last line included.  A value that was not measured is absent.
-Values that may differ between identical runs live only under time/, memory/, throughput/, run/.
+A row is written at once and is on disk before `append` returns.  A resumed run first deletes the rows after
+its checkpoint and a partial last line.  A value that was not measured is absent.  Only values under time/,
+memory/, throughput/ and run/ may differ between identical runs.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class MetricsFile:
         self.path = path
 
     def read(self) -> list[MetricsRow]:
-        """All complete rows; a torn last line is left out.
+        """All complete rows; a partial last line is skipped.
 
         Raises:
-            UserError: for a line before it that is not JSON.
+            UserError: for a complete line that is not JSON.
         """
         if not self.path.exists():
             return []
@@ -40,12 +40,12 @@ class MetricsFile:
             row: MetricsRow = json.loads(line)
         except ValueError as error:
             raise UserError(
-                f"{self.path} line {number} is not JSON ({error}); take the line out, or mend it"
+                f"{self.path} line {number} is not JSON ({error}); fix or delete the line"
             ) from None
         return row
 
-    def cut_after(self, step: int) -> None:
-        """Drop every row behind `step`, and a torn last line."""
+    def truncate_after(self, step: int) -> None:
+        """Delete the rows after `step`, and a partial last line."""
         rows = [row for row in self.read() if row["step"] <= step]
         partial = self.path.with_name(self.path.name + ".partial")
         with partial.open("w") as file:
@@ -62,6 +62,6 @@ class MetricsFile:
 
 
 def _line(row: MetricsRow) -> str:
-    """One JSON line; NaN and infinity are written as null, because JSON has neither."""
+    """One JSON line; non-finite values become null, because JSON has none."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(finite) + "\n"

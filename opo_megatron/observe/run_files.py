@@ -1,4 +1,4 @@
-"""The files of a run, written by rank 0: metrics, curves, rollouts, resolved config, summary."""
+"""The files of a run, written by rank 0: metrics, logger files, rollouts, resolved recipe, summary."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from opo_megatron.observe.metrics_file import MetricsFile, MetricsRow
 
 
 class RunFiles:
-    """`<run.dir>` of one attempt; on ranks that do not write, every method does nothing."""
+    """`<run.dir>` of one attempt; on ranks that do not write, methods do nothing."""
 
     def __init__(
         self, config: Config, *, is_writer: bool, step: int, warm_step: int | None, source: Path | None
     ) -> None:
-        """Continue after `step`; what lies behind it is cut.
+        """Continue after `step`, and delete what later steps wrote.
 
         Args:
             is_writer: whether this rank writes.
@@ -39,12 +39,12 @@ class RunFiles:
         if source is not None and source != self.dir.resolve():
             self._copy_rows(source)
         self.attempt = self._count_attempt()
-        self.metrics.cut_after(step)
+        self.metrics.truncate_after(step)
         if config.observe.audit:
-            self.audit.cut_after(step)
+            self.audit.truncate_after(step)
         if warm_step is not None:
-            self.warm_start.cut_after(warm_step)
-        self._cut_rollouts(step)
+            self.warm_start.truncate_after(warm_step)
+        self._delete_rollouts_after(step)
         (self.dir / "config.yaml").write_text(to_yaml(config))
         if config.observe.tensorboard:
             last_warm_step = config.warm_start.steps if warm_step is None else warm_step
@@ -53,34 +53,34 @@ class RunFiles:
             self._loggers.append(WandB(config, self.dir))
 
     def _copy_rows(self, other: Path) -> None:
-        """A run that goes on from another's checkpoint begins with that one's rows."""
+        """Copy the rows of the run whose checkpoint this one resumes from."""
         for file in (self.metrics, self.warm_start, self.audit):
             if (other / file.path.name).exists():
                 shutil.copyfile(other / file.path.name, file.path)
 
     def _count_attempt(self) -> int:
-        """1 for the first start in this folder, one more for each later one."""
+        """The number of this attempt: 1 for the first start in this folder."""
         path = self.dir / "attempts"
         attempt = int(path.read_text()) + 1 if path.exists() else 1
         path.write_text(f"{attempt}\n")
         return attempt
 
-    def _cut_rollouts(self, step: int) -> None:
+    def _delete_rollouts_after(self, step: int) -> None:
         for path in (self.dir / "rollouts").glob("step_*.safetensors"):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
 
     def write_step(self, row: MetricsRow) -> None:
-        """One finished OPO step."""
+        """Log a finished OPO step."""
         self._write(self.metrics, "step", row)
 
     def write_audit(self, row: MetricsRow) -> None:
-        """What a finished OPO step was."""
+        """The audit of a finished OPO step."""
         if self.is_writer:
             self.audit.append(row)
 
     def write_warm_start(self, row: MetricsRow) -> None:
-        """One finished warm-start step."""
+        """Log a finished warm-start step."""
         self._write(self.warm_start, "warm_start", row)
 
     def _write(self, file: MetricsFile, axis: Axis, row: MetricsRow) -> None:
@@ -96,14 +96,14 @@ class RunFiles:
             rollouts.save(self.dir / "rollouts" / f"step_{step:08d}.safetensors")
 
     def write_nonfinite_batch(self, step: int, rollouts: Rollouts | None) -> Path:
-        """The samples of a step with bad numbers (given on the writing rank), and where they are."""
+        """Write the samples of a non-finite step (given on the writing rank); returns their path."""
         path = self.dir / "bad_batches" / f"step_{step:08d}.safetensors"
         if self.is_writer and rollouts is not None:
             rollouts.save(path)
         return path
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """summary.json, replaced as a whole."""
+        """Write summary.json atomically."""
         if not self.is_writer:
             return
         partial = self.dir / "summary.json.partial"

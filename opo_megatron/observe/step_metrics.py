@@ -1,4 +1,4 @@
-"""What a step reports, by its public names."""
+"""The metrics of a step, by their public names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from opo_megatron.policy.metric_sums import StepMetrics
 def step_row(
     config: Config, step: int, stats: BatchStats, advantages: Tensor, metrics: StepMetrics, lr: float
 ) -> MetricsRow:
-    """The row of an OPO step, before its times are known."""
+    """The row of an OPO step, without its times."""
     zero_advantage = zero_variance(config.algorithm, stats.rewards, stats.groups)
     lengths = stats.response_lengths.double()
     row: MetricsRow = {
@@ -43,13 +43,13 @@ def step_row(
             "on_policy/k3": metrics.mismatch.k3,
             "on_policy/ess": metrics.mismatch.ess,
         }
-        for edge, share in zip(HISTOGRAM, metrics.mismatch.above, strict=True):
-            row[f"on_policy/share_above_{edge:.0e}"] = share
+        for edge, fraction in zip(HISTOGRAM, metrics.mismatch.above, strict=True):
+            row[f"on_policy/share_above_{edge:.0e}"] = fraction
     return row
 
 
 def memory_metrics() -> MetricsRow:
-    """Peak memory of this process so far; that of its GPU is measured by phase."""
+    """Peak host memory of this process so far; GPU memory is measured by phase."""
     return {"memory/peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 

@@ -1,4 +1,4 @@
-"""Seconds per phase of a step, and GPU memory."""
+"""Seconds and peak GPU memory of each phase of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PhaseTimer:
     def __init__(self, enter: Callable[[str], None]) -> None:
         """
         Args:
-            enter: is told when a phase begins.
+            enter: called with the name of a phase when it begins.
         """
         self._enter = enter
         self._started = time.perf_counter()
@@ -32,12 +32,12 @@ class PhaseTimer:
             yield
         finally:
             if torch.cuda.is_initialized():
-                torch.cuda.synchronize()  # a phase ends when its kernels have
+                torch.cuda.synchronize()  # the phase includes its kernels
                 peak = torch.cuda.max_memory_allocated() / 2**30
                 self._peaks[f"memory/{name}_peak_gpu_gib"] = peak
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
     def metrics(self) -> dict[str, float]:
-        """`time/<phase>` of each phase, `time/step` since the timer was made; on GPUs peaks of memory."""
+        """`time/<phase>` of each phase, `time/step` since the timer's creation; on GPUs peak memory, too."""
         phases = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         return phases | self._peaks | {"time/step": time.perf_counter() - self._started}

@@ -1,17 +1,16 @@
-"""Memory of activations: Megatron's own schedule on meta tensors, with every storage followed.
+"""Activation memory: Megatron's own pipeline schedule on meta tensors, with every storage tracked.
 
-    held(t) = bytes of all storages that were made since the start and not yet freed;  peak = max held(t)
+    held(t) = bytes of all storages allocated since the start and not yet freed;  peak = max held(t)
 
-A micro-batch's forward and backward, which micro-batches are in flight on which stage, what the pipeline
-frees early, recomputation, the head's room: none of it is a formula here, all of it happens.  Some parts
-have another kernel on a GPU than in Megatron's local layers, and are taken as they are there: attention
-keeps queries, keys, values, its result and one log-sum-exp per row, and no matrix of scores
-(FlashAttention, arXiv 2205.14135); a norm keeps its input and one number per row, where torch's own on a
-CPU keeps copies in fp32; rotary embeddings of packed sequences keep nothing, where Megatron's own keep
-sines and cosines of every place; the head's logits are in the weight's type (`kernels/lm_head.py`).
+Forward and backward, the micro-batches in flight on each stage, what the pipeline frees early, recomputation
+and the LM head's buffer are executed, not modelled.  Where a GPU's kernel differs from Megatron's local
+layers, the GPU's is counted: attention saves queries, keys, values, its output and one log-sum-exp per row,
+and no score matrix (FlashAttention, arXiv 2205.14135); a norm saves its input and one number per row, where
+torch's on a CPU saves fp32 copies; rotary embeddings of packed sequences save nothing, where Megatron's save
+sine and cosine of every position; the head's logits have the weight's dtype (`kernels/lm_head.py`).
 
-Left out: what kernels allocate inside and free before they return, such as the keys and values that come
-round under context parallelism, and the allocator's rounding.
+Left out: what kernels allocate and free before they return, such as the keys and values that circulate under
+context parallelism, and the allocator's rounding.
 """
 
 from __future__ import annotations
@@ -41,35 +40,35 @@ from opo_megatron.policy.policy import Policy
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make within its context."""
+    """Tracks the storages that operations allocate within its context."""
 
     def __init__(self) -> None:
         super().__init__()
         self.held = self.peak = 0
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._tracked: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {_key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        inputs = {_key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.device == META and _key(tensor) not in given:
-                self._follow(tensor.untyped_storage())
+            if isinstance(tensor, Tensor) and tensor.device == META and _key(tensor) not in inputs:
+                self._track(tensor.untyped_storage())
         return result
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known or not size:
+        if key in self._tracked or not size:
             return
         self.held += size
         self.peak = max(self.peak, self.held)
 
         def freed(_: Any) -> None:
             self.held -= size
-            del self._known[key]
+            del self._tracked[key]
 
-        self._known[key] = weakref.ref(storage, freed)
+        self._tracked[key] = weakref.ref(storage, freed)
 
 
 def _key(tensor: Tensor) -> int:
@@ -77,30 +76,30 @@ def _key(tensor: Tensor) -> int:
 
 
 def activation_peak(policy: Policy, lengths: Sequence[tuple[int, int]], on_gpus: bool) -> int:
-    """Bytes of a step's activations where they are most, over what the policy holds anyway.
+    """Peak bytes of a step's activations, in addition to what the policy always holds.
 
     Args:
         lengths: (prompt, response) tokens of each sample of the step, over all ranks.
         on_gpus: count attention and the head as GPUs compute them.
     """
     responses = torch.tensor([response for _, response in lengths])
-    plan = policy.schedule(torch.tensor([prompt + response for prompt, response in lengths]))
-    own = plan.samples_of(policy.parallel.dp_rank)
-    batch = _rollouts([lengths[i] for i in own])
+    schedule = policy.schedule(torch.tensor([prompt + response for prompt, response in lengths]))
+    own = schedule.samples_of(policy.parallel.dp_rank)
+    rollouts = _rollouts([lengths[i] for i in own])
     objective = PolicyGradient(float(responses.sum()), 1.0)
-    # All micro-batches that are counted have one shape, and announcing shapes takes values.
+    # All counted micro-batches have one shape, and sending shapes between stages needs values.
     policy.megatron_config.variable_seq_lengths = False
     # The reduction comes after the peak; torch has no coalesced collectives of meta tensors.
     policy.megatron_config.finalize_model_grads_func = lambda *_, **__: None
     live = LiveBytes()
-    kernels = _as_on_gpus(policy) if on_gpus else _as_it_is()
+    kernels = _gpu_kernels(policy) if on_gpus else _own_kernels()
     with kernels, live:
-        policy.accumulate_gradients(batch, plan, objective)
+        policy.accumulate_gradients(rollouts, schedule, objective)
     return live.peak
 
 
 def optimizer_step_peak(policy: Policy) -> int:
-    """Bytes that torch's Adam takes beside its state while it steps; fused kernels on GPUs take none."""
+    """Bytes that torch's Adam allocates temporarily in a step; fused kernels on GPUs allocate none."""
     live = LiveBytes()
     for optimizer in inner_optimizers(policy):
         for group in optimizer.param_groups:
@@ -115,20 +114,20 @@ def optimizer_step_peak(policy: Policy) -> int:
 
 
 def _rollouts(lengths: Sequence[tuple[int, int]]) -> Rollouts:
-    batch = Rollouts.from_demonstrations([[0] * p for p, _ in lengths], [[0] * r for _, r in lengths])
-    batch.is_demonstration = False
-    batch.advantages = torch.zeros(len(lengths), dtype=torch.float64)
-    return batch
+    rollouts = Rollouts.from_demonstrations([[0] * p for p, _ in lengths], [[0] * r for _, r in lengths])
+    rollouts.is_demonstration = False
+    rollouts.advantages = torch.zeros(len(lengths), dtype=torch.float64)
+    return rollouts
 
 
 @contextmanager
-def _as_it_is() -> Iterator[None]:
+def _own_kernels() -> Iterator[None]:
     yield
 
 
 @contextmanager
-def _as_on_gpus(policy: Policy) -> Iterator[None]:
-    """The kernels that a GPU has, for as long as this lasts."""
+def _gpu_kernels(policy: Policy) -> Iterator[None]:
+    """Replace layers by ones that save what a GPU's kernels save, within this context."""
     replaced = []
     for module in (module for chunk in policy.chunks for module in chunk.modules()):
         if isinstance(module, DotProductAttention):
@@ -148,7 +147,7 @@ def _as_on_gpus(policy: Policy) -> Iterator[None]:
             yield
     finally:
         for module, _ in replaced:
-            del module.forward  # that of its class shows again
+            del module.forward  # uncovers the class's forward
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -156,8 +155,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Te
 
 
 class _Attention(torch.autograd.Function):
-    """The tensors of fused attention: q [s, b, heads, width], k and v [s, b, groups, width], or packed [T, …]
-    each."""
+    """The tensors of fused attention: q [s, b, heads, head_dim], k and v [s, b, groups, head_dim], or packed
+    [T, …] each."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -176,7 +175,7 @@ def _rotate(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 class _Rotary(torch.autograd.Function):
-    """The tensors of a fused rotary embedding, whose gradient is a turn back."""
+    """The tensors of a fused rotary embedding, whose gradient is the inverse rotation."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -223,37 +222,37 @@ def _chunked_logprobs(
 
 
 def recomputes_all(policy: PolicyConfig) -> bool:
-    """Whether the backward pass runs all layers forward again."""
+    """Whether the backward pass recomputes all layers."""
     return policy.recompute is Recompute.full or policy.megatron.get("recompute_granularity") == "full"
 
 
 def textbook_activations(policy: PolicyConfig, lengths: Sequence[tuple[int, int]], parallel: Parallel) -> int:
-    """The same by formula, to compare with: bytes of the layers' activations of a stage.
+    """Bytes of a stage's activations by formula, for comparison.
 
     Per token and layer, in elements: 4·hidden for two norms, 2·queries + 2·keys for attention, 4·ffn for
-    SwiGLU (of each active expert, whose tokens are also copied out and back); after Korthikanti et al.,
-    arXiv 2205.05198.  With full recomputation a layer keeps its input.
+    SwiGLU (of each active expert, whose tokens are also dispatched and combined); after Korthikanti et al.,
+    arXiv 2205.05198.  With full recomputation a layer saves its input.
     """
     model = policy.model
     assert model.num_query_groups is not None and model.kv_channels is not None
-    hidden, width = model.hidden_size, model.kv_channels
-    elements = 4 * hidden + 2 * (model.num_attention_heads + model.num_query_groups) * width
+    hidden, head_dim = model.hidden_size, model.kv_channels
+    elements = 4 * hidden + 2 * (model.num_attention_heads + model.num_query_groups) * head_dim
     if model.num_moe_experts is None:
         elements += 4 * model.ffn_hidden_size
     else:
         elements += model.moe_router_topk * (4 * (model.moe_ffn_hidden_size or 0) + 2 * hidden)
-    shared = policy.tensor_model_parallel_size
+    shards = policy.tensor_model_parallel_size
     if recomputes_all(policy):
-        elements, shared = hidden, shared if policy.sequence_parallel else 1
-    shared *= policy.context_parallel_size
+        elements, shards = hidden, shards if policy.sequence_parallel else 1
+    shards *= policy.context_parallel_size
     totals = [sum(one) for one in lengths]
-    plan = schedule_for(policy, totals, parallel.dp_size)
-    tokens = plan.padded_tokens(totals)[0] // plan.count
+    schedule = schedule_for(policy, totals, parallel.dp_size)
+    tokens = schedule.padded_tokens(totals)[0] // schedule.count
     stages, chunks = parallel.pp_size, parallel.vpp_size
     in_flight = stages - parallel.pp_rank
     if chunks > 1:
         in_flight = 2 * (stages - parallel.pp_rank - 1) + (chunks - 1) * stages + 1
-    in_flight = min(in_flight, plan.count * chunks)
+    in_flight = min(in_flight, schedule.count * chunks)
     layers = model.num_layers // (stages * chunks)
     itemsize = 2 if policy.dtype is Dtype.bf16 else 4
-    return elements * itemsize * tokens // shared * layers * in_flight
+    return elements * itemsize * tokens // shards * layers * in_flight

@@ -1,9 +1,9 @@
-"""What a rollout engine holds on each GPU: its copy of the weights, and keys and values.
+"""Memory of a rollout engine on each GPU: its copy of the weights, and the KV cache.
 
-    keys and values per token = 2 · layers · max(1, groups / TP) · width · bytes of the type
+    KV bytes per token = 2 · layers · max(1, groups / TP) · head_dim · bytes per element
 
-SGLang's own arithmetic (0.5.21): of the memory that is free when it starts it takes the share
-`mem-fraction-static` for weights and cache together.  The local engine holds all on every rank, always.
+As SGLang 0.5.21 computes it: weights and cache together take the fraction `mem-fraction-static` of the memory
+that is free at its start.  The local engine holds everything on every rank, always.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from opo_megatron.weights.param_mapping import EMBEDDING, HEAD, hf_shapes
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """Per GPU, in bytes unless it says otherwise."""
+    """Per GPU, in bytes unless documented otherwise."""
 
     engines: int
     tensor_parallel_size: int
@@ -28,21 +28,21 @@ class EnginePlan:
     token: int
     """Keys and values of one token."""
     cache: int
-    """Keys and values that there is room for."""
+    """Size of the KV cache."""
     working: int
-    """What it needs besides, while it draws."""
+    """Working memory during generation."""
     running: int
-    """Responses that one engine draws at once."""
+    """Concurrent responses of one engine."""
     always: bool = False
-    """Held while the policy trains, too."""
+    """Whether it is held during training, too."""
 
     @property
     def cached_tokens(self) -> int:
-        """That fit into an engine's cache."""
+        """Tokens that fit into an engine's KV cache."""
         return self.cache // self.token if self.token else 0
 
 
-def draws_in_fp8(config: Config) -> bool:
+def generates_in_fp8(config: Config) -> bool:
     return bool(config.rollout.sglang.fp8) and config.rollout.engine is EngineName.sglang
 
 
@@ -55,8 +55,8 @@ def kv_bytes_per_token(config: Config, tensor_parallel_size: int) -> int:
 
 
 def weight_bytes(config: Config, vocab_size: int, tensor_parallel_size: int) -> int:
-    """On each GPU of an engine; vectors are on all, matrices are cut."""
-    fp8, total = draws_in_fp8(config), 0
+    """On each GPU of an engine; vectors are replicated, matrices are sharded."""
+    fp8, total = generates_in_fp8(config), 0
     for name, shape in hf_shapes(config.policy.model, vocab_size).items():
         itemsize = 1 if fp8 and len(shape) == 2 and name not in (EMBEDDING, HEAD) else _itemsize(config)
         size = math.prod(shape) * itemsize
@@ -67,7 +67,7 @@ def weight_bytes(config: Config, vocab_size: int, tensor_parallel_size: int) -> 
 def plan_engine(
     config: Config, vocab_size: int, lengths: Lengths, gpus: int, gpu: Gpu, policy_parameters: int
 ) -> EnginePlan:
-    """The engine of a recipe beside a policy that holds `policy_parameters` bytes while it draws."""
+    """The engine of a recipe, next to a policy that holds `policy_parameters` bytes during generation."""
     settings = config.rollout.sglang
     if config.rollout.engine is EngineName.local:
         token = kv_bytes_per_token(config, 1)

@@ -1,4 +1,4 @@
-"""The constants behind every second and every limit of a plan: one table, each with its source."""
+"""The constants of the planner's models of time and memory, each with its source."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ class Gpu:
     memory: float
     """Bytes."""
     bandwidth: float
-    """Bytes per second of its memory."""
+    """Memory bandwidth, bytes/s."""
     bf16: float
-    """Dense operations per second in bf16,"""
+    """Dense FLOP/s in bf16."""
     fp8: float
-    """and in FP8."""
+    """Dense FLOP/s in FP8."""
 
 
 GPUS = {
     "h100": Gpu("h100", 80e9, 3.35e12, 989.4e12, 1978.9e12),
     "h200": Gpu("h200", 141e9, 4.8e12, 989.4e12, 1978.9e12),
 }
-"""Source: NVIDIA's data sheets of H100 SXM and H200 SXM, without sparsity."""
+"""Source: NVIDIA's data sheets for H100 SXM and H200 SXM, without sparsity."""
 
 
 class Constant(NamedTuple):
-    """A number, and where it is from."""
+    """A number with its unit and source."""
 
     value: float
     unit: str
@@ -44,12 +44,12 @@ CONSTANTS = {
     "training_efficiency": Constant(
         0.41,
         "of the dense peak",
-        "Megatron-LM's README: 41 to 48 % of the peak over model sizes on H100s; its lowest",
+        "Megatron-LM's README: 41 to 48 % of the peak on H100s, depending on model size; the lowest",
     ),
     "memory_efficiency": Constant(
-        3.0 / 3.35, "of the data sheet", "3.0 TB/s measured on an H100 whose data sheet says 3.35"
+        3.0 / 3.35, "of the data sheet", "3.0 TB/s measured on an H100 with 3.35 in its data sheet"
     ),
-    "nvlink": Constant(450e9, "bytes/s", "data sheet of H100 SXM: 900 GB/s in both directions"),
+    "nvlink": Constant(450e9, "bytes/s", "data sheet of H100 SXM: 900 GB/s, both directions together"),
     "network": Constant(50e9, "bytes/s", "DGX H100: one 400 Gbit/s adapter per GPU"),
     "link_efficiency": Constant(0.8, "of the data sheet", "assumed: usual bus bandwidth of large NCCL calls"),
     "host_link": Constant(50e9, "bytes/s", "PCIe 5.0 x16: 64 GB/s each way; pinned copies 50 (assumed)"),
@@ -62,7 +62,7 @@ CONSTANTS = {
         10e-6, "s per layer and tensor-parallel all-reduce", "assumed: latency of small NCCL calls in a node"
     ),
     "bucket_latency": Constant(
-        16e-3, "s per bucket", "SGLang's update of a tiny bucket took 9 to 16 ms on a CPU; the larger"
+        16e-3, "s per bucket", "SGLang's update of a tiny bucket took 9 to 16 ms on a CPU; the maximum"
     ),
     "step_overhead": Constant(
         1.60,
@@ -73,13 +73,13 @@ CONSTANTS = {
         4e9, "bytes", "assumed: CUDA contexts of two processes, NCCL's buffers, fragmentation"
     ),
     "engine_working_tokens": Constant(
-        8192, "tokens × 1.5 MiB", "SGLang 0.5.21, memory_hook.py: what it leaves beside weights and cache"
+        8192, "tokens × 1.5 MiB", "SGLang 0.5.21, memory_hook.py: what it reserves beside weights and cache"
     ),
     "mean_response": Constant(
-        0.5, "of the longest", "assumed where the command does not say; answers end by chance, see times.py"
+        0.5, "of the longest", "assumed without --mean-response; exponential lengths, see lengths.py"
     ),
 }
-"""Everything that is not counted."""
+"""All that is modelled, not counted."""
 
 
 def constant(name: str) -> float:
@@ -87,11 +87,11 @@ def constant(name: str) -> float:
 
 
 def gpu_of(name: str) -> Gpu:
-    """The GPU that a user names.
+    """The GPU of a name.
 
     Raises:
-        UserError: for one that is not in the table.
+        UserError: for a name that is not in `GPUS`.
     """
     if name.lower() not in GPUS:
-        raise UserError(f"--gpu {name} is not known; name one of {', '.join(GPUS)}")
+        raise UserError(f"--gpu {name} is not known; choose one of {', '.join(GPUS)}")
     return GPUS[name.lower()]

@@ -1,8 +1,9 @@
-"""How long responses are taken to be: ended by chance at every token alike, cut at the longest.
+"""The assumed distribution of response lengths: exponential, truncated at the limit M.
 
     P(l > t) = e^(−t/τ) for t < M,  mean = τ (1 − e^(−M/τ))
 
-τ follows from the mean.  It is the distribution that assumes least once mean and limit are given.
+Every token is equally likely to be the last.  τ follows from the mean.  It is the distribution that assumes
+least once mean and limit are given.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of one step's samples, in tokens."""
+    """The lengths of one step's samples, in tokens."""
 
     samples: int
+    """Number of samples."""
     prompt: float
     """Mean."""
     response: float
@@ -25,12 +27,12 @@ class Lengths:
 
     @property
     def tokens(self) -> float:
-        """Of a step, prompts and responses."""
+        """Tokens of a step, prompts and responses."""
         return self.samples * (self.prompt + self.response)
 
     @property
     def scale(self) -> float:
-        """τ; infinite where every response is cut."""
+        """τ; infinite where every response is truncated."""
         mean, longest = self.response, float(self.longest_response)
         if mean >= 0.999 * longest:
             return math.inf
@@ -44,7 +46,7 @@ class Lengths:
         return low
 
     def alive(self, token: float) -> float:
-        """Share of responses that are longer than this."""
+        """Fraction of responses that are longer than `token` tokens."""
         return math.exp(-token / self.scale)
 
     def responses(self) -> list[int]:

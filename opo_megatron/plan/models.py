@@ -1,6 +1,6 @@
-"""Architectures that are known by name, so that a plan needs no download.
+"""Architectures of published models, so that a plan needs no download.
 
-Source: the `config.json` of each model on the Hugging Face hub, as far as sizes and speed depend on it.
+Source: the `config.json` of each model on the Hugging Face hub; only what sizes and speed depend on.
 """
 
 from __future__ import annotations
@@ -52,25 +52,25 @@ MODELS = {
 
 
 def folder_of(name: str, scratch: Path) -> str:
-    """The folder `policy.init_from` where it is there, else one with the `config.json` of that model.
+    """The folder `name` if it exists, else a folder with the `config.json` of the model of that name.
 
     Args:
         scratch: an empty folder.
 
     Raises:
-        UserError: for a model that is neither here nor known, naming one like it.
+        UserError: for what is neither a folder nor in `MODELS`, naming a similar model.
     """
     if Path(name).is_dir():
         return name
-    wanted = Path(name).name.lower()
-    known = {model.lower(): model for model in MODELS}
-    base = wanted.removesuffix("-instruct").removesuffix("-base").replace("meta-llama-", "llama-")
-    if base not in known:
-        nearest = difflib.get_close_matches(base, known, 1, cutoff=0.0)[0]
+    lowered = Path(name).name.lower()
+    names = {model.lower(): model for model in MODELS}
+    base = lowered.removesuffix("-instruct").removesuffix("-base").replace("meta-llama-", "llama-")
+    if base not in names:
+        nearest = difflib.get_close_matches(base, names, 1, cutoff=0.0)[0]
         raise UserError(
             f"policy.init_from={name} is neither a folder nor a model that the planner knows by name; give a "
-            f"folder with the model's config.json, or a name like {known[nearest]}"
+            f"folder with the model's config.json, or a name like {names[nearest]}"
         )
-    content = hf_config(MODELS[known[base]], "bfloat16")
+    content = hf_config(MODELS[names[base]], "bfloat16")
     (scratch / "config.json").write_text(json.dumps(content))
     return str(scratch)

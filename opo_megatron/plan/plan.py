@@ -1,6 +1,6 @@
-"""A recipe → its plan: what every rank holds and when, what moves, how long a step takes, whether it fits.
+"""A recipe → its plan: memory per rank and phase, communication, time per step, and whether it fits.
 
-The order of phases, and who holds memory in each, is that of `rollout/memory_sharing.py`.
+Phases, and what holds memory in each, follow `rollout/memory_sharing.py`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from opo_megatron.weights.param_mapping import Stages, parameters
 from opo_megatron.weights.stream import buckets
 
 Log = Callable[[str, float], None]
-"""Shows what is going on, and how much of it is done (0 to 1)."""
+"""Shows the current work and the fraction done (0 to 1)."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is planned: a recipe on GPUs of one kind."""
+    """The input of a plan: a recipe on GPUs of one kind."""
 
     config: Config
     vocab_size: int
@@ -68,25 +68,26 @@ class Stage:
     textbook: int
     """By the formula, for comparison."""
     is_counted: bool
-    """False where routing to experts depends on values, so that the formula stands in."""
+    """False where routing to experts depends on values; `peak` is then the formula's."""
 
 
 @dataclass(frozen=True)
 class Phases:
-    """The most bytes of a GPU that one rank's part of a phase takes, everything included."""
+    """Peak memory of one rank's GPU per phase, in bytes, everything included."""
 
     sync: int
     drawing: int
+    """While generating rollouts; the name is a key of --json."""
     training: int
 
     @property
-    def most(self) -> int:
+    def peak(self) -> int:
         return max(self.sync, self.drawing, self.training)
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All of it."""
+    """The whole plan."""
 
     job: Job
     ranks: list[RankBytes]
@@ -100,9 +101,9 @@ class RunPlan:
     micro_batches: int
     """Per data-parallel rank."""
     padding: float
-    """Share of the trained tokens that is padding."""
+    """Fraction of the trained tokens that is padding."""
     problem: str | None
-    """Why it does not fit, in words."""
+    """Why the run does not fit; None where it does."""
 
     @property
     def parameters(self) -> int:
@@ -116,30 +117,29 @@ class RunPlan:
 def load_job(
     recipe: str, overrides: Sequence[str], gpus: int | None, gpu: Gpu, mean_response: float | None
 ) -> Job:
-    """Read a recipe for planning; of a model that is known by name no folder is needed.
+    """Read a recipe for planning; a model in `plan.models.MODELS` needs no folder.
 
     Raises:
         UserError: for a recipe that `opo train` would refuse, or a number of GPUs that does not divide.
     """
-    own = overrides if gpus is None else [*overrides, "run.ranks=null"]
+    all_overrides = overrides if gpus is None else [*overrides, "run.ranks=null"]
     with tempfile.TemporaryDirectory(prefix="opo-") as scratch:
-        config = load_config(recipe, own, None, lambda name: folder_of(name, Path(scratch)))
+        config = load_config(recipe, all_overrides, None, lambda name: folder_of(name, Path(scratch)))
     fewest = smallest_world(config)
     if gpus is not None and gpus % fewest:
         nearest = max(1, round(gpus / fewest)) * fewest
         policy = config.policy
         raise UserError(
-            f"--gpus {gpus} cannot be split into copies of the model of {fewest} GPUs "
+            f"--gpus {gpus} is not a multiple of the {fewest} GPUs of one model replica "
             f"({policy.tensor_model_parallel_size} tensor × {policy.pipeline_model_parallel_size} pipeline × "
-            f"{policy.context_parallel_size} context parallel); the nearest number that can is "
-            f"--gpus {nearest}"
+            f"{policy.context_parallel_size} context parallel); the nearest multiple is --gpus {nearest}"
         )
     count = gpus or config.run.ranks or fewest
     return Job(config, _vocab_size(config), count, gpu, _lengths(config, mean_response))
 
 
 def _vocab_size(config: Config) -> int:
-    """Rows of the embedding, for which no problem of the task is read."""
+    """Rows of the embedding, without reading the task's data."""
     if config.policy.model.vocab_size is not None:
         return config.policy.model.vocab_size
     if config.task.name == "lift":
@@ -154,8 +154,7 @@ def _lengths(config: Config, mean_response: float | None) -> Lengths:
     mean = response * constant("mean_response") if mean_response is None else mean_response
     if not 0 < mean <= response:
         raise UserError(
-            f"--mean-response {mean:g} is not above 0 and at most rollout.max_response_tokens={response}; "
-            "give a number that is"
+            f"--mean-response {mean:g} must be above 0 and at most rollout.max_response_tokens={response}"
         )
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
     return Lengths(samples, prompt / 2, mean, prompt, response)
@@ -166,22 +165,22 @@ def trains_in_fp8(config: Config) -> bool:
 
 
 def counted_config(job: Job) -> Config:
-    """The recipe with what differs on a GPU settled: the local layers count for all, and have no FP8."""
+    """The recipe as it is counted: always with Megatron's local layers, which have no FP8."""
     config = copy.deepcopy(job.config)
     policy = config.policy
-    policy.optimizer_offload = 0.0  # its share is taken off what is counted
+    policy.optimizer_offload = 0.0  # the offloaded fraction is subtracted after counting
     if trains_in_fp8(config):
-        policy.fp8 = None  # type: ignore[attr-defined]  # weights and what is kept of bf16 layers stay bf16
+        policy.fp8 = None  # type: ignore[attr-defined]  # weights and saved activations stay bf16
     if policy.head_chunk_tokens is None:
         rows = padded_vocab_size(policy, job.vocab_size, job.data_parallel)
         dtype = torch.bfloat16 if policy.dtype is Dtype.bf16 else torch.float32
-        here = rows // policy.tensor_model_parallel_size
-        policy.head_chunk_tokens = default_chunk_tokens(here, dtype, torch.device("cuda"))
+        local_rows = rows // policy.tensor_model_parallel_size
+        policy.head_chunk_tokens = default_chunk_tokens(local_rows, dtype, torch.device("cuda"))
     return config
 
 
 def longest_samples(job: Job) -> list[tuple[int, int]]:
-    """(prompt, response) tokens of so many longest samples that every stage is as full as it gets."""
+    """(prompt, response) tokens of enough longest samples to fill every pipeline stage."""
     policy, lengths = job.config.policy, job.lengths
     longest, budget = lengths.longest_prompt + lengths.longest_response, policy.max_tokens_per_micro_batch
     packed = policy.packing is Packing.thd
@@ -191,21 +190,21 @@ def longest_samples(job: Job) -> list[tuple[int, int]]:
     micro_batch = [(lengths.longest_prompt, lengths.longest_response)] * rows
     if (
         packed and (rest := (budget - rows * each) // alignment * alignment) > 0
-    ):  # places that a shorter one fills up
+    ):  # a shorter sample fills the rest of the micro-batch
         prompt = max(1, rest + 1 - lengths.longest_response)
         micro_batch.append((prompt, rest + 1 - prompt))
     stages = policy.pipeline_model_parallel_size
     interleaved = policy.virtual_pipeline_model_parallel_size is not None
     enough = 2 * stages if interleaved else stages + 1
-    there = math.ceil(lengths.samples / job.data_parallel / rows)
-    count = min(enough, there + (-there % stages if interleaved else 0))
+    in_step = math.ceil(lengths.samples / job.data_parallel / rows)
+    count = min(enough, in_step + (-in_step % stages if interleaved else 0))
     return micro_batch * (count * job.data_parallel)
 
 
 def count_stage(
     job: Job, config: Config, rank: int, with_activations: bool = True
 ) -> tuple[RankBytes, Stage]:
-    """Build one rank, and run a step's forward and backward on it unless only the rest is asked for."""
+    """Build one rank and, with activations, run a step's forward and backward on it."""
     with fake_rank(config, rank, job.gpus) as parallel:
         policy = meta_policy(config, job.vocab_size, parallel)
         held = offloaded(rank_bytes(policy), job.config.policy.optimizer_offload)
@@ -219,7 +218,7 @@ def count_stage(
 
 
 def make_plan(job: Job, log: Log) -> RunPlan:
-    """Count every rank, then put the phases together."""
+    """Count every rank, then assemble the phases."""
     use_meta_device()
     config = counted_config(job)
     ranks: list[RankBytes] = []
@@ -237,7 +236,7 @@ def make_plan(job: Job, log: Log) -> RunPlan:
     stages = []
     for stage in range(pipeline):
         log(f"activations of pipeline stage {stage} of {pipeline}", 0.6 + 0.4 * stage / pipeline)
-        # Responses stand last: most of their tokens are the first context-parallel rank's or the last one's.
+        # A response ends its sequence: the first or the last context-parallel rank has most of its tokens.
         ends = {0, config.policy.context_parallel_size - 1}
         first = [r for r in ranks if (r.pp_rank, r.tp_rank, r.dp_rank) == (stage, 0, 0) and r.cp_rank in ends]
         counted = [count_stage(job, config, r.rank)[1] for r in first]
@@ -246,7 +245,7 @@ def make_plan(job: Job, log: Log) -> RunPlan:
 
 
 def assemble(job: Job, ranks: list[RankBytes], stages: list[Stage], sync: SyncPlan) -> RunPlan:
-    """What follows from the counts."""
+    """Engine, phases and times, from the counts."""
     engine = plan_engine(
         job.config, job.vocab_size, job.lengths, job.gpus, job.gpu, max(rank.parameters for rank in ranks)
     )
@@ -277,9 +276,9 @@ def assemble(job: Job, ranks: list[RankBytes], stages: list[Stage], sync: SyncPl
 
 
 def phases_of(job: Job, rank: RankBytes, stage: Stage, engine: EnginePlan) -> Phases:
-    """What one GPU holds when it holds most, phase by phase."""
+    """Peak memory of one GPU, phase by phase."""
     reserved = int(constant("reserved"))
-    in_flight = 3 * largest_bucket(job)  # gathered, joined and handed over
+    in_flight = 3 * largest_bucket(job)  # the gathered shards, the joined tensors, the buffer that is sent
     if job.shares_memory:
         return Phases(
             sync=reserved + rank.parameters + rank.optimizer + engine.weights + in_flight,
@@ -291,39 +290,39 @@ def phases_of(job: Job, rank: RankBytes, stage: Stage, engine: EnginePlan) -> Ph
 
 
 def largest_bucket(job: Job) -> int:
-    """Bytes of the largest bucket of the stream: the recipe's limit, or one parameter that is larger."""
+    """Bytes of the largest bucket of the weight stream: the recipe's limit, or one larger parameter."""
     policy = job.config.policy
     stages = Stages(
         policy.model.num_layers,
         policy.pipeline_model_parallel_size,
         policy.virtual_pipeline_model_parallel_size or 1,
     )
-    table = parameters(policy.model, job.vocab_size, stages, policy.expert_model_parallel_size)
+    specs = parameters(policy.model, job.vocab_size, stages, policy.expert_model_parallel_size)
     dtype = torch.bfloat16 if policy.dtype is Dtype.bf16 else torch.float32
     limit = int(policy.weight_bucket_mib * 2**20)
     return max(
         sum(parameter.numel for parameter in bucket) * dtype.itemsize
-        for bucket in buckets(table, limit, lambda parameter: dtype)
+        for bucket in buckets(specs, limit, lambda parameter: dtype)
     )
 
 
 def problem_of(job: Job, phases: Sequence[Phases], engine: EnginePlan) -> str | None:
     """Why this does not fit; None where it does."""
-    for name, words in (("training", "training"), ("sync", "the weight sync"), ("drawing", "drawing")):
+    for name, label in (("training", "training"), ("sync", "the weight sync"), ("drawing", "generation")):
         sizes = [getattr(phase, name) for phase in phases]
         if max(sizes) > job.gpu.memory:
             return (
-                f"{words} takes {max(sizes) / 1e9:.1f} GB on rank {sizes.index(max(sizes))}, and an "
+                f"{label} takes {max(sizes) / 1e9:.1f} GB on rank {sizes.index(max(sizes))}, and an "
                 f"{job.gpu.name.upper()} has {job.gpu.memory / 1e9:.0f} GB"
             )
     longest = job.lengths.longest_prompt + job.lengths.longest_response
     if engine.token and job.shares_memory and engine.cached_tokens < longest:
-        return f"the engine's cache has room for {engine.cached_tokens} tokens, and one sample has {longest}"
+        return f"the engine's KV cache holds {engine.cached_tokens} tokens, and one sample has {longest}"
     return None
 
 
 def _passes(config: Config) -> float:
-    """Forward passes besides that of the update, as `config.arithmetic` announces them."""
+    """Forward passes in addition to the update's, as in `config.arithmetic`."""
     algorithm, passes = config.algorithm, 0.0
     energies = algorithm.weight in (Weight.energy, Weight.energy_hidden, Weight.fitted)
     if energies and config.rollout.engine is EngineName.sglang:
@@ -334,7 +333,7 @@ def _passes(config: Config) -> float:
 
 
 def _running(job: Job, engine: EnginePlan) -> int:
-    """Responses at once: as many as the engine may, and its cache holds at their mean length."""
+    """Concurrent responses: the engine's limit, or what its KV cache holds at their mean length."""
     if not engine.cache:
         return engine.running
     mean = job.lengths.prompt + job.lengths.response
@@ -342,15 +341,15 @@ def _running(job: Job, engine: EnginePlan) -> int:
 
 
 def _micro_batches(job: Job) -> tuple[int, float, float]:
-    """Micro-batches per data-parallel rank; places of the rank that has most, times the ranks; and the share
-    of those that is padding, or waiting for that rank."""
+    """Micro-batches per data-parallel rank; padded tokens of the fullest rank, times the ranks; and the
+    fraction of those that is padding, or waiting for that rank."""
     policy = job.config.policy
     lengths = [round(job.lengths.prompt) + response for response in job.lengths.responses()]
-    plan = schedule_for(policy, lengths, job.data_parallel)
-    places = (
-        max(plan.padded_tokens(lengths, row_multiple(policy), token_multiple(policy))) * job.data_parallel
+    schedule = schedule_for(policy, lengths, job.data_parallel)
+    padded = (
+        max(schedule.padded_tokens(lengths, row_multiple(policy), token_multiple(policy))) * job.data_parallel
     )
-    return plan.count, float(places), 1 - (sum(lengths) - len(lengths)) / places
+    return schedule.count, float(padded), 1 - (sum(lengths) - len(lengths)) / padded
 
 
 def _bubble(config: Config, count: int) -> float:

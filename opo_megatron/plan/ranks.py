@@ -1,4 +1,4 @@
-"""One rank of many, without the others: its groups, its policy on the meta device, and the bytes of it."""
+"""One rank of many, without the others: its process groups, its policy on the meta device, its bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class RankBytes:
-    """What one rank holds for as long as the run lasts, in bytes."""
+    """What one rank holds throughout the run, in bytes."""
 
     rank: int
     tp_rank: int
@@ -35,14 +35,13 @@ class RankBytes:
     parameters: int
     gradients: int
     optimizer: int
-    """Master weights where there are any, and two moments, of this rank's shard, as far as they are on the
-    GPU."""
+    """Master weights, if any, and two moments of this rank's shard; the part on the GPU."""
     own_parameters: int
-    """Elements that no other rank counts: replicated ones fall to the first rank that has them, padding of
-    the vocabulary to nobody.  Summed over all ranks they are the model."""
+    """Elements that only this rank counts: the first rank counts replicated ones, no rank the padding of the
+    vocabulary.  Their sum over all ranks is the model."""
 
     host_optimizer: int = 0
-    """The same in host memory, under policy.optimizer_offload."""
+    """The part of the optimizer in host memory, under policy.optimizer_offload."""
 
     @property
     def static(self) -> int:
@@ -50,14 +49,14 @@ class RankBytes:
 
 
 def use_meta_device() -> None:
-    """Make Megatron build on the meta device in this process, for good.
+    """Make Megatron build on the meta device for the rest of this process.
 
     Raises:
         RuntimeError: where the process has built policies on another device.
     """
     cpu_backend.install("meta")
     logging.getLogger("megatron").setLevel(logging.WARNING)
-    # torch asks the backend whether it can coalesce, and meta tensors have none.
+    # torch queries the backend of the tensors' device for coalescing, and meta has none.
     dist.batch_isend_irecv = _one_by_one  # type: ignore[assignment]
 
 
@@ -67,7 +66,7 @@ def _one_by_one(operations: list[Any]) -> list[Any]:
 
 @contextmanager
 def fake_rank(config: Config, rank: int, world_size: int) -> Iterator[Parallel]:
-    """Within this context the process is one of `world_size` ranks, whose collectives do nothing."""
+    """Make the process one of `world_size` ranks, whose collectives do nothing, within this context."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield megatron_groups(config, META)
@@ -82,51 +81,51 @@ def meta_policy(config: Config, vocab_size: int, parallel: Parallel) -> Policy:
 
 
 def rank_bytes(policy: Policy) -> RankBytes:
-    """Count what a policy holds once it has taken a step.
+    """Count what a policy holds after its first step.
 
     Raises:
-        ValueError: naming a parameter of the model that the table does not cover.
+        ValueError: naming parameters of the model that the parameter mapping does not cover.
     """
     parallel = policy.parallel
     weights = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
     buffers = [b for chunk in policy.ddp_chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     _allocate_moments(policy)
-    known = _storages(weights)
+    weight_storages = _storages(weights)
     return RankBytes(
         rank=parallel.rank,
         tp_rank=parallel.tp_rank,
         pp_rank=parallel.pp_rank,
         cp_rank=parallel.cp_rank,
         dp_rank=parallel.dp_rank,
-        parameters=sum(known.values()),
+        parameters=sum(weight_storages.values()),
         gradients=sum(_storages(buffer.grad_data for buffer in buffers).values()),
         optimizer=sum(
-            size for key, size in _storages(_optimizer_tensors(policy)).items() if key not in known
+            size for key, size in _storages(_optimizer_tensors(policy)).items() if key not in weight_storages
         ),
         own_parameters=_own_parameters(policy),
     )
 
 
-def offloaded(rank: RankBytes, share: float) -> RankBytes:
-    """With a share of the optimizer in host memory, as `policy.optimizer_offload` says."""
-    host = round(rank.optimizer * share)
+def offloaded(rank: RankBytes, fraction: float) -> RankBytes:
+    """`rank` with a fraction of the optimizer in host memory (`policy.optimizer_offload`)."""
+    host = round(rank.optimizer * fraction)
     return replace(rank, optimizer=rank.optimizer - host, host_optimizer=host)
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes by storage: views and shared parameters count once."""
+    """Bytes per storage: views and shared parameters count once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage._cdata: storage.nbytes() for storage in storages}
 
 
 def inner_optimizers(policy: Policy) -> list[torch.optim.Optimizer]:
-    """The optimizers behind Megatron's wrappers."""
+    """The torch optimizers inside Megatron's wrappers."""
     chained = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
     return [one.optimizer for one in chained]
 
 
 def _allocate_moments(policy: Policy) -> None:
-    """Let the optimizer make its state as its first step does; meta tensors have no values to change."""
+    """Make the optimizer allocate its state by a step, which changes no values on meta tensors."""
     for optimizer in inner_optimizers(policy):
         masters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for master in masters:
@@ -151,14 +150,14 @@ def _own_parameters(policy: Policy) -> int:
             continue
         weight = remaining[parameter.chunk].pop(parameter.mcore_name)
         is_replica = parameter.sharding.partition_dim is None and parallel.tp_rank > 0
-        copy = parallel.edp_rank if parameter.is_expert else parallel.dp_cp_rank
-        if copy or is_replica or parameter.tied_duplicate:
+        dp_rank = parallel.edp_rank if parameter.is_expert else parallel.dp_cp_rank
+        if dp_rank or is_replica or parameter.tied_duplicate:
             continue
         rows = weight.shape[0]
         if isinstance(parameter.sharding, Vocabulary):
             rows = max(0, min(rows, policy.vocab_size - parallel.tp_rank * rows))
         total += rows * math.prod(weight.shape[1:])
-    missed = [name for names in remaining for name in names]
-    if missed:
-        raise ValueError(f"no tensors are mapped to {', '.join(missed)}")
+    unmapped = [name for names in remaining for name in names]
+    if unmapped:
+        raise ValueError(f"no tensors are mapped to {', '.join(unmapped)}")
     return total

@@ -1,8 +1,8 @@
-"""The layout nearest to a recipe's that fits: the first of a short list, mildest changes first.
+"""The nearest layout that fits: the first of a short list, cheapest changes first.
 
-Recomputation costs a third of training time and nothing else; smaller micro-batches cost efficiency; a
-larger engine costs communication while it draws; more tensor or pipeline ranks cost replicas.  Only the
-first and the last pipeline stage are counted, which hold most.
+Recomputation costs a third of training time; smaller micro-batches cost efficiency; a larger engine costs
+communication during generation; more tensor or pipeline ranks cost data-parallel replicas.  Only the first
+and the last pipeline stage are counted; they hold most.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from opo_megatron.plan.plan import (
 )
 from opo_megatron.plan.ranks import RankBytes
 
-MOST_TRIES = 12
-"""Layouts whose activations are counted."""
+MAX_TRIES = 12
+"""Candidates whose activations are counted."""
 
 
 def nearest_fit(
     recipe: str, overrides: Sequence[str], job: Job, mean_response: float | None, log: Log
 ) -> list[str] | None:
-    """Settings to add to the command so that the recipe fits on the same GPUs; None where none was found."""
+    """Overrides with which the recipe fits on the same GPUs; None where none were found."""
 
     def load(changes: list[str]) -> Job | None:
         try:
@@ -42,22 +42,22 @@ def nearest_fit(
 
     tries = 0
     for layout in layouts(job):
-        if (laid_out := load(layout)) is None:
+        if (new_job := load(layout)) is None:
             continue
-        log(f"looking for a layout that fits: {' '.join(layout)}", tries / MOST_TRIES)
-        held = count_ends(laid_out, with_activations=False)
-        serving = next(
+        log(f"looking for a layout that fits: {' '.join(layout)}", tries / MAX_TRIES)
+        held = count_ends(new_job, with_activations=False)
+        engine = next(
             (one for one in engines(job) if (new := load([*layout, *one])) and _problem(new, held) is None),
             None,
         )
-        if serving is None:
-            continue  # no room even without activations
-        for change in milder(job):
-            candidate = load([*change, *serving, *layout])
+        if engine is None:
+            continue  # does not fit even without activations
+        for change in cheap_changes(job):
+            candidate = load([*change, *engine, *layout])
             if candidate is not None and _problem(candidate, count_ends(candidate)) is None:
-                return [*change, *serving, *layout]
+                return [*change, *engine, *layout]
             tries += 1
-            if tries == MOST_TRIES:
+            if tries == MAX_TRIES:
                 return None
     return None
 
@@ -66,7 +66,8 @@ Counted = list[tuple[RankBytes, Stage]]
 
 
 def count_ends(job: Job, with_activations: bool = True) -> Counted:
-    """The first rank of the first and of the last pipeline stage, and its last context-parallel one."""
+    """Count the first rank of the first and of the last pipeline stage, and the latter's last
+    context-parallel rank."""
     config = counted_config(job)
     policy = config.policy
     last = job.gpus - job.gpus // policy.pipeline_model_parallel_size
@@ -80,17 +81,17 @@ def _problem(job: Job, counted: Counted) -> str | None:
     return problem_of(job, [phases_of(job, *one, engine) for one in counted], engine)
 
 
-def milder(job: Job) -> list[list[str]]:
-    """Changes that leave layout and engine as they are, mildest first; the first is none."""
+def cheap_changes(job: Job) -> list[list[str]]:
+    """Changes that keep layout and engine, cheapest first; the first is none."""
     longest = job.lengths.longest_prompt + job.lengths.longest_response
     can_be_smaller = job.config.policy.max_tokens_per_micro_batch > longest
     smaller = [f"policy.max_tokens_per_micro_batch={longest}"] if can_be_smaller else []
-    again = [] if recomputes_all(job.config.policy) else ["policy.recompute=full"]
-    found: list[list[str]] = []
-    for change in ([], again, smaller, [*again, *smaller]):
-        if change not in found:
-            found.append(change)
-    return found
+    recompute = [] if recomputes_all(job.config.policy) else ["policy.recompute=full"]
+    changes: list[list[str]] = []
+    for change in ([], recompute, smaller, [*recompute, *smaller]):
+        if change not in changes:
+            changes.append(change)
+    return changes
 
 
 def engines(job: Job) -> Iterator[list[str]]:
@@ -103,7 +104,7 @@ def engines(job: Job) -> Iterator[list[str]]:
 
 
 def layouts(job: Job) -> Iterator[list[str]]:
-    """The recipe's own, then those with more ranks per copy of the model, fewest first."""
+    """The recipe's own, then those with more ranks per model replica, fewest first."""
     policy = job.config.policy
     tensor, pipeline = policy.tensor_model_parallel_size, policy.pipeline_model_parallel_size
     yield []
@@ -123,6 +124,6 @@ def layouts(job: Job) -> Iterator[list[str]]:
 
 
 def gpu_that_fits(job: Job, gpus: dict[str, Gpu]) -> str | None:
-    """Another kind of GPU with more memory, by name."""
+    """The name of a GPU with more memory."""
     larger = [name for name, gpu in gpus.items() if gpu.memory > job.gpu.memory]
     return larger[0] if larger else None

@@ -1,4 +1,4 @@
-"""A plan for people, and for scripts."""
+"""A plan as tables, and as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GB = 1e9
 
 
 def to_json(plan: RunPlan, nearest: list[str] | None = None) -> dict[str, Any]:
-    """Everything, in bytes and seconds."""
+    """The whole plan, in bytes and seconds."""
     job, sync = plan.job, plan.sync
     return {
         "gpus": job.gpus,
@@ -47,7 +47,7 @@ def to_json(plan: RunPlan, nearest: list[str] | None = None) -> dict[str, Any]:
 
 
 def show(plan: RunPlan, console: Console) -> None:
-    """Tables: what a rank holds, the phases, the sync, the time."""
+    """Print tables: memory per rank, phases, weight sync, time."""
     job = plan.job
     gpus = f"{job.gpus} × {job.gpu.name.upper()} of {job.gpu.memory / GB:.0f} GB"
     console.print(f"{plan.parameters:,} parameters on {gpus}", markup=False)
@@ -66,30 +66,30 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def _held(plan: RunPlan) -> Table:
-    """One line per pipeline stage: the rank of it that holds most."""
+    """One line per pipeline stage: its fullest rank."""
     counted = all(stage.is_counted for stage in plan.stages)
-    title = "What a rank holds, GB" + ("" if counted else " (activations by formula)")
-    headings = ("stage", "ranks", "weights", "gradients", "optimizer", "activations", "by textbook")
+    title = "Memory per rank, GB" + ("" if counted else " (activations by formula)")
+    headings = ("stage", "ranks", "weights", "gradients", "optimizer", "activations", "by formula")
     table = _table(title, *headings)
     for number, stage in enumerate(plan.stages):
         ranks = [rank for rank in plan.ranks if rank.pp_rank == number]
-        most = max(ranks, key=lambda rank: rank.static)
-        sizes = (most.parameters, most.gradients, most.optimizer, stage.peak, stage.textbook)
+        fullest = max(ranks, key=lambda rank: rank.static)
+        sizes = (fullest.parameters, fullest.gradients, fullest.optimizer, stage.peak, stage.textbook)
         table.add_row(str(number), str(len(ranks)), *map(_gb, sizes))
     return table
 
 
 def _phases(plan: RunPlan) -> Table:
-    table = _table("Most memory of a GPU, GB", "phase", "fullest rank", "all ranks' mean", "free")
-    for name, words in (("sync", "weight sync"), ("drawing", "drawing"), ("training", "training")):
+    table = _table("Peak memory per GPU, GB", "phase", "fullest rank", "mean of ranks", "free")
+    for name, label in (("sync", "weight sync"), ("drawing", "generation"), ("training", "training")):
         sizes = [_size(phases, name) for phases in plan.phases]
         free = plan.job.gpu.memory - max(sizes)
-        table.add_row(words, *map(_gb, (max(sizes), sum(sizes) / len(sizes), free)))
+        table.add_row(label, *map(_gb, (max(sizes), sum(sizes) / len(sizes), free)))
     return table
 
 
 def _gb(size: float) -> str:
-    """Three digits."""
+    """Gigabytes, with three digits."""
     return f"{size / GB:.1f}" if abs(size) >= 99.95 * GB else f"{size / GB:.3g}"
 
 
@@ -102,7 +102,7 @@ def _sync(plan: RunPlan) -> Table:
     nvlink = [traffic.nvlink for traffic in sync.received]
     network = [traffic.network for traffic in sync.received]
     table = _table("Weight sync", "", "")
-    table.add_row("tensors, each exactly once on every rank", f"{sync.tensors:,}")
+    table.add_row("tensors, received exactly once by every rank", f"{sync.tensors:,}")
     table.add_row("buckets", f"{len(sync.bucket_bytes)}, {max(sync.bucket_bytes) / 2**20:.0f} MiB at most")
     table.add_row("weights", f"{_gb(sync.total)} GB")
     table.add_row(f"to a rank by NVLink (nodes of {GPUS_PER_NODE})", f"{_gb(max(nvlink))} GB at most")
@@ -113,17 +113,17 @@ def _sync(plan: RunPlan) -> Table:
 
 def _times(plan: RunPlan) -> Table:
     times, engine = plan.times, plan.engine
-    table = _table("A step's time, s", "phase", "seconds", "share")
-    for words, seconds in (
+    table = _table("Time per step, s", "phase", "seconds", "share")
+    for label, seconds in (
         ("generation", times.generation),
         ("weight sync", times.sync),
         ("optimizer to host memory and back", times.turns),
         *([("optimizer step in host memory", times.host_step)] if times.host_step else []),
         ("training", times.training),
-        ("all else, fitted", times.other),
+        ("everything else (fitted)", times.other),
         ("step", times.step),
     ):
-        table.add_row(words, f"{seconds:.3g}", f"{seconds / times.step:.0%}")
+        table.add_row(label, f"{seconds:.3g}", f"{seconds / times.step:.0%}")
     table.caption = (
         f"{times.tokens_per_gpu:,.0f} tokens/s/GPU ({times.training_tokens_per_gpu:,.0f} while training); "
         f"{plan.gpu_hours:,.0f} GPU-hours for {plan.job.config.train.steps} steps; "
@@ -136,15 +136,15 @@ def _times(plan: RunPlan) -> Table:
 def _notes(plan: RunPlan) -> str:
     job, lengths, engine = plan.job, plan.job.lengths, plan.engine
     lines = [
-        f"Taken for granted: prompts of {lengths.prompt:.0f} tokens and responses of {lengths.response:.0f} "
-        "on average (--mean-response); memory for the longest of both.",
-        f"{plan.micro_batches} micro-batches per data-parallel rank, of whose tokens {plan.padding:.1%} are "
+        f"Assumed: prompts of {lengths.prompt:.0f} tokens and responses of {lengths.response:.0f} on average "
+        "(--mean-response); memory is for the longest of both.",
+        f"{plan.micro_batches} micro-batches per data-parallel rank; {plan.padding:.1%} of their tokens are "
         f"padding (policy.packing={job.config.policy.packing.value}).",
-        "Bytes are counted; times are a model: evaluations and checkpoints come on top, and every constant "
-        "stands with its source in --json.",
+        "Bytes are counted; times are modelled, without evaluations and checkpoints; --json prints every "
+        "constant with its source.",
     ]
     if (host := max(rank.host_optimizer for rank in plan.ranks)) > 0:
-        # Gradients on their way, 4 bytes beside every 12.
+        # The gradients in transit take 4 bytes for every 12 of the optimizer.
         lines.append(
             f"policy.optimizer_offload={job.config.policy.optimizer_offload:g} takes "
             f"{_gb(host * 16 / 12 * GPUS_PER_NODE)} GB of host memory on a node of {GPUS_PER_NODE}."
@@ -152,7 +152,7 @@ def _notes(plan: RunPlan) -> str:
     if engine.token and engine.cache:
         lines.insert(
             1,
-            f"An engine's cache holds {engine.cached_tokens:,} tokens ({engine.token:,} bytes each on a GPU) "
-            f"for {engine.running:,} responses.",
+            f"An engine's KV cache holds {engine.cached_tokens:,} tokens ({engine.token:,} bytes each per "
+            f"GPU) for {engine.running:,} responses.",
         )
     return "\n".join(lines)

@@ -1,9 +1,8 @@
-"""The weight sync as a plan: which tensors travel in which bucket, over which links, how many bytes.
+"""The plan of the weight sync: the tensors of each bucket, and the bytes over each link.
 
-The policy's own stream is run for a rank, and its collectives are recorded as torch dispatches them.  A
-rank receives from the one before it in the group: an all-gather over g ranks brings (g − 1)/g of its
-result, a broadcast or a receive all of it.  Bytes count as NVLink's where sender and receiver are in one
-node, else as the network's.
+The policy's weight stream runs for a rank, and its collectives are recorded as torch dispatches them.  A
+rank receives from its predecessor in the group: (g − 1)/g of the result of an all-gather over g ranks, all
+of a broadcast's.  Bytes count as NVLink where sender and receiver are in one node, else as network.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ class Traffic:
 
 @dataclass(frozen=True)
 class RankStream:
-    """One rank's view of the stream."""
+    """The weight stream as one rank sees it."""
 
     rank: int
     buckets: tuple[tuple[tuple[str, Shape], ...], ...]
-    """(Hugging Face name, shape) of every tensor, bucket by bucket."""
+    """(Hugging Face name, shape) of every tensor, per bucket."""
     bucket_bytes: tuple[int, ...]
     traffic: tuple[Traffic, ...]
-    """What arrives for each bucket."""
+    """Per bucket."""
 
     @property
     def received(self) -> Traffic:
@@ -46,7 +45,7 @@ class RankStream:
 
 
 class _Recorder(TorchDispatchMode):
-    """Counts what collectives bring to this rank."""
+    """Counts the bytes that this rank receives in collectives."""
 
     def __init__(self, gpus_per_node: int) -> None:
         super().__init__()
@@ -68,12 +67,12 @@ class _Recorder(TorchDispatchMode):
         elif name == "broadcast_":
             tensors, group, root = args[:3]
             ranks = _ranks(group)
-            # Each rank hands on what it got, in the order of the group beginning at the root.
+            # A ring that starts at the root: each rank forwards what it received.
             ordered = [*ranks[root:], *ranks[:root]]
             if dist.get_rank() != ordered[0]:
                 self._receive(sum(map(_bytes, tensors)), _before(ordered))
         else:
-            raise NotImplementedError(f"the plan of a sync does not know the collective {name}")
+            raise NotImplementedError(f"the plan of the weight sync does not support the collective {name}")
 
     def _receive(self, size: int, sender: int) -> None:
         if dist.get_rank() // self.gpus_per_node == sender // self.gpus_per_node:
@@ -95,7 +94,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def rank_stream(policy: Policy, gpus_per_node: int) -> RankStream:
-    """Run the stream of a policy on meta tensors; every bucket arrives on every rank."""
+    """Run a policy's weight stream on meta tensors; every bucket arrives on every rank."""
     names: list[tuple[tuple[str, Shape], ...]] = []
     sizes: list[int] = []
     traffic: list[Traffic] = []
@@ -112,33 +111,33 @@ def check_cover(stream: RankStream, policy: Policy) -> int:
     """The number of Hugging Face tensors of the stream.
 
     Raises:
-        ValueError: unless each tensor of the model is in it exactly once, in its own shape.
+        ValueError: unless it has each tensor of the model exactly once, with the right shape.
     """
     expected = hf_shapes(policy.config.model, policy.vocab_size)
-    found: dict[str, Shape] = {}
+    received: dict[str, Shape] = {}
     for bucket in stream.buckets:
         for name, shape in bucket:
-            if name in found:
-                raise ValueError(f"rank {stream.rank} gets {name} twice")
-            found[name] = shape
-    for name in expected.keys() | found.keys():
-        if expected.get(name) != found.get(name):
+            if name in received:
+                raise ValueError(f"rank {stream.rank} receives {name} twice")
+            received[name] = shape
+    for name in expected.keys() | received.keys():
+        if expected.get(name) != received.get(name):
             raise ValueError(
-                f"rank {stream.rank} gets {name} with shape {found.get(name)}, not {expected.get(name)}"
+                f"rank {stream.rank} receives {name} as {received.get(name)}, not {expected.get(name)}"
             )
-    return len(found)
+    return len(received)
 
 
 @dataclass(frozen=True)
 class SyncPlan:
-    """The sync of all ranks, which must agree on the buckets."""
+    """The sync of all ranks, whose buckets are the same."""
 
     tensors: int
     bucket_bytes: tuple[int, ...]
     received: tuple[Traffic, ...] = field(repr=False)
     """By rank."""
     slowest: tuple[tuple[float, float], ...] = field(repr=False)
-    """Per bucket, the most bytes that a rank receives over (NVLink, network)."""
+    """Per bucket, the largest number of bytes that a rank receives over (NVLink, network)."""
 
     @property
     def total(self) -> int:
@@ -146,14 +145,14 @@ class SyncPlan:
 
 
 def combine(streams: Sequence[RankStream], tensors: int) -> SyncPlan:
-    """One plan of the streams of all ranks.
+    """Combine the streams of all ranks.
 
     Raises:
-        ValueError: where a rank has other buckets than the first.
+        ValueError: where a rank's buckets differ from the first rank's.
     """
     for stream in streams:
         if stream.buckets != streams[0].buckets:
-            raise ValueError(f"rank {stream.rank} has other buckets than rank {streams[0].rank}")
+            raise ValueError(f"the buckets of rank {stream.rank} differ from those of rank {streams[0].rank}")
     columns = list(zip(*(stream.traffic for stream in streams), strict=True))
     slowest = tuple((max(t.nvlink for t in column), max(t.network for t in column)) for column in columns)
     received = tuple(stream.received for stream in streams)

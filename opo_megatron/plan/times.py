@@ -1,4 +1,4 @@
-"""How long a step takes, phase by phase, from operations and bandwidths.
+"""The time of a step, phase by phase, from operations and bandwidths.
 
     training    (3 + passes + recompute) · (2·N·tokens + attention) · (1 + bubble) / (efficient peak · GPUs)
     bubble      (PP − 1) / (micro-batches · virtual stages), Megatron's schedules
@@ -6,9 +6,9 @@
     host step   (gradients down, weights up) / host link + 28 bytes per parameter / host memory
     sync        bytes of the slowest rank per bucket over each link, and the engine's two copies
 
-The sum is multiplied by one constant for what is not counted (verifiers, imbalance, Python, loading),
-fitted to one published run.  N counts the parameters that multiply a token: all matrices but the embedding,
-of experts the active ones.  Context-parallel ranks are taken to pass keys and values on while they compute.
+One constant, fitted to one published run, multiplies the sum for what is not counted (verifiers, imbalance,
+Python, loading).  N counts the parameters that multiply a token: all matrices but the embedding, and only
+the active experts.  Context parallelism is assumed to overlap its communication with computation.
 Evaluations and checkpoints are left out.
 """
 
@@ -26,7 +26,7 @@ from opo_megatron.weights.param_mapping import EMBEDDING, hf_shapes
 
 @dataclass(frozen=True)
 class Work:
-    """What a step does, whoever does it."""
+    """The work of one step."""
 
     model: ModelConfig
     vocab_size: int
@@ -34,7 +34,7 @@ class Work:
     gpu: Gpu
     lengths: Lengths
     trained_tokens: float
-    """With padding: of the data-parallel rank that has most, times the ranks."""
+    """With padding: of the fullest data-parallel rank, times the ranks."""
     bubble: float
     engine_tp: int
     engine_weights: int
@@ -42,10 +42,10 @@ class Work:
     engine_token: int
     """Bytes of keys and values of one token, per GPU."""
     running: int
-    """Responses that an engine draws at once."""
+    """Concurrent responses of an engine."""
     engines: int
     passes: float = 0.0
-    """Forward passes besides that of the update."""
+    """Forward passes in addition to the update's."""
     recomputes: bool = False
     trains_in_fp8: bool = False
 
@@ -59,13 +59,13 @@ class Times:
     turns: float
     """Moving the optimizer to host memory and back."""
     host_step: float
-    """The optimizer's step, as far as it is in host memory."""
+    """The step of the optimizer's offloaded part."""
     training: float
     other: float
     tokens_per_gpu: float
-    """Tokens per second and GPU, prompts and responses, of the whole step."""
+    """Tokens/s/GPU of the whole step, prompts and responses."""
     training_tokens_per_gpu: float
-    """The same of training alone."""
+    """The same for training alone."""
 
     @property
     def step(self) -> float:
@@ -88,7 +88,7 @@ def active_parameters(model: ModelConfig, vocab_size: int) -> int:
 
 
 def training_seconds(work: Work) -> float:
-    """Forward, backward and what is asked besides, over all micro-batches."""
+    """Forward, backward and additional passes, over all micro-batches."""
     model = work.model
     assert model.kv_channels is not None
     units = 3.0 + work.passes + (1.0 if work.recomputes else 0.0)
@@ -101,7 +101,7 @@ def training_seconds(work: Work) -> float:
 
 
 def generation_seconds(work: Work) -> float:
-    """Prefill of all prompts, then decoding until the longest response of an engine is done."""
+    """Prefill of all prompts, then decoding until an engine's longest response is done."""
     lengths, gpu = work.lengths, work.gpu
     active = active_parameters(work.model, work.vocab_size)
     compute = gpu.bf16 * constant("training_efficiency")
@@ -118,25 +118,25 @@ def generation_seconds(work: Work) -> float:
         rows = together * lengths.alive(token)
         read = work.engine_weights + rows * (lengths.prompt + token) * work.engine_token
         busy = max(read / bandwidth, 2 * active * rows / work.engine_tp / compute)
-        # The last response alone still takes every step.
+        # Even a single response takes every decoding step.
         seconds += width * (busy + latency)
     return prefill + waves * seconds
 
 
 def sync_seconds(plan: SyncPlan, gpu: Gpu) -> float:
-    """All buckets, one after the other: gather, hand over, load."""
+    """All buckets, one after the other: gather, send, load."""
     efficiency = constant("link_efficiency")
     seconds = 0.0
     for size, (nvlink, network) in zip(plan.bucket_bytes, plan.slowest, strict=True):
         seconds += nvlink / (constant("nvlink") * efficiency) + network / (constant("network") * efficiency)
-        # Into the buffer that is shared, and into the engine's own tensors: each reads and writes.
+        # Two copies, into the shared buffer and into the engine's tensors, each a read and a write.
         seconds += 4 * size / (gpu.bandwidth * constant("memory_efficiency")) + constant("bucket_latency")
     return seconds
 
 
 def host_step_seconds(optimizer_bytes: int) -> float:
-    """Adam on a CPU over master weights and moments in fp32, 12 bytes a parameter: an fp32 gradient comes and
-    an fp32 weight goes, one after the other; four numbers are read and three written."""
+    """Adam on a CPU over fp32 master weights and moments, 12 bytes per parameter: it receives an fp32
+    gradient, then returns an fp32 weight; it reads four numbers and writes three."""
     parameters = optimizer_bytes / 12
     return parameters * (8 / constant("host_link") + 28 / constant("host_memory"))
 
@@ -146,8 +146,8 @@ def step_times(work: Work, sync: float, moved_bytes: int, host_optimizer: int = 
 
     Args:
         sync: seconds of the weight sync.
-        moved_bytes: what a rank moves to host memory and back in each step.
-        host_optimizer: bytes of a rank's optimizer that stays there.
+        moved_bytes: bytes that a rank moves to host memory and back in each step.
+        host_optimizer: bytes of a rank's optimizer that stay in host memory.
     """
     generation, training = generation_seconds(work), training_seconds(work)
     turns = 2 * moved_bytes / constant("host_link")

@@ -1,1 +1,1 @@
-"""One page that compares runs, made from what they wrote; training never imports it."""
+"""One page that compares runs, made from their files; training never imports it."""

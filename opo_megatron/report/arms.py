@@ -1,9 +1,9 @@
-"""Arms: runs that differ in nothing but their seed, and what several seeds say together.
+"""Arms: runs that differ only in their seed, and their means.
 
-Curves show the mean over an arm's runs with a band from the least to the greatest of them; tables show
+Curves show the mean over an arm's runs with a band from the lowest to the highest of them; tables show
 the mean ± the half width of its 95 % confidence interval, t·s/√n with Student's t for n − 1 degrees of
-freedom and the sample standard deviation s.  A step counts where every run of the arm that has the
-metric has it, so that a mean never jumps because a run ended; what longer runs did is drawn apart.
+freedom and the sample standard deviation s.  A mean covers only the steps that all runs with the metric have,
+so that it never jumps where a run ends; the tails of longer runs are plotted separately.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from opo_megatron.report.runs import Run
 SAME_ARM = ("run.seed", "run.dir", "resume")
 """Settings in which the runs of an arm may differ."""
 
-MOST_POINTS = 200
-"""Of a curve; longer ones are drawn in bins of consecutive steps."""
+MAX_POINTS = 200
+"""Points of a curve; longer curves are binned over consecutive steps."""
 
 _T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-"""Student's t at 97.5 % for 1 to 30 degrees of freedom; the last one serves beyond."""
+"""Student's t at 97.5 % for 1 to 30 degrees of freedom; the last value is used for more."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Arm:
     """Runs of one recipe."""
 
     name: str
-    """What tells it from the other arms, such as baseline=rloo."""
+    """The settings that distinguish it from the other arms, such as baseline=rloo."""
     runs: list[Run]
 
     @property
@@ -50,33 +50,33 @@ class Arm:
 
 
 class Band(NamedTuple):
-    """An arm's curve: [n] steps, the mean, the least and the greatest of its runs."""
+    """An arm's curve: [n] steps, mean, minimum and maximum over its runs."""
 
     steps: NDArray[np.float64]
     mean: NDArray[np.float64]
     low: NDArray[np.float64]
     high: NDArray[np.float64]
     runs: int
-    """How many of the arm's runs have the metric."""
+    """The number of runs that have the metric."""
     tails: list[tuple[NDArray[np.float64], NDArray[np.float64]]]
-    """(steps, values) of runs that went on beyond the others, from the last common step on."""
+    """(steps, values) of longer runs, from the last common step on."""
 
 
 class Mean(NamedTuple):
-    """Of one number per run."""
+    """The mean of one number per run."""
 
     value: float
     half_width: float | None
-    """Of its 95 % confidence interval; None for a single run."""
+    """Half width of the 95 % confidence interval; None for a single run."""
     runs: int
 
 
 def group_runs(runs: Sequence[Run]) -> list[Arm]:
     """Arms in the order of their first run."""
-    found: dict[str, list[Run]] = {}
+    by_settings: dict[str, list[Run]] = {}
     for run in runs:
-        found.setdefault(repr(sorted(_fixed(run).items())), []).append(run)
-    groups = list(found.values())
+        by_settings.setdefault(repr(sorted(_fixed(run).items())), []).append(run)
+    groups = list(by_settings.values())
     return [Arm(name, group) for name, group in zip(_names(groups), groups, strict=True)]
 
 
@@ -85,7 +85,7 @@ def _fixed(run: Run) -> dict[str, Any]:
 
 
 def differing_keys(arms: Sequence[Arm]) -> list[str]:
-    """Settings that are not the same in all arms, in the recipe's order."""
+    """Settings that differ between arms, in the recipe's order."""
     return _differing([arm.settings for arm in arms])
 
 
@@ -99,20 +99,20 @@ def _value(settings: dict[str, Any], key: str) -> str:
 
 
 def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """For each arm the fewest settings that tell it from the others."""
+    """For each arm, few settings that distinguish it from all others, chosen greedily."""
     settings = [group[0].settings for group in groups]
     if len(groups) == 1:
         baseline = settings[0].get("algorithm.baseline")
         return [groups[0][0].name if baseline is None else f"baseline={baseline}"]
     chosen: list[str] = []
 
-    def told_apart(keys: Sequence[str]) -> int:
+    def distinct(keys: Sequence[str]) -> int:
         return len({tuple(_value(one, key) for key in keys) for one in settings})
 
     differing = _differing(settings)
-    while told_apart(chosen) < len(groups):
-        # Of keys that tell equally many apart the first one is taken: presets come before what they set.
-        chosen.append(max(differing, key=lambda key: told_apart([*chosen, key])))
+    while distinct(chosen) < len(groups):
+        # `max` takes the first of equally good keys: presets come before the keys that they set.
+        chosen.append(max(differing, key=lambda key: distinct([*chosen, key])))
     ends = [key.rpartition(".")[2] for key in chosen]
     labels = [end if ends.count(end) == 1 else key for end, key in zip(ends, chosen, strict=True)]
     return [
@@ -126,7 +126,7 @@ def _text(settings: dict[str, Any], key: str) -> str:
 
 
 def setting_text(value: Any) -> str:
-    """A setting as a recipe writes it."""
+    """A setting as a recipe writes it (null, true, false)."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -134,7 +134,7 @@ def setting_text(value: Any) -> str:
 
 def band(arm: Arm, metric: str) -> Band | None:
     """The arm's curve of a metric; None where no run has it."""
-    series = [found for run in arm.runs if (found := run.series(metric))]
+    series = [one for run in arm.runs if (one := run.series(metric))]
     if not series:
         return None
     common = sorted(set.intersection(*(set(one) for one in series)))
@@ -149,20 +149,20 @@ def band(arm: Arm, metric: str) -> Band | None:
     steps = np.array(common, dtype=float)
     if not common:
         return Band(steps, steps, steps, steps, len(series), tails)
-    thin = [binned(steps, one, size, metric) for one in values]
-    points = np.array([one for _, one in thin])
-    return Band(thin[0][0], points.mean(0), points.min(0), points.max(0), len(series), tails)
+    curves = [binned(steps, one, size, metric) for one in values]
+    points = np.array([one for _, one in curves])
+    return Band(curves[0][0], points.mean(0), points.min(0), points.max(0), len(series), tails)
 
 
 def bin_size(points: int) -> int:
-    """How many consecutive points become one, so that at most `MOST_POINTS` are drawn."""
-    return max(1, math.ceil(points / MOST_POINTS))
+    """Consecutive points per bin, so that a curve has at most `MAX_POINTS`."""
+    return max(1, math.ceil(points / MAX_POINTS))
 
 
 def binned(
     steps: NDArray[np.float64], values: NDArray[np.float64], size: int, metric: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Bins of `size` points: the last step, and the mean of the values (of maxima the greatest)."""
+    """Bins of `size` points: the last step, and the mean of the values (the maximum for `…max` metrics)."""
     if size == 1:
         return steps, values
     edges = np.arange(0, len(steps), size)

@@ -1,4 +1,4 @@
-"""The metrics that a report shows: what each is called, its unit, and which direction is better."""
+"""The metrics that a report shows, each with its title, unit, and better direction."""
 
 from __future__ import annotations
 
@@ -19,90 +19,90 @@ class Measure:
     title: str
     unit: str
     meaning: str
-    """A sentence below the figure."""
-    shape: str = "{:.3f}"
+    """The figure's caption, a sentence."""
+    number_format: str = "{:.3f}"
     better: Better | None = None
-    """Where a best value means something."""
+    """None where no direction is better."""
     logarithmic: bool = False
 
 
-ANSWER_LENGTH = "tokens per answer, stop token included"
+RESPONSE_LENGTH = "tokens per response, stop token included"
 CORRELATION = "correlation within a prompt"
 SECTIONS: dict[str, tuple[Measure, ...]] = {
     "Held-out problems": (
         Measure(
-            "eval/accuracy", "held-out accuracy", "mean reward of sampled answers",
-            "One sampled answer or more to each problem that was never trained on.", better="high",
+            "eval/accuracy", "held-out accuracy", "mean reward of sampled responses",
+            "One or more sampled responses to each held-out problem.", better="high",
         ),
         Measure(
-            "eval/greedy_accuracy", "greedy accuracy", "mean reward by likeliest token",
-            "The same problems, answered without chance.", better="high",
+            "eval/greedy_accuracy", "greedy accuracy", "mean reward of greedy responses",
+            "The same problems, with greedy decoding.", better="high",
         ),
         Measure(
-            "eval/kl", "KL to the start", "nats per held-out token",
-            "How far OPO has moved the policy from the weights that it began with.", "{:.4f}",
+            "eval/kl", "KL to the reference", "nats per held-out token",
+            "KL of the policy to the weights of OPO's step 0.", "{:.4f}",
         ),
         Measure(
-            "eval/kl_per_response", "KL to the start, per answer", "nats per held-out answer",
-            "The same, summed over an answer.",
+            "eval/kl_per_response", "KL to the reference, per response", "nats per held-out response",
+            "The same, summed over a response.",
         ),
         Measure(
-            "eval/response_length/mean", "held-out answer length", ANSWER_LENGTH,
-            "Of sampled answers to held-out problems.", "{:.1f}",
+            "eval/response_length/mean", "held-out response length", RESPONSE_LENGTH,
+            "Of sampled responses to held-out problems.", "{:.1f}",
         ),
         Measure(
-            "eval/response_length/truncated", "held-out answers cut", "share of answers",
-            "Answers that reached the limit and have no stop token.", "{:.3f}",
+            "eval/response_length/truncated", "truncated held-out responses", "fraction of responses",
+            "Responses that reached the limit and have no stop token.", "{:.3f}",
         ),
     ),
     "Training batches": (
         Measure(
             "reward/mean", "reward", "mean over a training batch",
-            "Rewards of the samples that the step was trained on.", better="high",
+            "Rewards of the samples that the step trains on.", better="high",
         ),
         Measure(
             "entropy", "entropy", "nats per token",
-            "How many ways of answering are left.",
+            "Entropy of the policy's next-token distribution.",
         ),
         Measure(
-            "response_length/mean", "response length", ANSWER_LENGTH,
-            "Of the samples that the step was trained on.", "{:.1f}",
+            "response_length/mean", "response length", RESPONSE_LENGTH,
+            "Of the samples that the step trains on.", "{:.1f}",
         ),
         Measure(
             "grad_norm", "gradient norm", "L2, before clipping",
             "Norm of the gradient of all parameters.",
         ),
         Measure(
-            "groups/without_signal", "groups without signal", "share of prompts",
-            "Prompts whose samples all have one reward: their gradient is exactly 0.",
+            "groups/without_signal", "zero-variance groups", "fraction of prompts",
+            "Prompts whose samples all have the same reward: their gradient is exactly 0.",
         ),
         Measure(
-            "response_length/truncated", "responses cut", "share of responses",
+            "response_length/truncated", "truncated responses", "fraction of responses",
             "Samples that reached the limit and have no stop token.",
         ),
     ),
     "On-policyness": (
         Measure(
             "on_policy/logprob_diff_max", "largest |Δ log π|", "nats, over a step's tokens",
-            "Gap between the log-probability of a token when it was drawn and when it was trained on.",
+            "Difference between a token's log-probability in the engine and in the policy.",
             "{:.1e}", logarithmic=True,
         ),
         Measure(
             "on_policy/logprob_diff_mean", "mean |Δ log π|", "nats per token",
-            "The same gap, on average.",
+            "The same difference, on average.",
             "{:.1e}", logarithmic=True,
         ),
         Measure(
             "on_policy/k3", "KL engine to policy", "nats per token (k3)",
-            "Estimated on the sampled tokens; 0 where engine and policy compute alike.",
+            "Estimated on the sampled tokens; 0 where engine and policy agree.",
             "{:.1e}", logarithmic=True,
         ),
     ),
     "Noise of the gradient": (
         Measure(
-            "variance/this_run", "gradient variance", "trace, of the estimator in use",
-            "tr Cov of one prompt's gradient.  Not comparable as it is with an arm whose baselines hold a "
-            "sample's own reward, as opo, group_mean and grpo do: that makes variance and signal smaller.",
+            "variance/this_run", "gradient variance", "trace, of the run's estimator",
+            "tr Cov of one prompt's gradient.  Not directly comparable with an arm whose baseline includes a "
+            "sample's own reward, as opo, group_mean and grpo do: that shrinks both variance and signal.",
             "{:.3g}", logarithmic=True,
         ),
         Measure(
@@ -111,28 +111,28 @@ SECTIONS: dict[str, tuple[Measure, ...]] = {
         ),
         Measure(
             "variance/correlation_energy", "‖∇log π‖² and energy", CORRELATION,
-            "Energy, Σ ‖onehot − π‖² over the tokens, stands for ‖∇log π‖².", "{:+.2f}",
+            "Energy, Σ ‖onehot − π‖² over the tokens, is a proxy of ‖∇log π‖².", "{:+.2f}",
         ),
     ),
 }  # fmt: skip
-"""By headings of the page; metrics that no run has are left out."""
+"""By heading of the page; metrics that no run has are left out."""
 
 _NOT_SHOWN = ("eval/problems",)
-"""Settings of an evaluation rather than findings."""
+"""Settings of an evaluation, not results."""
 
 
 def sections_of(arms: Sequence[Arm]) -> dict[str, list[Measure]]:
-    """What these arms have, in the page's order; evaluations that are not known here by their key."""
+    """The metrics of these arms, in the page's order; evaluation metrics not in `SECTIONS` by their key."""
     present = dict.fromkeys(
         name for arm in arms for run in arm.runs for name in run.metrics() if run.series(name)
     )
-    found = {
+    sections = {
         heading: [measure for measure in measures if measure.metric in present]
         for heading, measures in SECTIONS.items()
     }
     known = {measure.metric for measures in SECTIONS.values() for measure in measures}
     for name in present:
         if name.startswith("eval/") and name not in known and name not in _NOT_SHOWN:
-            measure = Measure(name, name, "as logged", "As the run has logged it.", "{:.4g}")
-            found["Held-out problems"].append(measure)
-    return {heading: measures for heading, measures in found.items() if measures}
+            measure = Measure(name, name, "as logged", "As the run logged it.", "{:.4g}")
+            sections["Held-out problems"].append(measure)
+    return {heading: measures for heading, measures in sections.items() if measures}

@@ -1,8 +1,8 @@
 """The page: one HTML file that needs no network, made of `page.html`, `page.css` and `page.js`.
 
-Three fences keep data from becoming markup: tables escape what they show, rollouts travel as JSON
-whose `<` is written `\\u003c` and are shown as text, and the page's own policy lets no script run but
-the one whose hash it names.
+Three measures keep data from becoming markup: tables escape their content; rollouts are embedded as JSON
+with `<` written as `\\u003c`, and inserted as text; the page's content security policy allows only the script
+whose hash it names.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ from opo_megatron.report.rollouts import TOKENS_KEPT, embedded_rollouts
 from opo_megatron.report.tables import config_table, results_table, runs_table
 
 LONGEST_TITLE = 90
-"""Names of arms that are longer together are left to the table."""
+"""A title longer than this leaves the names of the arms to the table."""
 ARMS_NOTE = f"Runs whose settings differ only in {', '.join(SAME_ARM[:-1])} or {SAME_ARM[-1]} form one arm."
 RESULTS_NOTE = (
     "Each number is the mean over an arm's runs ± the half width of its 95 % confidence interval "
-    "(Student's t); an arm of one run has none.  Start and end are the first and the last step that "
-    "measured; best is each run's own best step, and so flatters noisy metrics."
+    "(Student's t); an arm of one run has none.  Start and end are the first and the last measured step; "
+    "best is each run's own best step, which is optimistic for noisy metrics."
 )
 CURVES_NOTE = (
-    "Lines are means over an arm's runs, at the steps that all of them have; bands reach from the least to "
-    "the greatest run.  Where a run went on longer than the others of its arm, its own values go on as a "
-    "thin line."
+    "Lines are means over an arm's runs, at the steps that all of them have; bands span the lowest to the "
+    "highest run.  Where a run is longer than the others of its arm, its own values continue as a thin line."
 )
 
 
@@ -43,19 +42,19 @@ def make_page(
     """The HTML of a report.
 
     Args:
-        groups: how many prompts with all their samples it holds, over all runs.
-        show: is told what is done, and how much of all (0 to 1).
+        groups: number of prompts, with all their samples, over all runs.
+        show: called with the current work and the fraction done (0 to 1).
     """
     runs = [run for arm in arms for run in arm.runs]
     rollouts = embedded_rollouts(runs, groups, show)
     steps: dict[str, list[int]] = {}
     for group in rollouts["groups"]:
-        known = steps.setdefault(runs[group["run"]].name, [])
-        known += [group["step"]] * (group["step"] not in known)
+        of_run = steps.setdefault(runs[group["run"]].name, [])
+        of_run += [group["step"]] * (group["step"] not in of_run)
     script = _part("page.js")
     return Template(_part("page.html")).substitute(
         title=escape(_title(arms)),
-        lead="Made by opo report from what the runs wrote.",
+        lead="Made by opo report from the files of the runs.",
         style=_part("page.css"),
         script=script,
         script_hash=_hash(script),
@@ -74,7 +73,7 @@ def make_page(
 
 
 def as_script_data(value: Any) -> str:
-    """JSON that cannot end the script element which holds it."""
+    """JSON that cannot end the script element around it."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -84,7 +83,7 @@ def _part(name: str) -> str:
 
 
 def _hash(script: str) -> str:
-    """As a content security policy names a script."""
+    """A script's hash, as a content security policy names it."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
@@ -97,27 +96,27 @@ def _title(arms: Sequence[Arm]) -> str:
 
 
 def _same_seed(arms: Sequence[Arm]) -> str:
-    """A warning where runs of an arm have one seed: their band says nothing about seeds."""
+    """A warning where runs of an arm share a seed: their band does not measure variation over seeds."""
     repeated = [arm.name for arm in arms if len({str(run.seed) for run in arm.runs}) < len(arm.runs)]
     if not repeated:
         return ""
-    return f"  Runs of {', '.join(repeated)} share a seed: their spread is not one over seeds."
+    return f"  Runs of {', '.join(repeated)} share a seed: their spread is not over seeds."
 
 
 def _settings_note(arms: Sequence[Arm]) -> str:
     if len(arms) == 1:
         return "There is one arm, so nothing differs."
-    return "Settings that are not the same in all arms are marked with ≠."
+    return "Settings that differ between arms are marked with ≠."
 
 
 def _rollouts_note(rollouts: dict[str, Any]) -> str:
     count = len(rollouts["groups"])
     samples = sum(len(group["samples"]) for group in rollouts["groups"])
     return (
-        f"This page holds {count} prompts with all of their {samples} samples, from the first, the middle "
-        "and the last dumped step of each run, evenly spaced in the batch and not chosen by reward "
-        f"(--rollouts N sets how many).  Prompts and responses beyond {TOKENS_KEPT:,} tokens are shown "
-        "without their middle."
+        f"This page holds {count} prompts with all their {samples} samples, from the first, the middle and "
+        "the last step with saved rollouts of each run, evenly spaced in the batch and not chosen by reward "
+        f"(--rollouts N sets their number).  Prompts and responses longer than {TOKENS_KEPT:,} tokens are "
+        "shown without their middle."
     )
 
 
@@ -133,17 +132,17 @@ def _navigation(figures: Sequence[Figure]) -> str:
 
 
 def _figures(figures: Sequence[Figure]) -> str:
-    """A section for each heading; figures come in its order."""
-    found = []
-    for place, (section, group) in enumerate(groupby(figures, key=lambda figure: figure.section)):
+    """One HTML section per heading, in the figures' order."""
+    html = []
+    for index, (section, group) in enumerate(groupby(figures, key=lambda figure: figure.section)):
         drawings = "".join(
             f"<figure>{figure.svg}<figcaption>{escape(figure.caption)}</figcaption></figure>"
             for figure in group
         )
         wide = " wide" if section == "Time" else ""
-        note = f"<p>{escape(CURVES_NOTE)}</p>" if place == 0 and section != "Time" else ""
-        found.append(
+        note = f"<p>{escape(CURVES_NOTE)}</p>" if index == 0 and section != "Time" else ""
+        html.append(
             f'<section id="{_slug(section)}"><h2>{escape(section)}</h2>{note}'
             f'<div class="figures{wide}">{drawings}</div></section>'
         )
-    return "\n".join(found)
+    return "\n".join(html)

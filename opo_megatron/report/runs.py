@@ -1,7 +1,7 @@
-"""What a run wrote, as the report needs it: rows, settings, where it stands.
+"""The files of a run, as a report needs them: metrics, settings, progress.
 
-A run may be unfinished, resumed, without evaluations or without rollouts.  The recipe is read as it
-stands in `config.yaml`, not validated, so that runs of another version can be compared too.
+A run may be unfinished, resumed, without evaluations or without rollouts.  The recipe in `config.yaml` is not
+validated, so that runs of other versions can be compared too.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from opo_megatron.observe.metrics_file import MetricsFile, MetricsRow
 
 @dataclass(frozen=True)
 class Run:
-    """One folder of a run."""
+    """The folder of a run."""
 
     path: Path
     name: str
-    """Shortest end of the path that tells the runs of this report apart."""
+    """The shortest end of the path that is unique among the runs of this report."""
     settings: dict[str, Any]
-    """Of config.yaml, by dotted key, in its order."""
+    """config.yaml by dotted key, in its order."""
     rows: list[MetricsRow]
-    """Of metrics.jsonl, one or more, by step."""
+    """metrics.jsonl, one or more rows, by step."""
     dumps: dict[int, Path]
     """Rollout files by step."""
 
@@ -39,12 +39,12 @@ class Run:
 
     @property
     def attempts(self) -> int:
-        """How often it was started, as its rows tell."""
+        """Number of attempts, from the rows."""
         return int(max(self.series("run/attempt").values(), default=1))
 
     @property
     def steps(self) -> int:
-        """OPO steps that it has done."""
+        """Finished OPO steps."""
         return int(self.rows[-1]["step"])
 
     @property
@@ -57,12 +57,12 @@ class Run:
         return self.planned is not None and self.steps >= self.planned
 
     def series(self, name: str) -> dict[int, float]:
-        """A metric by step, where it was measured and finite."""
+        """A metric by step, where it was measured and is finite."""
         values = ((row["step"], row.get(name)) for row in self.rows)
         return {step: float(v) for step, v in values if isinstance(v, int | float) and math.isfinite(v)}
 
     def metrics(self) -> list[str]:
-        """Names of everything that any row holds."""
+        """The names in any row."""
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
 
@@ -70,17 +70,17 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """All runs, in the order given.
 
     Raises:
-        UserError: for a folder that is no run, has no metrics or a broken line, or is named twice.
+        UserError: for a folder that is not a run, has no metrics or a broken line, or is named twice.
     """
     resolved = [folder.resolve() for folder in folders]
-    for place, folder in enumerate(folders):
-        if resolved[place] in resolved[:place]:
+    for index, folder in enumerate(folders):
+        if resolved[index] in resolved[:index]:
             raise UserError(f"{folder} is named twice; name each run once")
     return [_read(folder, name) for folder, name in zip(folders, short_names(resolved), strict=True)]
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The fewest last parts of each path that make all of them different."""
+    """The fewest last parts of the paths that make all of them different."""
     for count in range(1, max(len(path.parts) for path in paths)):
         names = ["/".join(path.parts[-count:]) for path in paths]
         if len(set(names)) == len(names):
@@ -95,9 +95,9 @@ def _read(folder: Path, name: str) -> Run:
     try:
         settings = flat(yaml.safe_load(recipe.read_bytes()))
     except yaml.YAMLError as error:
-        raise UserError(f"{recipe} is not YAML ({str(error).splitlines()[0]}); mend it") from None
+        raise UserError(f"{recipe} is not YAML ({str(error).splitlines()[0]}); fix it") from None
     if "train.steps" not in settings:
-        raise UserError(f"{recipe} is no resolved recipe (train.steps is missing); name a run.dir")
+        raise UserError(f"{recipe} is not a resolved recipe (train.steps is missing); name a run.dir")
     return Run(path=folder, name=name, settings=settings, rows=_rows(folder), dumps=_dumps(folder))
 
 
@@ -108,11 +108,11 @@ def _rows(folder: Path) -> list[MetricsRow]:
         raise UserError(f"{folder} has no metrics yet ({file.path} has no row); wait for its first step")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UserError(f"{file.path} line {number} has no step; take the line out, or mend it")
+            raise UserError(f"{file.path} line {number} has no step; fix or delete the line")
     return sorted(rows, key=lambda row: int(row["step"]))
 
 
 def _dumps(folder: Path) -> dict[int, Path]:
     files = (folder / "rollouts").glob("step_*.safetensors")
-    found = ((path.stem.removeprefix("step_"), path) for path in files)
-    return dict(sorted((int(step), path) for step, path in found if step.isdecimal()))
+    by_step = ((path.stem.removeprefix("step_"), path) for path in files)
+    return dict(sorted((int(step), path) for step, path in by_step if step.isdecimal()))

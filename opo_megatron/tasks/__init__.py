@@ -1,4 +1,4 @@
-"""Where prompts and rewards come from."""
+"""Tasks: prompts and rewards."""
 
 from collections.abc import Callable
 
@@ -18,12 +18,12 @@ TASKS: dict[TaskName, Callable[[TaskConfig], Task]] = {
 
 
 def make_task(config: TaskConfig) -> Task:
-    """The task that a recipe names."""
+    """The task of a recipe."""
     return TASKS[config.name](config)
 
 
 def decoder(name: str, tokenizer: str) -> Callable[[list[int]], str]:
-    """Text for people of a task's tokens, without its problems.
+    """The function tokens → text of a task, without loading its problems.
 
     Args:
         name: `task.name`.

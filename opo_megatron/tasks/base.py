@@ -1,7 +1,7 @@
-"""What a task offers: prompts by number, a reward per answer, optionally demonstrations.
+"""The interface of a task: prompts by index, a reward per response, optionally demonstrations.
 
-A split is an array of prompts that can be read at any index, so that the order in which they are
-used is a pure function of (seed, epoch) and nothing about it has to be saved.
+A split is an array of prompts with random access, so that their order is a pure function of (seed, epoch)
+and no data loader state has to be saved.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Task(Protocol):
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know about the data, a line each."""
+        """Lines about the data, for the log."""
         ...
 
     def size(self, split: Split) -> int:
@@ -48,27 +48,27 @@ class Task(Protocol):
         ...
 
     def rewards(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[float]:
-        """Reward of each response to the prompt at the same place."""
+        """Reward of each response to the prompt at the same index."""
         ...
 
     failures: int
-    """Responses so far that no verifier could judge; they got a default."""
+    """Responses so far that the verifier could not grade; they got a default reward."""
 
     def close(self) -> None:
-        """End what the task has started."""
+        """Stop the processes that the task started."""
         ...
 
     def demonstration(self, prompt: Prompt, rng: random.Random) -> list[int]:
-        """A response to learn from before the first step, stop token included."""
+        """A response for the warm start (SFT), stop token included."""
         ...
 
     def decode(self, tokens: list[int]) -> str:
-        """Text for people."""
+        """Readable text."""
         ...
 
 
-class OneByOne(ABC):
-    """What a task does that judges responses one by one, in this process."""
+class PerResponseTask(ABC):
+    """Base of tasks that grade responses one by one, in this process."""
 
     failures = 0
 
@@ -79,7 +79,7 @@ class OneByOne(ABC):
     def rewards(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[float]:
         return [self.reward(*pair) for pair in zip(prompts, responses, strict=True)]
 
-    def close(self) -> None:  # noqa: B027  nothing was started here; a task that starts something ends it
+    def close(self) -> None:  # noqa: B027  this class starts no processes
         pass
 
 
@@ -92,11 +92,11 @@ class PromptOrder:
         self._permutation = np.empty(0, dtype=np.int64)
 
     def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, self.size)
+        epoch, index = divmod(position, self.size)
         if epoch != self._epoch:
             generator = np.random.default_rng([self.seed, self.stream, epoch])
             self._permutation, self._epoch = generator.permutation(self.size), epoch
-        return int(self._permutation[place])
+        return int(self._permutation[index])
 
     def batch(self, step: int, count: int) -> list[int]:
         """Indices of step 0, 1, 2, … with `count` prompts each."""

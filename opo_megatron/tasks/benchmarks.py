@@ -1,8 +1,8 @@
-"""Problem sets that `opo eval --tasks` knows by name, and a user's own files beside them.
+"""Problem sets of `opo eval --tasks`: named benchmarks, and a user's files.
 
-A known one is a file DATA/NAME.jsonl, DATA/NAME/test.jsonl or DATA/NAME/NAME.json (a list), whose fields
-are named here; its answers are judged by the verifier `math`.  All else (template, chat format, tokenizer,
-limits) is the recipe's.  What is left out: nothing is downloaded.
+A named benchmark is a file DATA/NAME.jsonl, DATA/NAME/test.jsonl or DATA/NAME/NAME.json (a list) with the
+fields in `FIELDS`; the verifier `math` grades its responses.  All else (template, chat template, tokenizer,
+limits) is the recipe's.  Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from opo_megatron.tasks.text import TextTask
 from opo_megatron.tasks.verifiers import MATH
 
 HELD_OUT = "held_out"
-"""The recipe's own held-out problems."""
+"""The name of the recipe's own held-out problems."""
 FIELDS = {
     "math500": ("problem", "answer"),
     "math": ("problem", "solution"),
@@ -29,14 +29,14 @@ FIELDS = {
     "aime24": ("problem", "answer"),
     "aime25": ("problem", "answer"),
 }
-"""Known name → the fields of problem and answer; a whole solution with a box or `####` is an answer, too."""
-PLACES = ("{name}.jsonl", "{name}/test.jsonl", "{name}/{name}.json")
-"""Where in the data folder a known file is looked for."""
+"""Benchmark → its fields of problem and answer, which may be a solution with a box or `####`."""
+PATHS = ("{name}.jsonl", "{name}/test.jsonl", "{name}/{name}.json")
+"""Paths of a benchmark in the data folder."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One problem set to be evaluated on."""
+    """One problem set for evaluation."""
 
     name: str
     source: str | None = None
@@ -45,45 +45,45 @@ class Benchmark:
     def task(self, config: TaskConfig) -> TextTask:
         """Its problems, all held out, in the recipe's template and tokenizer."""
         assert self.source is not None
-        own = replace(config, name=TaskName.text, data=None, held_out_data=self.source)
+        task_config = replace(config, name=TaskName.text, data=None, held_out_data=self.source)
         if self.name in FIELDS:
             prompt_field, answer_field = FIELDS[self.name]
-            own = replace(
-                own,
+            task_config = replace(
+                task_config,
                 prompt_field=prompt_field,
                 answer_field=answer_field,
                 answer_pattern=None,
                 verifier=MATH,
             )
-        return TextTask(own)
+        return TextTask(task_config)
 
 
-def find_benchmarks(wanted: str, data: Path | None) -> list[Benchmark]:
-    """What `--tasks` names: known names, `held_out`, and name=path for a file of one's own
+def find_benchmarks(tasks: str, data: Path | None) -> list[Benchmark]:
+    """The problem sets of `--tasks`: benchmarks, `held_out`, and name=path for a user's file
     (or name=hub:owner/name:split).
 
     Args:
-        data: the folder of the known ones' files.
+        data: the folder of the benchmarks' files.
 
     Raises:
-        UserError: for a name that is unknown or there twice, and for a file that is not there.
+        UserError: for a name that is unknown or repeated, and for a missing file.
     """
-    found = [_find(part.strip(), data) for part in wanted.split(",")]
-    names = [benchmark.name for benchmark in found]
+    benchmarks = [_find(part.strip(), data) for part in tasks.split(",")]
+    names = [benchmark.name for benchmark in benchmarks]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"--tasks {wanted} has {name} twice; name each once")
-    return found
+            raise UserError(f"--tasks {tasks} has {name} twice; name each once")
+    return benchmarks
 
 
-def _find(wanted: str, data: Path | None) -> Benchmark:
-    name, equals, path = wanted.partition("=")
+def _find(task: str, data: Path | None) -> Benchmark:
+    name, equals, path = task.partition("=")
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"--tasks {wanted!r} is not a name; give letters, digits, '.', '_' and '-'")
+        raise UserError(f"--tasks {task!r} is not a name; use letters, digits, '.', '_' and '-'")
     if equals:
         if name == HELD_OUT or not (path.startswith(HUB) or Path(path).is_file()):
             reason = "is the name of the recipe's own problems" if name == HELD_OUT else "names no file"
-            raise UserError(f"--tasks {wanted} {reason}; write it like mine=problems.jsonl")
+            raise UserError(f"--tasks {task} {reason}; write it like mine=problems.jsonl")
         return Benchmark(name, path)
     if name == HELD_OUT:
         return Benchmark(name)
@@ -97,20 +97,23 @@ def _find(wanted: str, data: Path | None) -> Benchmark:
             f"--tasks {name} needs the folder of its file; give --data DIR or OPO_TEST_DATA, or "
             f"{name}=problems.jsonl"
         )
-    places = [data / place.format(name=name) for place in PLACES]
-    for place in places:
-        if place.is_file():
-            return Benchmark(name, str(place))
+    paths = [data / one.format(name=name) for one in PATHS]
+    for file in paths:
+        if file.is_file():
+            return Benchmark(name, str(file))
     raise UserError(
-        f"--tasks {name}: there is none of {', '.join(map(str, places))}; put a file with the fields "
-        f"{' and '.join(FIELDS[name])} there, or say {name}=problems.jsonl"
+        f"--tasks {name}: none of {', '.join(map(str, paths))} exists; put a file with the fields "
+        f"{' and '.join(FIELDS[name])} there, or use {name}=problems.jsonl"
     )
 
 
 def check_vocabulary(tasks: Sequence[tuple[str, Task]], config: TaskConfig, rows: int) -> None:
     """
+    Args:
+        rows: of the policy's embedding.
+
     Raises:
-        UserError: for a task with tokens that the policy has no row for.
+        UserError: for a task with more tokens than the policy's vocabulary.
     """
     for name, task in tasks:
         if task.vocab_size > rows:

@@ -1,13 +1,13 @@
 """A lift with ten floors: `9-4+2+1+4-4=` → `#5$`.
 
-Start floor, then five moves of 1 to 4 that stop at floors 0 and 9, so that their order matters and
-an answer without counting along is mostly a guess.  The reward is 1 where the response holds one
-`#` and what stands between it and the stop token `$` is the floor.
+A start floor, then five moves of 1 to 4 that stop at floors 0 and 9, so that their order matters and a
+response without intermediate floors is mostly a guess.  The reward is 1 if the response has exactly one `#`
+and the text between it and the stop token `$` is the final floor.
 
-Demonstrations are imperfect on purpose: 55 % answer directly, 15 % write every other floor, 25 %
-all floors (`5,7,8,9,5#5$`), 5 % all floors twice, and one written floor in ten is a random one.
-Responses of one prompt so range from 3 to 22 tokens, and the policy has to find that writing the
-floors down pays.  One problem in ten is held out, by a hash of its text.
+Demonstrations are imperfect on purpose: 55 % answer directly, 15 % write every other floor, 25 % all floors
+(`5,7,8,9,5#5$`), 5 % all floors twice, and one written floor in ten is random.  So responses to one prompt
+have 3 to 22 tokens, and the policy has to discover that writing floors increases the reward.  One problem in
+ten is held out, by a hash of its text.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import random
 import zlib
 from itertools import product
 
-from opo_megatron.tasks.base import OneByOne, Prompt, Split
+from opo_megatron.tasks.base import PerResponseTask, Prompt, Split
 
 SYMBOLS = (*"$#=+-,?", *"0123456789")
 STOP = 0
 UNKNOWN = "\ufffd"
-"""What a token beyond the symbols reads as: a policy may have more rows than the task has tokens."""
+"""Text of a token id beyond the symbols: a policy's vocabulary may be larger than the task's."""
 FLOORS = 10
 MOVES = 5
 LARGEST_MOVE = 4
@@ -32,7 +32,7 @@ HELD_OUT_IN = 10
 _TOKEN = {symbol: token for token, symbol in enumerate(SYMBOLS)}
 
 
-class LiftTask(OneByOne):
+class LiftTask(PerResponseTask):
     """The task of the quickstart: 327,680 problems, no files."""
 
     vocab_size = len(SYMBOLS)
@@ -70,8 +70,8 @@ class LiftTask(OneByOne):
         floor = int(prompt.text[0])
         written = []
         for move in _moves(prompt.text):
-            # A wrong floor is carried on: the answer then follows from what was written.
-            floor = rng.randrange(FLOORS) if rng.random() < CORRUPTED else _ride(floor, move)
+            # A wrong floor propagates: the answer is consistent with the written floors.
+            floor = rng.randrange(FLOORS) if rng.random() < CORRUPTED else _next_floor(floor, move)
             written.append(str(floor))
         if style == "direct":
             return self._encode(f"#{prompt.answer}$")
@@ -93,7 +93,7 @@ def _moves(text: str) -> list[int]:
     return [int(text[i : i + 2]) for i in range(1, len(text) - 1, 2)]
 
 
-def _ride(floor: int, move: int) -> int:
+def _next_floor(floor: int, move: int) -> int:
     return min(FLOORS - 1, max(0, floor + move))
 
 
@@ -101,6 +101,6 @@ def _floors(text: str) -> list[int]:
     """The floor after each move."""
     floor, visited = int(text[0]), []
     for move in _moves(text):
-        floor = _ride(floor, move)
+        floor = _next_floor(floor, move)
         visited.append(floor)
     return visited

@@ -1,10 +1,10 @@
-r"""Is a mathematical answer the right one?  Runs in worker processes, where it may hang or crash.
+r"""Grading of mathematical answers.  Runs in worker processes, where it may hang or crash.
 
-The answer of a response is the content of its last \boxed{…}.  Compared are, in this order: the texts
-without what only typesets (spaces, \left, \dfrac, \text, units, $); plain numbers by value; and all else
-by math-verify, as expressions.  On three points its judgement is overruled, because answers of real
-problem sets need it: words are compared as words (it reads \text{Evelyn} as a product of letters), a
-tuple is no set and no interval of other brackets, and an answer without a letter or digit is none.
+The answer of a response is the content of its last \boxed{…}.  The comparison is, in this order: of the texts
+without typesetting (spaces, \left, \dfrac, \text, units, $); of plain numbers by value; of all else as
+expressions, by math-verify.  Three rules, which published problem sets need, override math-verify: words are
+compared as words (it reads \text{Evelyn} as a product of letters); a tuple is not a set, nor an interval with
+other brackets; an answer without a letter or digit is wrong.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ import re
 from fractions import Fraction
 
 LONGEST = 1000
-"""Characters of an answer; longer ones are no answers to anything."""
+"""Characters of an answer; longer ones are wrong."""
 
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last \boxed{…} or \fbox{…} whose braces balance; `\boxed 5` is 5."""
-    found = None
+    last = None
     for match in re.finditer(r"\\(?:boxed|fbox)\b\s*", text):
         start = match.end()
         if start < len(text) and text[start] == "{":
             content = _balanced(text, start)
-            found = content if content is not None else found
+            last = content if content is not None else last
         elif token := re.match(r"[^\s$.,;{}]+", text[start : start + LONGEST]):
-            found = token.group()
-    return found
+            last = token.group()
+    return last
 
 
 def _balanced(text: str, start: int) -> str | None:
-    """What stands between the brace at `start` and the one that closes it."""
-    depth, place = 0, start
-    while place < len(text):
-        if text[place] == "\\":
-            place += 2
+    """The text between the brace at `start` and its closing brace; None where that is missing."""
+    depth, index = 0, start
+    while index < len(text):
+        if text[index] == "\\":
+            index += 2
             continue
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        depth += {"{": 1, "}": -1}.get(text[index], 0)
         if depth == 0:
-            return text[start + 1 : place]
-        place += 1
+            return text[start + 1 : index]
+        index += 1
     return None
 
 
-_NOTHING = re.compile(
+_TYPESETTING = re.compile(
     r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|textstyle|,|;|!|:|quad|qquad| )(?![A-Za-z])"
     r"|\$|\\\$|~|\\%|%"
     r"|\^\s*\{?\\(?:circ|degree)\}?|\\(?:degree|circ)(?![A-Za-z])"
@@ -58,19 +58,19 @@ _WORDS = re.compile(r"\\(?:text|mbox|mathrm|textrm|textbf|mathbf|textit|emph)\s*
 _BARE = r"\s*(\\[A-Za-z]+|[A-Za-z0-9])"
 _BARE_FRACTION = re.compile(rf"\\[dt]?frac{_BARE}{_BARE}")
 _PHANTOM = re.compile(r"\\phantom\s*(?:\{[^{}]*\}|[^{}\s])")
-"""It takes the place of what it holds, and does not show it."""
+"""Reserves the space of its content, and does not show it."""
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
 _FRACTION = re.compile(r"([-+]?)\\frac\{([-+]?\d+)\}\{([-+]?\d+)\}|([-+]?\d+)/(\d+)")
 _THOUSANDS = re.compile(r"(?<=\d)(?:,|\\!|\{,\})\s*(?=\d{3}(?!\d))")
 
 
 def normalised(answer: str) -> str:
-    """The answer without what only typesets it; equal texts are equal answers."""
+    """The answer without typesetting; equal texts are equal answers."""
     text = answer.strip().rstrip(".").strip()
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = _UNIT.sub("", text)
     text = re.sub(r"\\[,;:! ](?=\d{3}(?!\d))", "", text)
-    text = _NOTHING.sub("", text)
+    text = _TYPESETTING.sub("", text)
     text = _THOUSANDS.sub("", text) if "(" not in text and "\\{" not in text else text
     text = _WORDS.sub(lambda match: match.group(1), text)
     text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)
@@ -82,7 +82,7 @@ def normalised(answer: str) -> str:
 
 
 def value(text: str) -> Fraction | None:
-    """Of a plain number or fraction in normal form."""
+    """The value of a plain number or fraction in normal form; None for other text."""
     if len(text) > 40:
         return None
     if _NUMBER.fullmatch(text):
@@ -93,29 +93,29 @@ def value(text: str) -> Fraction | None:
     sign, top, bottom, above, below = match.groups()
     if above is not None:
         return Fraction(int(above), int(below)) if int(below) else None
-    found = Fraction(int(top), int(bottom)) if int(bottom) else None
-    return -found if found is not None and sign == "-" else found
+    fraction = Fraction(int(top), int(bottom)) if int(bottom) else None
+    return -fraction if fraction is not None and sign == "-" else fraction
 
 
 def is_correct(answer: str, gold: str) -> bool:
-    """Whether `answer` says what `gold` says."""
+    """Whether `answer` equals `gold`."""
     if len(answer) > LONGEST or not re.search(r"[A-Za-z0-9]", answer):
         return False
-    ours, theirs = normalised(answer), normalised(gold)
-    if ours == theirs:
+    answer_text, gold_text = normalised(answer), normalised(gold)
+    if answer_text == gold_text:
         return True
-    values = value(ours), value(theirs)
+    values = value(answer_text), value(gold_text)
     if None not in values:
         return values[0] == values[1]
     if _is_words(gold) or _is_words(answer):
-        return ours.lower().strip("()") == theirs.lower().strip("()")
-    if _brackets(ours) != _brackets(theirs):
+        return answer_text.lower().strip("()") == gold_text.lower().strip("()")
+    if _brackets(answer_text) != _brackets(gold_text):
         return False
     return _same_expression(answer, gold)
 
 
 def _is_words(answer: str) -> bool:
-    """Text of several letters in a row, outside of commands: a name, a weekday, `even`."""
+    """Whether the answer is words, outside of commands: a name, a weekday, `even`."""
     bare = re.sub(r"\\[A-Za-z]+", " ", _WORDS.sub(lambda match: match.group(1), answer))
     return bool(re.fullmatch(r"[\s(]*[A-Za-z][A-Za-z\s-]{2,}[\s).]*", bare)) and not re.search(r"\d", answer)
 
@@ -134,25 +134,25 @@ def _brackets(text: str) -> str:
 def _same_expression(answer: str, gold: str) -> bool:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    kinds = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    formats = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
     boxes = (f"\\boxed{{{_spelled_out(text.strip().rstrip('.'))}}}" for text in (gold, answer))
-    wanted, found = (parse(box, kinds, parsing_timeout=None) for box in boxes)
-    return bool(wanted and found and verify(wanted, found, timeout_seconds=None))
+    expected, actual = (parse(box, formats, parsing_timeout=None) for box in boxes)
+    return bool(expected and actual and verify(expected, actual, timeout_seconds=None))
 
 
 def _spelled_out(text: str) -> str:
-    r"""What the parser would leave out, and all behind it: `\frac\pi 2`, `\phantom -1`."""
+    r"""Rewrite what would end the parser's reading: `\frac\pi 2`, `\phantom -1`."""
     return _PHANTOM.sub("", _BARE_FRACTION.sub(r"\\frac{\1}{\2}", text))
 
 
 def grade(response: str, gold: str) -> float:
-    """1 where the last box of a response holds the answer `gold`, else 0."""
+    """1 where the last box of a response has the answer `gold`, else 0."""
     answer = last_boxed(response)
     return 0.0 if answer is None else float(is_correct(answer, gold))
 
 
 def reference(text: str) -> str:
-    r"""The answer in a reference solution: its last box, what follows GSM8K's ####, or all of it."""
+    r"""The gold answer of a reference solution: its last box, what follows GSM8K's ####, or all of it."""
     if "####" in text:
         return text.rpartition("####")[2].strip()
     boxed = last_boxed(text)

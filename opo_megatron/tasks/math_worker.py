@@ -1,8 +1,8 @@
-"""One grading process: reads [response, answer] as JSON lines, writes a reward per line.
+"""A grading worker: reads [response, answer] as JSON lines, writes a reward per line.
 
     python -m opo_megatron.tasks.math_worker MEMORY_MIB
 
-Its own end is the caller's means against whatever hangs or crashes here (`worker_pool.py`).
+If it hangs or crashes, the caller kills and replaces it (`worker_pool.py`).
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ def main() -> None:
     parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before the line above
+        if os.getppid() != parent:  # the parent ended before prctl
             sys.exit(1)
     limit = int(sys.argv[1]) * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    logging.disable(logging.CRITICAL)  # math-verify speaks of every time-out that it is told to leave out
+    logging.disable(logging.CRITICAL)  # math-verify warns about every disabled timeout
     from opo_megatron.tasks.math_answers import grade
 
-    answers, sys.stdout = sys.stdout, sys.stderr  # libraries that print must not speak for the worker
-    grade(r"\boxed{x^{2}+1}", r"1+x^2")  # what is slow the first time
-    print("ready", file=answers, flush=True)
+    replies, sys.stdout = sys.stdout, sys.stderr  # keep what libraries print out of the replies
+    grade(r"\boxed{x^{2}+1}", r"1+x^2")  # the first call is slow
+    print("ready", file=replies, flush=True)
     for line in sys.stdin:
         response, answer = json.loads(line)
         try:
             reward = grade(response, answer)
-        except (Exception, RecursionError):  # an answer that no library reads is wrong
+        except (Exception, RecursionError):  # an answer that the library cannot parse is wrong
             reward = 0.0
-        print(json.dumps(reward), file=answers, flush=True)
+        print(json.dumps(reward), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Procedural problems of reasoning-gym, by the name of one of its generators.
+"""Procedural problems from a generator of reasoning-gym.
 
-Items are a function of (seed, index): training and held-out problems come from two seeds.  Scores
-are between 0 and 1; with `task.reward_threshold` a score becomes 1 from there on and 0 below.
+Problems are a function of (seed, index): training and held-out problems use different seeds.  Scores are
+between 0 and 1; `task.reward_threshold` turns a score at or above it into 1, and one below it into 0.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
-from opo_megatron.tasks.base import OneByOne, Prompt, Split
+from opo_megatron.tasks.base import PerResponseTask, Prompt, Split
 from opo_megatron.tasks.text import prompt_tokens
 from opo_megatron.tasks.tokenizers import open_tokenizer
 from opo_megatron.tasks.verifiers import compile_pattern, last_match
@@ -21,7 +21,7 @@ from opo_megatron.utils.extras import require_extra
 SEEDS: dict[Split, int] = {"train": 1, "held_out": 2}
 
 
-class ReasoningGymTask(OneByOne):
+class ReasoningGymTask(PerResponseTask):
     """The task `reasoning_gym`."""
 
     def __init__(self, config: TaskConfig) -> None:
@@ -40,7 +40,7 @@ class ReasoningGymTask(OneByOne):
             if not indices:
                 raise UserError(
                     f"no {split.replace('_', '-')} problem of task.generator={config.generator} has at most "
-                    f"task.max_prompt_tokens={config.max_prompt_tokens} tokens; raise that"
+                    f"task.max_prompt_tokens={config.max_prompt_tokens} tokens; raise the limit"
                 )
 
     def _open(self, gym: Any, seed: int) -> Any:
@@ -51,15 +51,15 @@ class ReasoningGymTask(OneByOne):
             )
         except (ValueError, TypeError, AssertionError) as error:
             raise UserError(
-                f"reasoning-gym does not make task.generator={config.generator} with "
+                f"reasoning-gym rejects task.generator={config.generator} with "
                 f"task.generator_options={config.generator_options} ({error}); {self._remedy(gym)}"
             ) from None
 
     def _remedy(self, gym: Any) -> str:
-        known = list(gym.factory.DATASETS)
-        if self.config.generator in known:
-            return "mend task.generator_options"
-        close = difflib.get_close_matches(str(self.config.generator), known, n=1)
+        generators = list(gym.factory.DATASETS)
+        if self.config.generator in generators:
+            return "fix task.generator_options"
+        close = difflib.get_close_matches(str(self.config.generator), generators, n=1)
         return f"did you mean {close[0]}?" if close else "its gallery lists all generators"
 
     def _short_enough(self, split: Split) -> list[int]:
@@ -69,7 +69,7 @@ class ReasoningGymTask(OneByOne):
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know about the data."""
+        """The numbers of problems."""
         kept = {split: len(indices) for split, indices in self._indices.items()}
         dropped = 2 * self.config.generator_size - sum(kept.values())
         return [
@@ -84,9 +84,9 @@ class ReasoningGymTask(OneByOne):
         number = self._indices[split][index]
         item = self._items[split][number]
         tokens = prompt_tokens(self.tokenizer, self.config, item["question"])
-        # Even ids are training problems, odd ones held out: the item can be found again.
-        identity = 2 * number + (split == "held_out")
-        return Prompt(identity, item["question"], tuple(tokens), str(item["answer"]))
+        # Even ids are training problems, odd ids held-out ones, so that `reward` finds the item.
+        prompt_id = 2 * number + (split == "held_out")
+        return Prompt(prompt_id, item["question"], tuple(tokens), str(item["answer"]))
 
     def reward(self, prompt: Prompt, response: list[int]) -> float:
         number, held_out = divmod(prompt.id, 2)
@@ -102,8 +102,8 @@ class ReasoningGymTask(OneByOne):
         try:
             return float(items.score_answer(answer=text, entry=item))
         except Exception:
-            # Some generators raise on an answer that they cannot parse: such an answer is wrong, unless
-            # the scorer fails on the reference answer too.
+            # Some generators raise on an answer that they cannot parse: it is wrong, unless the scorer
+            # fails on the gold answer too.
             self._check_scorer(items, item)
             return 0.0
 
@@ -113,7 +113,7 @@ class ReasoningGymTask(OneByOne):
         except Exception as error:
             raise UserError(
                 f"the scorer of task.generator={self.config.generator} raised {type(error).__name__} "
-                f"({error}) on its own reference answer; choose another generator"
+                f"({error}) on its own gold answer; choose another generator"
             ) from error
 
     def demonstration(self, prompt: Prompt, rng: random.Random) -> list[int]:

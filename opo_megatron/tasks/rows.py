@@ -1,9 +1,8 @@
 """Rows of a data set, each a mapping of fields: from a JSONL or Parquet file, or from the Hugging Face hub.
 
-`hub:owner/name[:config][:split]` is read by the library `datasets`, which fetches it once and keeps it; a
-local folder in the place of owner/name is read as one.  Without a split it is `train`.  A single part behind
-the name is the split where it is called train, test or validation, or a slice such as test[:100], else the
-configuration.
+`hub:owner/name[:config][:split]` is read by the library `datasets`, which downloads and caches it; owner/name
+may also be a local folder.  The default split is `train`.  A single part after the name is the split if it is
+train, test or validation, or a slice such as test[:100], else the configuration.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def read_rows(source: str) -> Iterable[tuple[int, Any]]:
     """(number from 1, row) of a file or a data set of the hub.
 
     Raises:
-        UserError: naming what cannot be read, and why.
+        UserError: for a source that cannot be read, with the reason.
     """
     return _hub_rows(source) if source.startswith(HUB) else _file_rows(Path(source))
 
@@ -34,7 +33,7 @@ def parse_hub(source: str) -> tuple[str, str | None, str]:
     """(name, configuration, split) of `hub:…`."""
     name, *rest = re.split(r":(?![^\[]*\])", source.removeprefix(HUB))
     if not name or len(rest) > 2:
-        raise UserError(f"{source} is no data set of the hub; write it like hub:owner/name:config:split")
+        raise UserError(f"{source} is not a data set of the hub; write it like hub:owner/name:config:split")
     if len(rest) == 1 and _SPLIT.fullmatch(rest[0]):
         rest = ["", rest[0]]
     config, split = (*rest, "", "")[:2]
@@ -46,7 +45,7 @@ def _hub_rows(source: str) -> Iterable[tuple[int, Any]]:
     datasets = require_extra("datasets", f"reading {source}", "data")
     try:
         return enumerate(datasets.load_dataset(name, config, split=split), 1)
-    except Exception as error:  # network, names, files: each raises its own
+    except Exception as error:  # network, names and files each raise their own types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"{source} cannot be read as data set {name}, configuration {config or 'default'}, split {split} "
@@ -56,16 +55,14 @@ def _hub_rows(source: str) -> Iterable[tuple[int, Any]]:
 
 def _file_rows(path: Path) -> Iterable[tuple[int, Any]]:
     if not path.is_file():
-        wrong = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise UserError(f"the data file {path} {wrong}; check task.data and task.held_out_data")
+        problem = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise UserError(f"the data file {path} {problem}; check task.data and task.held_out_data")
     if path.suffix == ".parquet":
         parquet = require_extra("pyarrow.parquet", f"reading {path}", "data")
         try:
             return enumerate(parquet.read_table(path).to_pylist(), 1)
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} is not a Parquet file that can be read ({error}); write it anew"
-            ) from None
+            raise UserError(f"{path} is not a readable Parquet file ({error}); write it again") from None
     if path.suffix in (".jsonl", ".json"):
         return _json_list(path) if _is_list(path) else _json_rows(path)
     raise UserError(f"{path} is neither .jsonl nor .parquet; convert it to one of them")
@@ -85,7 +82,7 @@ def _json_list(path: Path) -> Iterable[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno} is not JSON ({error.msg}); mend it") from None
+        raise UserError(f"{path}, line {error.lineno} is not JSON ({error.msg}); fix it") from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -100,4 +97,4 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number} is not JSON ({error.msg}); mend or remove it") from None
+        raise UserError(f"{path}, line {number} is not JSON ({error.msg}); fix or remove it") from None

@@ -1,8 +1,8 @@
-"""Problems from a file or the hub: a prompt and a reference answer per row (`rows.py` reads them).
+"""Problems from a file or the hub: a prompt and a gold answer per row (`rows.py` reads them).
 
-A row's prompt goes into `task.template`, is tokenised (through the chat template, where asked for)
-and dropped where it is longer than `task.max_prompt_tokens`; how many were dropped is said.  Held
-out is a file of its own, or one row in ten by a hash of its prompt.
+A row's prompt is inserted into `task.template` and tokenized (with `task.chat`, in the chat template).
+Prompts longer than `task.max_prompt_tokens` are dropped, and their number is logged.  The held-out split is a
+separate file, or one row in ten by a hash of its prompt.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
-from opo_megatron.tasks.base import OneByOne, Prompt, Split
+from opo_megatron.tasks.base import PerResponseTask, Prompt, Split
 from opo_megatron.tasks.math_answers import reference
 from opo_megatron.tasks.rows import read_rows
 from opo_megatron.tasks.tokenizers import Tokenizer, open_tokenizer
@@ -32,8 +32,8 @@ HELD_OUT_IN = 10
 SLOT = "{prompt}"
 
 
-class TextTask(OneByOne):
-    """The task `text`; without task.data it has held-out problems only, to be evaluated on."""
+class TextTask(PerResponseTask):
+    """The task `text`; without task.data it has only held-out problems, for evaluation."""
 
     def __init__(self, config: TaskConfig) -> None:
         if config.data is None and config.held_out_data is None:
@@ -60,7 +60,7 @@ class TextTask(OneByOne):
                 tokens = prompt_tokens(self.tokenizer, config, text)
                 if not tokens:
                     raise UserError(
-                        f"{path}: the problem {text!r} makes an empty prompt; drop it, or put text into "
+                        f"{path}: the problem {text!r} gives an empty prompt; remove it, or add text to "
                         "task.template"
                     )
                 if len(tokens) > config.max_prompt_tokens:
@@ -74,15 +74,15 @@ class TextTask(OneByOne):
                 raise UserError(
                     f"{path} leaves no {split.replace('_', '-')} problem of at most "
                     f"task.max_prompt_tokens={config.max_prompt_tokens} tokens ({self.dropped} were longer); "
-                    "add problems, or raise that"
+                    "add problems, or raise the limit"
                 )
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know about the data."""
+        """The numbers of problems."""
         train, held_out = (len(self._prompts[split]) for split in ("train", "held_out"))
-        found = f"{train} training and {held_out} held-out problems" if train else f"{held_out} problems"
-        return [f"{found}; {self.dropped} dropped as too long"]
+        counts = f"{train} training and {held_out} held-out problems" if train else f"{held_out} problems"
+        return [f"{counts}; {self.dropped} dropped as too long"]
 
     def size(self, split: Split) -> int:
         return len(self._prompts[split])
@@ -99,9 +99,9 @@ class TextTask(OneByOne):
         if self._workers is None:
             return super().rewards(prompts, responses)
         pairs = zip(prompts, responses, strict=True)
-        found = self._workers.grade([(self.tokenizer.decode(r), p.answer) for p, r in pairs])
-        self.failures += found.count(None)
-        return [self._default if reward is None else reward for reward in found]
+        rewards = self._workers.grade([(self.tokenizer.decode(r), p.answer) for p, r in pairs])
+        self.failures += rewards.count(None)
+        return [self._default if reward is None else reward for reward in rewards]
 
     def close(self) -> None:
         if self._workers is not None:
@@ -115,13 +115,13 @@ class TextTask(OneByOne):
 
 
 def prompt_tokens(tokenizer: Tokenizer, config: TaskConfig, text: str) -> list[int]:
-    """A problem's text in the recipe's template (and chat format), as token ids."""
+    """A problem's text in the recipe's template (and chat template), as token ids."""
     filled = config.template.replace(SLOT, text)
     return tokenizer.chat(config.system_prompt, filled) if config.chat else tokenizer.encode(filled)
 
 
 def read_problems(path: str, config: TaskConfig) -> Iterator[tuple[str, str]]:
-    """(prompt, reference answer) of each row.
+    """(prompt, gold answer) of each row.
 
     Raises:
         UserError: naming file, row and field.
@@ -138,17 +138,17 @@ def read_problems(path: str, config: TaskConfig) -> Iterator[tuple[str, str]]:
 
 def _field(path: str, row_number: int, row: Any, field: str, key: str) -> str:
     if not isinstance(row, dict) or field not in row:
-        held = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise UserError(f"{path}, row {row_number} has no field {field!r} (it holds {held}); set {key}")
+        content = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise UserError(f"{path}, row {row_number} has no field {field!r} (it has {content}); set {key}")
     value = row[field]
     if not isinstance(value, str | int | float) or not _can_be_encoded(str(value)):
         shown = ascii(value)[:60]
-        raise UserError(f"{path}, row {row_number}: {field} is {shown}, not text; mend or remove the row")
+        raise UserError(f"{path}, row {row_number}: {field} is {shown}, not text; fix or remove the row")
     return str(value)
 
 
 def _can_be_encoded(text: str) -> bool:
-    """JSON can write half of a UTF-16 pair, which no encoding takes."""
+    """False for text with half of a UTF-16 surrogate pair, which JSON can contain."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -157,10 +157,10 @@ def _can_be_encoded(text: str) -> bool:
 
 
 def _extract(path: str, row_number: int, pattern: re.Pattern[str], text: str) -> str:
-    found = last_match(pattern, text)
-    if found is None:
+    answer = last_match(pattern, text)
+    if answer is None:
         raise UserError(
-            f"{path}, row {row_number}: task.answer_pattern={pattern.pattern!r} finds nothing in the answer "
-            f"{text[-60:]!r}; mend the pattern or the row"
+            f"{path}, row {row_number}: task.answer_pattern={pattern.pattern!r} does not match the answer "
+            f"{text[-60:]!r}; fix the pattern or the row"
         )
-    return found.strip()
+    return answer.strip()

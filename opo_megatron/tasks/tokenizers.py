@@ -16,16 +16,16 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of tokens, stop tokens left out."""
+        """Text of tokens, without stop tokens."""
         ...
 
     def chat(self, system: str | None, text: str) -> list[int]:
-        """A user's message in the model's chat format, up to where the answer begins."""
+        """A user's message in the model's chat template, up to where the response begins."""
         ...
 
 
 class ByteTokenizer:
-    """Every UTF-8 byte is a token; 256 ends an answer.  No files, any language, long sequences."""
+    """Every UTF-8 byte is a token; 256 is the stop token.  No files, any language, long sequences."""
 
     vocab_size = 257
     stop_tokens: tuple[int, ...] = (256,)
@@ -43,7 +43,7 @@ class ByteTokenizer:
 
 
 class FolderTokenizer:
-    """The tokenizer of a Hugging Face model folder, read without any network."""
+    """The tokenizer of a Hugging Face model folder; needs no network."""
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -57,10 +57,10 @@ class FolderTokenizer:
             self.stop_tokens = self._stop_tokens(transformers, folder)
         except UserError:
             raise
-        except Exception as error:  # a damaged file raises whatever its parser does
+        except Exception as error:  # a damaged file raises whatever its parser raises
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
-                f"task.tokenizer={folder} holds no tokenizer that loads ({reason}); name the folder of a "
+                f"task.tokenizer={folder} has no tokenizer that loads ({reason}); name the folder of a "
                 "Hugging Face model, or bytes"
             ) from error
 
@@ -69,12 +69,12 @@ class FolderTokenizer:
         if (folder / "generation_config.json").exists():
             ids = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
             stops += ids if isinstance(ids, list) else [ids]
-        found = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
-        if not found:
+        unique = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
+        if not unique:
             raise UserError(
-                f"the tokenizer in {folder} has no stop token, so answers would not end; set its eos_token"
+                f"the tokenizer in {folder} has no stop token, so responses would not end; set its eos_token"
             )
-        return found
+        return unique
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
@@ -94,14 +94,14 @@ class FolderTokenizer:
             rendered = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # templates are programs, and refuse by raising
+        except Exception as error:  # templates are programs, and reject by raising
             raise UserError(
-                f"the chat template of task.tokenizer refuses the message ({error}); change "
+                f"the chat template of task.tokenizer rejects the message ({error}); change "
                 "task.system_prompt, or set task.chat=false"
             ) from error
         return self.encode(rendered)
 
 
 def open_tokenizer(name: str) -> Tokenizer:
-    """`bytes`, or the tokenizer of a folder."""
+    """The tokenizer `bytes`, or that of a folder."""
     return ByteTokenizer() if name == "bytes" else FolderTokenizer(Path(name))

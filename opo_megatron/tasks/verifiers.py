@@ -1,11 +1,11 @@
 """Verifiers by name: (prompt, response, answer) as text → reward.
 
-exact       the response is the answer, white space around it aside
-number      the last number of the response equals the answer's last number, in value
+exact       the response is the answer, up to surrounding white space
+number      the last number of the response equals the answer's last number in value
 regex       the last match of task.verifier_pattern in the response (its first group) is the answer
 math        the response's last \\boxed{…} equals the answer (or the last box of a reference solution, or what
             follows its ####) as an expression, by math-verify in worker processes
-package.module:function   one's own: function(prompt, response, answer) -> float
+package.module:function   a user's: function(prompt, response, answer) -> float
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def exact(prompt: str, response: str, answer: str) -> float:
-    """1 where both texts agree, white space around them aside."""
+    """1 where both texts agree, up to surrounding white space."""
     return float(response.strip() == answer.strip())
 
 
 def number(prompt: str, response: str, answer: str) -> float:
     """1 where the last numbers of both texts are equal in value: `1,000` is `1000.0`."""
-    found, wanted = last_number(response), last_number(answer)
-    return float(found is not None and found == wanted)
+    actual, expected = last_number(response), last_number(answer)
+    return float(actual is not None and actual == expected)
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last decimal number in a text, commas between its digits ignored."""
-    found = _NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "")) if found else None
+    """The last decimal number in a text, ignoring commas between its digits."""
+    numbers = _NUMBER.findall(text)
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 
 def regex(pattern: str) -> Verifier:
@@ -51,8 +51,8 @@ def regex(pattern: str) -> Verifier:
     compiled = compile_pattern("task.verifier_pattern", pattern)
 
     def verify(prompt: str, response: str, answer: str) -> float:
-        found = last_match(compiled, response)
-        return float(found is not None and found.strip() == answer.strip())
+        match = last_match(compiled, response)
+        return float(match is not None and match.strip() == answer.strip())
 
     return verify
 
@@ -64,22 +64,22 @@ def last_match(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def compile_pattern(key: str, pattern: str) -> re.Pattern[str]:
-    """A user's regular expression.
+    """Compile a user's regular expression.
 
     Raises:
-        UserError: naming the key and what is wrong with it.
+        UserError: naming the key and the error.
     """
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise UserError(f"{key}={pattern!r} is not a regular expression ({error}); mend it") from None
+        raise UserError(f"{key}={pattern!r} is not a regular expression ({error}); fix it") from None
 
 
 def find_verifier(name: str, pattern: str | None) -> Verifier:
-    """The verifier that a recipe names, of those that run in this process.
+    """The verifier of a recipe, if it runs in this process.
 
     Raises:
-        UserError: where there is none, or a regex without its pattern.
+        UserError: for an unknown name, or a regex without its pattern.
     """
     if name == "regex":
         if pattern is None:
@@ -87,39 +87,39 @@ def find_verifier(name: str, pattern: str | None) -> Verifier:
         return regex(pattern)
     if name in ("exact", "number"):
         return {"exact": exact, "number": number}[name]
-    return _own(name)
+    return _user_verifier(name)
 
 
 def grading_workers(config: TaskConfig) -> WorkerPool | None:
-    """The processes that grade mathematical answers; None for verifiers that run in this process."""
+    """The worker processes of the verifier `math`; None for verifiers that run in this process."""
     if config.verifier != MATH:
         return None
     require_extra("math_verify", "task.verifier=math", "math")
     return WorkerPool(config.verifier_workers, config.verifier_seconds, config.verifier_memory_mib)
 
 
-def _own(path: str) -> Verifier:
+def _user_verifier(path: str) -> Verifier:
     module, _, function = path.partition(":")
     if not module or not function:
         raise UserError(
             f"task.verifier={path!r} is unknown; choose exact, number, regex, math or package.module:function"
         )
-    if os.getcwd() not in sys.path:  # `python -m` looks there, the command `opo` does not
+    if os.getcwd() not in sys.path:  # `python -m` searches it, the command `opo` does not
         sys.path.append(os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), function)
-    except Exception as error:  # the module is a user's and may raise anything
+        loaded = getattr(importlib.import_module(module), function)
+    except Exception as error:  # a user's module may raise anything
         raise UserError(
             f"task.verifier={path} cannot be loaded ({type(error).__name__}: {error}); check the name; "
-            "modules are looked for in the current folder and on PYTHONPATH"
+            "modules are searched in the current folder and on PYTHONPATH"
         ) from error
-    if not callable(found):
+    if not callable(loaded):
         raise UserError(f"task.verifier={path} is not a function; name one")
-    return _checked(path, found)
+    return _checked(path, loaded)
 
 
 def _as_number(value: object) -> float:
-    """NaN for what is no number; a text that looks like one is none."""
+    """NaN for what is not a number; text is not a number."""
     try:
         return math.nan if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
@@ -131,7 +131,7 @@ def _checked(path: str, function: Callable[[str, str, str], float]) -> Verifier:
         texts = f"for the answer {answer[:60]!r} and the response {response[:60]!r}"
         try:
             value = function(prompt, response, answer)
-        except Exception as error:  # whatever a user's function raises is theirs to mend
+        except Exception as error:  # a user's function may raise anything
             raise UserError(
                 f"the verifier {path} raised {type(error).__name__} ({error}) {texts}; it must return a "
                 "number for any text"

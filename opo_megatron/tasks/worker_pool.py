@@ -1,9 +1,9 @@
-"""Processes that grade answers and may hang, crash or eat memory without harm to the run.
+"""Worker processes for grading, which may hang, crash or use too much memory without harming the run.
 
-Each worker is `python -m opo_megatron.tasks.math_worker`: one JSON line in, one out.  A job that takes
-longer than its time, or whose worker dies (its memory is limited), has no result; the worker is killed
-and a fresh one takes its place, because what was interrupted inside a library must not grade again.
-Workers end with their parent: when its pipe closes, and on Linux also where it is killed.
+Each worker is `python -m opo_megatron.tasks.math_worker`: one JSON line in, one out.  A job that times out,
+or whose worker dies (its memory is limited), has no result; the worker is killed and replaced, because an
+interrupted library is in an unknown state.  Workers end with their parent: when its pipe closes, and on
+Linux also when it is killed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from opo_megatron.errors import UserError
 
 START_SECONDS = 120.0
-"""How long a worker may take to import what it grades with."""
+"""Time limit of a worker's imports."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ class _Worker:
     process: subprocess.Popen[bytes]
     started: float
     job: int | None = None
-    """Place of the job that it works on."""
+    """Index of the job that it works on."""
     deadline: float = 0.0
     is_ready: bool = False
     received: bytes = b""
@@ -37,59 +37,59 @@ class _Worker:
 
 @dataclass
 class WorkerPool:
-    """`grade` gives rewards in order; workers start with the first call and stay until `close`."""
+    """`grade` returns rewards in order; workers start with the first call and run until `close`."""
 
     count: int
     seconds: float
-    """Of one job, at most."""
+    """Time limit of a job."""
     memory_mib: int
-    """Of one worker's address space."""
+    """Limit of a worker's address space."""
     timeouts: int = 0
     crashes: int = 0
     _workers: list[_Worker] = field(default_factory=list)
 
     def grade(self, jobs: Sequence[tuple[str, str]]) -> list[float | None]:
-        """Reward of each (response, answer); None where there is none in time.
+        """Reward of each (response, answer); None where the job timed out or its worker died.
 
         Raises:
-            UserError: where workers cannot even start.
+            UserError: where workers cannot start.
         """
         results: list[float | None] = [None] * len(jobs)
         waiting = deque(range(len(jobs)))
         selector = selectors.DefaultSelector()
-        self._replace_the_dead()
+        self._replace_dead_workers()
         for worker in self._workers:
             selector.register(_out(worker), selectors.EVENT_READ, worker)
         try:
             while waiting or any(worker.job is not None for worker in self._workers):
                 for worker in self._workers:
                     if worker.is_ready and worker.job is None and waiting:
-                        self._give(worker, waiting.popleft(), jobs)
+                        self._send(worker, waiting.popleft(), jobs)
                 nearest = min(self._deadline(worker) for worker in self._workers)
                 for key, _ in selector.select(max(0.0, nearest - time.monotonic())):
                     if not self._receive(key.data, results):
                         self._crashed(key.data, selector)
                 for worker in [w for w in self._workers if time.monotonic() >= self._deadline(w)]:
                     if not worker.is_ready:
-                        raise UserError(f"a grading worker did not start in {START_SECONDS:.0f} seconds")
+                        raise UserError(f"a grading worker did not start within {START_SECONDS:.0f} seconds")
                     self.timeouts += 1
-                    self._renew(worker, selector)
+                    self._replace(worker, selector)
         except BaseException:
-            self.close()  # a worker in the middle of a job would answer the next call
+            self.close()  # a worker in the middle of a job would reply to the next call
             raise
         finally:
             selector.close()
         return results
 
     def close(self) -> None:
-        """End all workers."""
+        """Kill all workers."""
         for worker in self._workers:
-            _end(worker)
+            _kill(worker)
         self._workers = []
 
-    def _replace_the_dead(self) -> None:
+    def _replace_dead_workers(self) -> None:
         for worker in [w for w in self._workers if w.process.poll() is not None]:
-            _end(worker)
+            _kill(worker)
             self._workers.remove(worker)
         while len(self._workers) < self.count:
             self._workers.append(self._start())
@@ -107,17 +107,17 @@ class WorkerPool:
             return worker.started + START_SECONDS
         return worker.deadline if worker.job is not None else float("inf")
 
-    def _give(self, worker: _Worker, job: int, jobs: Sequence[tuple[str, str]]) -> None:
+    def _send(self, worker: _Worker, job: int, jobs: Sequence[tuple[str, str]]) -> None:
         worker.job, worker.deadline = job, time.monotonic() + self.seconds
         assert worker.process.stdin is not None
         try:
             worker.process.stdin.write(json.dumps(jobs[job]).encode() + b"\n")
             worker.process.stdin.flush()
         except BrokenPipeError:
-            return  # its end is seen where its answers are
+            return  # `_receive` notices that the worker has ended
 
     def _receive(self, worker: _Worker, results: list[float | None]) -> bool:
-        """Take what a worker wrote; False where it has ended."""
+        """Read a worker's replies; False where it has ended."""
         part = os.read(_out(worker), 65536)
         worker.received += part
         *lines, worker.received = worker.received.split(b"\n")
@@ -133,18 +133,18 @@ class WorkerPool:
         if not worker.is_ready:
             code = worker.process.wait()
             raise UserError(
-                f"a grading worker ended with code {code} before its first answer (its message is above); "
-                "install what it needs with: pip install 'opo-megatron[math]'"
+                f"a grading worker ended with code {code} before its first reply (its error is above); "
+                "install its dependencies with: pip install 'opo-megatron[math]'"
             )
         self.crashes += worker.job is not None
-        self._renew(worker, selector)
+        self._replace(worker, selector)
 
-    def _renew(self, worker: _Worker, selector: selectors.BaseSelector) -> None:
+    def _replace(self, worker: _Worker, selector: selectors.BaseSelector) -> None:
         selector.unregister(_out(worker))
-        _end(worker)
-        place = self._workers.index(worker)
-        self._workers[place] = self._start()
-        selector.register(_out(self._workers[place]), selectors.EVENT_READ, self._workers[place])
+        _kill(worker)
+        index = self._workers.index(worker)
+        self._workers[index] = self._start()
+        selector.register(_out(self._workers[index]), selectors.EVENT_READ, self._workers[index])
 
 
 def _out(worker: _Worker) -> int:
@@ -152,7 +152,7 @@ def _out(worker: _Worker) -> int:
     return worker.process.stdout.fileno()
 
 
-def _end(worker: _Worker) -> None:
+def _kill(worker: _Worker) -> None:
     worker.process.kill()
     worker.process.wait()
     for pipe in (worker.process.stdin, worker.process.stdout):

@@ -17,7 +17,7 @@ from opo_megatron.distributed.process_groups import Parallel, rank_range
 from opo_megatron.errors import NonFiniteError
 from opo_megatron.rollout.requests import compute_rewards, requests_for
 from opo_megatron.tasks import Prompt
-from opo_megatron.tasks.base import OneByOne
+from opo_megatron.tasks.base import PerResponseTask
 
 Sample = dict[str, object]
 
@@ -198,7 +198,7 @@ def test_every_prompt_is_asked_for_as_often_as_the_group_is_large() -> None:
     assert local_slice(alone(), 6) == slice(0, 6)
 
 
-class Lengths(OneByOne):
+class Lengths(PerResponseTask):
     """A verifier whose reward is the length of the response, or what it is told."""
 
     def __init__(self, special: float | None = None) -> None:

@@ -158,7 +158,7 @@ def test_a_checkpoint_is_due_after_minutes(tmp_path: Path) -> None:
         ("algorithm.baseline=rloo", "algorithm.baseline is rloo but was opo"),
         ("policy.model.rotary_base=10", "policy.model.rotary_base is 10.0 but was 100.0"),
         ("train.steps=9", "train.steps is 9 but was 4, and with optimizer.schedule=cosine"),
-        ("train.steps=2", "train.steps is 2, but the checkpoint has 4 steps behind it"),
+        ("train.steps=2", "train.steps is 2, but the checkpoint has finished 4 steps"),
     ],
 )
 def test_a_setting_that_must_not_change_is_refused_by_its_name(

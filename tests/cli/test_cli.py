@@ -68,7 +68,7 @@ EXPERTS = "policy.model.num_moe_experts"
 @pytest.mark.parametrize(
     ("nproc", "overrides", "words"),
     [
-        ("3", f"{TENSOR}=2", "3 ranks cannot be split into copies of the model of 2 tensor × 1 pipeline"),
+        ("3", f"{TENSOR}=2", "3 ranks cannot be split into model replicas of 2 tensor × 1 pipeline"),
         ("3", f"{TENSOR}=2", "start a multiple of 2 ranks (--nproc 2)"),
         ("2", f"{EXPERTS}=4 policy.expert_model_parallel_size=4", "(--nproc 4)"),
     ],
@@ -115,7 +115,7 @@ def test_a_launcher_sets_the_number_of_ranks(monkeypatch, capsys, recipe, traine
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", recipe, f"{TENSOR}=2"]) == 0
     assert len(trained) == 1
-    assert "leave --nproc out" in refused(capsys, "train", recipe, "--nproc", "2")
+    assert "remove --nproc" in refused(capsys, "train", recipe, "--nproc", "2")
     monkeypatch.setenv("WORLD_SIZE", "all")
     assert "WORLD_SIZE=all" in refused(capsys, "train", recipe)
 
@@ -124,7 +124,7 @@ def test_a_folder_that_holds_something_is_not_overwritten(capsys, recipe, traine
     Path("out").mkdir()
     assert main(["train", recipe]) == 0  # empty is fine
     Path("out/metrics.jsonl").write_text("")
-    words = "run.dir=out is not empty; choose another run.dir, or go on with resume=auto"
+    words = "run.dir=out is not empty; choose another run.dir, or set resume=auto"
     assert words in refused(capsys, "train", recipe)
     assert words in refused(capsys, "train", recipe, "--nproc", "2")
     assert main(["train", recipe, "resume=auto"]) == 0

@@ -143,7 +143,7 @@ def test_both_names_of_the_number_of_experts_are_read(
         (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "dynamic"),
         (LLAMA | {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "longrope"),
-        (LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "each kind of layer"),
+        (LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "a rule per layer type"),
         (LLAMA | {"rope_scaling": {"type": "linear"}}, "without a factor"),
         (LLAMA | {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
         (MOE | {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),

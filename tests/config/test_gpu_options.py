@@ -151,11 +151,11 @@ SGLANG = "rollout.engine=sglang"
     [
         (("policy.fp8=blockwise",), "policy.fp8=blockwise with policy.dtype=fp32"),
         ((*BLOCKWISE, "policy.device=cpu"), "Transformer Engine has no FP8 on a CPU; set policy.fp8=null"),
-        ((*BLOCKWISE, "policy.model.num_moe_experts=4"), "experts in FP8 are not built yet"),
+        ((*BLOCKWISE, "policy.model.num_moe_experts=4"), "experts in FP8 are not implemented"),
         ((*BLOCKWISE, SGLANG, "policy.model.ffn_hidden_size=320"), "ffn_hidden_size / policy.tensor_model"),
         ((*BLOCKWISE, SGLANG, "policy.model.kv_channels=64"), "kv_channels is 64, which must be a multiple"),
         ((*BLOCKWISE, "policy.model.ffn_hidden_size=520"), "is 520, which must be a multiple of 16 for FP8"),
-        ((*BIG, SGLANG, "rollout.sglang.fp8=true"), "policy.fp8 is null, so the engine would draw from"),
+        ((*BIG, SGLANG, "rollout.sglang.fp8=true"), "policy.fp8 is null, so the engine would generate with"),
         ((*BIG, "policy.fp8=delayed", SGLANG, "rollout.sglang.fp8=true"), "set policy.fp8=blockwise or"),
         (("policy.megatron.fp8=hybrid",), "is set by the project; set policy.fp8 instead"),
         (("policy.megatron.fp8_recipe=delayed",), "set policy.fp8 instead"),

@@ -99,10 +99,10 @@ OVERRIDE_MISTAKES = [
     ("algorithm.objective=ppo", "it must be one of policy_gradient, clipped"),
     ("algorithm.clip_low=1", "algorithm.clip_low is 1.0; it must be above 0 and below 1"),
     ("algorithm.clip_high=0", "algorithm.clip_high is 0.0; it must be above 0"),
-    ("algorithm.baseline=auto algorithm.variance_every=0", "algorithm.baseline=auto learns its weights from"),
+    ("algorithm.baseline=auto algorithm.variance_every=0", "algorithm.baseline=auto fits its weights to"),
     ("algorithm.variance_prompts=1", "algorithm.variance_prompts is 1; it must be at least 2"),
     ("algorithm.variance_of=one", "it must be one of output_layer, all_parameters"),
-    ("rollout.samples_per_prompt=1", "where each answer is its own baseline and every advantage is 0"),
+    ("rollout.samples_per_prompt=1", "where each response is its own baseline and every advantage is 0"),
     ("algorithm.loss_constant=5", "used only with algorithm.loss_normalizer=constant"),
     # engines
     (
@@ -112,10 +112,10 @@ OVERRIDE_MISTAKES = [
     ("rollout.sglang.transport=pigeon", "it must be one of tensor, distributed, disk"),
     ("rollout.sglang.timeout_seconds=0", "rollout.sglang.timeout_seconds is 0.0; it must be above 0"),
     ("on_policy.max_importance_weight=-1", "on_policy.max_importance_weight is -1.0; it must be above 0"),
-    # not built yet
+    # not implemented
     (
         "policy.packing=thd policy.context_parallel_size=2 policy.model.num_moe_experts=4",
-        "but context parallelism of experts is not built yet; set policy.context_parallel_size=1",
+        "but context parallelism of experts is not implemented; set policy.context_parallel_size=1",
     ),
     # model and layout
     (
@@ -161,7 +161,7 @@ OVERRIDE_MISTAKES = [
     ),
     (
         f"{MODEL}num_layers=4 {PIPELINE}=2 {VIRTUAL}=2 policy.megatron.batch_p2p_comm=true",
-        "gives silently wrong gradients in Megatron, because both neighbours are one rank; set it to false",
+        "silently gives wrong gradients in Megatron, because both neighbours are one rank; set it to false",
     ),
     (
         f"{MODEL}num_layers=8 {PIPELINE}=4 {VIRTUAL}=2 policy.megatron.batch_p2p_comm=true",
@@ -173,7 +173,7 @@ OVERRIDE_MISTAKES = [
     ("policy.megatron.bf16=true", "set policy.dtype instead"),
     ("policy.megatron={attention_dropout: 0.1}", "dropout must be 0: the engine samples without it"),
     ("policy.megatron.fp8=hybrid", "set policy.fp8 instead"),
-    ("policy.megatron.moe_aux_loss_coeff=0.01", "the gradient holds the policy objective and nothing else"),
+    ("policy.megatron.moe_aux_loss_coeff=0.01", "the gradient is of the policy objective and nothing else"),
 ]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from opo_megatron.cli.main import main as opo
-from opo_megatron.environment.doctor import Gpu, Machine, describe, judge, look
+from opo_megatron.environment.doctor import Gpu, Machine, collect, describe, diagnose
 from opo_megatron.environment.versions import Part, constraints, numbers, read_versions
 from tests.support.paths import ROOT
 
@@ -132,28 +132,28 @@ def installed(packages: dict[str, str]) -> dict[str, str]:
 
 
 def states(machine: Machine, *needs: str) -> dict[str, str]:
-    return {finding.part: finding.state for finding in judge(machine, VERSIONS, needs).findings}
+    return {finding.part: finding.state for finding in diagnose(machine, VERSIONS, needs).findings}
 
 
 def test_on_gpus_the_cpu_build_of_torch_and_an_old_driver_are_wrong() -> None:
     assert states(machine())["torch"] == "ok"
-    report = judge(machine(torch="2.13.0+cpu"), VERSIONS)
+    report = diagnose(machine(torch="2.13.0+cpu"), VERSIONS)
     finding = next(finding for finding in report.findings if finding.part == "torch")
-    assert (finding.state, finding.costs) == ("wrong", "this build knows no GPU") and report.exit_code == 2
+    assert (finding.state, finding.costs) == ("wrong", "this build has no CUDA") and report.exit_code == 2
     old = replace(machine(), gpus=(replace(H100, driver="535.104.05"),))
     assert states(old)["driver"] == "wrong"
-    assert judge(old, VERSIONS).exit_code == 0 and judge(old, VERSIONS, ["gpu"]).exit_code == 2
+    assert diagnose(old, VERSIONS).exit_code == 0 and diagnose(old, VERSIONS, ["gpu"]).exit_code == 2
 
 
 def test_fp8_needs_transformer_engine_of_megatrons_range() -> None:
-    assert judge(machine(), VERSIONS, ["fp8"]).exit_code == 0
+    assert diagnose(machine(), VERSIONS, ["fp8"]).exit_code == 0
     assert states(machine(transformer_engine="2.13.0"))["transformer-engine"] == "wrong"
-    assert judge(machine(transformer_engine="2.13.0"), VERSIONS, ["fp8"]).exit_code == 2
-    assert judge(Machine("3.11.9", installed(everything())), VERSIONS, ["fp8"]).exit_code == 2  # no GPU
+    assert diagnose(machine(transformer_engine="2.13.0"), VERSIONS, ["fp8"]).exit_code == 2
+    assert diagnose(Machine("3.11.9", installed(everything())), VERSIONS, ["fp8"]).exit_code == 2  # no GPU
 
 
 def test_the_other_package_called_apex_does_not_count(tmp_path: Path) -> None:
-    report = judge(machine(apex="0.9.10"), VERSIONS)
+    report = diagnose(machine(apex="0.9.10"), VERSIONS)
     apex = next(finding for finding in report.findings if finding.part == "apex")
     assert apex.state == "missing" and apex.fix.startswith("pip uninstall -y apex, then build")
     (tmp_path / "fused_weight_gradient_mlp_cuda.py").touch()
@@ -161,10 +161,10 @@ def test_the_other_package_called_apex_does_not_count(tmp_path: Path) -> None:
 
 
 def test_the_report_says_cost_and_fix_of_what_is_missing_only() -> None:
-    text = describe(judge(replace(machine(), sglang=None), VERSIONS))
+    text = describe(diagnose(replace(machine(), sglang=None), VERSIONS))
     assert "cost  rollout.engine=sglang does not start" in text and "make setup-sglang SGLANG=cuda" in text
     assert text.count("cost  ") == 2  # SGLang and Apex
-    assert "not ready: sglang" in describe(judge(replace(machine(), sglang=None), VERSIONS, ["sglang"]))
+    assert "not ready: sglang" in describe(diagnose(replace(machine(), sglang=None), VERSIONS, ["sglang"]))
 
 
 def test_versions_are_compared_by_number_and_local_parts_do_not_count() -> None:
@@ -177,7 +177,7 @@ def test_versions_are_compared_by_number_and_local_parts_do_not_count() -> None:
 def test_versions_are_found_by_any_spelling_in_the_first_folder(tmp_path: Path) -> None:
     first = install(tmp_path / "a", {"Reasoning_Gym": "1.0"})
     second = install(tmp_path / "b", {"reasoning-gym": "2.0", "torch": "2.13.0+cpu"})
-    found = look([str(first), str(second)], "nowhere").installed
+    found = collect([str(first), str(second)], "nowhere").installed
     assert found == {"reasoning-gym": "1.0", "torch": "2.13.0+cpu"}
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from opo_megatron.cli import serve
 from opo_megatron.cli.main import main
 from opo_megatron.config import load_config
-from opo_megatron.environment.preflight import Floors, node_problems
+from opo_megatron.environment.preflight import Minimums, node_problems
 from opo_megatron.errors import UserError
 from opo_megatron.rollout.sglang.server import SERVE
 from tests.support.paths import RECIPES
@@ -68,7 +68,7 @@ def test_a_full_disk_and_a_missing_engine_are_reported_by_node(
     assert main(["preflight", QUICKSTART, f"run.dir={tmp_path}/run", *engine]) == 2
     disk, sglang = sorted(capsys.readouterr().err.splitlines(), key=lambda line: "sglang" in line)
     assert disk.startswith("error: ") and "GB free, below 1e+09 GB" in disk
-    assert "sglang is missing, wanted is 0.5.21" in sglang and "make setup-sglang" in sglang
+    assert "sglang is missing, expected 0.5.21" in sglang and "make setup-sglang" in sglang
 
 
 def test_healthy_gpus_have_no_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,9 +78,9 @@ def test_healthy_gpus_have_no_problems(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ((GPU,), "1 GPUs are seen for 2 ranks; take the node out of the job"),
-        ((GPU, "80000, 81559, 3"), "GPU 1 counts 3 uncorrected ECC errors"),
-        (("4000, 81559, 0", GPU), "GPU 0 has 4000 of 81559 MiB free, below a share of 0.95"),
+        ((GPU,), "nvidia-smi lists 1 GPUs for 2 ranks; exclude the node from the job"),
+        ((GPU, "80000, 81559, 3"), "GPU 1 reports 3 uncorrected ECC errors"),
+        (("4000, 81559, 0", GPU), "GPU 0 has 4000 of 81559 MiB free, below the fraction 0.95"),
     ],
 )
 def test_gpus_that_are_missing_broken_or_taken_are_named(
@@ -95,13 +95,13 @@ def test_an_nvidia_smi_that_fails_is_a_problem(tmp_path: Path, monkeypatch: pyte
     text = (tmp_path / "nvidia-smi").read_text().replace("*) printf", "*) exit 9; printf")
     (tmp_path / "nvidia-smi").write_text(text)
     config = load_config(QUICKSTART, [f"run.dir={tmp_path}/run"], 1)
-    assert any("nvidia-smi does not answer" in problem for problem in node_problems(config))
+    assert any("nvidia-smi fails" in problem for problem in node_problems(config))
 
 
 def test_floors_are_higher_with_gpus_and_moved_by_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Floors.of(True).all_reduce_gb_per_s > Floors.of(False).all_reduce_gb_per_s
+    assert Minimums.of(True).all_reduce_gb_per_s > Minimums.of(False).all_reduce_gb_per_s
     monkeypatch.setenv("OPO_MIN_ALL_REDUCE_GB_PER_S", "123")
-    assert Floors.of(True).all_reduce_gb_per_s == Floors.of(False).all_reduce_gb_per_s == 123
+    assert Minimums.of(True).all_reduce_gb_per_s == Minimums.of(False).all_reduce_gb_per_s == 123
 
 
 def test_a_node_of_its_own_serves_the_recipes_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

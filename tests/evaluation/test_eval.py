@@ -170,7 +170,7 @@ def test_what_cannot_be_evaluated_is_one_sentence(
         ([run, "--tasks", "math500"], "give --data DIR or OPO_TEST_DATA, or math500=problems.jsonl"),
         (
             [run, "--tasks", "aime24", "--data", "data"],
-            "there is none of data/aime24.jsonl, data/",
+            "none of data/aime24.jsonl, data/",
         ),
         ([run, "--tasks", "aime24", "--data", "date"], "--data date is not a folder"),
         ([run, "--tasks", "mine=gone.jsonl"], "--tasks mine=gone.jsonl names no file"),

@@ -36,7 +36,7 @@ def test_a_partial_last_line_is_not_a_row(rows: MetricsFile, torn: str) -> None:
     with rows.path.open("a") as file:
         file.write(torn)
     assert [row["step"] for row in rows.read()] == [0, 1, 2, 3]
-    rows.cut_after(3)
+    rows.truncate_after(3)
     rows.append({"step": 4})
     assert [row["step"] for row in rows.read()] == [0, 1, 2, 3, 4]
 
@@ -47,14 +47,14 @@ def test_truncating_drops_later_rows_and_keeps_the_rest_to_the_byte(
 ) -> None:
     fill(rows, 4)
     before = rows.path.read_bytes().splitlines(keepends=True)
-    rows.cut_after(step)
+    rows.truncate_after(step)
     assert [row["step"] for row in rows.read()] == kept
     assert rows.path.read_bytes() == b"".join(before[: len(kept)])
     assert [file.name for file in rows.path.parent.iterdir()] == [rows.path.name]
 
 
 def test_truncating_a_missing_file_leaves_no_rows(rows: MetricsFile) -> None:
-    rows.cut_after(5)
+    rows.truncate_after(5)
     assert rows.read() == []
 
 

@@ -260,7 +260,7 @@ def test_every_constant_has_a_source() -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--gpus", "6", f"policy.{TENSOR}=4"], ("--gpus 6", "the nearest number that can is --gpus 8")),
+        (["--gpus", "6", f"policy.{TENSOR}=4"], ("--gpus 6", "the nearest multiple is --gpus 8")),
         (["--gpu", "a100"], ("--gpu a100", "h100, h200")),
         (["policy.init_from=Llama-3.1-71B"], ("policy.init_from=Llama-3.1-71B", "Llama-3.1-70B")),
         (["--mean-response", "90"], ("--mean-response 90", "rollout.max_response_tokens=24")),

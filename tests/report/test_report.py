@@ -14,7 +14,7 @@ import pytest
 
 import opo_megatron
 from opo_megatron.cli.main import main
-from opo_megatron.report.arms import MOST_POINTS, band, bin_size, binned, differing_keys, group_runs, mean_of
+from opo_megatron.report.arms import MAX_POINTS, band, bin_size, binned, differing_keys, group_runs, mean_of
 from opo_megatron.report.page import as_script_data
 from opo_megatron.report.rollouts import choose_steps, shares, token_texts
 from opo_megatron.report.runs import read_runs, short_names
@@ -90,8 +90,8 @@ def test_a_band_is_mean_least_and_greatest_at_the_steps_that_all_runs_have(tmp_p
 
 
 def test_long_curves_are_means_of_bins_and_maxima_stay_maxima() -> None:
-    count = 2 * MOST_POINTS + 1
-    assert bin_size(count) == 3 and bin_size(MOST_POINTS) == 1
+    count = 2 * MAX_POINTS + 1
+    assert bin_size(count) == 3 and bin_size(MAX_POINTS) == 1
     values = np.random.default_rng(0).normal(size=count)
     steps, means = binned(np.arange(count, dtype=float), values, 3, "reward/mean")
     _, maxima = binned(np.arange(count, dtype=float), values, 3, "on_policy/logprob_diff_max")
@@ -239,7 +239,7 @@ def test_runs_that_lack_something_can_be_compared(tmp_path: Path, capsys: pytest
     for path in (young / "rollouts").iterdir():
         path.unlink()
     with (young / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "reward/me')  # torn while it was written
+        file.write('{"step": 2, "reward/me')  # a partial line
     (resumed := make_run(tmp_path / "resumed", "run.seed=3")).joinpath("metrics.jsonl").write_text(
         (whole / "metrics.jsonl").read_text().replace('"run/attempt": 1', '"run/attempt": 4')
     )
@@ -277,7 +277,7 @@ def test_broken_files_are_named_with_their_line(tmp_path: Path, capsys: pytest.C
     metrics.write_text(whole)
     broken = run / "rollouts" / "step_00000006.safetensors"
     broken.write_bytes(broken.read_bytes()[:100])
-    assert f"{broken} is not a whole file of rollouts" in refused(capsys, run, "--out", tmp_path / "p.html")
+    assert f"{broken} is not a complete rollout file" in refused(capsys, run, "--out", tmp_path / "p.html")
     (run / "config.yaml").write_text("a: [")
     assert "config.yaml is not YAML" in refused(capsys, run)
 

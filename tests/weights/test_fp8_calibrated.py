@@ -127,7 +127,7 @@ def test_the_command_calibrates_with_a_recipes_prompts(tmp_path: Path) -> None:
     assert not (tmp_path / "fp8" / "unquantized").exists()
     assert any(t.dtype is torch.float8_e4m3fn for t in tensors_of(tmp_path / "fp8").values())
     output = command(EXPORT, tmp_path / "megatron", tmp_path / "more", "--quantize", "fp8", code=2)
-    assert "this checkpoint is of no run; name a recipe" in output and output.count("\n") == 1
+    assert "this checkpoint belongs to no run; name a recipe" in output and output.count("\n") == 1
     assert not list(tmp_path.glob("more*"))
 
 
@@ -162,9 +162,9 @@ def test_prompts_are_truncated_to_the_models_length() -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{\n", "line 1 of .* is no JSON"),
-        ('{"a": 1}\n', "no text under text, prompt, question"),
-        ("\n", "holds no text"),
+        ("{\n", "line 1 of .* is not JSON"),
+        ('{"a": 1}\n', "no text in the field text, prompt, question"),
+        ("\n", "has no text; put"),
         (None, "cannot be read"),
         ('{"text": "a"}\n', "needs the model's tokenizer"),
     ],

@@ -264,6 +264,6 @@ def test_the_closing_table_has_the_kl_where_it_was_measured(
 ) -> None:
     short = ("warm_start.steps=0", "train.steps=0")
     assert train(tmp_path / "a", *short) == 0
-    assert "KL to the start" in capsys.readouterr().out
+    assert "KL to the reference" in capsys.readouterr().out
     assert train(tmp_path / "b", *short, "observe.kl=off") == 0
-    assert "KL to the start" not in capsys.readouterr().out
+    assert "KL to the reference" not in capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""Rules about recipes, one file per topic: each raises one sentence with the remedy."""
+"""Rules about recipes, one file per topic; each raises one sentence with the remedy."""

@@ -1,4 +1,4 @@
-"""What the algorithm's settings ask of each other."""
+"""Rules about the algorithm's settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check_algorithm(config: Config) -> None:
         samples *= rollout.prompts_per_step
     require(
         samples > 1,
-        "rollout.samples_per_prompt is 1, where each answer is its own baseline and every advantage is 0; "
+        "rollout.samples_per_prompt is 1, where each response is its own baseline and every advantage is 0; "
         "raise it, or set algorithm.scope=batch with several prompts",
     )
     require(
@@ -26,8 +26,8 @@ def check_algorithm(config: Config) -> None:
     )
     require(
         algorithm.weight is not Weight.fitted or bool(algorithm.variance_every),
-        "algorithm.variance_every is 0, but algorithm.baseline=auto learns its weights from these reports; "
-        "set it to 10, say, or choose another baseline",
+        "algorithm.variance_every is 0, but algorithm.baseline=auto fits its weights to these reports; set "
+        "it to 10, for example, or choose another baseline",
     )
 
 
@@ -37,7 +37,7 @@ def _check_objective(config: Config) -> None:
         require(
             algorithm.updates_per_batch == 1,
             f"algorithm.updates_per_batch is {algorithm.updates_per_batch}, but OPO takes exactly one "
-            "optimizer step per batch; set it to 1, or algorithm.objective=clipped, which is made for more",
+            "optimizer step per batch; set it to 1, or algorithm.objective=clipped",
         )
         require(
             algorithm.kl_coefficient == 0,
@@ -48,6 +48,6 @@ def _check_objective(config: Config) -> None:
     divides("algorithm.updates_per_batch", algorithm.updates_per_batch, "rollout.prompts_per_step", prompts)
     require(
         config.on_policy.action is not MismatchAction.correct,
-        "on_policy.action=correct weighs OPO's gradient, but algorithm.objective=clipped has a ratio of its "
-        "own; set on_policy.action to refuse or warn",
+        "on_policy.action=correct weights OPO's gradient, but algorithm.objective=clipped has its own ratio; "
+        "set on_policy.action to refuse or warn",
     )

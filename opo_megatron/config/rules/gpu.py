@@ -1,10 +1,10 @@
-"""What FP8 and the options of big models ask of a recipe.
+"""Rules about FP8, recomputation and optimizer offload.
 
 FP8 of a policy is Transformer Engine's: weights and activations are quantized inside each linear layer,
-parameters and the stream of weights stay in bf16.  An engine draws from the same policy only if it
-quantizes alike.  One recipe allows that: `blockwise`, whose weights have a scale for every 128×128
-block, a function of that block alone.  So every matrix must be made of whole blocks on every rank, and the
-query, key and value rows that Megatron keeps in one matrix must begin at block boundaries.
+parameters and the weight stream stay in bf16.  An engine samples from the same policy only if it quantizes
+alike.  Only the FP8 recipe `blockwise` allows that: its weights have one scale per 128×128 block, a function
+of that block alone.  So every matrix must consist of whole blocks on every rank, and the query, key and value
+rows that Megatron keeps in one matrix must begin at block boundaries.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from opo_megatron.config.schema import Config, PolicyConfig
 
 
 def check_gpu_options(config: Config) -> None:
-    """Raise UserError at the first option that contradicts another or is not built."""
+    """Raise UserError at the first option that contradicts another or is not implemented."""
     check_recompute(config.policy)
     check_offload(config.policy)
     check_fp8(config)
 
 
 def check_recompute(policy: PolicyConfig) -> None:
-    """One place says what is recomputed."""
+    """Check that only one key sets what is recomputed."""
     other = next((name for name in policy.megatron if name.startswith("recompute_")), None)
     require(
         other is None or policy.recompute is Recompute.none,
@@ -31,7 +31,7 @@ def check_recompute(policy: PolicyConfig) -> None:
 
 
 def check_offload(policy: PolicyConfig) -> None:
-    """What Megatron's optimizer in host memory needs besides GPUs."""
+    """Check what Megatron's optimizer in host memory needs in addition to GPUs."""
     if not policy.optimizer_offload:
         return
     offload = f"policy.optimizer_offload={policy.optimizer_offload:g}"
@@ -43,20 +43,20 @@ def check_offload(policy: PolicyConfig) -> None:
     require(
         policy.dtype is Dtype.bf16 and policy.distributed_optimizer,
         f"{offload} with policy.dtype={policy.dtype.value} and policy.distributed_optimizer="
-        f"{str(policy.distributed_optimizer).lower()}, but Megatron steps in host memory only what it has "
-        "sharded for a model in bf16; set policy.dtype=bf16 and policy.distributed_optimizer=true, or "
+        f"{str(policy.distributed_optimizer).lower()}, but Megatron offloads only the sharded optimizer of a "
+        "model in bf16; set policy.dtype=bf16 and policy.distributed_optimizer=true, or "
         "policy.optimizer_offload=0",
     )
 
 
 def check_fp8(config: Config) -> None:
-    """What FP8 needs besides a device that has it."""
-    policy, wants_engine = config.policy, bool(config.rollout.sglang.fp8)
+    """Check what FP8 needs in addition to a device that supports it."""
+    policy, engine_has_fp8 = config.policy, bool(config.rollout.sglang.fp8)
     fp8 = "null" if policy.fp8 is None else policy.fp8.value
     require(
-        not wants_engine or policy.fp8 is Fp8.blockwise,
-        f"rollout.sglang.fp8 is true and policy.fp8 is {fp8}, so the engine would draw from other weights "
-        "than the policy's; set policy.fp8=blockwise or rollout.sglang.fp8=false",
+        not engine_has_fp8 or policy.fp8 is Fp8.blockwise,
+        f"rollout.sglang.fp8 is true and policy.fp8 is {fp8}, so the engine would generate with other "
+        "weights than the policy's; set policy.fp8=blockwise or rollout.sglang.fp8=false",
     )
     if policy.fp8 is None:
         return
@@ -67,33 +67,33 @@ def check_fp8(config: Config) -> None:
     )
     require(
         policy.dtype is Dtype.bf16,
-        f"policy.fp8={fp8} with policy.dtype={policy.dtype.value}, but what is not in FP8 is in bf16; set "
+        f"policy.fp8={fp8} with policy.dtype={policy.dtype.value}, but everything else must be bf16; set "
         "policy.dtype=bf16",
     )
     require(
         policy.model.num_moe_experts is None,
         f"policy.fp8={fp8} with policy.model.num_moe_experts={policy.model.num_moe_experts}, but experts in "
-        "FP8 are not built yet; set policy.fp8=null",
+        "FP8 are not implemented; set policy.fp8=null",
     )
-    same_as_engine = config.rollout.engine is EngineName.sglang and wants_engine
+    same_as_engine = config.rollout.engine is EngineName.sglang and engine_has_fp8
     check_fp8_shapes(policy, FP8_BLOCK if same_as_engine else FP8_MULTIPLE)
 
 
 def check_fp8_shapes(policy: PolicyConfig, multiple: int) -> None:
-    """Whether the part of every matrix that a rank holds has sides that are multiples of `multiple`."""
+    """Check that every matrix shard has sides that are multiples of `multiple`."""
     model, tensor = policy.model, policy.tensor_model_parallel_size
-    heads, width = model.num_attention_heads, model.kv_channels or 0
+    heads, head_dim = model.num_attention_heads, model.kv_channels or 0
     blocks = multiple == FP8_BLOCK
-    why = "the engine's blocks of 128×128 to be the trainer's" if blocks else "FP8 products"
+    reason = "the engine's 128×128 blocks to be the trainer's" if blocks else "FP8 products"
     for name, size in (
         ("policy.model.hidden_size", model.hidden_size),
         ("policy.model.ffn_hidden_size / policy.tensor_model_parallel_size", model.ffn_hidden_size // tensor),
-        ("policy.model.kv_channels", width)
+        ("policy.model.kv_channels", head_dim)
         if blocks
-        else ("num_attention_heads × kv_channels / tensor_model_parallel_size", heads * width // tensor),
+        else ("num_attention_heads × kv_channels / tensor_model_parallel_size", heads * head_dim // tensor),
     ):
         require(
             size % multiple == 0,
-            f"{name} is {size}, which must be a multiple of {multiple} for {why}; use fewer tensor-parallel "
-            "ranks, or policy.fp8=null",
+            f"{name} is {size}, which must be a multiple of {multiple} for {reason}; use fewer "
+            "tensor-parallel ranks, or policy.fp8=null",
         )

@@ -1,4 +1,4 @@
-"""Rules for the keys that say when a run is saved and what happens when something breaks."""
+"""Rules about checkpoints and failures."""
 
 from __future__ import annotations
 
