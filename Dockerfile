@@ -1,32 +1,32 @@
-# opo_megatron for H100 (sm_90): trainer and SGLang, each in an environment of its own.
+# opo_megatron for H100 (sm_90): trainer and SGLang, each in its own environment.
 #
 #   docker build -t opo .          then, with enroot:  enroot import dockerd://opo:latest
 #   OPO_CONTAINER=pyxis:$PWD/opo+latest.sqsh OPO_PYTHON=/opt/opo/bin/python \
 #       sbatch slurm/opo_70b.sh RECIPE rollout.sglang.python=/opt/sglang/bin/python
 #
-# Versions and their reasons stand in opo_megatron/environment/versions.toml, which is read below.
+# Versions and their reasons are in opo_megatron/environment/versions.toml, which is read below.
 #
-# NOT CHECKED, for there was no GPU, no CUDA compiler and no Docker where this was written:
-#   - that the image builds, and that the base image's tag is still served;
+# NOT TESTED, for lack of a GPU, a CUDA compiler and Docker:
+#   - that the image builds, and that the base image's tag is still available;
 #   - that Transformer Engine's torch extension and Apex compile against torch 2.13.0: Transformer Engine
-#     2.11.0 is the newest that Megatron-Core accepts, and was seen to load beside torch 2.11.0 only;
-#   - that SGLang's CUDA kernels start, also beside cuda-tile 1.6.0rc7 (see requirements/sglang-cuda.txt).
-# Checked: every requirement below resolves for Python 3.12 (torch 2.13.0 to its build for CUDA 13.0), this
-# file is clean under hadolint, and its pins are those of versions.toml.
+#     2.11.0 is the newest that Megatron-Core accepts, and has been tested with torch 2.11.0 only;
+#   - that SGLang's CUDA kernels start, also with cuda-tile 1.6.0rc7 (see requirements/sglang-cuda.txt).
+# Tested: every requirement below resolves for Python 3.12 (torch 2.13.0 to its build for CUDA 13.0), this
+# file passes hadolint, and its pins equal those of versions.toml.
 
 # CUDA 13.0 for torch's and SGLang's wheels; devel for nvcc and headers; Ubuntu 24.04 for Python 3.12.
 FROM nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
-# Of the distribution's packages the release is the pin: old versions leave its archive.
-# git fetches Apex, curl asks engines for their health.
+# Distribution packages are pinned by the release only: its archive drops old versions.
+# git fetches Apex, curl checks the engines' health.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends curl git python3.12-dev python3.12-venv \
     && rm -rf /var/lib/apt/lists/*
 
-# Hopper alone: other architectures would only make the build longer.
+# Hopper only: other architectures would make the build longer.
 ENV TORCH_CUDA_ARCH_LIST=9.0 \
     NVTE_CUDA_ARCHS=90 \
     NVTE_FRAMEWORK=pytorch \
@@ -39,15 +39,15 @@ COPY opo_megatron/environment/versions.py opo_megatron/environment/versions.toml
 RUN python3.12 -m venv /opt/opo && python3.12 environment/versions.py > constraints.txt
 ENV PATH=/opt/opo/bin:$PATH
 
-# torch comes first, and compilers' tools: both extensions are built against what is installed.
+# Build tools and torch first: both extensions are compiled against the installed torch.
 RUN pip install --requirement build.txt \
     && pip install --constraint constraints.txt torch
 
-# The core library is a wheel that holds sm_90; the part that binds it to torch is compiled.
+# The core library is a wheel that includes sm_90; only the torch extension is compiled.
 RUN MAX_JOBS=${BUILD_JOBS} pip install --no-build-isolation --constraint constraints.txt \
         'transformer-engine[core_cu13,pytorch]'
 
-# Not from the registry: its `apex` is another package.
+# Not from PyPI: its `apex` is another package.
 RUN git init --quiet apex \
     && git -C apex fetch --quiet --depth 1 https://github.com/NVIDIA/apex "$(python3.12 environment/versions.py apex)" \
     && git -C apex checkout --quiet FETCH_HEAD \
@@ -55,7 +55,7 @@ RUN git init --quiet apex \
         pip install --no-build-isolation ./apex \
     && rm -rf apex
 
-# SGLang pins many packages for itself, so it never shares an environment with the trainer.  Its list is complete.
+# SGLang pins many packages, so it never shares an environment with the trainer.  Its list is complete.
 COPY requirements/sglang-cuda.txt ./
 RUN python3.12 -m venv /opt/sglang && /opt/sglang/bin/pip install --no-deps --requirement sglang-cuda.txt
 
@@ -65,6 +65,6 @@ RUN pip install --constraint /build/constraints.txt '.[data,modelopt,reasoning-g
     && opo doctor --sglang-python /opt/sglang/bin/python \
         --need sglang --need transformer-engine --need apex --need nvidia-modelopt
 
-# One thread per rank: more of them on a busy node make steps many times slower.
+# One thread per rank: more on a busy node make steps many times slower.
 ENV OMP_NUM_THREADS=1
 CMD ["opo", "doctor", "--need", "gpu", "--need", "fp8", "--need", "sglang", "--sglang-python", "/opt/sglang/bin/python"]

@@ -1,14 +1,14 @@
-# Each target says what it installs.  pip takes its index from the usual settings (PIP_INDEX_URL, pip.conf).
+# `make` lists the targets.  pip takes its index from the usual settings (PIP_INDEX_URL, pip.conf).
 
 PYTHON ?= $(shell for python in python3.11 python3; do $$python -c '' 2>/dev/null && echo $$python && break; done)
 VENV ?= .venv
-# TORCH_INDEX=URL takes torch from another index, for example the one with PyTorch's small CPU builds.
+# TORCH_INDEX=URL installs torch from another index, for example PyTorch's index of small CPU builds.
 VERSIONS := opo_megatron/environment/versions.toml
 TORCH := torch==$(shell sed -n '/^\[packages.torch\]/,/^version/s/^version = "\(.*\)"/\1/p' $(VERSIONS))
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
 SGLANG_VENV ?= .venv-sglang
-# SGLANG=cuda makes SGLang's environment for GPUs.
+# SGLANG=cuda creates SGLang's environment for GPUs.
 SGLANG ?= cpu
 DOCS_VENV ?= .venv-docs
 
@@ -17,16 +17,16 @@ SYSTEM_PROGRAMS := sbatch srun scontrol slurmctld slurmd munged chromium
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev setup-sglang setup-system quickstart test test-slow lint docs
 
-help:  ## this list
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
-setup: $(VENV)/.setup  ## .venv with what training needs
+setup: $(VENV)/.setup  ## .venv for training
 
-setup-dev: $(VENV)/.setup-dev  ## the same, with what tests and lint need
+setup-dev: $(VENV)/.setup-dev  ## the same, plus tests and lint
 
 setup-sglang: $(SGLANG_VENV)/.setup-$(SGLANG)  ## .venv-sglang with an SGLang server, for rollout.engine=sglang
 
-setup-system:  ## for tests: a SLURM of one node, Chromium for opo report's page (as root, on Debian or Ubuntu)
+setup-system:  ## for tests: SLURM on one node, Chromium for opo report's page (as root, on Debian or Ubuntu)
 	@if which $(SYSTEM_PROGRAMS) >/dev/null; then echo "SLURM and Chromium are installed"; exit; fi; \
 	set -ex; export DEBIAN_FRONTEND=noninteractive; \
 	apt-get update; \
@@ -39,10 +39,10 @@ quickstart: setup  ## train the small recipe in a new folder under runs/
 	while [ -e "$$dir" ]; do dir="runs/quickstart-$$n"; n=$$((n + 1)); done; \
 	$(VENV)/bin/opo train recipes/quickstart.yaml run.dir="$$dir"
 
-test: setup-dev setup-sglang  ## tests that take seconds
+test: setup-dev setup-sglang  ## fast tests (seconds each)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
-test-slow: setup-dev setup-sglang  ## tests that take minutes
+test-slow: setup-dev setup-sglang  ## slow tests (minutes each)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m slow
 
 lint: setup-dev  ## style, formatting and types
@@ -54,7 +54,7 @@ docs: setup $(DOCS_VENV)/.setup  ## the documentation as a web site in site/; a 
 	$(VENV)/bin/python tools/make_reference.py
 	$(DOCS_VENV)/bin/mkdocs build --strict
 
-# The stamps are written last, so that an installation that broke off is done again.
+# Stamps are written last, so that an interrupted installation is repeated.
 $(VENV)/.setup: setup.py $(VERSIONS)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
 	  { echo "Python 3.11 or 3.12 is needed; name one with: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }

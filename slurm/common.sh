@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# What a job does around its ranks; sourced by a batch script, in the project's folder.
+# Functions of a SLURM job: launch ranks and engines, write the status; sourced by a batch script in the project's folder.
 #
 #   OPO_RANKS_PER_NODE  default 8              OPO_PYTHON     default .venv/bin/python
 #   OPO_MAX_RESTARTS    default 20             OPO_LOGS       default runs/slurm/JOB: status, attempt_N/*.log
-#   OPO_CONTAINER       pyxis:IMAGE or apptainer:IMAGE; default none      OPO_MOUNTS     as pyxis takes them; with OPO_LOGS
-#   OPO_ENGINE_NODES    default 0: so many nodes, the last ones, serve SGLang and do not train
+#   OPO_CONTAINER       pyxis:IMAGE or apptainer:IMAGE; default none      OPO_MOUNTS     as for pyxis; include OPO_LOGS
+#   OPO_ENGINE_NODES    default 0: number of nodes, the last ones, that serve SGLang and do not train
 #
-# The status is one line: running, completed, preempted, oom, timeout or failed, with the reason behind it.
-# Exit codes of the ranks that mean: start me again: 75, told to end and saved; 76, hung and ended by its watchdog.
+# The status is one line: running, completed, preempted, oom, timeout or failed, followed by the reason.
+# Exit codes of the ranks that ask for a restart: 75, preempted and saved; 76, hung and stopped by the watchdog.
 
 : "${OPO_RANKS_PER_NODE:=8}" "${OPO_MAX_RESTARTS:=20}" "${OPO_ENGINE_NODES:=0}" "${OPO_CONTAINER:=}"
 : "${OPO_PYTHON:=$PWD/.venv/bin/python}" "${OPO_LOGS:=$PWD/runs/slurm/$SLURM_JOB_ID}"
@@ -29,12 +29,12 @@ begin_attempt() {
     export OPO_RANKS_PER_NODE OPO_PYTHON OPO_NODES=$trainers
     export OPO_RENDEZVOUS="${nodes[0]}:$((20000 + SLURM_JOB_ID % 10000))"
     export OPO_RENDEZVOUS_ID="$SLURM_JOB_ID-$attempt"
-    # SLURM signals this shell alone; it passes the signal to srun, that to node.sh, and that to the ranks.
+    # SLURM signals only this shell, which forwards the signal to srun, srun to node.sh, node.sh to the ranks.
     trap 'limit=1; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true' USR1 TERM
     status "running"
 }
 
-# in_step FIRST COUNT LOG COMMAND…: one task on each of COUNT nodes from number FIRST.
+# in_step FIRST COUNT LOG COMMAND…: one task on each of COUNT nodes, starting at node FIRST.
 in_step() {
     local first=$1 count=$2 log=$3 container=() list
     shift 3
@@ -49,7 +49,7 @@ in_step() {
         ${container[@]+"${container[@]}"} bash slurm/node.sh "$@"
 }
 
-# launch NAME MODULE [ARGUMENTS…]: the module in every rank of all training nodes; sets `code`.
+# launch NAME MODULE [ARGUMENTS…]: run the module in every rank of all training nodes; sets `code`.
 launch() {
     name=$1
     shift
@@ -58,7 +58,7 @@ launch() {
     step=$!
     code=0
     wait "$step" || code=$?
-    while kill -0 "$step" 2>/dev/null; do # a signal had ended the wait
+    while kill -0 "$step" 2>/dev/null; do # a signal interrupted the wait
         wait "$step" || true
     done
     [ "$code" -le 128 ] || { code=0 && wait "$step" || code=$?; }
@@ -66,7 +66,7 @@ launch() {
     step=''
 }
 
-# start_engines RECIPE [key=value…]: a server on each of the last OPO_ENGINE_NODES nodes; waits until they answer.
+# start_engines RECIPE [key=value…]: a server on each of the last OPO_ENGINE_NODES nodes; waits for them.
 start_engines() {
     [ "$OPO_ENGINE_NODES" -gt 0 ] || return 0
     local port=$((10000 + SLURM_JOB_ID % 10000)) node urls=''
@@ -81,7 +81,7 @@ start_engines() {
         done
         urls+=",http://$node:$port"
     done
-    # shellcheck disable=SC2034 # opo_70b.sh passes it on
+    # shellcheck disable=SC2034 # used by opo_70b.sh
     engine_keys=("rollout.sglang.urls=[${urls:1}]" rollout.sglang.transport=distributed)
 }
 
@@ -107,7 +107,7 @@ finish() {
     elif [ "$again" ]; then
         status "$again"
         trap - USR1 TERM
-        scontrol requeue "$SLURM_JOB_ID" && sleep 60 # SLURM ends this shell meanwhile
+        scontrol requeue "$SLURM_JOB_ID" && sleep 60 # SLURM kills this shell meanwhile
         status "failed: SLURM did not requeue the job; submit it again with the same run.dir"
     elif [ "$code" = 137 ] || grep -qsE 'OutOfMemoryError|out of memory|oom[-_]kill' "$logs/$name"-*.log; then
         status "oom: $(reason)"

@@ -1,7 +1,7 @@
 #!/bin/bash
 # node.sh MODULE [ARGUMENTS…]: the ranks of this node under torchrun; a task of srun.  Its exit code is that of the
-# rank which failed first.  Where they are to be started again, that code goes to the file OPO_AGAIN; ranks that
-# saved and left (75) return 0, for srun would end nodes that are still leaving.  With --alone: no torchrun.
+# rank that failed first.  A code that asks for a restart is written to the file OPO_AGAIN; ranks that saved and
+# exited (75) count as 0, because srun would kill nodes that are still shutting down.  With --alone: no torchrun.
 set -uo pipefail
 read -ra container <<<"${OPO_RUN:-}"
 python=(${container[@]+"${container[@]}"} "$OPO_PYTHON")
@@ -11,16 +11,16 @@ if [ "$1" = --alone ]; then
 fi
 ranks=$(mktemp -d)
 trap 'rm -rf "$ranks"' EXIT
-trap : USR1 TERM # ends the wait below
+trap : USR1 TERM # interrupts the wait below
 (
-    trap '' USR1 # SLURM may signal every process of a step: torchrun, which would die, must not hear it
+    trap '' USR1 # SLURM may signal every process of a step; torchrun would die of it
     exec "${python[@]}" -m torch.distributed.run --nnodes="$OPO_NODES" --nproc-per-node="$OPO_RANKS_PER_NODE" \
         --max-restarts=0 --rdzv-backend=c10d --rdzv-endpoint="$OPO_RENDEZVOUS" --rdzv-id="$OPO_RENDEZVOUS_ID" \
         --no-python bash slurm/rank.sh "$ranks" "$OPO_PYTHON" -m "$@"
 ) &
 torchrun=$!
 wait "$torchrun"
-while kill -0 "$torchrun" 2>/dev/null; do # told to end: so are the ranks, again while they are starting
+while kill -0 "$torchrun" 2>/dev/null; do # stopping: signal the ranks, repeatedly, because some may still be starting
     for file in "$ranks"/*.pid; do
         [ ! -e "$file" ] || kill -USR1 "$(<"$file")" 2>/dev/null
     done
@@ -28,7 +28,7 @@ while kill -0 "$torchrun" 2>/dev/null; do # told to end: so are the ranks, again
 done
 wait "$torchrun"
 code=$?
-# Oldest first: the others fail because of the first.
+# Oldest first: later failures are consequences of the first.
 for file in $(find "$ranks" -name '*.code' -printf '%T@ %p\n' | sort -n | cut -d' ' -f2); do
     case $(<"$file") in
     0) ;;

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Trains a recipe on a SLURM cluster, and goes on in the same job after every time limit:
+# Trains a recipe on a SLURM cluster, and resumes in the same job after every time limit:
 #   sbatch slurm/opo_70b.sh [RECIPE] [key=value…]                  (from the project's folder)
-# Options of sbatch on its command line win over those below; what OPO_* variables say is in common.sh.
+# Options on sbatch's command line override those below; common.sh documents the OPO_* variables.
 #SBATCH --job-name=opo
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1

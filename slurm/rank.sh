@@ -1,5 +1,5 @@
 #!/bin/bash
-# rank.sh FOLDER COMMAND…: one rank.  Its process id and exit code go to FOLDER, where node.sh looks.
+# rank.sh FOLDER COMMAND…: one rank.  Its process id and exit code are written to FOLDER, for node.sh.
 folder=$1
 shift
 "$@" &
@@ -7,5 +7,5 @@ echo $! >"$folder/$LOCAL_RANK.pid"
 wait $!
 code=$?
 echo "$code" >"$folder/$LOCAL_RANK.code"
-[ "$code" = 75 ] && exit 0 # torchrun would end the ranks that are still leaving
+[ "$code" = 75 ] && exit 0 # torchrun would kill the ranks that are still shutting down
 exit "$code"

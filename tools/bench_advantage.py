@@ -1,10 +1,10 @@
-"""How long do advantages take beside a loop over groups, the usual public way?  → records/advantage.json
+"""Benchmarks advantages against a Python loop over groups, the usual implementation → records/advantage.json
 
     python tools/bench_advantage.py             # 4,096 samples in 256 groups, at most 1,024 tokens each
 
-Two comparisons with the same results, on one thread, in turns, the least of 9 rounds.  Like for like:
+Two comparisons with equal results, on one thread, interleaved, the minimum of 9 rounds.  Like for like:
 rewards and mask [B, T] in, advantages [B, T] out.  At sample level: rewards, lengths and groups [B] in,
-advantages [B] out, which is what this package passes on (the head spreads them over packed tokens).
+advantages [B] out, as this package uses them (the head expands them to packed tokens).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> int:
     groups = torch.arange(GROUPS).repeat_interleave(SAMPLES_PER_GROUP)
     mask = (torch.arange(LONGEST) < lengths.unsqueeze(1)).float()
     token_rewards = torch.zeros(count, LONGEST)
-    token_rewards[torch.arange(count), lengths - 1] = rewards  # where the answer ends
+    token_rewards[torch.arange(count), lengths - 1] = rewards  # at the last token of the response
     config = AlgorithmConfig(Baseline.opo, **PRESETS[Baseline.opo]._asdict())
 
     def ours(rewards: Tensor, lengths: Tensor) -> Tensor:
@@ -70,22 +70,22 @@ def main() -> int:
 
 
 def by_loop(rewards: Tensor, lengths: Tensor, groups: Tensor) -> Tensor:
-    """b = Σ l·r / Σ l of each group, sample by sample into lists, group by group out of them."""
+    """A = r − b with b = Σ l·r / Σ l of each group, by a dictionary of groups and loops over samples."""
     members: dict[int, list[int]] = {}
-    for place in range(len(rewards)):
-        members.setdefault(int(groups[place]), []).append(place)
+    for i in range(len(rewards)):
+        members.setdefault(int(groups[i]), []).append(i)
     baselines = {
-        group: (lengths[places] * rewards[places]).sum() / lengths[places].sum()
-        for group, places in members.items()
+        group: (lengths[indices] * rewards[indices]).sum() / lengths[indices].sum()
+        for group, indices in members.items()
     }
-    found = rewards.clone()
-    for place in range(len(rewards)):
-        found[place] = rewards[place] - baselines[int(groups[place])]
-    return found
+    advantages = rewards.clone()
+    for i in range(len(rewards)):
+        advantages[i] = rewards[i] - baselines[int(groups[i])]
+    return advantages
 
 
 def compare(ours: Callable[[], Tensor], loop: Callable[[], Tensor]) -> dict[str, float]:
-    """Seconds of both, and how many times faster ours is."""
+    """Seconds of both, and their ratio."""
     torch.testing.assert_close(ours(), loop(), rtol=1e-5, atol=1e-5)
     best = [float("inf"), float("inf")]
     for _ in range(ROUNDS):

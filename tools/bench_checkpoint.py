@@ -1,11 +1,11 @@
-"""What do checkpoints cost a run?  → records/checkpoint.json
+"""Benchmarks checkpoint saving → records/checkpoint.json
 
     python tools/bench_checkpoint.py             # a policy of 50M parameters, 20 steps, a save every 5
 
-Supervised steps of one process, in turns without saves, with saves beside the training and with saves that
-are waited for: the seconds of a step, and by how much saving lengthens it as a share of the time between
-saves.  Then what the writer makes of the disk: bytes per second of one checkpoint, checksums included,
-beside a plain write of as many bytes with fsync.  Each figure is the median of its rounds.
+Supervised steps of one process, interleaved without saves, with asynchronous saves and with synchronous
+saves: seconds per step, and the slowdown as a share of the time between saves.  Then the writer's throughput:
+bytes per second of one checkpoint, checksums included, against a plain write of as many bytes with fsync.
+Each figure is the median over rounds.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--no-record", action="store_true", help="print only")
-    parser.add_argument("--folder", type=Path, help="where to write; default the system's temporary folder")
+    parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -71,12 +71,12 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
     weights = random_weights(config.policy.model, VOCAB_SIZE, 1)
     policy = Policy(config, VOCAB_SIZE, parallel, config.optimizer, weights)
     step(policy, 0)  # allocates
-    ways = (None, True, False)
-    seconds: dict[bool | None, list[float]] = {way: [] for way in ways}
-    for _ in range(rounds):  # in turns, so that what the machine does besides meets all alike
-        for way in ways:
-            seconds[way].append(run(policy, config, way))
-    without, in_background, here = (median(seconds[way]) for way in ways)
+    modes = (None, True, False)
+    seconds: dict[bool | None, list[float]] = {mode: [] for mode in modes}
+    for _ in range(rounds):  # interleaved, so that other load on the machine affects all modes
+        for mode in modes:
+            seconds[mode].append(run(policy, config, mode))
+    without, asynchronous, synchronous = (median(seconds[mode]) for mode in modes)
     between = EVERY * without
     writes = [write_one(policy, config, folder) for _ in range(rounds)]
     results = {
@@ -84,11 +84,11 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
         "steps": STEPS,
         "save every": EVERY,
         "seconds per step without saves": without,
-        "seconds per step, saves beside the training": in_background,
-        "seconds per step, saves waited for": here,
-        "longer by, of the time between saves (beside)": (in_background - without) / between,
-        "longer by, of the time between saves (waited for)": (here - without) / between,
-        "seconds per save that training waits for (beside)": (in_background - without) * EVERY,
+        "seconds per step, saves beside the training": asynchronous,
+        "seconds per step, saves waited for": synchronous,
+        "longer by, of the time between saves (beside)": (asynchronous - without) / between,
+        "longer by, of the time between saves (waited for)": (synchronous - without) / between,
+        "seconds per save that training waits for (beside)": (asynchronous - without) * EVERY,
         "bytes of a checkpoint": writes[0]["bytes"],
         "MB/s of the writer, checksums included": median(one["writer"] for one in writes),
         "MB/s of a plain write": median(one["plain"] for one in writes),
@@ -101,13 +101,13 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
 def step(policy: Policy, number: int) -> None:
     generator = torch.Generator().manual_seed(number)
     tokens = torch.randint(VOCAB_SIZE, (SEQUENCES, TOKENS), generator=generator).tolist()
-    batch = Rollouts.from_demonstrations([row[:16] for row in tokens], [row[16:] for row in tokens])
-    schedule = policy.schedule(batch.sequence_lengths)
-    policy.train_step(batch, schedule, Supervised(float(batch.response_lengths.sum())), lr=1e-4)
+    rollouts = Rollouts.from_demonstrations([row[:16] for row in tokens], [row[16:] for row in tokens])
+    schedule = policy.schedule(rollouts.sequence_lengths)
+    policy.train_step(rollouts, schedule, Supervised(float(rollouts.response_lengths.sum())), lr=1e-4)
 
 
 def run(policy: Policy, config: Config, in_background: bool | None) -> float:
-    """Mean seconds of a step, the last save included until it has its name; None saves nothing."""
+    """Mean seconds per step; None saves nothing."""
     pending: PendingCheckpoint | None = None
     started = time.perf_counter()
     for number in range(1, STEPS + 1):
@@ -125,20 +125,20 @@ def run(policy: Policy, config: Config, in_background: bool | None) -> float:
                 pending.complete()
                 pending = None
     seconds = time.perf_counter() - started
-    if pending is not None:  # it would overlap with the steps that follow
+    if pending is not None:  # it would overlap with the next run
         pending.complete()
     shutil.rmtree(Path(config.run.dir) / "checkpoints", ignore_errors=True)
     return seconds / STEPS
 
 
 def write_one(policy: Policy, config: Config, folder: Path) -> dict[str, float]:
-    """One checkpoint, and as many bytes from memory, both until they are on the disk."""
+    """One checkpoint, and a plain write of as many bytes, both until they are on disk."""
     started = time.perf_counter()
-    saving = PendingCheckpoint(policy, config, RunProgress("step", 1))
-    saving.complete()
+    pending = PendingCheckpoint(policy, config, RunProgress("step", 1))
+    pending.complete()
     seconds = time.perf_counter() - started
-    size = sum(path.stat().st_size for path in saving.final.iterdir())
-    shutil.rmtree(saving.final)
+    size = sum(path.stat().st_size for path in pending.final.iterdir())
+    shutil.rmtree(pending.final)
     content = memoryview(bytearray(os.urandom(2**20)) * (size // 2**20))
     started = time.perf_counter()
     with (folder / "plain").open("wb") as file:

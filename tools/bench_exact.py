@@ -1,11 +1,11 @@
-"""What does exact mode cost?  The quickstart twice, with `rollout.local.exact=true` and without.
+"""Benchmarks exact mode: the quickstart with and without `rollout.local.exact=true` → records/exact.json
 
-python tools/bench_exact.py                # two whole quickstarts → records/exact.json
+python tools/bench_exact.py                # two whole quickstarts
 python tools/bench_exact.py --steps 20     # shorter ones; prints only
 
-Both run on one thread, one after the other, from the same seed.  Rounding makes them part after some
-steps, so phases are also given per thousand response tokens.  Exit code 1 where any step of the
-exact run has a largest |Δ log π| other than 0, or the run without has none.
+Both run on one thread, one after the other, from the same seed.  Rounding makes them diverge after some
+steps, so times are also given per thousand response tokens.  Exit code 1 where any step of the exact run has
+a maximum |Δ log π| other than 0, or where the run without exact mode has no difference at all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="so many OPO steps; nothing is recorded")
+    parser.add_argument("--steps", type=int, metavar="N", help="number of OPO steps; writes no record")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results: dict[str, Any] = {
@@ -44,16 +44,16 @@ def main() -> int:
         print(f"written to {write_record('exact', results)}")
     differences = results["exact"]["largest |Δ log π| of every step"]
     is_exact = bool(differences) and all(difference == 0.0 for difference in differences)
-    is_live = max(results["usual"]["largest |Δ log π| of every step"]) > 0
+    has_difference = max(results["usual"]["largest |Δ log π| of every step"]) > 0
     if not is_exact:
         print(f"NOT MET: every step is exact; the largest difference is {max(differences, default=None)}")
-    if not is_live:
+    if not has_difference:
         print("NOT MET: without exact mode there is a difference to remove")
-    return 0 if is_exact and is_live else 1
+    return 0 if is_exact and has_difference else 1
 
 
 def measure(run: Path, settings: tuple[str, ...], steps: int | None) -> dict[str, Any]:
-    """One quickstart by the real command."""
+    """One quickstart by `opo train`."""
     command = [sys.executable, "-m", "opo_megatron", "train", str(ROOT / "recipes" / "quickstart.yaml")]
     command += [f"run.dir={run}", *settings]
     if steps is not None:
@@ -75,7 +75,7 @@ def measure(run: Path, settings: tuple[str, ...], steps: int | None) -> dict[str
 
 
 def seconds_per_token(row: dict[str, Any], name: str) -> float:
-    """Of one step and phase, evaluation left out."""
+    """Seconds per response token of one step and phase, evaluation excluded."""
     if name == "seconds of a step":
         seconds = row["time/step"] - row.get("time/eval", 0.0)
     else:

@@ -1,15 +1,14 @@
-"""What does the head take?  Ours, Megatron's and autograd's, in seconds and memory → records/head.json.
+"""Benchmarks the LM head against Megatron's and autograd's, in seconds and memory → records/head.json
 
     python tools/bench_head.py                          # both sizes, one thread
     python tools/bench_head.py --sizes 512x4096x256     # tokens × vocabulary × hidden; writes nothing
 
-All three give per-token log-probabilities and the gradients of Σ c·log π with respect to hidden states
-and output matrix, which is added to a buffer that exists already.  `ours` gives entropy and Σπ² besides.
-`megatron` is `vocab_parallel_cross_entropy` on whole logits, as its GPT model calls it; `autograd` is
-log_softmax and gather; `floor` is the three matrix products alone.  Seconds: all in one process in
-turns, the least of each, since what disturbs a pass makes it longer.  Memory: each in a process of its
-own, the peak resident set of the first pass over that before it.  Exit code 1 where a limit is not kept
-or results differ.
+All three compute per-token log-probabilities and the gradients of Σ c·log π with respect to hidden states
+and output matrix, the latter accumulated into an existing buffer.  `ours` also computes entropy and Σπ².
+`megatron` is `vocab_parallel_cross_entropy` on full logits, as its GPT model calls it; `autograd` is
+log_softmax and gather; `floor` is the three matrix products alone.  Seconds: interleaved in one process, the
+minimum of each, because noise only adds time.  Memory: each in its own process, the peak resident set of the
+first pass minus that before it.  Exit code 1 where a limit is not met or results differ.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ SIZES = ("2048x32768x512", "2048x65536x1024")
 ARMS = ("ours", "megatron", "autograd")
 ROUNDS = 5
 LARGEST_MEMORY = 0.15
-"""Times autograd's."""
+"""Multiple of autograd's."""
 LARGEST_TIME = 1.0
-"""Times the fastest other's."""
+"""Multiple of the fastest other head's."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", nargs="+", metavar="TxVxH", help="other sizes; nothing is recorded")
+    parser.add_argument("--sizes", nargs="+", metavar="TxVxH", help="other sizes; writes no record")
     parser.add_argument("--arms", nargs=2, metavar=("SIZE", "NAMES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arms:
@@ -70,11 +69,11 @@ def main() -> int:
 
 
 def compare(size: str) -> dict[str, Any]:
-    """The three heads on the same numbers."""
-    alone = {arm: in_a_process(size, arm) for arm in ARMS}
-    seconds = in_a_process(size, ",".join((*ARMS, "floor")))["seconds"]
-    memory = {arm: found["bytes over baseline"] for arm, found in alone.items()}
-    norms = {arm: found["norms"] for arm, found in alone.items()}
+    """The three heads on the same inputs."""
+    alone = {arm: in_subprocess(size, arm) for arm in ARMS}
+    seconds = in_subprocess(size, ",".join((*ARMS, "floor")))["seconds"]
+    memory = {arm: result["bytes over baseline"] for arm, result in alone.items()}
+    norms = {arm: result["norms"] for arm, result in alone.items()}
     return {
         "seconds": seconds,
         "bytes over baseline": memory,
@@ -90,29 +89,29 @@ def compare(size: str) -> dict[str, Any]:
     }
 
 
-def in_a_process(size: str, arms: str) -> dict[str, Any]:
+def in_subprocess(size: str, arms: str) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", __file__, "--arms", size, arms]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{size}  {arms}: {found}", flush=True)
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{size}  {arms}: {result}", flush=True)
+    return result
 
 
 def run_arms(size: str, names: list[str]) -> dict[str, Any]:
-    """Passes of some heads in turns; what the first pass of the first head took and gave."""
+    """Interleaved passes of some heads; memory and results are those of the first head's first pass."""
     import torch
 
-    tokens, rows, width = (int(number) for number in size.split("x"))
+    tokens, rows, hidden_size = (int(number) for number in size.split("x"))
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, width, generator=generator)
-    weight = torch.randn(rows, width, generator=generator) * 0.05
+    hidden = torch.randn(tokens, hidden_size, generator=generator)
+    weight = torch.randn(rows, hidden_size, generator=generator) * 0.05
     targets = torch.randint(0, rows, (tokens,), generator=generator)
     coefficients = torch.randn(tokens, generator=generator) / tokens
     d_weight = torch.zeros_like(weight)
     heads = {"ours": ours, "megatron": megatron, "autograd": autograd, "floor": floor}
     works = {name: heads[name](hidden, weight, targets, coefficients, d_weight) for name in names}
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     log_probs, d_hidden = works[names[0]]()
     peak = resident("VmHWM") - before
     named = {"log π": log_probs, "dH": d_hidden, "dW": d_weight}
@@ -160,7 +159,7 @@ def megatron(hidden: Any, weight: Any, targets: Any, coefficients: Any, d_weight
     initialize(load_config(str(recipe), ["run.dir=unused"], 1))
 
     def log_probs(hidden: Any, weight: Any) -> Any:
-        logits = hidden.unsqueeze(1) @ weight.t()  # [s, b, V], as Megatron has them
+        logits = hidden.unsqueeze(1) @ weight.t()  # [s, b, V], as in Megatron
         return -vocab_parallel_cross_entropy(logits.float(), targets.unsqueeze(1))[:, 0]
 
     return differentiated(log_probs, hidden, weight, coefficients, d_weight)
@@ -174,7 +173,7 @@ def autograd(hidden: Any, weight: Any, targets: Any, coefficients: Any, d_weight
 
 
 def floor(hidden: Any, weight: Any, targets: Any, coefficients: Any, d_weight: Any) -> Work:
-    """z = H Wᵀ, dH = dz W and dW += dzᵀ H as three whole matrix products, whatever the numbers."""
+    """z = H Wᵀ, dH = z W and dW += zᵀ H: three full matrix products, with meaningless values."""
     import torch
 
     def work() -> tuple[Any, Any]:
@@ -189,14 +188,14 @@ def floor(hidden: Any, weight: Any, targets: Any, coefficients: Any, d_weight: A
 def differentiated(
     log_probs: Callable[[Any, Any], Any], hidden: Any, weight: Any, coefficients: Any, d_weight: Any
 ) -> Work:
-    """Log-probabilities with gradients by autograd, that of the weight added to `d_weight`."""
+    """Log-probabilities with gradients by autograd; the weight's is accumulated in `d_weight`."""
 
     def work() -> tuple[Any, Any]:
         leaf, matrix = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
         leaf.grad, matrix.grad = None, d_weight
-        found = log_probs(leaf, matrix)
-        (coefficients * found).sum().backward()
-        return found.detach(), leaf.grad
+        log_prob = log_probs(leaf, matrix)
+        (coefficients * log_prob).sum().backward()
+        return log_prob.detach(), leaf.grad
 
     return work
 

@@ -1,15 +1,15 @@
-"""How fast is the loop?  One quickstart from a clean checkout, then decoding and training beside what
-a user would write instead, with the same weights and the same samples, on one thread.
+"""Benchmarks the loop: a quickstart from a clean checkout, then decoding and training against the usual
+implementations, with the same weights and the same samples, on one thread → records/loop.json
 
-python tools/bench_loop.py                            # clone, `make quickstart`, compare → records/loop.json
+python tools/bench_loop.py                            # clone, `make quickstart`, compare
 python tools/bench_loop.py --run runs/quickstart      # compare only, on a finished quickstart; writes nothing
 
-Decoding is compared with transformers' `generate` on the same prompts: once with its usual cache and
-answers that end where they end (real tokens per second), once with its static cache and every answer
-run to full length.  At the end of the quickstart all answers are of one length, and `generate` wastes
-nothing on those that have ended; after the warm start they differ.  Training is compared with the same
-model in plain PyTorch (`plain_torch.py`) on the same micro-batches, every sample of which has an
-advantage.  Exit code 1 where a claim of `CLAIMS` does not hold.
+Decoding is compared with transformers' `generate` on the same prompts: with its default cache and stop tokens
+(counting real tokens per second), and with its static cache and every response at maximum length.  At the end
+of the quickstart all responses have the same length, so `generate` wastes nothing on finished ones; after the
+warm start lengths differ.  Training is compared with the same model in plain PyTorch (`bench/plain_torch.py`)
+on the same micro-batches, all with nonzero advantages.  Exit code 1 where a requirement of `CLAIMS` is not
+met.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PHASES = ("rollout", "reward", "train", "sync")
 REPEATS = 7
 
 CLAIMS: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "decoding answers of different lengths (after the warm start): at least 2.2 × generate": lambda r: (
+    "decoding responses of different lengths (after the warm start): at least 2.2 × generate": lambda r: (
         r["decoding"]["after the warm start"]["natural stops, ours / generate"] >= 2.2
     ),
     "decoding at full length: at least generate's static cache": lambda r: all(
@@ -54,7 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, metavar="DIR", help="a finished quickstart; nothing is recorded")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="a finished quickstart; writes no record")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.run is not None:
@@ -96,7 +96,7 @@ def rows_of(run: Path, name: str) -> list[dict[str, Any]]:
 
 
 def shares(run: Path, total: float) -> dict[str, Any]:
-    """Where the seconds of a whole `make quickstart` went, as shares of `total`."""
+    """Seconds of a whole `make quickstart` by phase, and as shares of `total`."""
     rows, warm = rows_of(run, "metrics.jsonl"), rows_of(run, "warm_start.jsonl")
     seconds = {"warm start": sum(row["time/step"] for row in warm)}
     for phase in (*PHASES, "eval"):
@@ -105,7 +105,7 @@ def shares(run: Path, total: float) -> dict[str, Any]:
 
 
 def phases(run: Path) -> dict[str, Any]:
-    """Median seconds of an OPO step of 48 × 8 samples, by phase, evaluations left out."""
+    """Median seconds of an OPO step of 48 × 8 samples, by phase, evaluations excluded."""
     rows = rows_of(run, "metrics.jsonl")[1:]
     without_evaluation = [row["time/step"] - row.get("time/eval", 0.0) for row in rows]
     return {
@@ -116,7 +116,7 @@ def phases(run: Path) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------- beside what else there is
+# ---------------------------------------------------------------------- comparisons
 
 
 def compare(run: Path, folder: Path) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def measure(checkpoint: Path, folder: Path) -> tuple[dict[str, float], dict[str,
 
 
 def best_of(*candidates: Callable[[], int]) -> list[float]:
-    """Most tokens per second of each candidate, taken in turns so that all meet the same machine."""
+    """Maximum tokens per second of each candidate, interleaved so that load on the machine affects all."""
     best = [0.0] * len(candidates)
     for _ in range(REPEATS):
         for i, candidate in enumerate(candidates):
@@ -175,7 +175,7 @@ def decoding(run: Any, weights: dict[str, Any]) -> dict[str, float]:
         rollouts = run.generation.engine.generate(requests, replace(sampling, stop_tokens=stops))
         return int(rollouts.response_lengths.sum())
 
-    def theirs(stop: int | None, cache: str | None) -> int:
+    def reference(stop: int | None, cache: str | None) -> int:
         output = model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
@@ -190,16 +190,16 @@ def decoding(run: Any, weights: dict[str, Any]) -> dict[str, float]:
         responses = output[:, prompts.shape[1] :]
         if stop is None:
             return responses.numel()
-        ended = (responses == stop).cumsum(1) > 0
-        return int((~ended).sum() + ended.any(1).sum())
+        finished = (responses == stop).cumsum(1) > 0
+        return int((~finished).sum() + finished.any(1).sum())
 
     names = ("ours", "generate", "ours, full length", "generate, full length", "generate, static cache")
     rates = best_of(
         lambda: ours((stop,)),
-        lambda: theirs(stop, None),
+        lambda: reference(stop, None),
         lambda: ours(()),
-        lambda: theirs(None, None),
-        lambda: theirs(None, "static"),
+        lambda: reference(None, None),
+        lambda: reference(None, "static"),
     )
     speed = dict(zip(names, rates, strict=True))
     return {f"tokens per second: {name}": rate for name, rate in speed.items()} | {
@@ -217,7 +217,7 @@ def hugging_face_model(run: Any, weights: dict[str, Any]) -> Any:
     import transformers
 
     model = run.config.policy.model
-    built = transformers.LlamaForCausalLM(
+    hf_model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=run.task.vocab_size,
             hidden_size=model.hidden_size,
@@ -234,8 +234,8 @@ def hugging_face_model(run: Any, weights: dict[str, Any]) -> Any:
             eos_token_id=None,
         )
     ).eval()
-    built.load_state_dict(weights, strict=True)
-    return built
+    hf_model.load_state_dict(weights, strict=True)
+    return hf_model
 
 
 def training(run: Any, weights: dict[str, Any]) -> dict[str, float]:
@@ -247,13 +247,13 @@ def training(run: Any, weights: dict[str, Any]) -> dict[str, float]:
     from opo_megatron.rollout.requests import requests_for, training_sampling
 
     requests = requests_for(run.prompts(1), run.config.rollout.samples_per_prompt, run.parallel)
-    drawn = run.generation.engine.generate(requests, training_sampling(run.config, run.task, 1))
-    # Advantages without a zero: every sample takes part in both.
-    drawn.advantages = torch.randn(len(requests), generator=torch.Generator().manual_seed(1)).double()
-    lengths = drawn.prompt_lengths + drawn.response_lengths
+    all_rollouts = run.generation.engine.generate(requests, training_sampling(run.config, run.task, 1))
+    # No advantage is 0, so neither implementation skips a sample.
+    all_rollouts.advantages = torch.randn(len(requests), generator=torch.Generator().manual_seed(1)).double()
+    lengths = all_rollouts.prompt_lengths + all_rollouts.response_lengths
     schedule, tokens = run.policy.schedule(lengths), int(lengths.sum())
-    batch = drawn.select(schedule.samples_of(0))
-    normalizer = float(drawn.response_lengths.sum())
+    rollouts = all_rollouts.select(schedule.samples_of(0))
+    normalizer = float(all_rollouts.response_lengths.sum())
     optimizer = run.config.optimizer
     plain = PlainModel(run.config.policy.model, run.task.vocab_size, weights)
     adam = torch.optim.AdamW(
@@ -263,17 +263,17 @@ def training(run: Any, weights: dict[str, Any]) -> dict[str, float]:
 
     def ours() -> int:
         objective = PolicyGradient(normalizer, run.config.rollout.temperature)
-        metrics = run.policy.train_step(batch, schedule, objective, 0.0, run.check_on_policy)
+        metrics = run.policy.train_step(rollouts, schedule, objective, 0.0, run.check_on_policy)
         norms["ours"] = metrics.grad_norm
         return tokens
 
-    def theirs() -> int:
-        advantage = torch.repeat_interleave(batch.advantages, batch.response_lengths).float()
-        micro = build_micro_batches(batch, schedule, 0, {"advantages": advantage}, 1, run.parallel.device)
+    def plain_torch() -> int:
+        advantages = torch.repeat_interleave(rollouts.advantages, rollouts.response_lengths).float()
+        micro = build_micro_batches(rollouts, schedule, 0, {"advantages": advantages}, 1, run.parallel.device)
         norms["plain"] = policy_gradient_step(plain, adam, micro, normalizer, optimizer.clip)
         return tokens
 
-    rates = best_of(ours, theirs)
+    rates = best_of(ours, plain_torch)
     if abs(norms["ours"] / norms["plain"] - 1) > 1e-4:
         raise RuntimeError(f"the two steps do not compute the same gradient: norms {norms}")
     return {

@@ -1,17 +1,17 @@
-"""How near `opo plan` comes: memory to what CPU ranks allocate, times to what others have published.
+"""Accuracy of `opo plan`: memory against allocations of CPU ranks, times against published throughput.
 
     python tools/bench_plan.py             everything; writes records/plan.json
-    python tools/bench_plan.py --memory    only memory, nothing is written (CPU ranks: two minutes)
-    python tools/bench_plan.py --times     only times, nothing is written
+    python tools/bench_plan.py --memory    only memory; writes nothing (CPU ranks: two minutes)
+    python tools/bench_plan.py --times     only times; writes nothing
 
 Memory: `tools/bench/plan_memory.py`, six layouts; within 10 % on every rank, else exit code 1.
 
-Times: one constant, `step_overhead`, is fitted to the first row; the others are predictions, whose errors are
-stated as they come.  The rows are GRPO's on H100s in bf16, on-policy (NeMo RL's performance summary), with
-the usual 5 units of compute per step: old and reference log-probabilities besides the update.  Sequences
-are packed, so there is no padding, and the sync is left to the overhead.  Assumed where a row does not say:
-2,048 rollouts of at most 4,096 tokens; 3,206 tokens on average of Qwen3-32B, which is what an earlier edition
-of the same table says; prompts of 100 tokens.  The last row is training alone.
+Times: one constant, `step_overhead`, is fitted to the first row; the others are predictions, reported with
+their errors.  The rows are on-policy GRPO on H100s in bf16 (NeMo RL's performance summary), with the usual 5
+units of compute per step: old and reference log-probabilities in addition to the update.  Sequences are
+packed, so there is no padding, and the sync is part of the overhead.  Assumed where a row does not state it:
+2,048 rollouts of at most 4,096 tokens; a mean of 3,206 tokens for Qwen3-32B, from an earlier version of the
+same table; prompts of 100 tokens.  The last row is training alone.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from typing import Any
 from bench.record import write_record
 
 LARGEST_ERROR = 0.1
-"""Of memory."""
+"""Maximum relative error of memory."""
 LARGEST_MISFIT = 0.01
-"""Of the fitted row: the constant in the table is the fitted one, rounded."""
+"""Maximum relative error of the fitted row, whose constant is rounded."""
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedRun:
     """One published run."""
 
     model: str
@@ -41,7 +41,7 @@ class Row:
     tokens_per_gpu: float
     """Tokens per second and GPU."""
     mean_tokens: float
-    """Per sample, prompt and response."""
+    """Mean tokens of a sample, prompt and response."""
     pipeline: int
     data_parallel: int
     engine_tp: int
@@ -50,8 +50,8 @@ class Row:
     prompt: float = 100.0
 
 
-FITTED = Row("Llama-3.1-8B", 16, 1581, 1019, pipeline=2, data_parallel=8, engine_tp=1)
-PREDICTED = (Row("Qwen3-32B", 32, 571, 3206, pipeline=4, data_parallel=2, engine_tp=4),)
+FITTED = PublishedRun("Llama-3.1-8B", 16, 1581, 1019, pipeline=2, data_parallel=8, engine_tp=1)
+PREDICTED = (PublishedRun("Qwen3-32B", 32, 571, 3206, pipeline=4, data_parallel=2, engine_tp=4),)
 
 
 def main() -> int:
@@ -69,40 +69,42 @@ def main() -> int:
     print(json.dumps(results, indent=2))
     if not (options.memory or options.times):
         print(f"written to {write_record('plan', results)}")
-    missed = misses(results)
+    missed = unmet(results)
     for line in missed:
         print(f"NOT MET: {line}")
     return 1 if missed else 0
 
 
-def misses(results: dict[str, Any]) -> list[str]:
+def unmet(results: dict[str, Any]) -> list[str]:
     missed = [
-        f"memory of {layout}: off by {found['largest error']:.1%}, at most {LARGEST_ERROR:.0%}"
-        for layout, found in results.get("memory", {}).items()
-        if found["largest error"] > LARGEST_ERROR
+        f"memory of {layout}: off by {result['largest error']:.1%}, at most {LARGEST_ERROR:.0%}"
+        for layout, result in results.get("memory", {}).items()
+        if result["largest error"] > LARGEST_ERROR
     ]
     fitted = results.get("times", {}).get("fitted", {"error": 0.0})
     if abs(fitted["error"]) > LARGEST_MISFIT:
-        missed.append(f"the fitted row is off by {fitted['error']:.1%}: step_overhead in hardware.py is old")
+        missed.append(
+            f"the fitted row is off by {fitted['error']:.1%}: step_overhead in hardware.py is out of date"
+        )
     return missed
 
 
 def memory() -> dict[str, Any]:
     from bench.plan_memory import LAYOUTS, measured, predicted
 
-    found = {}
+    results = {}
     for layout in LAYOUTS:
         with tempfile.TemporaryDirectory() as folder:
             allocated = measured(layout, Path(folder))
         counted = predicted(layout)
-        errors = [ours / theirs - 1 for ours, theirs in zip(counted, allocated, strict=True)]
-        found[layout] = {
+        errors = [count / bytes_ - 1 for count, bytes_ in zip(counted, allocated, strict=True)]
+        results[layout] = {
             "bytes allocated": allocated,
             "bytes counted": counted,
             "largest error": max(map(abs, errors)),
         }
-        print(f"{layout}: {found[layout]}", flush=True)
-    return found
+        print(f"{layout}: {results[layout]}", flush=True)
+    return results
 
 
 def times() -> dict[str, Any]:
@@ -132,19 +134,21 @@ def times() -> dict[str, Any]:
     }
 
 
-def compare(row: Row) -> dict[str, float]:
-    found = row.samples * row.mean_tokens / step_seconds(row) / row.gpus
-    return {"published": row.tokens_per_gpu, "predicted": found, "error": found / row.tokens_per_gpu - 1}
+def compare(row: PublishedRun) -> dict[str, float]:
+    predicted = row.samples * row.mean_tokens / step_seconds(row) / row.gpus
+    return {
+        "published": row.tokens_per_gpu, "predicted": predicted, "error": predicted / row.tokens_per_gpu - 1,
+    }  # fmt: skip
 
 
-def step_seconds(row: Row) -> float:
-    """A step of a published run, by the planner's model."""
+def step_seconds(row: PublishedRun) -> float:
+    """Seconds per step of a published run, by the planner's model."""
     from opo_megatron.plan.times import step_times
 
     return step_times(work_of(row), sync=0.0, moved_bytes=0).step
 
 
-def work_of(row: Row) -> Any:
+def work_of(row: PublishedRun) -> Any:
     from opo_megatron.config.schema import Config
     from opo_megatron.plan.engine import kv_bytes_per_token, weight_bytes
     from opo_megatron.plan.hardware import GPUS
@@ -178,13 +182,15 @@ def work_of(row: Row) -> Any:
 
 
 def training_ceiling(sequence: int, bubble: float) -> float:
-    """Tokens per second and GPU of training Llama-3-70B in FP8, and nothing else."""
+    """Tokens per second and GPU of training Llama-3-70B in FP8, without rollouts."""
     from dataclasses import replace
 
     from opo_megatron.plan.lengths import Lengths
     from opo_megatron.plan.times import training_seconds
 
-    work = work_of(Row("Llama-3-70B", 64, 1664, sequence / 2, pipeline=8, data_parallel=2, engine_tp=8))
+    work = work_of(
+        PublishedRun("Llama-3-70B", 64, 1664, sequence / 2, pipeline=8, data_parallel=2, engine_tp=8)
+    )
     lengths = Lengths(128, 0.0, float(sequence), 0, sequence)
     work = replace(
         work,

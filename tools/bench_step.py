@@ -1,14 +1,14 @@
-"""What does a training step of OPO take beside GRPO's, and what does skipping save?  → records/step.json
+"""Benchmarks OPO's training step against GRPO's, and skipped zero-advantage samples → records/step.json
 
     python tools/bench_step.py                  # one thread, about five minutes
     python tools/bench_step.py --no-record --rounds 2
 
-Same model, same samples, same Megatron, one process; rollouts and weight sync, which all share, are left
-out.  `usual GRPO` runs a pass for old log-probabilities, one for those of the start weights, and one
-clipped update with a KL; `GRPO, one update, no KL` leaves out the second; `the same, old log-probabilities
-free` also the first, as implementations do that take them from the update itself.  All in turns, the
-least of each.  Then OPO with growing shares of samples whose advantage is 0, which run forward only, one
-of them as found in the quickstart where its reward is about 0.9.  Exit code 1 where a limit is not kept.
+Same model, same samples, same Megatron, one process; rollouts and weight sync, equal for all, are left out.
+`usual GRPO` runs a pass for old log-probabilities, one for reference log-probabilities, and one clipped
+update with a KL term; `GRPO, one update, no KL` omits the second; `the same, old log-probabilities free` also
+the first, as implementations do that get them from the update itself.  Interleaved, the minimum of each.
+Then OPO with increasing shares of zero-advantage samples, which run forward-only; one share is measured on
+the quickstart where its reward is about 0.9.  Exit code 1 where a limit is not met.
 """
 
 from __future__ import annotations
@@ -46,30 +46,30 @@ SHARES = (0.0, 0.25, 0.5, 0.75)
 LIMITS = {"OPO / usual GRPO": 0.65, "OPO / GRPO, one update, no KL": 1.0}
 QUICKSTART_STEPS = 100
 NEAR = (0.87, 0.93)
-"""Rewards that count as about 0.9."""
+"""Mean rewards that count as about 0.9."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="of each arm (default 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each arm (default: 5)")
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args()
-    found_share = share_without_signal()
-    print(f"quickstart at a reward of 0.9: {found_share:.0%} of the samples have no signal", flush=True)
-    seconds = time_arms(options.rounds, (*SHARES, found_share))
+    zero_share = zero_advantage_share()
+    print(f"quickstart at a reward of 0.9: {zero_share:.0%} of the samples have advantage 0", flush=True)
+    seconds = time_arms(options.rounds, (*SHARES, zero_share))
     opo = seconds["OPO"]
     results: dict[str, Any] = {
         "model": MODEL | {"vocabulary": VOCABULARY},
         "samples": SAMPLES,
         "seconds": seconds,
         **{f"OPO / {name}": opo / seconds[name] for name in seconds if "GRPO" in name},
-        "share without signal at a reward of 0.9": found_share,
-        "with skipping at a reward of 0.9 / usual GRPO": seconds[skipping(found_share)]
+        "share without signal at a reward of 0.9": zero_share,
+        "with skipping at a reward of 0.9 / usual GRPO": seconds[skipping(zero_share)]
         / seconds["usual GRPO"],
         "time by share skipped, of OPO's without": {
-            f"{share:.2f}": seconds[skipping(share)] / opo for share in (*SHARES[1:], found_share)
+            f"{share:.2f}": seconds[skipping(share)] / opo for share in (*SHARES[1:], zero_share)
         },
     }
     print(json.dumps(results, indent=2))
@@ -82,8 +82,8 @@ def main() -> int:
     return 1 if missed else 0
 
 
-def share_without_signal() -> float:
-    """Of a quickstart's samples, over its steps with a mean reward of about 0.9."""
+def zero_advantage_share() -> float:
+    """Share of zero-advantage samples in a quickstart, over its steps with a mean reward of about 0.9."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "opo_megatron", "train", str(RECIPE), f"run.dir={folder}/run"]
         command += [f"train.steps={QUICKSTART_STEPS}", "eval.every_steps=0", "eval.problems=16"]
@@ -96,12 +96,12 @@ def share_without_signal() -> float:
 
 
 def skipping(share: float) -> str:
-    """Name of the arm."""
+    """Name of the arm with this share of zero-advantage samples."""
     return f"OPO, {share:.0%} without signal" if share else "OPO"
 
 
 def time_arms(rounds: int, shares: tuple[float, ...]) -> dict[str, float]:
-    """Least seconds of every arm's step."""
+    """Minimum seconds of every arm's step."""
     overrides = [f"policy.model.{key}={value}" for key, value in MODEL.items()]
     config = load_config(RECIPE, ["run.dir=unused", "policy.device=cpu", *overrides])
     parallel = initialize(config)
@@ -110,49 +110,51 @@ def time_arms(rounds: int, shares: tuple[float, ...]) -> dict[str, float]:
     arms = grpo_arms(policy, policy.shards_of(weights)) | {
         skipping(share): opo_arm(policy, share) for share in shares
     }
-    least = dict.fromkeys(arms, float("inf"))
+    minimum = dict.fromkeys(arms, float("inf"))
     for number in range(rounds):
         for name, step in arms.items():
             started = time.perf_counter()
             step()
-            least[name] = min(least[name], time.perf_counter() - started)
-            print(f"round {number + 1}  {name}: {least[name]:.2f} s", flush=True)
+            minimum[name] = min(minimum[name], time.perf_counter() - started)
+            print(f"round {number + 1}  {name}: {minimum[name]:.2f} s", flush=True)
     shutdown()
-    return least
+    return minimum
 
 
 def opo_arm(policy: Policy, share: float) -> Callable[[], object]:
     """OPO's one update, where `share` of the samples have advantage 0."""
-    batch = samples()
-    assert batch.advantages is not None
-    batch.advantages[: round(share * SAMPLES)] = 0
-    zero_advantage = batch.advantages == 0
+    rollouts = samples()
+    assert rollouts.advantages is not None
+    rollouts.advantages[: round(share * SAMPLES)] = 0
+    zero_advantage = rollouts.advantages == 0
 
     def step() -> None:
-        schedule = policy.schedule(batch.sequence_lengths, zero_advantage)
-        policy.train_step(batch.select(schedule.samples_of(0)), schedule, PolicyGradient(1000.0, 1.0), 1e-5)
+        schedule = policy.schedule(rollouts.sequence_lengths, zero_advantage)
+        policy.train_step(
+            rollouts.select(schedule.samples_of(0)), schedule, PolicyGradient(1000.0, 1.0), 1e-5
+        )
 
     return step
 
 
-def grpo_arms(policy: Policy, start: Any) -> dict[str, Callable[[], object]]:
-    """The clipped update, with the passes that it takes."""
-    batch = samples()
-    schedule = policy.schedule(batch.sequence_lengths)
-    batch = batch.select(schedule.samples_of(0))
-    batch.old_log_prob = policy.log_probs(batch, schedule, 1.0)
+def grpo_arms(policy: Policy, reference: Any) -> dict[str, Callable[[], object]]:
+    """The clipped update, with the forward passes that it needs."""
+    rollouts = samples()
+    schedule = policy.schedule(rollouts.sequence_lengths)
+    rollouts = rollouts.select(schedule.samples_of(0))
+    rollouts.old_log_prob = policy.log_probs(rollouts, schedule, 1.0)
 
     def update(kl_coefficient: float) -> None:
-        policy.train_step(batch, schedule, Clipped(1000.0, 1.0, 0.2, 0.2, kl_coefficient), 1e-5)
+        policy.train_step(rollouts, schedule, Clipped(1000.0, 1.0, 0.2, 0.2, kl_coefficient), 1e-5)
 
     def one_update() -> None:
-        batch.old_log_prob = policy.log_probs(batch, schedule, 1.0)
+        rollouts.old_log_prob = policy.log_probs(rollouts, schedule, 1.0)
         update(0.0)
 
     def usual() -> None:
-        batch.old_log_prob = policy.log_probs(batch, schedule, 1.0)
-        with policy.swap_weights(start):
-            batch.reference_log_prob = policy.log_probs(batch, schedule, 1.0)
+        rollouts.old_log_prob = policy.log_probs(rollouts, schedule, 1.0)
+        with policy.swap_weights(reference):
+            rollouts.reference_log_prob = policy.log_probs(rollouts, schedule, 1.0)
         update(0.1)
 
     return {
@@ -163,7 +165,7 @@ def grpo_arms(policy: Policy, start: Any) -> dict[str, Callable[[], object]]:
 
 
 def samples() -> Rollouts:
-    """Random tokens; every second sample is rewarded, so that all have an advantage; shuffled lengths."""
+    """Random tokens and lengths; every second sample is rewarded, so that no advantage is 0."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(LONGEST // 2, LONGEST + 1, (SAMPLES,), generator=generator).tolist()
     tokens = [torch.randint(VOCABULARY, (PROMPT + n,), generator=generator).tolist() for n in lengths]

@@ -1,15 +1,15 @@
-"""How long does a weight sync take?  A real SGLang server against a bare copy of the same bytes.
+"""Benchmarks weight sync to a real SGLang server against a bare copy of the same bytes → records/sync.json
 
-    python tools/bench_sync.py                          # 10 and 200 million parameters → records/sync.json
-    python tools/bench_sync.py --sizes 10M --repeats 2  # a quick look; writes nothing
+    python tools/bench_sync.py                          # 10 and 200 million parameters
+    python tools/bench_sync.py --sizes 10M --repeats 2  # a quick run; writes nothing
 
-Per transport, in turns: `sync`, all that a training step does (pause, flush, open, send, close, new
-version, continue); and `bare`, the same bytes over the same path into memory of another process that
-does nothing else: one copy into shared memory and one out of it (tensor), one gloo broadcast into
-memory that is new each time and one copy out of it (distributed), one file written and read (disk).
-Medians, after one round that does not count.  `broadcast` is the broadcast alone, into memory that has
-been touched, which no receiver has that must still sort tensors into a model.  Memory is the trainer's
-peak during a sync less that before it, shared memory included.  Exit code 1 where a limit is not kept.
+Per transport, interleaved: `sync`, everything a training step does (pause, flush, open, send, close, new
+version, continue); and `bare`, the same bytes by the same path into another process that does nothing else:
+one copy into shared memory and one out of it (tensor), one gloo broadcast into newly allocated memory and
+one copy out of it (distributed), one file written and read (disk).  Medians, after one warm-up round.
+`broadcast` is the broadcast alone into pages already mapped: a lower bound, because a real receiver must
+still copy tensors into a model.  Memory is the trainer's peak during a sync minus that before it, shared
+memory included.  Exit code 1 where a limit is not met.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from bench_weights import resident
 ROOT = Path(__file__).parent.parent
 TRANSPORTS = ("tensor", "distributed", "disk")
 LARGEST_TIME = 2.0
-"""Times a bare copy, for `tensor` and `distributed`."""
+"""Multiple of a bare copy, for `tensor` and `distributed`."""
 LARGEST_MEMORY = 2.0
-"""Buckets."""
+"""In buckets."""
 
 SIZES: dict[str, dict[str, int]] = {  # Llama shapes
     "10M": {
@@ -57,7 +57,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="some only; writes nothing")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="only these sizes; writes nothing")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument(
         "--sglang-python", default=str(ROOT / ".venv-sglang" / "bin" / "python"), metavar="PYTHON",
@@ -76,16 +76,16 @@ def main() -> int:
     if options.sizes is None:
         print(f"written to {write_record('sync', results)}")
     missed = [
-        f"{size}, {transport}: {found['sync / bare']:.2f} bare copies, at most {LARGEST_TIME:g}"
-        for size, result in results.items()
-        for transport, found in result["transports"].items()
-        if transport != "disk" and found["sync / bare"] > LARGEST_TIME
+        f"{size}, {transport}: {result['sync / bare']:.2f} bare copies, at most {LARGEST_TIME:g}"
+        for size, of_size in results.items()
+        for transport, result in of_size["transports"].items()
+        if transport != "disk" and result["sync / bare"] > LARGEST_TIME
     ]
     missed += [
-        f"{size}, {transport}: {found['peak memory, buckets']:.2f} buckets, at most {LARGEST_MEMORY:g}"
-        for size, result in results.items()
-        for transport, found in result["transports"].items()
-        if found["peak memory, buckets"] > LARGEST_MEMORY
+        f"{size}, {transport}: {result['peak memory, buckets']:.2f} buckets, at most {LARGEST_MEMORY:g}"
+        for size, of_size in results.items()
+        for transport, result in of_size["transports"].items()
+        if result["peak memory, buckets"] > LARGEST_MEMORY
     ]
     for line in missed:
         print(f"NOT MET: {line}")
@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def measure(size: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Every transport of one model, `repeats` times in turn."""
+    """Every transport of one model, `repeats` times, interleaved."""
     from opo_megatron.build import start_policy
     from opo_megatron.distributed.process_groups import initialize, shutdown
     from opo_megatron.rollout.sglang.engine import SglangEngine
@@ -128,11 +128,13 @@ def measure(size: str, folder: Path, options: argparse.Namespace) -> dict[str, A
                         engine.update_weights(policy.stream_weights(), policy.version)
 
                     seconds, memory = timed(sync)
-                    alone, _ = timed(lambda name=name: bare[name](policy.stream_weights()))  # type: ignore[misc]
-                    print(f"  {name:12} {seconds:.3f} s, bare {alone:.3f} s", flush=True)
+                    bare_seconds, _ = timed(lambda name=name: bare[name](policy.stream_weights()))  # type: ignore[misc]
+                    print(f"  {name:12} {seconds:.3f} s, bare {bare_seconds:.3f} s", flush=True)
                     broadcasts.append(timed(lambda: bare["broadcast"](iter([])))[0])
                     if i:
-                        runs[name].append({"sync": seconds, "bare": alone, "bytes over baseline": memory})
+                        runs[name].append(
+                            {"sync": seconds, "bare": bare_seconds, "bytes over baseline": memory}
+                        )
         for engine in engines.values():
             engine.close()
     finally:
@@ -161,9 +163,9 @@ def summary(rows: list[dict[str, float]], size: int, bucket: int) -> dict[str, A
 
 
 def timed(work: Callable[[], None]) -> tuple[float, float]:
-    """Seconds, and bytes of the resident set's peak over what it was."""
+    """Seconds, and bytes by which the resident set's peak exceeds its size before."""
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     started = time.perf_counter()
     work()
     return time.perf_counter() - started, resident("VmHWM") - before
@@ -187,7 +189,7 @@ Stream = Iterator[list[tuple[str, Any]]]
 
 @contextmanager
 def bare_copies(folder: Path, buckets: list[int]) -> Iterator[dict[str, Callable[[Stream], None]]]:
-    """What each transport does at least, towards a process that only takes the bytes."""
+    """The minimum that each transport does, with a peer process that only receives the bytes."""
     import torch
 
     from opo_megatron.rollout.sglang.server import free_port
@@ -196,36 +198,36 @@ def bare_copies(folder: Path, buckets: list[int]) -> Iterator[dict[str, Callable
     command = [sys.executable, __file__, "--peer"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
         assert peer.stdin is not None and peer.stdout is not None
-        to, back = peer.stdin, peer.stdout
+        requests, replies = peer.stdin, peer.stdout
 
-        def tell(**message: Any) -> None:
-            to.write(json.dumps(message) + "\n")
-            to.flush()
+        def send(**message: Any) -> None:
+            requests.write(json.dumps(message) + "\n")
+            requests.flush()
 
-        def ask(**message: Any) -> None:
-            tell(**message)
-            assert json.loads(back.readline()) == "done"
+        def request(**message: Any) -> None:
+            send(**message)
+            assert json.loads(replies.readline()) == "done"
 
-        ask(do="allocate", buckets=buckets)
+        request(do="allocate", buckets=buckets)
         port = free_port()
-        tell(do="join", port=port)
+        send(do="join", port=port)
         group = join(port, 0)
-        assert json.loads(back.readline()) == "done"
+        assert json.loads(replies.readline()) == "done"
 
         def tensor(stream: Stream) -> None:
             for i, bucket in enumerate(stream):
                 storage = torch.UntypedStorage._new_shared(buckets[i])
                 buffer = torch.empty(0, dtype=torch.uint8).set_(storage)
                 pack(bucket, buffer)
-                ask(do="tensor", bucket=i, named=_pickled([("bucket", buffer)]))
+                request(do="tensor", bucket=i, named=_pickled([("bucket", buffer)]))
 
         staged = [torch.empty(size, dtype=torch.uint8) for size in buckets]
 
         def broadcast(what: str) -> None:
             for i, stage in enumerate(staged):
-                tell(do=what, bucket=i)
+                send(do=what, bucket=i)
                 broadcast_in(group, stage)
-                assert json.loads(back.readline()) == "done"
+                assert json.loads(replies.readline()) == "done"
 
         def disk(stream: Stream) -> None:
             for i, bucket in enumerate(stream):
@@ -233,7 +235,7 @@ def bare_copies(folder: Path, buckets: list[int]) -> Iterator[dict[str, Callable
                 with path.open("wb") as file:
                     for _, one in bucket:
                         file.write(one.contiguous().numpy().reshape(-1).view("uint8").data)
-                ask(do="disk", bucket=i, path=str(path))
+                request(do="disk", bucket=i, path=str(path))
                 path.unlink()
 
         for stage in staged:
@@ -244,7 +246,7 @@ def bare_copies(folder: Path, buckets: list[int]) -> Iterator[dict[str, Callable
             "disk": disk,
             "broadcast": lambda _: broadcast("broadcast"),
         }
-        to.close()
+        requests.close()
 
 
 def join(port: int, rank: int) -> Any:
@@ -271,7 +273,7 @@ def pack(bucket: list[tuple[str, Any]], buffer: Any) -> None:
 
 
 class Peer:
-    """The process that a bare copy goes to: it has memory for the model, and a line for each request."""
+    """The receiving process of bare copies: it holds memory for the model, and reads one request per line."""
 
     def serve(self) -> None:
         for line in sys.stdin:

@@ -1,11 +1,11 @@
-"""Which baseline has least noise on the quickstart, and what does `auto` make of it?  → records/variance.json
+"""Measures gradient variance by baseline on the quickstart, and the weights of `auto` → records/variance.json
 
-    python tools/bench_variance.py              # three seeds, two ways of measuring, about ten minutes
+    python tools/bench_variance.py              # three seeds, two kinds of gradients, about ten minutes
 
-Whole quickstarts with `baseline=auto`, each of whose reports measures every estimator on the same samples:
-all 48 prompts of a step by the gradients of the output layer, or 16 prompts by those of all parameters.
-`noise` is what the responses to one prompt put into the variance, RLOO's being 1, over all reports of all
-seeds; `auto` is always measured with what earlier reports taught it.  Nothing here is a timing.
+Whole quickstarts with `baseline=auto`, whose reports measure every estimator on the same samples: all 48
+prompts of a step by the gradients of the output layer, or 16 prompts by those of all parameters.  `noise` is
+the variance between responses to one prompt, relative to RLOO's, over all reports of all seeds; `auto` is
+always measured with the weights fitted on earlier reports.  Times are not measured.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def reports_of(seed: int, gradients: str) -> list[dict[str, Any]]:
 
 
 def summarize(runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Noise over all reports, of thirds of the runs and of each seed; correlations; what auto took."""
-    everything = [row for run in runs for row in run]
+    """Noise over all reports, by third of the run and by seed; correlations; the mixture of auto."""
+    all_reports = [row for run in runs for row in run]
     third = -(-len(runs[0]) // len(PARTS))
     thirds = {
         part: [row for run in runs for row in run[i * third : (i + 1) * third]]
@@ -82,10 +82,10 @@ def summarize(runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
     }
     kinds = ("length", "energy", "energy_hidden")
     return {
-        "noise": rounded(relative_noise(everything)),
+        "noise": rounded(relative_noise(all_reports)),
         "noise by seed": [rounded(relative_noise(run)) for run in runs],
         "noise by part": {part: rounded(relative_noise(rows)) for part, rows in thirds.items()},
-        "noise / signal of all estimators, group mean = 1": noise_to_signal(everything),
+        "noise / signal of all estimators, group mean = 1": noise_to_signal(all_reports),
         "correlation of ‖∇log π‖² with": {
             part: {kind: round(mean_of(rows, f"variance/correlation_{kind}"), 2) for kind in kinds}
             for part, rows in thirds.items()
@@ -93,7 +93,7 @@ def summarize(runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
         "mixture of auto": {
             part: {
                 key.removeprefix("baseline/auto_"): round(mean_of(rows, key), 2)
-                for key in everything[0]
+                for key in all_reports[0]
                 if key.startswith("baseline/auto_")
             }
             for part, rows in thirds.items()
@@ -102,7 +102,7 @@ def summarize(runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def noise_to_signal(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Biased estimators too; prompts' part of the variance included."""
+    """Also for biased estimators; includes the variance between prompts."""
     names = [key.removeprefix("signal/") for key in rows[0] if key.startswith("signal/")]
     ratio = {
         name: sum(row[f"variance/{name}"] for row in rows) / sum(row[f"signal/{name}"] for row in rows)

@@ -1,12 +1,12 @@
-r"""Does the verifier `math` know right from wrong, and how fast?  All of MATH (12,500) and GSM8K (8,792).
+r"""Benchmarks the verifier `math` on all of MATH (12,500) and GSM8K (8,792) → records/verifier.json
 
-python tools/bench_verifier.py --data DIR         # DIR/math and DIR/gsm8k → records/verifier.json
-python tools/bench_verifier.py --limit 500        # so many problems, of $OPO_TEST_DATA; prints only
+python tools/bench_verifier.py --data DIR         # DIR/math and DIR/gsm8k
+python tools/bench_verifier.py --limit 500        # 500 problems of $OPO_TEST_DATA; prints only
 
-Right: every gold answer in a box, and every reference solution of MATH, which has its own.  Wrong: the
-answer of another problem of the same type, a number one more or less, the other sign, swapped coordinates
-(what happens to equal the answer all the same counts as accepted, too).  Speed: all of those per second,
-after the workers have graded 100.
+Correct: every gold answer in a box, and every reference solution of MATH, which has its own box.  Wrong: the
+answer to another problem of the same type, a number plus or minus 1, the opposite sign, swapped coordinates
+(one that happens to equal the gold answer still counts as wrongly accepted).  Speed: all of these per second,
+after 100 warm-up answers.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from opo_megatron.tasks.math_answers import reference
 from opo_megatron.tasks.worker_pool import WorkerPool
 
 WRONG_OF = 6000
-"""Problems that wrong answers are made for."""
+"""Problems for which wrong answers are generated."""
 WARM_UP = 100
 SHOWN = 20
-"""Failures that are listed."""
+"""Failures listed in the record."""
 SECONDS, MEMORY_MIB = 5.0, 4096
-"""Of one answer: the recipe's defaults."""
+"""Limits per answer: the recipe's defaults."""
 
 
 def main() -> int:
@@ -43,16 +43,16 @@ def main() -> int:
     default = os.environ.get("OPO_TEST_DATA")
     parser.add_argument("--data", metavar="DIR", type=Path, default=Path(default) if default else None)
     parser.add_argument("--workers", metavar="N", type=int, default=2)
-    parser.add_argument("--limit", metavar="N", type=int, help="so many problems; nothing is recorded")
+    parser.add_argument("--limit", metavar="N", type=int, help="number of problems; writes no record")
     arguments = parser.parse_args()
     if arguments.data is None or not (arguments.data / "math").is_dir():
         parser.error("--data DIR (or OPO_TEST_DATA) must name the folder of math/ and gsm8k/")
-    every = solutions(arguments.data)
+    all_solutions = solutions(arguments.data)
     if arguments.limit is not None:
-        every = random.Random(0).sample(every, min(arguments.limit, len(every)))
+        all_solutions = random.Random(0).sample(all_solutions, min(arguments.limit, len(all_solutions)))
     pool = WorkerPool(arguments.workers, SECONDS, MEMORY_MIB)
     try:
-        results = {"workers": arguments.workers} | measure(pool, every)
+        results = {"workers": arguments.workers} | measure(pool, all_solutions)
     finally:
         pool.close()
     print(json.dumps(results, indent=2, ensure_ascii=False))
@@ -61,20 +61,20 @@ def main() -> int:
     return 0
 
 
-def measure(pool: WorkerPool, every: Sequence[Solution]) -> dict[str, Any]:
-    """Rates of acceptance and answers per second."""
+def measure(pool: WorkerPool, all_solutions: Sequence[Solution]) -> dict[str, Any]:
+    """Acceptance rates, and answers per second."""
     pool.grade([(boxed("1"), "1")] * WARM_UP)
-    wrong = wrong_answers(list(every), min(WRONG_OF, len(every)))
+    wrong = wrong_answers(list(all_solutions), min(WRONG_OF, len(all_solutions)))
     started, graded = time.perf_counter(), 0
     results: dict[str, Any] = {}
     for name, members in (
-        ("MATH", [one for one in every if one.kind != "gsm8k"]),
-        ("GSM8K", [one for one in every if one.kind == "gsm8k"]),
+        ("MATH", [solution for solution in all_solutions if solution.kind != "gsm8k"]),
+        ("GSM8K", [solution for solution in all_solutions if solution.kind == "gsm8k"]),
     ):
-        golds = [reference(one.text) for one in members]
+        golds = [reference(solution.text) for solution in members]
         for what, texts in (
             ("gold answers", [boxed(gold) for gold in golds]),
-            ("reference solutions", [one.text for one in members]),
+            ("reference solutions", [solution.text for solution in members]),
         ):
             if (name, what) == ("GSM8K", "reference solutions"):
                 continue  # they have no box

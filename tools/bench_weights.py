@@ -1,13 +1,12 @@
-"""Measures conversion: memory over the baseline and time against a plain copy → records/weights.json.
+"""Benchmarks conversion: memory over the baseline, and time against a plain copy → records/weights.json
 
     python tools/bench_weights.py                       # a random model of 2.2 GB, about 9 GB of disk
     python tools/bench_weights.py --layers 2 --repeats 1 --no-record
 
-Each case runs in a process of its own: `copy` (every file copied and brought to the disk), `convert`
-(Hugging Face → Megatron) and `export` (back).  Seconds are those of the work itself, from after the
-imports until everything is on the disk, with the source in the page cache in all three; the median of
-the repeats counts, after one round that does not.  Memory is the peak resident set during the work
-less that before it.  The export is compared with the source, file by file.
+Each case runs in its own process: `copy` (every file, with fsync), `convert` (Hugging Face → Megatron) and
+`export` (back).  Seconds exclude imports and include fsync, with the source in the page cache in all three;
+the median of the repeats, after one warm-up round.  Memory is the peak resident set during the work minus
+that before it.  The export is compared with the source, file by file.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from typing import Any
 from opo_megatron.cli.checkpoint_options import reuse_memory
 
 LARGEST_MEMORY = 0.25
-"""Of the model's bytes."""
+"""Fraction of the model's bytes."""
 LARGEST_TIME = 2.5
-"""Times a plain copy."""
+"""Multiple of a plain copy's time."""
 
 SHAPE: dict[str, Any] = {  # TinyLlama-1.1B's
     "architectures": ["LlamaForCausalLM"],
@@ -62,22 +61,22 @@ def main() -> int:
 
 
 def compare(work: Path, options: argparse.Namespace) -> int:
-    """Every case, `repeats` times in turn."""
+    """Every case, `repeats` times, interleaved."""
     make_model(work / "hf", options.layers)
     size = sum(path.stat().st_size for path in (work / "hf").glob("*.safetensors"))
     print(f"a model of {size / 1e9:.2f} GB", flush=True)
     cases = {"copy": ("hf", "copied"), "convert": ("hf", "megatron"), "export": ("megatron", "back")}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     for i in range(options.repeats + 1):
         for name, (source, target) in cases.items():
-            result = in_a_process(name, work / source, work / target)
-            print(f"{name:8} {result}{'' if i else '  (not counted)'}", flush=True)
+            result = in_subprocess(name, work / source, work / target)
+            print(f"{name:8} {result}{'' if i else '  (warm-up)'}", flush=True)
             if i:
-                found[name].append(result)
+                runs[name].append(result)
     same = same_files(work / "hf", work / "back")
-    seconds = {name: statistics.median(r["seconds"] for r in rows) for name, rows in found.items()}
+    seconds = {name: statistics.median(r["seconds"] for r in rows) for name, rows in runs.items()}
     memory = {
-        name: max(r["bytes over baseline"] for r in found[name]) / size for name in ("convert", "export")
+        name: max(r["bytes over baseline"] for r in runs[name]) / size for name in ("convert", "export")
     }
     slower = {name: seconds[name] / seconds["copy"] for name in memory}
     results = {
@@ -86,12 +85,12 @@ def compare(work: Path, options: argparse.Namespace) -> int:
         "peak memory over the baseline, share of the model": memory,
         "median seconds": seconds,
         "times a plain copy": slower,
-        "runs": found,
+        "runs": runs,
     }
     claims = {
         f"memory at most {LARGEST_MEMORY:.0%} of the model": max(memory.values()) <= LARGEST_MEMORY,
         f"time at most {LARGEST_TIME:g} plain copies": max(slower.values()) <= LARGEST_TIME,
-        "the export is the source, byte for byte": same,
+        "the export equals the source, byte for byte": same,
     }
     print(json.dumps({name: value for name, value in results.items() if name != "runs"}, indent=2))
     if not options.no_record:
@@ -105,7 +104,7 @@ def compare(work: Path, options: argparse.Namespace) -> int:
 
 
 def make_model(folder: Path, layers: int) -> None:
-    """A random bf16 Llama, written tensor by tensor."""
+    """Write a random bf16 Llama, tensor by tensor."""
     import torch
 
     from opo_megatron.config.architecture import read_architecture
@@ -124,7 +123,7 @@ def make_model(folder: Path, layers: int) -> None:
     writer.finish()
 
 
-def in_a_process(name: str, source: Path, target: Path) -> dict[str, float]:
+def in_subprocess(name: str, source: Path, target: Path) -> dict[str, float]:
     command = [sys.executable, __file__, "--case", name, str(source), str(target)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -132,10 +131,10 @@ def in_a_process(name: str, source: Path, target: Path) -> dict[str, float]:
 
 
 def run_case(name: str, source: Path, target: Path) -> dict[str, float]:
-    """One case: imports, then the source into the page cache, then the work.
+    """One case: imports, read the source into the page cache, then the work.
 
-    What the last repeat wrote is removed right before the work in every case: a virtual machine gives
-    freed memory back to its host within seconds, and getting it again takes longer than writing to it.
+    The previous repeat's output is removed right before the work in every case: a virtual machine returns
+    freed memory to its host within seconds, and getting it back takes longer than writing to it.
     """
     reuse_memory()
     work = {"copy": copy, "convert": convert, "export": export}[name](source, target)
@@ -146,7 +145,7 @@ def run_case(name: str, source: Path, target: Path) -> dict[str, float]:
     shutil.rmtree(target, ignore_errors=True)
     os.sync()
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     started = time.monotonic()
     work()
     seconds = time.monotonic() - started
@@ -204,7 +203,7 @@ def resident(field: str) -> int:
 
 
 def same_files(one: Path, other: Path) -> bool:
-    """Whether the weight files of both folders are the same bytes."""
+    """Whether the weight files of both folders are equal, byte for byte."""
     names = sorted(path.name for path in one.glob("*.safetensors"))
     if names != sorted(path.name for path in other.glob("*.safetensors")):
         return False

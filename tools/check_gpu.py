@@ -1,12 +1,12 @@
-"""Does everything that needs a GPU work here, and how fast?  One JSON, at most ten minutes.
+"""Checks and benchmarks everything that needs a GPU: one JSON file, at most ten minutes.
 
     python tools/check_gpu.py                   # all sections → records/gpu.json
-    python tools/check_gpu.py --device cpu      # the same sections as far as a CPU can; writes nothing
+    python tools/check_gpu.py --device cpu      # the sections that a CPU can run; writes nothing
 
-Every section runs in processes of its own and has a share of the time: one that fails says so and
-leaves the others alone.  The kernels' sections (gpu_kernels.py) have goals.  Training sections are runs
-of the real command; their figures are those that the run itself wrote, medians of the steps after the
-first.  Exit code 1 where a section failed or a goal is not met, 2 without a GPU.
+Every section runs in its own process with a time limit, so a failing section does not affect the others.
+The sections of kernels (bench/gpu_kernels.py) have limits.  Training sections run the real command and report
+the run's own metrics, as medians over the steps after the first.  Exit code 1 where a section failed or a
+limit is not met, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FIGURES = (
 )  # fmt: skip
 MODEL = SIZES["200M"]
 PEAK_TFLOPS = 989.0
-"""An H100's (SXM) dense bf16 products, by its data sheet; FP8's MFU is against the same number."""
+"""Dense bf16 peak of an H100 SXM, by its data sheet; the MFU of FP8 runs uses it too."""
 
 
 def main() -> int:
@@ -66,13 +66,13 @@ def main() -> int:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
-            "error: torch sees no GPU here; run this on one, or try the sections with --device cpu",
+            "error: torch sees no GPU; run this on a machine with one, or pass --device cpu",
             file=sys.stderr,
         )
         return 2
     results: dict[str, Any] = {"versions": versions(), "sections": {}}
     for name in LIBRARIES:
-        results["sections"][name] = section(name, lambda name=name: in_a_process(name))  # type: ignore[misc]
+        results["sections"][name] = section(name, lambda name=name: in_subprocess(name))  # type: ignore[misc]
     for name, overrides in TRAINING.items():
         if reason := lacks(overrides, options.device):
             results["sections"][name] = {"missing": reason}
@@ -81,66 +81,69 @@ def main() -> int:
     print(json.dumps(results, indent=2))
     if options.device == "cuda":
         print(f"written to {write_record('gpu', results)}")
-    failed = [name for name, found in results["sections"].items() if "failed" in found]
+    failed = [name for name, result in results["sections"].items() if "failed" in result]
     for name in failed:
         print(f"FAILED: {name}: {results['sections'][name]['failed']}")
-    missed = {name: found["not met"] for name, found in results["sections"].items() if "not met" in found}
+    missed = {name: result["not met"] for name, result in results["sections"].items() if "not met" in result}
     for name, lines in missed.items():
         print(f"NOT MET: {name}: {'; '.join(lines)}")
     return 1 if failed or missed else 0
 
 
 def section(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Its figures, or why there are none."""
+    """The section's results, or why it failed or was skipped."""
     print(f"{name} …", flush=True)
     started = time.monotonic()
     try:
-        found = work()
+        result = work()
     except subprocess.TimeoutExpired:
-        found = {"failed": f"no end after {SECTION_SECONDS} seconds"}
+        result = {"failed": f"timed out after {SECTION_SECONDS} seconds"}
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or error.stdout or "").strip().splitlines()
-        found = {"failed": lines[-1] if lines else f"exit code {error.returncode}", "last lines": lines[-20:]}
-    return found | {"seconds": round(time.monotonic() - started, 1)}
+        result = {
+            "failed": lines[-1] if lines else f"exit code {error.returncode}",
+            "last lines": lines[-20:],
+        }
+    return result | {"seconds": round(time.monotonic() - started, 1)}
 
 
-def in_a_process(name: str) -> dict[str, Any]:
+def in_subprocess(name: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--section", name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECTION_SECONDS, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
-# ---------------------------------------------------------------------- what is installed
+# ---------------------------------------------------------------------- versions and libraries
 
 
 def versions() -> dict[str, Any]:
-    """Of both environments; None where a package is missing."""
+    """Package versions of both environments; None where a package is missing."""
     import torch
 
-    found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    result: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda}
     for package in OPTIONAL:
         try:
-            found[package] = importlib.metadata.version(package)
+            result[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
+            result[package] = None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        found["gpu"] = f"{torch.cuda.device_count()} × {properties.name}"
-        found["gpu memory, GiB"] = round(properties.total_memory / 2**30, 1)
+        result["gpu"] = f"{torch.cuda.device_count()} × {properties.name}"
+        result["gpu memory, GiB"] = round(properties.total_memory / 2**30, 1)
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+        result["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
     python = ROOT / ".venv-sglang" / "bin" / "python"
-    found["sglang"] = None
+    result["sglang"] = None
     if python.exists():
-        ask = "import importlib.metadata as m; print(m.version('sglang'), m.version('torch'))"
-        answer = subprocess.run([str(python), "-c", ask], capture_output=True, text=True).stdout.split()
-        found["sglang"] = dict(zip(("sglang", "torch"), answer, strict=False))
-    return found
+        code = "import importlib.metadata as m; print(m.version('sglang'), m.version('torch'))"
+        output = subprocess.run([str(python), "-c", code], capture_output=True, text=True).stdout.split()
+        result["sglang"] = dict(zip(("sglang", "torch"), output, strict=False))
+    return result
 
 
 def transformer_engine() -> dict[str, Any]:
-    """One linear layer in bf16 against torch, and which FP8 the GPU has."""
+    """One linear layer in bf16 against torch, and whether the GPU supports FP8."""
     if importlib.util.find_spec("transformer_engine") is None:
         return {"missing": "transformer_engine is not installed; policies use the local layer spec"}
     import torch
@@ -176,50 +179,50 @@ LIBRARIES: dict[str, Callable[[], dict[str, Any]]] = {
     **KERNELS,
 }
 
-# ---------------------------------------------------------------------- runs of the real command
+# ---------------------------------------------------------------------- training runs
 
 
 def lacks(overrides: tuple[str, ...], device: str) -> str | None:
-    """What a section needs that is not here: FP8 and an optimizer in host memory are Transformer Engine's."""
+    """Why a section cannot run, or None: FP8 and optimizer offload need a GPU and Transformer Engine."""
     if not any("fp8" in key or "offload" in key for key in overrides):
         return None
     if device == "cpu":
-        return "a CPU has neither FP8 nor an optimizer to move off"
+        return "FP8 and optimizer offload need a GPU"
     if importlib.util.find_spec("transformer_engine") is None:
         return "transformer_engine is not installed"
     return None
 
 
 def mfu(config: Path, tokens_per_second: float) -> float:
-    """6 × parameters × tokens/s over the peak: a lower bound, for attention's products are left out."""
+    """6 × parameters × tokens/s over the peak: a lower bound, attention FLOPs excluded."""
     from opo_megatron.config import load_config
     from opo_megatron.weights.param_mapping import Stages, parameters
 
     model = load_config(config).policy.model
-    numbers = parameters(model, model.vocab_size or 0, Stages(model.num_layers))
-    return 6 * sum(parameter.numel for parameter in numbers) * tokens_per_second / (PEAK_TFLOPS * 1e12)
+    mapping = parameters(model, model.vocab_size or 0, Stages(model.num_layers))
+    return 6 * sum(parameter.numel for parameter in mapping) * tokens_per_second / (PEAK_TFLOPS * 1e12)
 
 
 def run(overrides: tuple[str, ...], device: str) -> dict[str, Any]:
-    """A few steps in bf16 on a model of 200 million parameters (on a CPU: the quickstart's)."""
+    """A few steps in bf16 with 200 million parameters (on a CPU: the quickstart's model)."""
     recipe = ROOT / "recipes" / "quickstart_sglang.yaml"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "opo_megatron", "train", str(recipe)]
         command += [f"run.dir={folder}/run", f"policy.device={device}", "policy.dtype=bf16", *overrides]
         command += ["warm_start.steps=20", f"train.steps={STEPS}", "eval.every_steps=0", "eval.problems=16"]
-        # bf16 rounds in two ways here: the figures say how much, and a run is not to end for it.
+        # Engine and policy round bf16 differently: report the difference, do not stop the run.
         command += ["on_policy.action=warn", "on_policy.tolerance=1.0"]
         if device == "cuda":
             command += [f"policy.model.{key}={value}" for key, value in MODEL.items() if key != "vocab_size"]
         subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECTION_SECONDS, check=True)
         rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
         rows = rows[2:]
-        found = {name: statistics.median(row[name] for row in rows) for name in FIGURES if name in rows[0]}
+        result = {name: statistics.median(row[name] for row in rows) for name in FIGURES if name in rows[0]}
         if device == "cuda":
-            found["mfu"] = mfu(
-                Path(folder, "run", "config.yaml"), found["throughput/train_tokens_per_second"]
+            result["mfu"] = mfu(
+                Path(folder, "run", "config.yaml"), result["throughput/train_tokens_per_second"]
             )
-    return found
+    return result
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Does the parallel layout change a training step?  One table that says it does not.
+"""Checks that the parallel layout does not change a training step.
 
     python tools/check_layouts.py            # all layouts, on this machine's CPU, about three minutes
     python tools/check_layouts.py tp2 dp2    # some of them
 
-The same weights and the same rollouts take 3 optimizer steps under every layout; loss and gradient norm
-are compared with one process, which pads its micro-batches, also where a layout packs them.  Exit code 1
-where a loss is off by more than 1e-5 or a gradient norm by more than 1e-4 of itself.
+The same weights take 3 optimizer steps on the same rollouts under every layout; loss and gradient norm are
+compared with one process, which always pads its micro-batches, even where a layout packs them.  Exit code 1
+where a loss differs by more than 1e-5, or a gradient norm by more than a relative 1e-4.
 """
 
 from __future__ import annotations
@@ -140,15 +140,15 @@ def print_table(names: list[str], results: dict[str, list[list[float]]]) -> int:
             pairs = list(zip(rows, references, strict=True))
             loss = max(abs(a[0] - b[0]) for a, b in pairs)
             norm = max(abs(a[1] - b[1]) / b[1] for a, b in pairs)
-            good = loss <= LOSS_TOLERANCE and norm <= GRAD_NORM_TOLERANCE
-            failures += not good
-            table.add_row(name, ties, f"{loss:.1e}", f"{norm:.1e}", "ok" if good else "DIFFERS")
+            is_equal = loss <= LOSS_TOLERANCE and norm <= GRAD_NORM_TOLERANCE
+            failures += not is_equal
+            table.add_row(name, ties, f"{loss:.1e}", f"{norm:.1e}", "ok" if is_equal else "DIFFERS")
     Console().print(table)
     return 1 if failures else 0
 
 
 def run_cases(names: list[str], output: Path) -> None:
-    """In one rank: every case in turn; rank 0 writes {case: [[loss, grad norm] per step]}."""
+    """In one rank: every case; rank 0 writes {case: [[loss, grad norm] per step]}."""
     from opo_megatron.config import load_config
     from opo_megatron.distributed.process_groups import destroy_model_parallel, initialize, shutdown
 
@@ -168,7 +168,7 @@ def run_cases(names: list[str], output: Path) -> None:
 
 
 def take_steps(config: Config, parallel: Parallel) -> list[list[float]]:
-    """[loss, grad norm] of each step, on rollouts that every layout shares."""
+    """[loss, grad norm] of each step, on the same rollouts for every layout."""
     from opo_megatron.algorithm.objective import PolicyGradient
     from opo_megatron.policy.policy import Policy
     from opo_megatron.weights.random_init import random_weights
@@ -178,13 +178,13 @@ def take_steps(config: Config, parallel: Parallel) -> list[list[float]]:
     results = []
     for step in range(STEPS):
         rollouts = fixed_rollouts(step)
-        # One process runs every sample backward, the layouts skip those without a gradient.
+        # One process runs every sample backward; with several ranks, zero-advantage samples run forward-only.
         assert rollouts.advantages is not None
         zero_advantage = rollouts.advantages == 0 if parallel.world_size > 1 else None
         schedule = policy.schedule(rollouts.sequence_lengths, zero_advantage)
-        batch = rollouts.select(schedule.samples_of(parallel.dp_rank))
+        own_rollouts = rollouts.select(schedule.samples_of(parallel.dp_rank))
         objective = PolicyGradient(float(rollouts.response_lengths.sum()), temperature=0.8)
-        metrics = policy.train_step(batch, schedule, objective, lr=1e-3)
+        metrics = policy.train_step(own_rollouts, schedule, objective, lr=1e-3)
         results.append([metrics.loss, metrics.grad_norm])
     return results
 
@@ -200,8 +200,8 @@ def fixed_rollouts(step: int) -> Rollouts:
     responses = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 20))] for _ in range(40)]
     rollouts = Rollouts.from_demonstrations(prompts, responses)
     rollouts.is_demonstration = False
-    drawn = [rng.gauss(0, 1) if rng.random() < 0.67 else 0.0 for _ in prompts]
-    rollouts.advantages = torch.tensor(drawn, dtype=torch.float64)
+    advantages = [rng.gauss(0, 1) if rng.random() < 0.67 else 0.0 for _ in prompts]
+    rollouts.advantages = torch.tensor(advantages, dtype=torch.float64)
     return rollouts
 
 

@@ -1,14 +1,14 @@
-"""Do two commits compute the same?  For changes of structure, which must not change a bit.
+"""Checks that two commits compute the same, bit for bit; for refactorings.
 
     python tools/compare_commits.py OLD               # OLD against the working tree
     python tools/compare_commits.py OLD NEW           # two commits
-    python tools/compare_commits.py OLD NEW tp2 moe   # some of the cases
+    python tools/compare_commits.py OLD NEW tp2 moe-ep2   # some of the cases
 
 Both trees train short runs of the quickstart recipe, one per case below, on this machine with this
 interpreter, each tree on `PYTHONPATH`.  Compared bit for bit: every line of `audit.jsonl` (digests of
 rollouts and weights) and every metric of `metrics.jsonl` and `warm_start.jsonl` outside time/, memory/,
-throughput/ and run/.  Exit code 1 where anything differs, or where a case proves nothing because no step
-had a gradient.
+throughput/ and run/.  Exit code 1 where anything differs, or where no step of a case had a gradient, so that
+the case proves nothing.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ CLIPPED = ("algorithm.objective=clipped", "algorithm.updates_per_batch=2", "algo
 
 @dataclass(frozen=True)
 class Case:
-    """One or more commands that write one run folder."""
+    """One or two commands that write one run folder."""
 
     ranks: int = 1
     overrides: tuple[str, ...] = ()
     first: tuple[str, ...] | None = None
-    """Overrides of a command before, which the second one resumes."""
+    """Overrides of a first command, whose run the second one resumes."""
 
 
 CASES = {
@@ -79,7 +79,7 @@ def main() -> int:
     )
     parser.add_argument("old", metavar="OLD", help="commit to compare with")
     parser.add_argument(
-        "new", metavar="NEW", nargs="?", default=None, help="commit; default the working tree"
+        "new", metavar="NEW", nargs="?", default=None, help="commit (default: the working tree)"
     )
     parser.add_argument("cases", nargs="*", help=f"any of: {', '.join(CASES)} (default: all)")
     parser.add_argument("--out", type=Path, help="keep the runs of both trees in this folder")
@@ -92,16 +92,16 @@ def main() -> int:
         parser.error(f"unknown case {unknown[0]!r}; choose from {', '.join(CASES)}")
     with (
         tempfile.TemporaryDirectory() as temporary,
-        checked_out(arguments.old) as old_tree,
-        checked_out(new) as new_tree,
+        checkout(arguments.old) as old_tree,
+        checkout(new) as new_tree,
     ):
         trees = {"old": old_tree, "new": new_tree}
         return compare(trees, cases or list(CASES), arguments.out or Path(temporary))
 
 
 @contextmanager
-def checked_out(commit: str | None) -> Iterator[Path]:
-    """A worktree of the commit; None is the working tree as it is."""
+def checkout(commit: str | None) -> Iterator[Path]:
+    """A worktree of the commit; None is the working tree."""
     if commit is None:
         yield ROOT
         return
@@ -160,22 +160,22 @@ def run(case: Case, tree: Path, folder: Path) -> None:
 
 
 def differences_of(old: Path, new: Path) -> tuple[list[str], int, int]:
-    """What differs, in words; how many lines and how many values were compared."""
-    found, lines, values = [], 0, 0
+    """Descriptions of all differences; the number of lines and of values compared."""
+    differences, lines, values = [], 0, 0
     for name in FILES:
         for number, rows in enumerate(zip_longest(read(old / name), read(new / name)), 1):
             if None in rows:
-                found.append(f"{name} has another number of lines")
+                differences.append(f"{name} has a different number of lines")
                 break
             before, after = ({k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in rows)
             lines, values = lines + 1, values + len(before)
             names = [key for key in before | after if before.get(key) != after.get(key)]
-            found += [f"{name}:{number} {key}: {before.get(key)} → {after.get(key)}" for key in names]
-    return found, lines, values
+            differences += [f"{name}:{number} {key}: {before.get(key)} → {after.get(key)}" for key in names]
+    return differences, lines, values
 
 
 def read(path: Path) -> list[dict]:
-    """Rows of a file of JSON lines; none where it was not written."""
+    """Rows of a JSON Lines file; none where it does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 

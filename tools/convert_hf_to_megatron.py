@@ -1,4 +1,4 @@
-"""`opo convert`, as a script: a Megatron checkpoint of a Hugging Face folder."""
+"""`opo convert` as a script: Hugging Face folder → Megatron checkpoint."""
 
 import sys
 

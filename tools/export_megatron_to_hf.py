@@ -1,4 +1,4 @@
-"""`opo export`, as a script: a Hugging Face folder of a Megatron checkpoint."""
+"""`opo export` as a script: Megatron checkpoint → Hugging Face folder."""
 
 import sys
 

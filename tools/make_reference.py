@@ -1,6 +1,6 @@
-"""Generate docs/reference.md: every key of a recipe with its type, default and meaning.
+"""Generates docs/reference.md: every key of a recipe with its type, default and meaning.
 
-    python tools/make_reference.py            # rewrite docs/reference.md
+    python tools/make_reference.py            # writes docs/reference.md
     python tools/make_reference.py --check    # exit code 1 if it is out of date
 
 The schema is the only source.  A key's meaning is the string after its field, a section's is the docstring
@@ -104,7 +104,7 @@ def default_of(field: Field[Any]) -> str:
 
 
 def section_doc(section: type) -> str:
-    """What a section's dataclass says of itself."""
+    """The docstring of a section's dataclass."""
     text = ast.get_docstring(_definition(section))
     if text is None:
         raise UndocumentedError(f"the class {section.__name__} has no docstring; add one")
@@ -122,13 +122,13 @@ def field_doc(section: type, name: str) -> str:
 @cache
 def _field_docs(section: type) -> dict[str, str]:
     body = _definition(section).body
-    found = {}
+    docs = {}
     for statement, after in pairwise(body):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
             continue
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            found[statement.target.id] = " ".join(str(after.value.value).split())
-    return found
+            docs[statement.target.id] = " ".join(str(after.value.value).split())
+    return docs
 
 
 @cache

@@ -1,9 +1,9 @@
-"""Writes the walk through the code in CONTRIBUTING.md: where each stop is, by file and line.
+"""Writes the walk through the code in CONTRIBUTING.md, with the file and line of each stop.
 
     python tools/make_walk.py            # write
-    python tools/make_walk.py --check    # exit code 1 where the lines have moved
+    python tools/make_walk.py --check    # exit code 1 if it is out of date
 
-A stop is a function, class or method, whose line is found by name: only the names below are kept by hand.
+A stop is a function, class or method; its line is found by name: only the names below are kept by hand.
 """
 
 from __future__ import annotations
@@ -88,14 +88,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="only compare")
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
     check = parser.parse_args().check
     page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
     written = before + walk() + after
     if check and written != page:
-        print(f"{PAGE.name} has moved lines; run `python tools/make_walk.py`", file=sys.stderr)
+        print(f"error: {PAGE.name} is out of date; run: python tools/make_walk.py", file=sys.stderr)
         return 1
     if not check:
         PAGE.write_text(written, encoding="utf-8")

@@ -1,13 +1,13 @@
-"""Draw what a run's variance reports say: which baseline has least noise, and what ‖∇log π‖² goes with.
+"""Plots a run's variance reports: gradient variance by baseline, and correlations of ‖∇log π‖².
 
     pip install -e '.[report]'
     python tools/plot_variance.py runs/quickstart              # → runs/quickstart/variance.png
     python tools/plot_variance.py runs/a runs/b --output both.png
 
-The run needs `algorithm.variance_every` above 0.  Left, the noise that responses to one prompt put into
-the gradient, relative to RLOO's, in a moving average over reports; the estimators have one expectation,
-so less is better.  Right, the correlation of a response's ‖∇log π‖² with its length, which the paper's
-baseline assumes, and with its energy.
+The run needs `algorithm.variance_every` above 0.  Left: the gradient variance between responses to one
+prompt, relative to RLOO's, as a moving average over reports; all estimators have the same expectation, so
+lower is better.  Right: the correlation of a response's ‖∇log π‖² with its length, which the paper's baseline
+assumes, and with its energy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--output", type=Path, help="PNG to write (default RUN/variance.png of the first)")
+    parser.add_argument("--output", type=Path, help="PNG to write (default: variance.png in the first RUN)")
     options = parser.parse_args()
     try:
         import matplotlib
@@ -52,9 +52,9 @@ def main() -> int:
         if not reports:
             print(f"error: {run} holds no variance report; set algorithm.variance_every", file=sys.stderr)
             return 2
-        draw_noise(noise, reports)
-        draw_correlations(correlations, reports)
-    noise.set(title="noise of the gradient within a prompt, RLOO = 1", xlabel="OPO step")
+        plot_noise(noise, reports)
+        plot_correlations(correlations, reports)
+    noise.set(title="gradient variance within a prompt, RLOO = 1", xlabel="OPO step")
     correlations.set(title="correlation of ‖∇log π‖² within a prompt", xlabel="OPO step", ylim=(-1.05, 1.05))
     for axes in (noise, correlations):
         axes.grid(alpha=0.3)
@@ -72,7 +72,7 @@ def reports_of(run: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if "variance/rloo" in row]
 
 
-def draw_noise(axes: Axes, reports: list[dict[str, Any]]) -> None:
+def plot_noise(axes: Axes, reports: list[dict[str, Any]]) -> None:
     steps = [row["step"] for row in reports]
     windows = [relative_noise(reports[max(0, i + 1 - WINDOW) : i + 1]) for i in range(len(reports))]
     for colour, name in enumerate(n for n in UNBIASED if n != "none"):
@@ -80,7 +80,7 @@ def draw_noise(axes: Axes, reports: list[dict[str, Any]]) -> None:
         axes.plot(steps, values, f"C{colour}", label=name)
 
 
-def draw_correlations(axes: Axes, reports: list[dict[str, Any]]) -> None:
+def plot_correlations(axes: Axes, reports: list[dict[str, Any]]) -> None:
     for colour, name in enumerate(("length", "energy", "energy_hidden")):
         key = f"variance/correlation_{name}"
         points = [(row["step"], row[key]) for row in reports if key in row]

@@ -1,4 +1,4 @@
-"""Runs the quickstart with several seeds and records what it learns and how long it takes.
+"""Runs the quickstart with several seeds and records accuracy, response length and time.
 
 python tools/record_quickstart.py                 # seeds 1, 2, 3 → records/quickstart.json
 python tools/record_quickstart.py --seeds 1 2
@@ -26,10 +26,10 @@ CLAIMS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "at most 0.65 after the warm start": lambda r: r["accuracy after warm start, largest"] <= 0.65,
     "at least 0.94 at the end on average": lambda r: r["accuracy at the end, mean over seeds"] >= 0.94,
     "never below 0.90 at the end": lambda r: r["accuracy at the end, smallest"] >= 0.90,
-    "answers grow by 30 %": lambda r: r["growth of the mean response length, smallest"] >= 1.3,
+    "responses grow by 30 %": lambda r: r["growth of the mean response length, smallest"] >= 1.3,
     "at most 5 minutes": lambda r: r["seconds of one run, largest"] <= 300,
 }
-"""What the quickstart must show; exit code 1 where it does not."""
+"""Requirements; exit code 1 where one is not met."""
 
 
 def main() -> int:
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def run(seed: int, overrides: list[str]) -> dict[str, Any]:
-    """One whole `opo train` in a process of its own, start-up included."""
+    """One whole `opo train` in its own process, start-up included."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         command = [sys.executable, "-m", "opo_megatron", "train", str(RECIPE), f"run.dir={run_dir}"]

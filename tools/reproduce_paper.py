@@ -1,18 +1,18 @@
 """Reproduces the comparison of the OPO paper (arXiv 2505.23585) at a scale that a laptop can run.
 
-    python tools/reproduce_paper.py --scale small --seeds 5     # → records/paper_small.json and pictures
-    python tools/reproduce_paper.py --scale tiny                # a few minutes: shows that it works
+    python tools/reproduce_paper.py --scale small --seeds 5     # → records/paper_small.json and figures
+    python tools/reproduce_paper.py --scale tiny                # a few minutes: tests that it works
     python tools/reproduce_paper.py --scale small --folder runs/mine --no-record --jobs 4
 
-Per seed one supervised warm start is made, and every arm of recipes/paper_small begins with its weights,
-byte for byte the same, which is checked.  All arms draw equally many samples and have one learning rate;
-off-policy GRPO, which takes several updates per batch, also runs at two lower ones.  Its best one is that
-with the highest pass@1 on the very problems that arms are compared by, as a mean over seeds: a choice
-that no other arm has, so the comparison favours it.
+Each seed has one supervised warm start, and every arm of recipes/paper_small starts from its weights, which
+is checked byte for byte.  All arms generate equally many samples at the same learning rate; off-policy GRPO,
+which takes several updates per batch, also runs at two lower rates.  Its best rate is chosen by pass@1 on the
+evaluation problems themselves, averaged over seeds: no other arm has this choice, so the comparison favours
+it.
 
-At the end every arm answers held-out problems several times (`opo eval`), and every claim of the paper is
-reproduced, not reproduced, or not testable at this scale, by the rule in tools/paper/claims.py.  Calling
-the same command again goes on where it was interrupted; what is finished is not run again.
+At the end `opo eval` samples several responses per held-out problem for every arm, and every claim of the
+paper is reproduced, not reproduced, or not testable at this scale, by the rule in tools/paper/claims.py.  The
+same command resumes after an interruption; finished runs are not run again.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from typing import Any
 from bench.record import RECORDS, write_record
 from paper.arms import (
     ARMS,
+    LOWER_RATES,
     OFF_POLICY,
     ON_POLICY,
     SCALES,
-    SLOWER,
     Arm,
-    Place,
-    check_same_start,
+    SeedRuns,
+    check_initial_weights,
     read_measures,
-    samples_drawn,
+    training_samples,
 )
 from paper.claims import BEST_RATE, Finding, claims, judge
-from paper.figures import draw_claims, draw_curves, interval_text, load_pyplot, shown
+from paper.figures import interval_text, load_pyplot, plot_claims, plot_curves, verdict_text
 
 from opo_megatron.cli.main import Parser, print_error
 from opo_megatron.errors import EXIT_USER_ERROR, UserError
@@ -62,7 +62,7 @@ Measured = dict[str, dict[str, list[float | None]]]
 
 @dataclass
 class Job:
-    """Commands that are run one after the other, and how many of them are done."""
+    """Commands to run in order, and how many of them are done."""
 
     name: str
     commands: list[list[str]]
@@ -82,8 +82,8 @@ class Job:
                 self.commands[self.done], stdout=log, stderr=subprocess.STDOUT, env=environment
             )
 
-    def is_over(self) -> bool:
-        """Go on with the next command when one has ended.
+    def advance(self) -> bool:
+        """Start the next command when one has exited; True once all are done.
 
         Raises:
             UserError: where it failed.
@@ -93,10 +93,10 @@ class Job:
         if code is None:
             return False
         if code != 0:
-            said = self.log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:]
+            last_lines = self.log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:]
             raise UserError(
-                f"{self.name} ended with exit code {code}; {self.log} has all it said, which ends with:\n"
-                + "\n".join(said)
+                f"{self.name} failed with exit code {code}; its log {self.log} ends with:\n"
+                + "\n".join(last_lines)
             )
         self.done += 1
         if self.done < len(self.commands):
@@ -118,110 +118,110 @@ def _parser() -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=style, allow_abbrev=False)
     add = parser.add_argument
-    add("--scale", choices=tuple(SCALES), default="small", help="how much of everything (default: small)")
-    add("--seeds", type=int, metavar="N", help="seeds 1 to N (default: 5 of small, 2 of tiny)")
-    add("--jobs", type=int, default=2, metavar="N", help="runs at a time, of one thread each (default: 2)")
-    add("--folder", type=Path, metavar="DIR", help="of all runs (default: runs/paper_SCALE)")
-    add("--no-record", action="store_true", help="results go to DIR, not to records/; so do those of tiny")
+    add("--scale", choices=tuple(SCALES), default="small", help="size of the comparison (default: small)")
+    add("--seeds", type=int, metavar="N", help="seeds 1 to N (default: 5 for small, 2 for tiny)")
+    add("--jobs", type=int, default=2, metavar="N", help="concurrent runs, one thread each (default: 2)")
+    add("--folder", type=Path, metavar="DIR", help="folder of all runs (default: runs/paper_SCALE)")
+    add("--no-record", action="store_true", help="write results to DIR, not to records/, as tiny always does")
     return parser
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Run what is missing, then measure, judge, write and say it."""
+    """Run what is missing, then measure, judge, and write and print the results."""
     scale = SCALES[options.scale]
     seeds = scale.seeds if options.seeds is None else options.seeds
     if seeds < 2:
-        raise UserError(f"--seeds is {seeds}, but differences over seeds need two or more; say --seeds 5")
+        raise UserError(f"--seeds is {seeds}, but an interval over seeds needs two or more; set --seeds 5")
     if options.jobs < 1:
         raise UserError(f"--jobs is {options.jobs}; it must be 1 or more")
-    load_pyplot()  # or say before hours of runs that it is missing
+    load_pyplot()  # fails before hours of runs where matplotlib is missing
     folder = (options.folder or Path("runs") / f"paper_{options.scale}").resolve()
-    places = [Place(folder, scale, seed) for seed in range(1, seeds + 1)]
+    all_seeds = [SeedRuns(folder, scale, seed) for seed in range(1, seeds + 1)]
     started = time.monotonic()
-    run_all(places, options.jobs)
-    measured = measure(places)
+    run_all(all_seeds, options.jobs)
+    measured = measure(all_seeds)
     best, rates = best_rate(measured)
     measured[BEST_RATE] = measured[best]
     findings = [judge(claim, measured) for claim in claims(scale.samples)]
     target = folder if options.no_record or options.scale != "small" else RECORDS
     name = f"paper_{options.scale}"
     results = {
-        "seeds": [place.seed for place in places],
-        "training samples of every run": same_samples(places),
+        "seeds": [seed.number for seed in all_seeds],
+        "training samples of every run": same_samples(all_seeds),
         "best learning rate of off-policy GRPO": {"arm": best, "pass@1 by rate, which chose it": rates},
         "seconds of this command": round(time.monotonic() - started),
         "arms": {arm.name: _rounded(measured[arm.name]) for arm in ARMS},
         "rule": "paired over seeds, 95 % t intervals, not corrected for their number; tools/paper/claims.py",
         "claims": [_row(finding) for finding in findings],
     }
-    pictures = draw(places, best, findings, target, name)
+    figures = plot_all(all_seeds, best, findings, target, name)
     path = write_record(name, results, target)
-    log(findings)
-    print(f"written to {path} and {', '.join(picture.name for picture in pictures)} beside it")
+    print_findings(findings)
+    print(f"written to {path} and {', '.join(figure.name for figure in figures)} beside it")
 
 
 # ---------------------------------------------------------------------- running
 
 
-def run_all(places: Sequence[Place], at_once: int) -> None:
-    """Warm starts, then all arms; what is complete is only checked."""
+def run_all(all_seeds: Sequence[SeedRuns], concurrency: int) -> None:
+    """Run warm starts, then all arms; only check the settings of complete ones."""
     display = Display(active=True)
     try:
         warm = [
-            Job(f"seed {place.seed} warm start", commands, place.log("warm"), cost=0.8)
-            for place in places
-            if (commands := place.warm_commands())
+            Job(f"seed {seed.number} warm start", commands, seed.log("warm"), cost=0.8)
+            for seed in all_seeds
+            if (commands := seed.warm_commands())
         ]
-        run_jobs(warm, at_once, display, "warm starts")
+        run_jobs(warm, concurrency, display, "warm starts")
         jobs: list[Job] = []
-        for place in places:
+        for seed in all_seeds:
             for arm in ARMS:
-                place.check_settings(arm)
-                if commands := place.arm_commands(arm):
-                    before = _removes_half_of_an_evaluation(place, arm)
+                seed.check_settings(arm)
+                if commands := seed.arm_commands(arm):
+                    before = _remove_partial_evaluation(seed, arm)
                     jobs.append(
-                        Job(f"seed {place.seed} {arm.name}", commands, place.log(arm.name), arm.cost, before)
+                        Job(f"seed {seed.number} {arm.name}", commands, seed.log(arm.name), arm.cost, before)
                     )
-        there = len(places) * len(ARMS) - len(jobs)
-        if there:
-            display.log(f"{there} of {there + len(jobs)} runs are complete in {places[0].folder}")
-        run_jobs(jobs, at_once, display, "runs")
+        complete = len(all_seeds) * len(ARMS) - len(jobs)
+        if complete:
+            display.log(f"{complete} of {complete + len(jobs)} runs are complete in {all_seeds[0].folder}")
+        run_jobs(jobs, concurrency, display, "runs")
     finally:
         display.close()
 
 
-def _removes_half_of_an_evaluation(place: Place, arm: Arm) -> Callable[[], None]:
-    """`opo eval` refuses a folder that holds something, and only a finished one holds eval.json."""
-    return lambda: shutil.rmtree(place.evaluation(arm), ignore_errors=True)
+def _remove_partial_evaluation(seed: SeedRuns, arm: Arm) -> Callable[[], None]:
+    """`opo eval` rejects a non-empty folder; without eval.json it is from an interrupted evaluation."""
+    return lambda: shutil.rmtree(seed.evaluation(arm), ignore_errors=True)
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int, display: Display, what: str) -> None:
-    """All of them, `at_once` at a time; when one fails, the others are ended.
+def run_jobs(jobs: Sequence[Job], concurrency: int, display: Display, what: str) -> None:
+    """Run all jobs, `concurrency` at a time; when one fails, the others are terminated.
 
     Raises:
-        UserError: for the first that failed.
+        UserError: for the first that fails.
     """
-    waiting, running, began = list(jobs), list[Job](), time.monotonic()
+    waiting, running, started = list(jobs), list[Job](), time.monotonic()
     finished, total = 0.0, sum(job.cost for job in jobs)
     try:
         while waiting or running:
-            while waiting and len(running) < at_once:
+            while waiting and len(running) < concurrency:
                 job = waiting.pop(0)
                 job.before()
                 job.start_next()
                 running.append(job)
             time.sleep(POLL_SECONDS)
-            for job in [job for job in running if job.is_over()]:
+            for job in [job for job in running if job.advance()]:
                 running.remove(job)
                 finished += job.cost
-                left = (time.monotonic() - began) * (total - finished) / finished
+                left = (time.monotonic() - started) * (total - finished) / finished
                 count = f"{len(jobs) - len(waiting) - len(running)}/{len(jobs)} {what}"
                 display.log(f"{count}  {job.name} is done; about {_minutes(left)} left")
             display.status(f"{what}: {', '.join(job.name for job in running)}", finished / total)
     finally:
         for job in running:
             assert job.process is not None
-            job.process.terminate()  # a run saves and goes on from there next time
+            job.process.terminate()  # a run saves, and resumes next time
         for job in running:
             assert job.process is not None
             job.process.wait()
@@ -234,85 +234,87 @@ def _minutes(seconds: float) -> str:
 # ---------------------------------------------------------------------- measuring
 
 
-def measure(places: Sequence[Place]) -> Measured:
-    """Arm → measure → a value per seed, of runs that all began with their seed's weights."""
+def measure(all_seeds: Sequence[SeedRuns]) -> Measured:
+    """Arm → measure → a value per seed, of runs that all started with their seed's weights."""
     measured: Measured = {}
     for arm in ARMS:
-        for place in places:
-            check_same_start(place, arm)
-            for name, value in read_measures(place, arm).items():
+        for seed in all_seeds:
+            check_initial_weights(seed, arm)
+            for name, value in read_measures(seed, arm).items():
                 measured.setdefault(arm.name, {}).setdefault(name, []).append(value)
     return measured
 
 
 def best_rate(measured: Measured) -> tuple[str, dict[str, float]]:
-    """Off-policy GRPO's arm with the highest mean pass@1 over seeds, and that of each of its arms."""
-    found = {
+    """The arm of off-policy GRPO with the highest mean pass@1 over seeds, and pass@1 of all its arms."""
+    means = {
         name: fmean(value for value in measured[name]["pass@1"] if value is not None)
-        for name in (OFF_POLICY, *SLOWER)
+        for name in (OFF_POLICY, *LOWER_RATES)
     }
-    return max(found, key=lambda name: found[name]), {name: round(value, 4) for name, value in found.items()}
+    return max(means, key=lambda name: means[name]), {name: round(value, 4) for name, value in means.items()}
 
 
-def same_samples(places: Sequence[Place]) -> int:
-    """How many training samples each run drew.
+def same_samples(all_seeds: Sequence[SeedRuns]) -> int:
+    """The number of training samples of each run.
 
     Raises:
-        UserError: where one drew more or fewer than the others.
+        UserError: where runs differ.
     """
-    drawn = {str(place.run(arm)): samples_drawn(place, arm) for place in places for arm in ARMS}
-    first = next(iter(drawn.values()))
-    for run, count in drawn.items():
+    counts = {str(seed.run(arm)): training_samples(seed, arm) for seed in all_seeds for arm in ARMS}
+    first = next(iter(counts.values()))
+    for run, count in counts.items():
         if count != first:
-            raise UserError(f"{run} drew {count} samples, others {first}; remove its folder and start again")
+            raise UserError(f"{run} has {count} samples, others {first}; remove its folder and start again")
     return first
 
 
-# ---------------------------------------------------------------------- telling
+# ---------------------------------------------------------------------- figures and output
 
 
-def draw(
-    places: Sequence[Place], best: str, findings: Sequence[Finding], target: Path, name: str
+def plot_all(
+    all_seeds: Sequence[SeedRuns], best: str, findings: Sequence[Finding], target: Path, name: str
 ) -> list[Path]:
     """Curves of the arms that the paper compares, curves of all baselines, and the table of claims."""
     target.mkdir(parents=True, exist_ok=True)
-    everyone = read_runs([place.run(arm) for arm in ARMS for place in places])
-    of_arm = {arm.name: everyone[i * len(places) : (i + 1) * len(places)] for i, arm in enumerate(ARMS)}
-    seeds = f"mean over {len(places)} seeds, band from the least to the greatest"
-    papers = list(dict.fromkeys(("opo", "grpo_on_policy", OFF_POLICY, best)))
+    runs = read_runs([seed.run(arm) for arm in ARMS for seed in all_seeds])
+    runs_of_arm = {
+        arm.name: runs[i * len(all_seeds) : (i + 1) * len(all_seeds)] for i, arm in enumerate(ARMS)
+    }
+    seeds = f"mean over {len(all_seeds)} seeds, band from minimum to maximum"
+    paper_arms = list(dict.fromkeys(("opo", "grpo_on_policy", OFF_POLICY, best)))
     return [
-        draw_curves(
-            {arm: of_arm[arm] for arm in papers}, f"exact on-policy and off-policy: {seeds}",
+        plot_curves(
+            {arm: runs_of_arm[arm] for arm in paper_arms}, f"exact on-policy and off-policy: {seeds}",
             target / f"{name}_curves.png",
         ),
-        draw_curves(
-            {arm: of_arm[arm] for arm in ON_POLICY}, f"baselines, all exactly on-policy: {seeds}",
+        plot_curves(
+            {arm: runs_of_arm[arm] for arm in ON_POLICY}, f"baselines, all exactly on-policy: {seeds}",
             target / f"{name}_baselines.png",
         ),
-        draw_claims(
-            findings, f"paired differences over {len(places)} seeds, scale {name.removeprefix('paper_')}",
+        plot_claims(
+            findings, f"paired differences over {len(all_seeds)} seeds, scale {name.removeprefix('paper_')}",
             target / f"{name}_claims.png",
         ),
     ]  # fmt: skip
 
 
-def log(findings: Sequence[Finding]) -> None:
-    """Every claim on a line of its own."""
-    width = max(len(finding.claim.says) for finding in findings)
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Print one line per claim."""
+    width = max(len(finding.claim.text) for finding in findings)
     for one in findings:
-        print(f"{one.claim.says:<{width}}  {interval_text(one.difference):<30}  {shown(one)}")
+        print(f"{one.claim.text:<{width}}  {interval_text(one.difference):<30}  {verdict_text(one)}")
 
 
 def _row(finding: Finding) -> dict[str, Any]:
     claim, difference = finding.claim, finding.difference
-    row: dict[str, Any] = {"claim": claim.says}
+    row: dict[str, Any] = {"claim": claim.text}
     if claim.is_testable:
         row |= {"measure": claim.measure, "arm": claim.arm, "other": claim.other}
         if claim.other_measure is not None:
             row["measure of other"] = claim.other_measure
     if difference is not None:
         row |= {"difference": [round(value, 5) for value in difference]}
-    return row | {"verdict": shown(finding)}
+    return row | {"verdict": verdict_text(finding)}
 
 
 def _rounded(measures: dict[str, list[float | None]]) -> dict[str, list[float | None]]:
@@ -323,7 +325,7 @@ def _rounded(measures: dict[str, list[float | None]]) -> dict[str, list[float | 
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that runs are ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # terminates the runs too
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # progress is seen in a file too
+        sys.stdout.reconfigure(line_buffering=True)  # so that progress shows in a file too
     sys.exit(main())

@@ -2,8 +2,8 @@
 
 torch's Adam keeps `step` per parameter, which Megatron-Core's distributed optimizer cannot
 checkpoint.  This one keeps `step` in the parameter group and only `exp_avg` and `exp_avg_sq` per
-parameter, so that checkpoints have one layout whether they were written with or without a GPU.
-Where Transformer Engine or Apex is installed, Megatron uses theirs and this file stays unused.
+parameter, so checkpoints have the same layout with and without a GPU.  Where Transformer Engine or
+Apex is installed, Megatron uses theirs and this file is unused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class GroupStepAdam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1  # also of an empty group: all ranks agree on it
+            group["step"] = group.get("step", 0) + 1  # of empty groups too: all ranks must agree on it
             params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
             if not params:
                 continue
@@ -57,7 +57,7 @@ class GroupStepAdam(torch.optim.Optimizer):
 
 
 def use_group_step_adam() -> None:
-    """Give Megatron-Core this Adam where neither Transformer Engine's nor Apex's is installed."""
+    """Make Megatron-Core use this Adam where neither Transformer Engine nor Apex is installed."""
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed
 
@@ -65,8 +65,8 @@ def use_group_step_adam() -> None:
         return
     optimizer.Adam = distributed.Adam = GroupStepAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
-    # The state layout is Apex's, and these flags are how Megatron asks for it.
+    # These flags select Apex's state layout in Megatron, which is this one's.
     distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
-    # Loading copies into master weights that are leaves of autograd.
+    # Loading copies in place into master weights, which are leaf tensors that require gradients.
     cls = distributed.DistributedOptimizer
     cls._set_main_param_and_optimizer_states = torch.no_grad()(cls._set_main_param_and_optimizer_states)

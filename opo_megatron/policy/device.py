@@ -1,4 +1,4 @@
-"""Whether this rank's device can do what the recipe asks of the policy."""
+"""Whether this rank's device supports what the recipe sets for the policy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from opo_megatron.policy.optimizer import check_offload_device
 
 
 def check_device(policy: PolicyConfig, device: torch.device) -> None:
-    """Refuse what the device lacks.
+    """Check that the device supports FP8, context parallelism and optimizer offload as the recipe sets them.
 
     Raises:
         UserError: naming what is missing.

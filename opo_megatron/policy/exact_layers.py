@@ -1,8 +1,8 @@
-"""Exact mode in the policy: Megatron's layers with the operations of `kernels/exact.py` inside.
+"""Exact mode in the policy: Megatron's layers computed with the operations of `kernels/exact.py`.
 
-Everything that has parameters stays Megatron's class, so names, checkpoints, gradients and their
-reduction are as they were; what changes is how the forward pass rounds.  Megatron's MLP stays as it
-is: its SwiGLU takes gate and up out of one tensor, as the decoder's does.
+Every module with parameters is a subclass of Megatron's, so names, checkpoints, gradients and their
+reduction stay the same; only the rounding of the forward pass changes.  Megatron's MLP is unchanged:
+its SwiGLU splits gate and up from one tensor, as the local engine's decoder does.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from opo_megatron.kernels import exact
 
 
 class ExactColumnLinear(ColumnParallelLinear):
-    """The projections into a layer: query, key and value; gate and up."""
+    """The column-parallel projections: query, key and value; gate and up."""
 
     def _forward_impl(
         self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any
-    ) -> Tensor:  # named as Megatron calls it
+    ) -> Tensor:  # Megatron passes `input` by keyword
         product = exact.linear(input, weight)
         return product if bias is None else product + bias
 
 
 class ExactRowLinear(RowParallelLinear):
-    """The projections out of a layer."""
+    """The row-parallel projections: attention output; MLP down."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **_: Any) -> Tensor:
         return exact.linear(input, weight)
 
 
 class ExactAttention(DotProductAttention):
-    """Causal attention over whole sequences."""
+    """Causal attention over unpacked sequences."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """[s, b, heads, width] and twice [s, b, groups, width] → [s, b, heads · width]."""
+        """query [s, b, heads, head_dim], key, value [s, b, groups, head_dim] → [s, b, heads · head_dim]."""
         mask = exact.causal_mask(query.shape[0], query.device)
         keys, values = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
         mixed = exact.attention(query.transpose(0, 1), keys, values, mask)
@@ -45,7 +45,7 @@ class ExactAttention(DotProductAttention):
 
 
 def use_exact_layers(spec: Any) -> None:
-    """Put the classes of this file into a dense layer's local spec, in place."""
+    """Replace modules of a dense layer's local spec by the classes of this file, in place."""
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp
     attention.linear_qkv, attention.linear_proj = ExactColumnLinear, ExactRowLinear
     attention.core_attention = ExactAttention

@@ -1,19 +1,19 @@
-"""What a layer is made of: Megatron's local modules, or Transformer Engine's; and FP8 in Megatron's terms.
+"""Layer specs (Megatron's local modules, or Transformer Engine's), and FP8 as TransformerConfig fields.
 
-Transformer Engine (TE) fuses norms into the linears behind them, has attention without a stored matrix of
-scores, and is the only way to FP8.  It has no use without a GPU.  So it is taken where the device is a GPU
-and it can be imported, and everything else follows from `spec_name`.
+Transformer Engine (TE) fuses each norm into the linear layer that follows, never materializes attention
+scores, and is required for FP8.  It needs a GPU.  It is used where the device is a GPU and it can be
+imported; everything else follows from `spec_name`.
 
-The recipes of `policy.fp8`, by what shares a scale (TE's `common/recipe`):
+The recipes of `policy.fp8`, by scaling granularity (TE's `common/recipe`):
 
-    blockwise    weights 128×128, activations and gradients 1×128, all E4M3, scales of this step that are
-                 powers of two: TE's default, hence `kernels/fp8.py` with `Scales.power_of_two` has its bytes
-    tensorwise   one scale per tensor from this step's largest value; gradients in E5M2
-    delayed      one scale per tensor from the last 1,024 steps' largest values; gradients in E5M2
+    blockwise    weights 128×128, activations and gradients 1×128, all E4M3, current scaling by powers of
+                 two: TE's default, so `kernels/fp8.py` with `Scales.power_of_two` gives the same bytes
+    tensorwise   per-tensor current scaling, from this step's amax; gradients in E5M2
+    delayed      per-tensor delayed scaling, from the amax of the last 1,024 steps; gradients in E5M2
     mxfp8        1×32, for Blackwell
 
-Parameters stay in bf16 (`fp8_param` is off): the optimizer, checkpoints and the stream of weights do not
-know of FP8.  Embedding and head stay in bf16 as well.
+Parameters stay in bf16 (`fp8_param` is off), so FP8 does not affect the optimizer, checkpoints or the weight
+stream.  Embedding and head stay in bf16 as well.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from opo_megatron.policy.exact_layers import use_exact_layers
 from opo_megatron.policy.packed_attention import PackedAttention
 from opo_megatron.weights.param_mapping import LayerSpec
 
-_LEAST_CAPABILITY = {
+_MIN_CAPABILITY = {
     Fp8.blockwise: ((9, 0), "Hopper"),
     Fp8.tensorwise: ((8, 9), "Ada or Hopper"),
     Fp8.delayed: ((8, 9), "Ada or Hopper"),
     Fp8.mxfp8: ((10, 0), "Blackwell"),
 }
-"""Compute capability from which a recipe works, as TE checks it."""
+"""Minimum compute capability of each recipe, as TE checks it, and the generation's name."""
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -53,19 +53,19 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def spec_name(device: torch.device) -> LayerSpec:
-    """Which of Megatron's layer specs a policy on this device is built of."""
+    """Which of Megatron's layer specs a policy on this device uses."""
     has_engine = device.type == "cuda" and find_spec("transformer_engine") is not None
     return "transformer_engine" if has_engine else "local"
 
 
 def layer_spec(config: TransformerConfig, name: LayerSpec, exact: bool) -> tuple[Any, type]:
-    """The spec of one layer, and the class of the norm behind the last one."""
+    """The spec of one layer, and the class of the final norm."""
     if name == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
         spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.num_moe_experts is not None,  # whose names weights/param_mapping.py has
+            moe_grouped_gemm=config.num_moe_experts is not None,  # the names in weights/param_mapping.py
             qk_layernorm=config.qk_layernorm,
         )
         return spec, TENorm
@@ -83,23 +83,23 @@ def layer_spec(config: TransformerConfig, name: LayerSpec, exact: bool) -> tuple
 
 
 def device_fields(policy: PolicyConfig, device: torch.device) -> dict[str, Any]:
-    """Fields of TransformerConfig that follow from what can be imported beside this device.
+    """Fields of TransformerConfig that depend on the device and on the packages installed.
 
-    Adding weight gradients straight to their fp32 sums takes one extension of Apex, which Megatron's own
-    linear layers ask for (the head's among them) even where all others are TE's.
+    Gradient accumulation fusion needs an extension of Apex, which Megatron's own linear layers use (the
+    output layer too) even where all others are TE's.
     """
     fused = device.type == "cuda" and find_spec("fused_weight_gradient_mlp_cuda") is not None
     fields: dict[str, Any] = {"gradient_accumulation_fusion": fused}
     if policy.model.num_moe_experts is not None and spec_name(device) == "transformer_engine":
         fields["moe_grouped_gemm"] = True
     if policy.packing is Packing.thd and spec_name(device) == "transformer_engine":
-        # Megatron's own rotary embedding of packed sequences reads their ends on the host, layer by layer.
+        # Megatron's unfused RoPE for packed sequences copies cu_seqlens to the host in every layer.
         fields["apply_rope_fusion"] = True
     return fields
 
 
 def fp8_fields(policy: PolicyConfig) -> dict[str, Any]:
-    """`policy.fp8` in Megatron's fields."""
+    """`policy.fp8` as fields of TransformerConfig."""
     if policy.fp8 is None:
         return {}
     per_tensor = policy.fp8 in (Fp8.tensorwise, Fp8.delayed)
@@ -110,7 +110,7 @@ def fp8_fields(policy: PolicyConfig) -> dict[str, Any]:
 
 
 def recompute_fields(policy: PolicyConfig) -> dict[str, Any]:
-    """`policy.recompute` in Megatron's fields."""
+    """`policy.recompute` as fields of TransformerConfig."""
     if policy.recompute is Recompute.full:
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if policy.recompute is Recompute.selective:
@@ -119,25 +119,25 @@ def recompute_fields(policy: PolicyConfig) -> dict[str, Any]:
 
 
 def row_multiple(policy: PolicyConfig) -> int:
-    """Ranks that a micro-batch's rows are cut over: their length must be a multiple of this."""
+    """Ranks that a micro-batch's rows are split over: the padded length must be a multiple of this."""
     return policy.context_parallel_size * (
         policy.tensor_model_parallel_size if policy.sequence_parallel else 1
     )
 
 
 def token_multiple(policy: PolicyConfig) -> int:
-    """What the number of tokens of a micro-batch (rows × padded length) must be a multiple of.
+    """Alignment of a micro-batch's number of tokens (rows × padded length).
 
-    TE gathers a blockwise activation over sequence-parallel ranks only where each holds whole blocks.
+    TE all-gathers a blockwise activation over sequence-parallel ranks only where each holds whole blocks.
     """
     if policy.fp8 is None:
         return 1
-    one = FP8_MULTIPLE if policy.fp8 in (Fp8.tensorwise, Fp8.delayed) else FP8_BLOCK
-    return one * row_multiple(policy)
+    per_rank = FP8_MULTIPLE if policy.fp8 in (Fp8.tensorwise, Fp8.delayed) else FP8_BLOCK
+    return per_rank * row_multiple(policy)
 
 
 def check_fp8_device(policy: PolicyConfig, device: torch.device) -> None:
-    """Refuse FP8 that this machine has not.
+    """Check that this machine supports `policy.fp8`.
 
     Raises:
         UserError: naming what is missing.
@@ -159,13 +159,13 @@ def check_fp8_device(policy: PolicyConfig, device: torch.device) -> None:
 
 
 def check_context_device(policy: PolicyConfig, device: torch.device) -> None:
-    """Refuse context parallelism for which Transformer Engine has no attention.
+    """Check that Transformer Engine has an attention kernel for `policy.context_parallel_size`.
 
     Raises:
         UserError: naming what is missing.
     """
-    is_cut = policy.context_parallel_size > 1 and spec_name(device) == "transformer_engine"
-    if is_cut and policy.dtype is not Dtype.bf16:
+    is_split = policy.context_parallel_size > 1 and spec_name(device) == "transformer_engine"
+    if is_split and policy.dtype is not Dtype.bf16:
         raise UserError(
             f"policy.context_parallel_size={policy.context_parallel_size} with policy.dtype="
             f"{policy.dtype.value}, but Transformer Engine's attention over several GPUs has no fp32; set "
@@ -174,19 +174,19 @@ def check_context_device(policy: PolicyConfig, device: torch.device) -> None:
 
 
 def fp8_lacks(fp8: Fp8, capability: tuple[int, int], engine: str | None, cuda: str | None) -> str | None:
-    """What a GPU with these versions lacks for a recipe, with the remedy; None where it has everything.
+    """What a GPU with these versions lacks for an FP8 recipe, with the fix; None where nothing is missing.
 
     Args:
         capability: compute capability of the device.
-        engine: version of Transformer Engine, None where it is not installed.
-        cuda: version of CUDA that torch was built for.
+        engine: version of Transformer Engine; None where it is not installed.
+        cuda: CUDA version that torch was built for.
     """
     versions = read_versions()
-    least, generation = _LEAST_CAPABILITY[fp8]
-    if capability < least:
+    minimum, generation = _MIN_CAPABILITY[fp8]
+    if capability < minimum:
         other = "policy.fp8=blockwise" if capability >= (9, 0) else "policy.fp8=null"
         return (
-            f"compute capability {least[0]}.{least[1]} ({generation}), and this GPU has "
+            f"compute capability {minimum[0]}.{minimum[1]} ({generation}), and this GPU has "
             f"{capability[0]}.{capability[1]}; set {other}"
         )
     part = versions.part("transformer-engine")
@@ -196,7 +196,7 @@ def fp8_lacks(fp8: Fp8, capability: tuple[int, int], engine: str | None, cuda: s
         return (
             f"Transformer Engine {part.wanted}, and {engine} is installed; install another with: {part.fix}"
         )
-    cuda_least = versions.cuda["blockwise_fp8_at_least"]
-    if fp8 is Fp8.blockwise and numbers(cuda or "0") < numbers(cuda_least):
-        return f"CUDA {cuda_least} or newer, and torch is built for {cuda}; install another build of torch"
+    cuda_minimum = versions.cuda["blockwise_fp8_at_least"]
+    if fp8 is Fp8.blockwise and numbers(cuda or "0") < numbers(cuda_minimum):
+        return f"CUDA {cuda_minimum} or newer, and torch is built for {cuda}; install another build of torch"
     return None

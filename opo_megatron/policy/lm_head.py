@@ -1,8 +1,7 @@
-"""The head's place in Megatron's schedule: its loss function, with the gradients already computed.
+"""The LM head as the loss function of Megatron's schedule, with gradients computed in the forward pass.
 
-`kernels/lm_head.py` knows matrices; this file knows where Megatron keeps them.  The weight's gradient
-goes straight into DDP's `main_grad` during the forward pass, and the hidden states' gradient waits
-for the backward pass of the schedule.
+`kernels/lm_head.py` works on matrices; this file gets them from Megatron.  The forward pass accumulates
+the weight's gradient in DDP's `main_grad` and keeps the hidden states' gradient for the backward pass.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from opo_megatron.policy.token_loss import TokenLoss
 
 @dataclass(frozen=True)
 class LMHead:
-    """What every sweep of one policy shares."""
+    """What all head passes of one policy share."""
 
     parallel: Parallel
     vocab_size: int
@@ -31,14 +30,14 @@ class LMHead:
     exact: bool = False
 
     def vocabulary(self, weight: Tensor) -> tuple[VocabularyShard, Tensor]:
-        """This rank's place in the vocabulary, and its rows without padding."""
+        """This rank's shard of the vocabulary, and its rows without padding."""
         start = weight.shape[0] * self.parallel.tp_rank
         rows = max(0, min(weight.shape[0], self.vocab_size - start))
         group = self.parallel.tp_group if self.parallel.tp_size > 1 else None
         return VocabularyShard(start, group), weight.detach()[:rows]
 
     def gather(self, hidden: Tensor) -> Tensor:
-        """[b, s, H] of this rank's part of the sequence → of the whole sequence."""
+        """[b, s, H] of this rank's shard of the sequence → of the whole sequence."""
         if not self.sequence_parallel:
             return hidden
         parts = [torch.empty_like(hidden) for _ in range(self.parallel.tp_size)]
@@ -46,11 +45,11 @@ class LMHead:
         return torch.cat(parts, 1)
 
     def select(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
-        """[b, s, H] → [n, H]: the hidden states that predict response tokens, without a gradient."""
+        """[b, s, H] → [n, H]: the hidden states that predict response tokens, detached."""
         return self.gather(hidden.detach()).flatten(0, 1)[micro.loss_positions]
 
     def reduce(self, d_hidden: Tensor) -> Tensor:
-        """Sum the vocabulary shards' parts of the gradient [b, s, H], once, and keep this rank's part."""
+        """All-reduce the gradient [b, s, H] over vocabulary shards; returns this rank's part of it."""
         if self.parallel.tp_size == 1:
             return d_hidden
         dist.all_reduce(d_hidden, group=self.parallel.tp_group)
@@ -62,7 +61,7 @@ class LMHead:
 def log_probs(
     head: LMHead, hidden: Tensor, weight: Tensor, micro: MicroBatch, temperature: float
 ) -> HeadOutput:
-    """The sweep without gradients, over the response tokens of a micro-batch."""
+    """A forward-only head pass over the response tokens of a micro-batch."""
     vocabulary, rows = head.vocabulary(weight)
     flat = head.select(hidden, micro).to(weight.dtype)
     return chunked_logprobs(
@@ -73,8 +72,8 @@ def log_probs(
 class LMHeadLoss(torch.autograd.Function):
     """hidden [b, s, H], weight [V, H] → the micro-batch's part of the loss, a scalar.
 
-    The gradient of the scalar is 1 (the normaliser is in the coefficients), so the gradients that the
-    forward pass computed are final.
+    The incoming gradient is 1 (the normaliser is in the coefficients), so the gradients computed in the
+    forward pass are final.
     """
 
     @staticmethod
@@ -113,8 +112,8 @@ class LMHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        # DDP must not add the placeholder to what the sweep wrote; where the parameter is also the
-        # embedding, the same hook has the embedding's gradient to add.
+        # DDP's hook must not add the placeholder to `main_grad`; where the parameter is also the
+        # embedding, the hook must still add the embedding's gradient.
         ctx.weight.grad_added_to_main_grad = not ctx.shares_embedding
         placeholder = ctx.weight.new_zeros(()).expand_as(ctx.weight)
         return ctx.d_hidden, placeholder, None, None, None, None

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step, without state: resuming needs nothing but the step."""
+"""The learning rate as a stateless function of the step, so resuming needs only the step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
         return config.lr * step / config.warmup_steps
     if config.schedule is Schedule.constant:
         return config.lr
-    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    done = min(1.0, done)
-    remaining = 1 - done if config.schedule is Schedule.linear else (1 + math.cos(math.pi * done)) / 2
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    progress = min(1.0, progress)
+    remaining = 1 - progress if config.schedule is Schedule.linear else (1 + math.cos(math.pi * progress)) / 2
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining)

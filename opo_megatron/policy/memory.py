@@ -1,8 +1,7 @@
-"""What of the policy's memory an engine on the same GPUs may have while it takes weights and draws.
+"""Offloading the policy's memory for an engine on the same GPUs, during weight updates and generation.
 
-Tensors keep their identity: only the storage behind them is given back and comes again, so Megatron's
-buffers, views and optimizer states never notice.  The same code runs on a CPU, where it saves nothing
-but can be tested.
+Tensors keep their identity: only their storage is freed and allocated again, so Megatron's buffers, views
+and optimizer states stay valid.  The same code runs on a CPU, where it saves nothing but can be tested.
 """
 
 from __future__ import annotations
@@ -18,55 +17,55 @@ if TYPE_CHECKING:
 
 
 class PolicyMemory:
-    """Gradients, which are dropped, and master weights with moments, which wait in host memory."""
+    """Frees gradients, and offloads master weights and moments to host memory."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._on_gpu = policy.parallel.device.type == "cuda"
-        self._without_gradients = False
-        self._away: list[tuple[torch.UntypedStorage, Tensor]] = []
-        self._hosts: dict[int, Tensor] = {}
-        """Host memory by size, kept from step to step: page-locked memory takes long to get."""
+        self._gradients_freed = False
+        self._offloaded: list[tuple[torch.UntypedStorage, Tensor]] = []
+        self._host_buffers: dict[int, Tensor] = {}
+        """Host buffers by address, kept from step to step: page-locked memory is slow to allocate."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether the policy can train."""
-        return not self._without_gradients and not self._away
+        """Whether everything is on the device, so that the policy can train."""
+        return not self._gradients_freed and not self._offloaded
 
     def free_gradients(self) -> None:
-        """Give back the gradient buffers; what they hold is lost."""
-        if self._without_gradients or self._policy.optimizer is None:
+        """Free the gradient buffers; their content is lost."""
+        if self._gradients_freed or self._policy.optimizer is None:
             return
         for chunk in self._policy.ddp_chunks:
             chunk.offload_grad_buffers(synchronize=self._on_gpu, empty_cache=self._on_gpu)
-        self._without_gradients = True
+        self._gradients_freed = True
 
     def offload_optimizer(self) -> None:
-        """Bring master weights and moments to host memory."""
-        if self._away or self._policy.optimizer is None:
+        """Move master weights and moments to host memory."""
+        if self._offloaded or self._policy.optimizer is None:
             return
-        free = list(self._hosts.values())
-        self._hosts = {}
+        free = list(self._host_buffers.values())
+        self._host_buffers = {}
         for storage in self._optimizer_storages():
             host = self._host_memory(storage.nbytes(), free)
             host.copy_(_bytes_of(storage))
-            self._away.append((storage, host))
-        for storage, _ in self._away:
+            self._offloaded.append((storage, host))
+        for storage, _ in self._offloaded:
             storage.resize_(0)
         if self._on_gpu:
             torch.cuda.empty_cache()
 
     def reload(self) -> None:
-        """Make the policy complete again, bit for bit, with gradients of zero."""
-        for storage, host in self._away:
+        """Restore everything bit for bit, with zero gradients."""
+        for storage, host in self._offloaded:
             storage.resize_(host.numel())
             _bytes_of(storage).copy_(host)
-            self._hosts[host.data_ptr()] = host
-        self._away = []
-        if self._without_gradients:
+            self._host_buffers[host.data_ptr()] = host
+        self._offloaded = []
+        if self._gradients_freed:
             for chunk in self._policy.ddp_chunks:
                 chunk.restore_grad_buffers(synchronize=self._on_gpu)
-            self._without_gradients = False
+            self._gradients_freed = False
 
     def _host_memory(self, size: int, free: list[Tensor]) -> Tensor:
         for i, host in enumerate(free):
@@ -75,7 +74,7 @@ class PolicyMemory:
         return torch.empty(size, dtype=torch.uint8, pin_memory=self._on_gpu)
 
     def _optimizer_storages(self) -> Iterator[torch.UntypedStorage]:
-        """Those of the optimizer alone: where there are no master weights, it works on the model's own."""
+        """Storages of the optimizer alone: without master weights, its parameters are the model's own."""
         seen = {p.untyped_storage().data_ptr() for chunk in self._policy.chunks for p in chunk.parameters()}
         optimizers = getattr(self._policy.optimizer, "chained_optimizers", [self._policy.optimizer])
         for one in optimizers:

@@ -1,4 +1,4 @@
-"""What a step measures: sums over all response tokens, micro-batch by micro-batch, then over all ranks."""
+"""The metrics of a step: sums over all response tokens, per micro-batch, then over all ranks."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class MetricSums:
         """
         tokens = torch.tensor([float(response_lengths.sum())], dtype=torch.float64)
         parts = [self._sums.cpu()]
-        highest = torch.zeros((), dtype=torch.float64)
+        maximum = torch.zeros((), dtype=torch.float64)
         if self.mismatch is not None:
             parts.append(self.mismatch.values.cpu())
-            highest = all_reduce(parallel, self.mismatch.highest.cpu(), dist.ReduceOp.MAX)
+            maximum = all_reduce(parallel, self.mismatch.highest.cpu(), dist.ReduceOp.MAX)
         own = torch.cat(parts) * float(parallel.owns_logits)
         totals = torch.cat((tokens * float(parallel.is_dp_leader), own))
         count, entropy, loss, *differences = all_reduce(parallel, totals).tolist()
@@ -57,5 +57,5 @@ class MetricSums:
             return StepMetrics(loss, 0, entropy=None, mismatch=None)
         mismatch = None
         if self.mismatch is not None:
-            mismatch = MismatchSums.result(differences, float(highest), count)
+            mismatch = MismatchSums.result(differences, float(maximum), count)
         return StepMetrics(loss, int(count), entropy / count, mismatch)

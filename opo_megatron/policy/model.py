@@ -1,11 +1,11 @@
-"""A decoder-only Megatron-Core `GPTModel` of the recipe: RMSNorm, SwiGLU, RoPE, GQA, optionally MoE.
+"""The recipe's decoder-only Megatron-Core `GPTModel`: RMSNorm, SwiGLU, RoPE, GQA, optionally MoE.
 
-Layers are Transformer Engine's where that is installed beside GPUs, else Megatron's local ones (see
-`layer_specs.py`).  Two places differ from Megatron's local layer spec (and four more in exact mode, see
-`exact_layers.py`).  The norm is the project's, because Megatron's
-torch norm refuses sequence parallelism.  The output layer keeps its weight, name and checkpoint
-entry but passes hidden states through: logits exist only inside `kernels/lm_head.py`, chunk by chunk.
-Dropout is 0 everywhere, for the engine samples without it.
+Layers are Transformer Engine's on GPUs where it is installed, else Megatron's local ones (see
+`layer_specs.py`).  Two things differ from Megatron's local layer spec (and four more in exact mode, see
+`exact_layers.py`).  The norm is the project's, because Megatron's torch norm does not support sequence
+parallelism.  The output layer keeps its weight, name and checkpoint entry but returns hidden states:
+logits exist only inside `kernels/lm_head.py`, chunk by chunk.  Dropout is 0, because the engine samples
+without it.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from opo_megatron.kernels.rotary import inverse_frequencies
 from opo_megatron.policy.layer_specs import device_fields, fp8_fields, layer_spec, recompute_fields, spec_name
 
 BUCKET_MULTIPLE = 128
-"""Megatron pads gradient buckets of the distributed optimizer to multiples of this and of the ranks."""
+"""The distributed optimizer pads gradient buckets to multiples of this and of the number of ranks."""
 
 
 def padded_vocab_size(policy: PolicyConfig, vocab_size: int, dp_size: int) -> int:
-    """Vocabulary rows once every tensor-parallel rank holds the same number of them.
+    """The vocabulary size, padded so that every tensor-parallel rank holds the same number of rows.
 
-    A tied embedding that two pipeline stages share has a gradient bucket of its own, which Megatron's
-    distributed optimizer pads.  Its checkpoints take the wrong elements where there is such padding
-    between buckets, so the rows are chosen to leave none.  Its state is sharded over all copies of the
-    weights, context-parallel ones too.
+    A tied embedding shared by two pipeline stages has a gradient bucket of its own, which Megatron's
+    distributed optimizer pads.  Its checkpoints read the wrong elements where there is padding between
+    buckets, so the vocabulary is padded until the bucket needs none.  Optimizer state is sharded over
+    data- and context-parallel ranks.
     """
     rows = policy.tensor_model_parallel_size
     shared = policy.model.tie_embeddings and policy.pipeline_model_parallel_size > 1
     if shared and policy.distributed_optimizer:
-        unit = math.lcm(BUCKET_MULTIPLE, dp_size * policy.context_parallel_size)
-        rows *= unit // math.gcd(unit, policy.model.hidden_size)
+        alignment = math.lcm(BUCKET_MULTIPLE, dp_size * policy.context_parallel_size)
+        rows *= alignment // math.gcd(alignment, policy.model.hidden_size)
     return -(-vocab_size // rows) * rows
 
 
 def transformer_config(policy: PolicyConfig, device: torch.device) -> TransformerConfig:
-    """The recipe's model and layout in Megatron's terms."""
+    """The recipe's model and parallel layout as Megatron's TransformerConfig."""
     model = policy.model
     dtype = torch.bfloat16 if policy.dtype is Dtype.bf16 else torch.float32
     virtual = policy.virtual_pipeline_model_parallel_size
@@ -78,9 +78,9 @@ def transformer_config(policy: PolicyConfig, device: torch.device) -> Transforme
         "pipeline_dtype": dtype,
         "bf16": policy.dtype is Dtype.bf16,
         "use_cpu_initialization": device.type != "cuda",
-        "perform_initialization": False,  # weights come from `weights/`, the same under every layout
-        "calculate_per_token_loss": True,  # no rescaling after the head has written its gradient
-        # Interleaved stages cannot announce shapes: Megatron does so by batched p2p, see below.
+        "perform_initialization": False,  # weights come from `weights/`, the same under every parallel layout
+        "calculate_per_token_loss": True,  # the head's gradient is final; Megatron must not rescale it
+        # Interleaved schedules cannot exchange shapes: Megatron does so by batched p2p, see below.
         "variable_seq_lengths": virtual is None,
         "moe_token_dispatcher_type": "alltoall",
         "persist_layer_norm": False,
@@ -91,7 +91,7 @@ def transformer_config(policy: PolicyConfig, device: torch.device) -> Transforme
     }
     fields |= device_fields(policy, device) | fp8_fields(policy) | recompute_fields(policy)
     if virtual is not None:
-        # Interleaved and batched p2p over two stages is silently wrong: both neighbours are one peer.
+        # Interleaved, batched p2p over 2 stages is silently wrong: both neighbours are one peer.
         fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if model.num_moe_experts is not None:
         fields |= {
@@ -108,7 +108,7 @@ def transformer_config(policy: PolicyConfig, device: torch.device) -> Transforme
         return TransformerConfig(**(fields | policy.megatron))
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(
-            f"Megatron-Core does not take policy.megatron={policy.megatron} ({error}); mend or remove it"
+            f"Megatron-Core rejects policy.megatron={policy.megatron} ({error}); fix or remove it"
         ) from error
 
 
@@ -121,7 +121,7 @@ def build_chunks(
     model: type[GPTModel] = GPTModel,
     exact: bool = False,
 ) -> list[GPTModel]:
-    """This rank's model chunks (one, or one per virtual stage), weights not yet set."""
+    """This rank's model chunks (one, or one per virtual stage), with uninitialized weights."""
     config = transformer_config(policy, device)
     stages = policy.virtual_pipeline_model_parallel_size or 1
     last = policy.pipeline_model_parallel_size - 1
@@ -141,7 +141,7 @@ def build_chunks(
             share_embeddings_and_output_weights=policy.model.tie_embeddings,
             vp_stage=stage if stages > 1 else None,
         )
-        # Megatron scales frequencies with fixed constants; the engine must turn by the same ones.
+        # Megatron hard-codes the RoPE scaling constants; policy and engine must use the same frequencies.
         chunk.rotary_pos_emb.inv_freq = inverse_frequencies(policy.model).to(chunk.rotary_pos_emb.inv_freq)
         if chunk.post_process:
             chunk.output_layer.forward = _pass_through
@@ -155,7 +155,7 @@ def head_weight(chunk: GPTModel) -> Tensor:
 
 
 def head_shares_embedding(chunk: GPTModel) -> bool:
-    """Whether one parameter of this very chunk is both embedding and output."""
+    """Whether one parameter of this chunk is both embedding and output."""
     return _is_tied(chunk) and chunk.pre_process
 
 

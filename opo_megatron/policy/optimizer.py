@@ -1,10 +1,9 @@
-"""Adam in Megatron's terms, and how much of it steps in host memory.
+"""Adam as Megatron's OptimizerConfig, and optimizer offload to host memory.
 
-With `policy.optimizer_offload` f, Megatron's hybrid optimizer keeps master weights and moments of a share f
-of a rank's shard in page-locked host memory: gradients go there, torch's AdamW steps on the CPU, weights come
-back.  It takes master weights from the code path of its precision-aware optimizer, which must be on with it
-(its moments stay fp32) and asks for Transformer Engine.  It has no use on a CPU, so nothing of it could be
-run there.
+With `policy.optimizer_offload` f, Megatron's hybrid optimizer keeps master weights and moments of a fraction
+f of a rank's shard in page-locked host memory: gradients are copied there, torch's AdamW steps on the CPU,
+weights are copied back.  It requires the precision-aware optimizer (whose moments stay fp32), which requires
+Transformer Engine.  It needs a GPU, so this path is not tested on a CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from opo_megatron.errors import UserError
 def megatron_optimizer(
     policy: PolicyConfig, config: OptimizerConfig, params_dtype: torch.dtype
 ) -> MegatronOptimizerConfig:
-    """The recipe's optimizer as Megatron's configuration."""
+    """The recipe's optimizer as Megatron's OptimizerConfig."""
     return MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -41,7 +40,7 @@ def megatron_optimizer(
 
 
 def offload_fields(policy: PolicyConfig) -> dict[str, Any]:
-    """`policy.optimizer_offload` in Megatron's fields."""
+    """`policy.optimizer_offload` as fields of Megatron's OptimizerConfig."""
     if not policy.optimizer_offload:
         return {}
     return {
@@ -52,7 +51,7 @@ def offload_fields(policy: PolicyConfig) -> dict[str, Any]:
 
 
 def check_offload_device(policy: PolicyConfig, device: torch.device) -> None:
-    """Refuse to move an optimizer off where there is no GPU, or not what Megatron does it with.
+    """Check that the device and the installed packages support `policy.optimizer_offload`.
 
     Raises:
         UserError: naming what is missing.

@@ -1,11 +1,11 @@
-"""Attention of Megatron's local layers over packed sequences, which its own refuses.
+"""Attention over packed sequences for Megatron's local layers, whose own does not support them.
 
-Each sequence by itself runs through Megatron's local attention: same scale, grouped queries, softmax and
-rounding as in a padded micro-batch.  Under context parallelism every rank gathers the keys and values of
-the whole row, and its own queries attend to those that are not behind them.
+Each sequence runs through Megatron's local attention by itself: same scale, grouped queries, softmax and
+rounding as in a padded micro-batch.  Under context parallelism every rank all-gathers the keys and values of
+the whole row, and its own queries attend to them causally.
 
-It is for layers that are not Transformer Engine's, hence for a CPU; on GPUs Transformer Engine's attention
-takes all sequences in one kernel, and keys and values go round in a ring.
+It is for CPUs, where layers are not Transformer Engine's; on GPUs Transformer Engine's attention runs all
+sequences in one kernel, with ring attention under context parallelism.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class PackedAttention(DotProductAttention):
     """Causal attention over padded rows, or over one row of packed sequences."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        # Megatron's own refuses to be built where rows are cut; here it is given whole ones.
-        whole = copy.copy(config)
-        whole.context_parallel_size = 1
-        super().__init__(whole, *args, **kwargs)
+        # Megatron's raises under context parallelism; here it gets keys and values of whole rows.
+        config_without_cp = copy.copy(config)
+        config_without_cp.context_parallel_size = 1
+        super().__init__(config_without_cp, *args, **kwargs)
         self.context_size = config.context_parallel_size
 
     def forward(
@@ -45,8 +45,8 @@ class PackedAttention(DotProductAttention):
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Packed: [T, heads, width] and twice [T, groups, width] → [T, 1, heads · width]; T / C places of
-        each where C context-parallel ranks share the row."""
+        """Packed: query [T, heads, head_dim], key and value [T, groups, head_dim] → [T, 1, heads · head_dim];
+        with C context-parallel ranks, T / C positions of each."""
         attend = super().forward
         if packed_seq_params is None:
             return attend(query, key, value, attention_mask, *args, **kwargs)
@@ -56,9 +56,9 @@ class PackedAttention(DotProductAttention):
         queries = lengths
         if self.context_size > 1:
             rank = parallel_state.get_context_parallel_rank()
-            key, value = (_whole_row(tensor, lengths, self.context_size) for tensor in (key, value))
+            key, value = (_gather_row(tensor, lengths, self.context_size) for tensor in (key, value))
             queries = [length // self.context_size for length in lengths]
-            masks = [_behind(length, rank, self.context_size).to(query.device) for length in lengths]
+            masks = [_causal_mask(length, rank, self.context_size).to(query.device) for length in lengths]
         parts = zip(
             query.unsqueeze(1).split(queries),
             key.unsqueeze(1).split(lengths),
@@ -69,14 +69,14 @@ class PackedAttention(DotProductAttention):
         return torch.cat([attend(*part, *args, **kwargs) for part in parts])
 
 
-def _whole_row(own: Tensor, lengths: list[int], size: int) -> Tensor:
-    """[T / C, …] of each context-parallel rank → [T, …] in the row's order; gradients are summed back."""
+def _gather_row(own: Tensor, lengths: list[int], size: int) -> Tensor:
+    """[T / C, …] of each context-parallel rank → [T, …] in the row's order; backward is a reduce-scatter."""
     gathered = gather_from_sequence_parallel_region(own, group=parallel_state.get_context_parallel_group())
-    places = torch.cat([context_positions(lengths, rank, size) for rank in range(size)])
-    return gathered[places.argsort()]
+    positions = torch.cat([context_positions(lengths, rank, size) for rank in range(size)])
+    return gathered[positions.argsort()]
 
 
-def _behind(length: int, rank: int, size: int) -> Tensor:
-    """[1, 1, length / C, length] of a sequence: which keys are behind each query of a rank, and so hidden."""
+def _causal_mask(length: int, rank: int, size: int) -> Tensor:
+    """[1, 1, length / C, length]: True where a key comes after the query of this rank, and is masked."""
     positions = context_positions([length], rank, size)
     return (torch.arange(length) > positions.unsqueeze(1)).view(1, 1, -1, length)

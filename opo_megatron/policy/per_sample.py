@@ -1,7 +1,7 @@
-"""Inner products of the gradients ∇log π_T(y) of single samples, and the samples' energies.
+"""Inner products of the per-sample gradients ∇log π_T(y), and the samples' energies.
 
-Of the output layer for one forward pass, under any layout; or of all parameters, by one backward pass
-per sample, whose gradients are kept side by side: for small models only.
+Either of the output layer, by one forward pass, under any parallel layout; or of all parameters, by one
+backward pass per sample, keeping all gradients in host memory: for small models only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from opo_megatron.policy.policy import Policy
 
 COLUMNS = 2**20
-"""Of the gradients, multiplied at a time in float64."""
+"""Gradient entries per matrix product in float64."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,17 @@ class PerSample:
 def output_layer(
     policy: Policy, rollouts: Rollouts, schedule: MicroBatchPlan, temperature: float
 ) -> PerSample:
-    """Gradients with respect to the output matrix of the samples of `rollouts`, which every data-parallel
-    replica holds in the order of `schedule`; the blocks of the inner products are shared out among copies."""
+    """Gradients with respect to the output matrix, for the samples of `rollouts`, which every data-parallel
+    replica holds in the order of `schedule`; blocks of the Gram matrix are split over dp × cp ranks."""
     hidden_parts: list[Tensor] = []
     target_parts: list[Tensor] = []
-    number_parts: list[Tensor] = []
+    index_parts: list[Tensor] = []
     matrix: list[Tensor] = []
 
     def collect(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> None:
         hidden_parts.append(policy.head.select(hidden, micro))
         target_parts.append(micro.targets)
-        number_parts.append(micro.token_indices)
+        index_parts.append(micro.token_indices)
         matrix[:] = [head_weight(chunk)]
 
     policy.run_forward(rollouts, schedule, collect)
@@ -61,11 +61,11 @@ def output_layer(
     if matrix:
         vocabulary, rows = policy.head.vocabulary(matrix[0])
         owners = torch.repeat_interleave(torch.arange(n), rollouts.response_lengths).to(parallel.device)
-        numbers, tokens = torch.cat(number_parts), owners.numel()
-        found = output_gram(
-            gather_tokens(parallel, torch.cat(hidden_parts), numbers, tokens),
+        indices, tokens = torch.cat(index_parts), owners.numel()
+        result = output_gram(
+            gather_tokens(parallel, torch.cat(hidden_parts), indices, tokens),
             rows,
-            gather_tokens(parallel, torch.cat(target_parts), numbers, tokens),
+            gather_tokens(parallel, torch.cat(target_parts), indices, tokens),
             owners,
             n,
             vocabulary,
@@ -73,7 +73,7 @@ def output_layer(
             policy.head.chunk_tokens,
             (parallel.dp_cp_rank, parallel.dp_cp_size),
         )
-        sums = torch.cat((found.gram.flatten(), found.energy, found.energy_hidden)).cpu()
+        sums = torch.cat((result.gram.flatten(), result.energy, result.energy_hidden)).cpu()
     all_reduce(parallel, sums)
     gram, energy, energy_hidden = sums.split([n * n, n, n])
     return PerSample(gram.view(n, n), EnergySums(energy, energy_hidden))
@@ -82,25 +82,25 @@ def output_layer(
 def all_parameters(
     policy: Policy, rollouts: Rollouts, schedule: MicroBatchPlan, temperature: float
 ) -> PerSample:
-    """The same with respect to every parameter; gradients are left at zero."""
-    objective = PolicyGradient(-float(policy.parallel.dp_size), temperature)  # the replicas' sum is ∇log π
+    """The same with respect to every parameter; gradients are zero afterwards."""
+    objective = PolicyGradient(-float(policy.parallel.dp_size), temperature)  # their sum is ∇log π
     optimizers = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
     gradients: list[list[Tensor]] = [[] for _ in optimizers]
     for i in range(len(rollouts)):
-        one = rollouts.select([i])
-        one.advantages = torch.ones(1, dtype=torch.float64)
-        alone = policy.schedule_replicated(one.sequence_lengths, [0])
-        policy.checked_gradients(one, alone, objective)
+        sample = rollouts.select([i])
+        sample.advantages = torch.ones(1, dtype=torch.float64)
+        schedule_of_one = policy.schedule_replicated(sample.sequence_lengths, [0])
+        policy.checked_gradients(sample, schedule_of_one, objective)
         policy.optimizer.prepare_grads()
-        for kept, optimizer in zip(gradients, optimizers, strict=True):
-            # Megatron's own choice of what counts once, over the ranks of that optimizer's group.
+        for samples, optimizer in zip(gradients, optimizers, strict=True):
+            # As in Megatron's gradient norm, each gradient counts once over the optimizer's ranks.
             parts = [gradient.flatten().float() for gradient in optimizer.get_main_grads_for_grad_norm()]
-            kept.append(torch.cat(parts).cpu() if parts else torch.empty(0))
+            samples.append(torch.cat(parts).cpu() if parts else torch.empty(0))
     policy.zero_gradients()
     gram = torch.zeros(len(rollouts), len(rollouts), dtype=torch.float64)
-    for kept, optimizer in zip(gradients, optimizers, strict=True):
+    for samples, optimizer in zip(gradients, optimizers, strict=True):
         own = torch.zeros_like(gram)
-        for columns in torch.stack(kept).split(COLUMNS, 1):
+        for columns in torch.stack(samples).split(COLUMNS, 1):
             own += columns.double() @ columns.double().T
         own = own.to(policy.parallel.device)
         if policy.parallel.world_size > 1:

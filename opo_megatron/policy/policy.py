@@ -1,9 +1,9 @@
-"""The policy that is trained: model, gradients, optimizer, weights.  One `train_step`, for every objective.
+"""The policy: model, gradients, optimizer, weights.  One `train_step` serves every objective.
 
-What a step does: micro-batches run through Megatron's schedule; the head turns hidden states into
-the loss and both gradients; the sums over tokens are reduced; the caller's check may refuse the
-step; then there is exactly one optimizer step.  The normaliser is inside the coefficients, so
-gradients are summed over data- and context-parallel ranks and never rescaled.
+A step: micro-batches run through Megatron's schedule; the head computes loss and both gradients from hidden
+states; sums over tokens are reduced; the caller's check may refuse the step; then there is exactly one
+optimizer step.  The normaliser is inside the coefficients, so gradients are summed over data- and
+context-parallel ranks and never rescaled.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ from opo_megatron.weights.stream import (
 
 @dataclass(frozen=True)
 class LocalParams:
-    """One rank's part of a set of weights, parameter by parameter."""
+    """One rank's shards of a set of weights, per parameter."""
 
     tensors: list[Tensor]
 
 
 class Policy:
-    """A Megatron-Core GPT with its optimizer; every rank of the run holds its part of one."""
+    """A Megatron-Core GPT with its optimizer; every rank holds its shards."""
 
     def __init__(
         self,
@@ -75,18 +75,18 @@ class Policy:
         optimizer: OptimizerConfig | None,
         weights: WeightSource | None,
     ) -> None:
-        """Build this rank's part.
+        """Build this rank's shards.
 
         Args:
-            optimizer: None for a policy that never trains: it has neither gradients nor an optimizer.
+            optimizer: None for a policy that never trains: no gradient buffers, no optimizer.
             weights: full tensors by Hugging Face name; None where a checkpoint is loaded next.
         """
         self.config, self.vocab_size, self.parallel = config.policy, vocab_size, parallel
         self._check_vocabulary()
         self.version = 0
-        """Number of optimizer steps that made these weights."""
+        """Number of optimizer steps that these weights have had."""
         self.on_micro_batch: Callable[[], None] = lambda: None
-        """Called when one begins."""
+        """Called at the start of each micro-batch."""
         self.chunks = build_chunks(
             self.config,
             vocab_size,
@@ -130,14 +130,14 @@ class Policy:
             )
 
     def _mark_shards(self) -> None:
-        """Tell Megatron which parameters are cut over TP ranks, as its own initialisation would have.
+        """Mark parameters that are sharded over TP ranks, as Megatron's own initialization would.
 
-        Unmarked ones count as copies, and the gradient norm would leave out all ranks but one.
+        Unmarked ones count as duplicates, and the gradient norm would skip them on all ranks but one.
         """
         for parameter in self.param_mapping:
             if parameter.stage == self.parallel.pp_rank and parameter.sharding.partition_dim is not None:
                 weight = self.chunks[parameter.chunk].get_parameter(parameter.mcore_name)
-                if not hasattr(weight, "tensor_model_parallel"):  # biases are marked always
+                if not hasattr(weight, "tensor_model_parallel"):  # biases are always marked
                     set_tensor_model_parallel_attributes(weight, True, parameter.sharding.partition_dim, 1)
 
     def _wrap(self, chunk: GPTModel, trains: bool) -> Any:
@@ -150,7 +150,7 @@ class Policy:
         return DistributedDataParallel(chunk.config, settings, module)
 
     def start_optimizer(self, config: OptimizerConfig) -> None:
-        """Begin anew: moments at zero, steps at zero, master weights from the current weights."""
+        """Create or reset the optimizer: zero moments, step 0, master weights from the current weights."""
         self.memory.reload()
         self.optimizer_config = config
         self.optimizer = None  # its state is freed before the next one is allocated
@@ -162,7 +162,7 @@ class Policy:
         )
 
     def allocate_optimizer_state(self) -> None:
-        """Give the optimizer its moments, for a checkpoint to be loaded into; weights stay as they are."""
+        """Allocate the optimizer's moments, to load a checkpoint into; weights stay unchanged."""
         self.zero_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = group["weight_decay"] = 0.0
@@ -173,30 +173,35 @@ class Policy:
     def schedule(
         self, lengths: Tensor, zero_advantage: Tensor | None = None, only: Sequence[int] | None = None
     ) -> MicroBatchPlan:
-        """Micro-batches for sequences of `lengths` [n], the whole batch's, the same on every rank.
+        """The micro-batch plan for sequences of `lengths` [n], those of all samples; the same on every rank.
 
         Args:
-            only: the samples that are planned for; default all.
-            silent: [n] bool, samples whose coefficients are all exactly 0.  Their gradient is exactly 0,
-                so they run forward only: the same step in less time.
+            zero_advantage: [n] bool, samples whose coefficients are all exactly 0.  Their gradient is exactly
+                0, so they run forward only: the same step in less time.
+            only: the samples to schedule; default all.
         """
         samples = range(lengths.numel()) if only is None else only
         if zero_advantage is None or not bool(zero_advantage.any()):
             return self._schedule_of(lengths, samples, self.parallel.dp_size)
-        known = zero_advantage.tolist()
-        learned, measured = [i for i in samples if not known[i]], [i for i in samples if known[i]]
-        silent_plan = self._schedule_of(lengths, measured, self.parallel.dp_size)
-        return replace(self._schedule_of(lengths, learned, self.parallel.dp_size), forward_only=silent_plan)
+        is_zero = zero_advantage.tolist()
+        with_gradient, without = [i for i in samples if not is_zero[i]], [i for i in samples if is_zero[i]]
+        forward_only = self._schedule_of(lengths, without, self.parallel.dp_size)
+        return replace(
+            self._schedule_of(lengths, with_gradient, self.parallel.dp_size), forward_only=forward_only
+        )
 
     def schedule_replicated(self, lengths: Tensor, samples: Sequence[int]) -> MicroBatchPlan:
-        """Micro-batches of `samples` that every data-parallel replica runs alike."""
+        """The micro-batch plan for `samples`, which every data-parallel replica runs in full."""
         schedule = self._schedule_of(lengths, samples, replicas=1)
         return replace(schedule, assignment=schedule.assignment * self.parallel.dp_size)
 
     def _schedule_of(self, lengths: Tensor, samples: Sequence[int], replicas: int) -> MicroBatchPlan:
         schedule = schedule_for(self.config, [int(lengths[i]) for i in samples], replicas)
-        rows = [[[samples[i] for i in batch] for batch in batches] for batches in schedule.assignment]
-        return replace(schedule, assignment=rows)
+        assignment = [
+            [[samples[i] for i in micro_batch] for micro_batch in micro_batches]
+            for micro_batches in schedule.assignment
+        ]
+        return replace(schedule, assignment=assignment)
 
     def train_step(
         self,
@@ -209,9 +214,9 @@ class Policy:
         """Exactly one optimizer step.
 
         Args:
-            batch: this data-parallel rank's samples, as `schedule` orders them.
-            accept: sees the metrics before the optimizer step and raises to refuse it; gradients are
-                then zeroed and the weights stay as they are.
+            rollouts: this data-parallel rank's samples, in the order of `schedule`.
+            pre_step_check: called with the metrics before the optimizer step; raises to refuse it, which
+                zeroes the gradients and leaves the weights unchanged.
         """
         sums = self.accumulate_gradients(rollouts, schedule, objective)
         metrics = self._checked(sums, rollouts)
@@ -224,7 +229,7 @@ class Policy:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = self.optimizer_config.weight_decay * group["wd_mult"]
-            # A checkpoint brings its own; the recipe of this run is what counts.
+            # A loaded checkpoint sets its own; the recipe overrides them.
             group["betas"] = tuple(self.optimizer_config.betas)
             group["eps"] = self.optimizer_config.eps
         _, grad_norm, _ = self.optimizer.step()
@@ -234,9 +239,9 @@ class Policy:
     def accumulate_gradients(
         self, rollouts: Rollouts, schedule: MicroBatchPlan, objective: Objective
     ) -> MetricSums:
-        """Forward and backward over all micro-batches; gradients end up reduced in `main_grad`.
+        """Forward and backward over all micro-batches; leaves reduced gradients in `main_grad`.
 
-        Reads no value of a tensor, so that it runs on meta tensors too.
+        Reads no tensor values, so it runs on meta tensors too.
         """
         if rollouts.is_demonstration != objective.learns_from_demonstrations:
             raise ValueError(f"{type(objective).__name__} cannot learn from these rollouts")
@@ -252,7 +257,7 @@ class Policy:
             loss = LMHeadLoss.apply(
                 hidden, head_weight(chunk), self.head, micro, token_loss, head_shares_embedding(chunk)
             )
-            # The schedule changes the loss that it is given in place.
+            # Megatron's schedule modifies the returned loss in place.
             return loss, torch.tensor(micro.targets.numel(), dtype=torch.int), loss.detach().clone()
 
         def eval_fn(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,8 +265,8 @@ class Policy:
             TokenLoss(None, micro.columns, sums).finish(output)
             return _no_loss(hidden)
 
-        learned, zero_advantage = self._parts(rollouts, schedule)
-        self._run(learned, schedule, columns, loss_fn, forward_only=False)
+        with_gradient, zero_advantage = self._parts(rollouts, schedule)
+        self._run(with_gradient, schedule, columns, loss_fn, forward_only=False)
         if schedule.forward_only is not None:
             self._run(zero_advantage, schedule.forward_only, columns, eval_fn, forward_only=True)
         return sums
@@ -282,31 +287,31 @@ class Policy:
         return metrics
 
     def _parts(self, rollouts: Rollouts, schedule: MicroBatchPlan) -> tuple[Rollouts, Rollouts]:
-        """The samples with a gradient and those without, which stand behind them."""
-        learned = sum(len(rows) for rows in schedule.assignment[self.parallel.dp_rank])
-        return rollouts.select(range(learned)), rollouts.select(range(learned, len(rollouts)))
+        """The samples with a gradient, and the forward-only ones, which follow them."""
+        count = sum(len(micro_batch) for micro_batch in schedule.assignment[self.parallel.dp_rank])
+        return rollouts.select(range(count)), rollouts.select(range(count, len(rollouts)))
 
     def zero_gradients(self) -> None:
-        """Forget all gradients."""
+        """Zero all gradients."""
         for chunk in self.ddp_chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def _check_finite(self, metrics: StepMetrics) -> None:
-        """Refuse a step whose loss or gradient is NaN or infinite, on all ranks alike."""
+        """Raise NonFiniteError on all ranks where any rank's loss or gradient is NaN or infinite."""
         buffers = [b for chunk in self.ddp_chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         norms = torch.stack([torch.linalg.vector_norm(buffer.grad_data) for buffer in buffers])
-        wrong = all_reduce(self.parallel, (~torch.isfinite(norms)).sum().cpu())
-        if int(wrong) or not math.isfinite(metrics.loss):
+        non_finite = all_reduce(self.parallel, (~torch.isfinite(norms)).sum().cpu())
+        if int(non_finite) or not math.isfinite(metrics.loss):
             self.zero_gradients()
             raise NonFiniteError(
-                f"the loss is {metrics.loss:g} and the gradient is {'not ' if int(wrong) else ''}finite, so "
-                "the weights stay as they are",
+                f"the loss is {metrics.loss:g} and the gradient is {'not ' if int(non_finite) else ''}"
+                "finite, so the weights stay unchanged",
                 "resume from a checkpoint with a smaller optimizer.lr",
             )
 
     def log_probs(self, rollouts: Rollouts, schedule: MicroBatchPlan, temperature: float) -> Tensor:
-        """log π_T of every response token of `rollouts` [Σl] float32, by a full forward pass, on every rank
+        """log π_T of every response token of `rollouts` [Σl] float32, by a forward-only pass, on every rank
         of the data-parallel replica."""
         return measure_tokens(self, rollouts, schedule, temperature).log_prob
 
@@ -316,8 +321,8 @@ class Policy:
         schedule: MicroBatchPlan,
         visit: Callable[[GPTModel, MicroBatch, Tensor], None],
     ) -> None:
-        """A forward pass without gradients; on the last pipeline stage `visit` is called with the model's
-        last chunk, each micro-batch of this rank and its hidden states [b, s, H]."""
+        """A forward-only pass; on the last pipeline stage `visit` is called with the model's last chunk, each
+        micro-batch of this rank and its hidden states [b, s, H]."""
 
         def forward_fn(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             visit(chunk, micro, hidden)
@@ -351,15 +356,15 @@ class Policy:
             return output, partial(loss, self.chunks[-1], micro)
 
         iterators = [iter(micro_batches) for _ in self.ddp_chunks]
-        rows, width = micro_batches[0].tokens.shape
-        width *= self.parallel.cp_size  # the schedule divides it again
+        rows, padded_length = micro_batches[0].tokens.shape
+        padded_length *= self.parallel.cp_size  # Megatron's schedule divides by it
         with torch.set_grad_enabled(not forward_only):
             get_forward_backward_func()(
                 forward_step_func=forward,
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.ddp_chunks if len(self.ddp_chunks) > 1 else self.ddp_chunks[0],
                 num_microbatches=schedule.count,
-                seq_length=width,
+                seq_length=padded_length,
                 micro_batch_size=rows,
                 forward_only=forward_only,
             )
@@ -367,7 +372,7 @@ class Policy:
     # ------------------------------------------------------------------ weights
 
     def set_weights(self, shards: Shards) -> None:
-        """Take over all weights, and begin the optimizer, where there is one, anew with them."""
+        """Copy in all weights, and reset the optimizer where there is one."""
         with torch.no_grad():
             for parameter in self.param_mapping:
                 if parameter.stage == self.parallel.pp_rank:
@@ -377,19 +382,19 @@ class Policy:
             self.start_optimizer(self.optimizer_config)
 
     def stream_weights(self, to: Receivers = "all") -> Iterator[Bucket]:
-        """Buckets of (Hugging Face name, full tensor), on every rank or on rank 0; a collective of all.
+        """Buckets of (Hugging Face name, full tensor), on every rank or on rank 0; a collective of all ranks.
 
-        Tensors are to be read only, and before the next optimizer step.
+        Tensors are read-only, and valid until the next optimizer step.
         """
         limit = int(self.config.weight_bucket_mib * 2**20)
         return stream_weights(ModelShards(self.chunks), self.param_mapping, self.parallel, limit, to)
 
     @contextmanager
     def swap_weights(self, source: WeightSource | LocalParams) -> Iterator[None]:
-        """Within this context the model computes with the full tensors of `source`, or with what
-        `shards_of` kept of them, forward only.
+        """Within this context the model computes forward-only with the weights of `source`: full tensors, or
+        the shards from `shards_of`.
 
-        Its own weights come back bit for bit, whatever happens; they cost one copy of this rank's part.
+        Its own weights are always restored bit for bit; that costs one copy of this rank's shards.
         """
         own = LocalParams([parameter.detach().clone() for parameter in self._parameters()])
         try:
@@ -402,7 +407,7 @@ class Policy:
             self._copy_in(own)
 
     def shards_of(self, source: WeightSource) -> LocalParams:
-        """This rank's part of the full tensors of `source`, in the host's memory."""
+        """This rank's shards of the full tensors of `source`, in host memory."""
         with self.swap_weights(source):
             return LocalParams([parameter.detach().to("cpu", copy=True) for parameter in self._parameters()])
 
@@ -419,20 +424,20 @@ _Loss = Callable[[GPTModel, MicroBatch, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def _no_loss(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the schedule wants of a micro-batch that only runs forward."""
+    """What Megatron's schedule expects of a forward-only micro-batch."""
     return hidden.new_zeros(()), torch.tensor(0, dtype=torch.int), hidden.new_zeros(())
 
 
 def _per_token(rollouts: Rollouts, name: str) -> Tensor:
-    """A column of the batch at every response token [Σl] float32."""
+    """A column of the rollouts per response token [Σl] float32."""
     values = getattr(rollouts, name)
     if values is None:
-        raise ValueError(f"the objective needs the column {name!r}, which this batch does not have")
+        raise ValueError(f"the objective needs the column {name!r}, which these rollouts do not have")
     if name == "advantages":
         values = torch.repeat_interleave(values, rollouts.response_lengths)
     return values.float()
 
 
 def _reduce_gradients(model: list[Any], num_tokens: Tensor | None = None, **groups: Any) -> None:
-    """Megatron's reduction without its division: the coefficients hold the normaliser."""
+    """Megatron's gradient reduction without its division: the coefficients hold the normaliser."""
     finalize_model_grads(model, None, **groups)

@@ -1,7 +1,7 @@
-"""Forward-only passes of the policy over rollouts: what is known of every sampled token.
+"""Forward-only passes of the policy over rollouts: log-probability and energy of every sampled token.
 
-No gradient is computed, and the head stores no logits.  A pass is needed only where the engine cannot
-say: old and reference log-probabilities, and energies with an engine that returns none.
+No gradient is computed, and the head stores no logits.  A pass is needed only for what the engine does not
+return: old and reference log-probabilities, and energies with an engine that has none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenMeasures:
-    """Of every response token of a data-parallel replica's batch, [Σl] float32 on the CPU."""
+    """Per response token of a data-parallel replica's rollouts, [Σl] float32 on the CPU."""
 
     log_prob: Tensor
     """log π_T."""
@@ -41,37 +41,37 @@ class TokenMeasures:
 def measure_energies(
     policy: Policy, rollouts: Rollouts, schedule: MicroBatchPlan, total: int, temperature: float
 ) -> EnergySums:
-    """Of all `total` samples of a step, on every rank, from this replica's part of them."""
+    """Energies of all `total` samples of a step, on every rank, from this replica's samples."""
     measured = measure_tokens(policy, rollouts, schedule, temperature)
     sums = torch.zeros(2, total, dtype=torch.float64)
     if policy.parallel.is_dp_leader:
-        place = torch.tensor(schedule.samples_of(policy.parallel.dp_rank), dtype=torch.int64)
-        sums[0, place] = sums_over(measured.energy, rollouts.response_lengths)
-        sums[1, place] = sums_over(measured.energy_hidden, rollouts.response_lengths)
+        indices = torch.tensor(schedule.samples_of(policy.parallel.dp_rank), dtype=torch.int64)
+        sums[0, indices] = sums_over(measured.energy, rollouts.response_lengths)
+        sums[1, indices] = sums_over(measured.energy_hidden, rollouts.response_lengths)
     return EnergySums(*all_reduce(policy.parallel, sums))
 
 
 def measure_tokens(
     policy: Policy, rollouts: Rollouts, schedule: MicroBatchPlan, temperature: float
 ) -> TokenMeasures:
-    """One pass over `rollouts`, ordered as `schedule` has it; every rank of the replica gets the result."""
+    """One pass over `rollouts`, ordered as in `schedule`; every rank of the replica returns the result."""
     parts: list[Tensor] = []
-    numbers: list[Tensor] = []
+    token_indices: list[Tensor] = []
 
     def collect(chunk: GPTModel, micro: MicroBatch, hidden: Tensor) -> None:
         output = log_probs(policy.head, hidden, head_weight(chunk), micro, temperature)
-        size = energy(output.log_prob, output.sum_squares)
+        energies = energy(output.log_prob, output.sum_squares)
         squares = policy.head.select(hidden, micro).float().square().sum(1)
-        parts.append(torch.stack((output.log_prob, size, size * squares), 1))
-        numbers.append(micro.token_indices)
+        parts.append(torch.stack((output.log_prob, energies, energies * squares), 1))
+        token_indices.append(micro.token_indices)
 
     policy.run_forward(rollouts, schedule, collect)
     tokens = int(rollouts.response_lengths.sum())
     parallel = policy.parallel
-    found = torch.empty(tokens, 3, device=parallel.device)
+    measures = torch.empty(tokens, 3, device=parallel.device)
     if parts:
-        found = gather_tokens(parallel, torch.cat(parts), torch.cat(numbers), tokens)
+        measures = gather_tokens(parallel, torch.cat(parts), torch.cat(token_indices), tokens)
     if parallel.pp_size > 1:
         last = dist.get_global_rank(parallel.pp_group, parallel.pp_size - 1)
-        dist.broadcast(found, last, group=parallel.pp_group)
-    return TokenMeasures(*found.T.contiguous().cpu())
+        dist.broadcast(measures, last, group=parallel.pp_group)
+    return TokenMeasures(*measures.T.contiguous().cpu())

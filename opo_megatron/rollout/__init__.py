@@ -1,1 +1,1 @@
-"""Responses drawn from the policy: what they are, and the engines that draw them."""
+"""Rollouts: requests, rewards, and the engines that generate responses."""

@@ -1,4 +1,4 @@
-"""What the loop asks of an engine, whichever it is."""
+"""The interface of rollout engines: requests, sampling parameters, and the `RolloutEngine` protocol."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from opo_megatron.weights.stream import NamedTensors
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One response to draw."""
+    """One response to generate."""
 
     prompt_id: int
-    """Which prompt of the task."""
+    """Index of the prompt in the task."""
     group: int
-    """Place of the prompt in the batch."""
+    """Index of the prompt in the batch."""
     sample_index: int
-    """Place of the sample among those of the same prompt."""
+    """Index of the sample among those of the same prompt."""
     tokens: tuple[int, ...]
-    """The prompt."""
+    """Token ids of the prompt."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn: token ~ softmax(z / temperature), cut to top_k and top_p."""
+    """Sampling parameters: token ~ softmax(z / temperature), truncated by top_k and top_p."""
 
     max_tokens: int
     stop_tokens: tuple[int, ...]
     seed: tuple[int, ...]
-    """Joined with (prompt id, sample index, position) it fixes every uniform number."""
+    """Together with (prompt id, sample index, position) it determines every uniform number."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -41,11 +41,11 @@ class Sampling:
 
 
 Progress = Callable[[int, int, int], None]
-"""Called now and then with (responses finished, responses in all, tokens drawn so far)."""
+"""Called from time to time with (finished responses, all responses, tokens generated so far)."""
 
 
 class RolloutEngine(Protocol):
-    """Draws responses and holds a copy of the policy's weights, of a known version."""
+    """Generates responses from a copy of the policy's weights, of known version."""
 
     version: int | None
     """Version of the weights held; None before the first complete update."""
@@ -53,23 +53,23 @@ class RolloutEngine(Protocol):
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: Sampling, progress: Progress | None = None
     ) -> Rollouts:
-        """Draw one response per request, in the order of `requests`."""
+        """Generate one response per request, in the order of `requests`."""
         ...
 
     def update_weights(self, buckets: NamedTensors, version: int) -> None:
-        """Take over the streamed weights; until the stream ends the engine holds no version."""
+        """Load the streamed weights; until the stream ends the engine holds no version."""
         ...
 
     def probe(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> dict[str, Rollouts]:
-        """The same requests answered by every copy of the weights that this rank feeds, by name."""
+        """Responses to the same requests from every copy of the weights that this rank sends to, by name."""
         ...
 
     def sleep(self, keeps_weights: bool = False) -> None:
-        """Give up memory that the policy needs: that of keys and values, and of weights."""
+        """Release memory for the policy: the KV cache and, unless `keeps_weights`, the weights."""
         ...
 
     def wake(self) -> None:
-        """Take memory again for all that was given up; weights come with the next update."""
+        """Allocate all released memory again; weights are undefined until the next update."""
         ...
 
     def recover(self) -> None:
@@ -77,5 +77,5 @@ class RolloutEngine(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back what the engine holds: processes, memory."""
+        """Free what the engine holds: processes, memory."""
         ...

@@ -1,9 +1,9 @@
-"""Exact mode, tested before it is claimed: does this machine keep engine and policy equal, bit for bit?
+"""Exact mode is checked at startup: are engine and policy bitwise equal on this machine?
 
-The policy's weights go to the engine, which draws responses to random prompts with 1, with 3 and with
-the recipe's number of slots, so that rows are refilled and run alone, few and many at a time; one
-prompt fills the model's context.  Every recorded log-probability must then be the one of the training
-pass, with and without gradients and under two paddings.  The difference must be 0, not small.
+The engine gets the policy's weights and generates responses to random prompts with 1, 3 and the recipe's
+number of slots, so that rows are refilled and batches have one, few and many rows; one prompt fills the
+model's context.  Every recorded log-probability must equal that of the training pass, with and without
+gradients and with two padded lengths.  The difference must be exactly 0.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 
 LONGEST_PROMPT = 32
-"""Tokens of the prompts that do not fill the context."""
+"""Maximum tokens of a prompt that does not fill the context."""
 LONGEST_RESPONSE = 16
 STOP_SHARE = 8
-"""One token in so many ends a response, so that lengths differ."""
+"""One token id in this many is a stop token, so that lengths differ."""
 
 
 def check_exact_device(parallel: Parallel) -> None:
-    """Refuse devices other than CPUs.
+    """Check that the device is a CPU.
 
     Raises:
-        UserError: saying which device this rank has.
+        UserError: naming this rank's device.
     """
     if parallel.device.type != "cpu":
         raise UserError(needs("policy.device", parallel.device.type, "cpu", "where exactness is not proven"))
 
 
 def check_exact(config: Config, policy: Policy, engine: LocalEngine, parallel: Parallel) -> int:
-    """Compare engine and policy under many batchings; a collective.  Returns the tokens compared.
+    """Compare engine and policy under different batchings; a collective.  Returns the tokens compared.
 
-    Gradients are zero afterwards, and the engine holds the policy's weights.
+    Afterwards gradients are zero and the engine holds the policy's weights.
 
     Raises:
         OnPolicyError: where any log-probability differs in any bit.
@@ -56,16 +56,16 @@ def check_exact(config: Config, policy: Policy, engine: LocalEngine, parallel: P
                 _requests(policy, parallel.rank, slots, count=slots + slots // 2 + 2),
                 _sampling(config, policy),
             )
-            everything = Rollouts.concatenate(all_gather_objects(parallel, rollouts))
-            for widest in (False, True):
-                difference = _largest_difference(config, policy, parallel, everything, widest)
+            all_rollouts = Rollouts.concatenate(all_gather_objects(parallel, rollouts))
+            for pad_to_longest in (False, True):
+                difference = _largest_difference(config, policy, parallel, all_rollouts, pad_to_longest)
                 if not difference == 0:  # NaN is a difference too
                     raise OnPolicyError(
                         f"rollout.local.exact=true, but with {slots} slots engine and policy differ by "
                         f"{difference:.2g} in a token's log-probability on this machine, so exactness cannot "
                         "be claimed; set rollout.local.exact=false and an on_policy.tolerance above that"
                     )
-            compared += everything.response_tokens.numel()
+            compared += all_rollouts.response_tokens.numel()
     finally:
         engine.slots = configured
         policy.zero_gradients()
@@ -75,10 +75,10 @@ def check_exact(config: Config, policy: Policy, engine: LocalEngine, parallel: P
 def _requests(policy: Policy, rank: int, slots: int, count: int) -> list[GenerationRequest]:
     """Random prompts of different lengths; with 3 slots the first two fill the context."""
     rng = random.Random(f"exact/{rank}/{slots}")
-    room = policy.config.model.max_sequence_length - _response_limit(policy)
-    lengths = [rng.randint(1, min(LONGEST_PROMPT, room)) for _ in range(count)]
+    prompt_limit = policy.config.model.max_sequence_length - _response_limit(policy)
+    lengths = [rng.randint(1, min(LONGEST_PROMPT, prompt_limit)) for _ in range(count)]
     if slots == 3:
-        lengths[:2] = [room, max(1, room - 1)]
+        lengths[:2] = [prompt_limit, max(1, prompt_limit - 1)]
     prompts = [tuple(rng.randrange(policy.vocab_size) for _ in range(length)) for length in lengths]
     return [GenerationRequest(i, i, rank, prompt) for i, prompt in enumerate(prompts)]
 
@@ -97,16 +97,16 @@ def _sampling(config: Config, policy: Policy) -> Sampling:
 
 
 def _largest_difference(
-    config: Config, policy: Policy, parallel: Parallel, rollouts: Rollouts, widest: bool
+    config: Config, policy: Policy, parallel: Parallel, rollouts: Rollouts, pad_to_longest: bool
 ) -> float:
-    """max |Δ log π| of a training pass in which every other sample has no gradient.
+    """max |Δ log π| of a training pass in which every other sample runs forward-only.
 
     Args:
-        widest: micro-batches are made as if all sequences were as long as the longest.
+        pad_to_longest: schedule micro-batches as if all sequences had the maximum length.
     """
     lengths = rollouts.sequence_lengths
     rollouts.advantages = (torch.arange(len(rollouts)) % 2).double()
-    if widest:
+    if pad_to_longest:
         lengths = torch.full_like(lengths, int(lengths.max()))
     schedule = policy.schedule(lengths, rollouts.advantages == 0)
     objective = PolicyGradient(float(rollouts.response_tokens.numel()), config.rollout.temperature)

@@ -1,13 +1,13 @@
-"""Policy and engine on the same GPUs take turns with memory.
+"""Colocated policy and engine: they use the memory of the same GPUs in turn.
 
 One step, in this order:
 
-    policy frees its gradients → engine gets memory for weights → weights are streamed
-    → policy moves its optimizer to the host → engine gets memory for keys and values → rollouts, evaluation
-    → engine gives up both → policy takes everything back → training
+    policy frees its gradients → engine allocates weights → weights are streamed
+    → policy offloads its optimizer to the host → engine allocates its KV cache → rollouts, evaluation
+    → engine releases both → policy reloads everything → training
 
-so that no moment holds more than the larger of both (weights in two copies besides).  Every rank of
-the engine's group must have given up its part before the engine asks for it, hence the barriers.
+so the peak is the larger of the two (plus two copies of the weights).  Every rank of the engine's group must
+have released its memory before the engine allocates, hence the barriers.
 """
 
 from __future__ import annotations
@@ -22,56 +22,56 @@ from opo_megatron.rollout.engine import RolloutEngine
 
 
 class MemorySharing:
-    """Who holds memory when; does nothing where policy and engine have memory of their own."""
+    """Moves memory between policy and engine; does nothing where they are not colocated."""
 
     def __init__(self, policy: Policy, engine: RolloutEngine, parallel: Parallel, is_enabled: bool) -> None:
         self._policy, self._engine, self._parallel, self.is_enabled = policy, engine, parallel, is_enabled
 
     def before_update(self) -> None:
-        """The engine will need memory for weights, for which `update_weights` asks."""
+        """Make room for the engine's weights, which `update_weights` allocates."""
         if self.is_enabled:
             self._policy.memory.free_gradients()
-            self._wait_for_all()
+            self._barrier()
 
     def after_update(self) -> None:
-        """The engine will need memory for keys and values, too; called also where an update failed."""
+        """Make room for the engine's KV cache; called after a failed update too."""
         if self.is_enabled:
             self._policy.memory.offload_optimizer()
-            self._wait_for_all()
+            self._barrier()
 
     def before_rollout(self) -> None:
-        """The engine takes all the memory that it needs.
+        """The engine allocates all its memory.
 
         Raises:
-            EngineFailure: where it cannot.
+            EngineFailure: where that fails.
         """
         if self.is_enabled:
             self._engine.wake()
 
     def before_training(self) -> None:
-        """The policy needs all of its memory."""
+        """The engine releases its memory, and the policy reloads everything."""
         if self.is_enabled:
-            self._engine_sleeps(keeps_weights=False)
+            self._put_engine_to_sleep(keeps_weights=False)
             self._policy.memory.reload()
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """A checkpoint, for which the optimizer comes back while the engine keeps its weights."""
+        """For saving a checkpoint: the optimizer is reloaded while the engine keeps its weights."""
         if not self.is_enabled or self._policy.memory.is_complete:
             yield
             return
-        self._engine_sleeps(keeps_weights=True)
+        self._put_engine_to_sleep(keeps_weights=True)
         self._policy.memory.reload()
         yield
         self._policy.memory.free_gradients()
         self.after_update()
-        with suppress(EngineFailure):  # the next draw finds out and starts it again
+        with suppress(EngineFailure):  # the next rollout notices it and restarts the engine
             self._engine.wake()
 
-    def _engine_sleeps(self, keeps_weights: bool) -> None:
-        with suppress(EngineFailure):  # an engine that is gone holds no memory; the next sync finds out
+    def _put_engine_to_sleep(self, keeps_weights: bool) -> None:
+        with suppress(EngineFailure):  # a dead engine holds no memory; the next sync notices it
             self._engine.sleep(keeps_weights)
-        self._wait_for_all()
+        self._barrier()
 
-    def _wait_for_all(self) -> None:
+    def _barrier(self) -> None:
         all_gather_objects(self._parallel, None)

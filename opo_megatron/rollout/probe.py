@@ -1,9 +1,9 @@
-"""After a sync: does every copy of the weights compute what the policy computes?
+"""The probe after each weight sync: does every engine copy compute the same log-probabilities as the policy?
 
-The same few prompts go to every copy, which continues them greedily and says the log-probability of
-each token; the policy runs over the same sequences, and the two must agree.  The prompts are always
-the same, so an engine that kept keys and values of older weights answers from those and is found out.
-The weight version says what an engine believes to hold; this says what it holds.
+Every copy continues the same few prompts greedily and returns the log-probability of each token; the policy
+runs over the same sequences, and the two must agree.  The prompts never change, so an engine whose KV cache
+was not flushed answers from the old cache and is detected.  The weight version is what an engine reports; the
+probe tests what it computes.
 """
 
 from __future__ import annotations
@@ -37,34 +37,36 @@ def probe_requests(model: ModelConfig, vocab_size: int) -> list[GenerationReques
 
 
 def largest_difference(policy: Policy, parallel: Parallel, probes: dict[str, Rollouts]) -> tuple[float, str]:
-    """max |log π_policy − log π_engine| over the tokens of all probes, and which copy it is of; a collective.
+    """max |log π_policy − log π_engine| over the tokens of all probes, and that copy's name; a collective.
 
     Args:
-        probes: answers of the copies that this rank answers for, by name.
+        probes: responses of the copies that this rank sends weights to, by name.
     """
     named = [
         (f"{name} (rank {rank})", rollouts)
         for rank, own in enumerate(all_gather_objects(parallel, probes))
         for name, rollouts in own.items()
     ]
-    batch = Rollouts.concatenate([rollouts for _, rollouts in named])
+    all_rollouts = Rollouts.concatenate([rollouts for _, rollouts in named])
     owners = [name for name, rollouts in named for _ in range(len(rollouts))]
-    schedule = policy.schedule(batch.sequence_lengths)
-    mine = schedule.samples_of(parallel.dp_rank)
-    part = batch.select(mine)
-    found = policy.log_probs(part, schedule, PROBE_SAMPLING.temperature)
-    assert part.engine_log_prob is not None
-    sizes = (found.double() - part.engine_log_prob.double()).abs()
-    worst = torch.zeros(len(owners), dtype=torch.float64)
-    for sample, differences in zip(mine, sizes.split(part.response_lengths.tolist()), strict=True):
-        worst[sample] = differences.max()
-    all_reduce(parallel, worst, dist.ReduceOp.MAX)
-    place = int(worst.nan_to_num(nan=torch.inf).argmax())
-    return float(worst[place]), owners[place]
+    schedule = policy.schedule(all_rollouts.sequence_lengths)
+    samples = schedule.samples_of(parallel.dp_rank)
+    own_rollouts = all_rollouts.select(samples)
+    log_prob = policy.log_probs(own_rollouts, schedule, PROBE_SAMPLING.temperature)
+    assert own_rollouts.engine_log_prob is not None
+    differences = (log_prob.double() - own_rollouts.engine_log_prob.double()).abs()
+    maxima = torch.zeros(len(owners), dtype=torch.float64)
+    for sample, values in zip(
+        samples, differences.split(own_rollouts.response_lengths.tolist()), strict=True
+    ):
+        maxima[sample] = values.max()
+    all_reduce(parallel, maxima, dist.ReduceOp.MAX)
+    worst = int(maxima.nan_to_num(nan=torch.inf).argmax())
+    return float(maxima[worst]), owners[worst]
 
 
 def check_sync(difference: float, owner: str, tolerance: float, version: int) -> None:
-    """Refuse to generate from weights that are not the policy's.
+    """Raise where an engine's weights are not the policy's.
 
     Raises:
         OnPolicyError: naming the copy and the difference.

@@ -125,7 +125,7 @@ TRAINING_MISTAKES = [
         "task.name=reasoning_gym task.generator=chain_sum task.generator_options={digits: 3}",
         "unexpected keyword argument 'digits'); fix task.generator_options",
     ),
-    ("policy.megatron.recompute_granularity=half", "Megatron-Core does not take policy.megatron="),
+    ("policy.megatron.recompute_granularity=half", "Megatron-Core rejects policy.megatron="),
     ("policy.device=cuda", "set policy.device=cpu"),
     ("run.dir=good.jsonl", "run.dir=good.jsonl is a file; choose another run.dir"),
     ("run.dir=good.jsonl/runs/a", "good.jsonl is a file; choose another run.dir"),

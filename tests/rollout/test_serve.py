@@ -73,7 +73,7 @@ def test_without_a_gpu_the_names_are_lent_whatever_torch_is_built_for(
             operators.rms_norm()
     finally:
         own._destroy()
-        if lent := getattr(held["lend_cpu_names"], "kept", None):
+        if lent := getattr(held["stub_cpu_imports"], "library", None):
             lent._destroy()
 
 
@@ -82,7 +82,7 @@ def test_with_a_gpu_nothing_is_lent(
     torchvision: Path, monkeypatch: pytest.MonkeyPatch, built_for: str | None
 ) -> None:
     held = serve(monkeypatch, built_for, has_gpu=True)
-    assert "vllm" not in sys.modules and not hasattr(held["lend_cpu_names"], "kept")
+    assert "vllm" not in sys.modules and not hasattr(held["stub_cpu_imports"], "library")
 
 
 def test_a_server_on_the_cpu_sees_no_gpu(tmp_path: Path) -> None:

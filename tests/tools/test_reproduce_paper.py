@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import reproduce_paper
-from paper.arms import ARMS, SCALES, Place
+from paper.arms import ARMS, SCALES, SeedRuns
 from reproduce_paper import Job, best_rate, main, run_jobs
 
 from opo_megatron.config import load_config
@@ -43,7 +43,7 @@ def test_mistakes_are_one_sentence(
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_arms_share_their_learning_rate_and_number_of_samples(scale: str, tmp_path: Path) -> None:
-    place = Place(tmp_path, SCALES[scale], seed=2)
+    place = SeedRuns(tmp_path, SCALES[scale], number=2)
     configs = {}
     for arm in ARMS:
         overrides = [one for one in place.overrides(arm) if not one.startswith("policy.init_from")]
@@ -78,7 +78,7 @@ def test_a_run_that_fails_ends_the_others_and_says_where_to_look(tmp_path: Path)
     sleeps = Job("slow", [["sleep", "60"]], tmp_path / "slow.log", 1.0)
     fails = Job("bad", [["sh", "-c", "echo what went wrong; exit 3"]], tmp_path / "bad.log", 1.0)
     later = Job("later", [["touch", str(tmp_path / "later")]], tmp_path / "later.log", 1.0)
-    with pytest.raises(UserError, match=r"bad ended with exit code 3.*\n.*\n?.*what went wrong"):
+    with pytest.raises(UserError, match=r"bad failed with exit code 3.*\n.*\n?.*what went wrong"):
         run_jobs([sleeps, fails, later], 2, Display(active=False), "runs")
     assert sleeps.process is not None and sleeps.process.poll() is not None
     assert not (tmp_path / "later").exists()
@@ -110,7 +110,7 @@ def test_a_tiny_comparison_works_through_to_the_record(tmp_path: Path) -> None:
     assert all(10_000 < path.stat().st_size < 1_000_000 for path in pictures)
 
     # Of a comparison that was interrupted, only what is missing is run.
-    place = Place(folder, SCALES["tiny"], seed=2)
+    place = SeedRuns(folder, SCALES["tiny"], number=2)
     (place.run(ARMS[0]) / "eval" / "end" / "eval.json").unlink()
     assert "17 of 18 runs are complete" in run()
     again = json.loads((folder / "paper_tiny.json").read_text())["results"]
@@ -120,5 +120,5 @@ def test_a_tiny_comparison_works_through_to_the_record(tmp_path: Path) -> None:
 
     # Weights that are not the seed's are found out.
     (place.start / "model.safetensors").write_bytes(b"others")
-    with pytest.raises(UserError, match="did not begin with the weights of"):
+    with pytest.raises(UserError, match="did not start from the weights of"):
         reproduce_paper.measure([place])

@@ -1,7 +1,7 @@
-"""The kernels on a GPU: are they right there, and how fast?  Sections of check_gpu.py, one process each.
+"""Correctness and speed of the kernels on a GPU: sections of check_gpu.py, one process each.
 
-Times are medians of `ROUNDS` after two that do not count, by CUDA events.  Every section returns its
-figures and, under "not met", those that miss their goal; without a GPU it returns {"missing": why}.
+Times are medians of `ROUNDS` after two warm-up rounds, by CUDA events.  Every section returns its figures
+and, under "not met", those over their limit; without a GPU it returns {"missing": why}.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ LARGEST_ADVANTAGE_US = 5.0
 LARGEST_COPIES = 1.25
 LARGEST_HEAD_MS = 50.0
 LARGEST_HEAD_BYTES = 0.5e9
-"""Besides dW and what the head returns; cuBLAS's workspace, which the process shares, left out."""
+"""In addition to dW and the head's outputs; without cuBLAS's workspace, which the process shares."""
 PACKED_TOKENS = 2**25
 HEAD = {"tokens": 8192, "hidden": 4096, "rows": 131072}
 
 
 def on_a_gpu(section: Callable[[], Figures]) -> Callable[[], Figures]:
-    """The section, or what it needs."""
+    """The section, or {"missing": why} where it cannot run."""
 
     @functools.wraps(section)
     def work() -> Figures:
@@ -41,10 +41,10 @@ def on_a_gpu(section: Callable[[], Figures]) -> Callable[[], Figures]:
 
 
 def milliseconds(work: Callable[[], Any], repeats: int = 1) -> float:
-    """Of one call, median; short ones are repeated, so that the GPU does not wait for their launch."""
+    """Median of one call; short ones are repeated, so that launch latency does not count."""
     import torch
 
-    found = []
+    times = []
     for _ in range(ROUNDS + 2):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -52,17 +52,17 @@ def milliseconds(work: Callable[[], Any], repeats: int = 1) -> float:
             work()
         end.record()
         end.synchronize()
-        found.append(begin.elapsed_time(end) / repeats)
-    return statistics.median(found[2:])
+        times.append(begin.elapsed_time(end) / repeats)
+    return statistics.median(times[2:])
 
 
-def relative(found: Any, truth: Any) -> float:
-    """Largest error as a share of the largest value."""
-    return float((found.double() - truth.double()).abs().max() / truth.double().abs().max())
+def relative(result: Any, expected: Any) -> float:
+    """Maximum error relative to the maximum value."""
+    return float((result.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
-def judged(figures: Figures, limits: dict[str, float]) -> Figures:
-    """The figures, and which are above their limits (NaN is)."""
+def with_limits(figures: Figures, limits: dict[str, float]) -> Figures:
+    """The figures, and under "not met" those above their limits (NaN is above)."""
     missed = [
         f"{name} is {figures[name]:.4g}, at most {limit:g}"
         for name, limit in limits.items()
@@ -73,36 +73,36 @@ def judged(figures: Figures, limits: dict[str, float]) -> Figures:
 
 @on_a_gpu
 def group_advantage() -> Figures:
-    """4,096 samples in 256 groups, replayed as a CUDA graph: the GPU's time, without the launch by Python."""
+    """4,096 samples in 256 groups, replayed as a CUDA graph: GPU time without launches from Python."""
     import torch
 
-    from opo_megatron.algorithm.advantages import group_advantages as twin
+    from opo_megatron.algorithm.advantages import group_advantages as reference
     from opo_megatron.kernels.triton_advantages import group_advantages
 
     generator = torch.Generator().manual_seed(0)
     rewards = torch.rand(4096, generator=generator, dtype=torch.float64)
     lengths = torch.randint(1, 8192, (4096,), generator=generator).double()
     offsets = torch.arange(0, 4097, 16)
-    given = (rewards.cuda(), lengths.cuda(), offsets.cuda(), False, None)
-    group_advantages(*given)  # compiled before the graph is captured
+    arguments = (rewards.cuda(), lengths.cuda(), offsets.cuda(), False, None)
+    group_advantages(*arguments)  # compiles before graph capture
     graph, repeats = torch.cuda.CUDAGraph(), 100
     with torch.cuda.graph(graph):
         for _ in range(repeats):
-            baselines, advantages = group_advantages(*given)
+            baselines, advantages = group_advantages(*arguments)
     per_call = 1e3 * milliseconds(graph.replay) / repeats
-    expected = twin(rewards, lengths, offsets, False, None)
+    expected = reference(rewards, lengths, offsets, False, None)
     figures = {
         "microseconds": per_call,
         "largest relative error": max(
             relative(baselines.cpu(), expected[0]), relative(advantages.cpu(), expected[1])
         ),
     }
-    return judged(figures, {"microseconds": LARGEST_ADVANTAGE_US, "largest relative error": 1e-9})
+    return with_limits(figures, {"microseconds": LARGEST_ADVANTAGE_US, "largest relative error": 1e-9})
 
 
 @on_a_gpu
 def token_kernel() -> Figures:
-    """Loss, coefficient and mismatch of 33.5 million tokens, against a copy that moves as many bytes."""
+    """Loss, coefficient and mismatch of 33.5 million tokens, against a copy of as many bytes."""
     import torch
 
     from opo_megatron.algorithm.objective import PolicyGradient
@@ -125,19 +125,19 @@ def token_kernel() -> Figures:
     loss, coefficient = work(log_prob, slice(0, n))
     expected, double = MismatchSums(device), {name: values.double() for name, values in columns.items()}
     expected.add(log_prob - engine)
-    truth = objective(log_prob.double(), double)
-    errors = [relative(loss, truth[0]), relative(coefficient, truth[1])]
+    exact = objective(log_prob.double(), double)
+    errors = [relative(loss, exact[0]), relative(coefficient, exact[1])]
     first = sums.values.clone()
     errors.append(float((first / expected.values - 1).abs().max()))
-    del truth, double
-    columns_moved = 5  # three are read and two written
+    del exact, double
+    columns_moved = 5  # three read, two written
     source = torch.empty(columns_moved * n // 2, device=device)
     target = torch.empty_like(source)
-    given = (log_prob, objective, columns["advantages"], engine)
+    arguments = (log_prob, objective, columns["advantages"], engine)
     copy = milliseconds(lambda: target.copy_(source), repeats=10)
-    ours = milliseconds(lambda: token_loss(*given, sums), repeats=10)
-    again = MismatchSums(device)
-    others = token_loss(*given, again)
+    ours = milliseconds(lambda: token_loss(*arguments, sums), repeats=10)
+    second_sums = MismatchSums(device)
+    second = token_loss(*arguments, second_sums)
     figures = {
         "microseconds": 1e3 * ours,
         "microseconds, copy of the same bytes": 1e3 * copy,
@@ -145,11 +145,11 @@ def token_kernel() -> Figures:
         "largest relative error": max(errors),
         "numbers that differ in a second run": sum(
             int((one != other).sum())
-            for one, other in zip((loss, coefficient, first), (*others, again.values), strict=True)
+            for one, other in zip((loss, coefficient, first), (*second, second_sums.values), strict=True)
         ),
     }
     limits: dict[str, float] = {"ours / copy": LARGEST_COPIES, "largest relative error": 1e-6}
-    return judged(figures, limits | {"numbers that differ in a second run": 0})
+    return with_limits(figures, limits | {"numbers that differ in a second run": 0})
 
 
 @on_a_gpu
@@ -176,7 +176,7 @@ def head() -> Figures:
             hidden, weight, targets, VocabularyShard(0), 1.0, chunk, coefficient, d_weight
         )
 
-    work()  # compiles, and lets cuBLAS take its workspace
+    work()  # compiles, and allocates cuBLAS's workspace
     d_weight.zero_()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -200,28 +200,28 @@ def head() -> Figures:
     figures |= liger(hidden, weight, targets)
     limits: dict[str, float] = {"milliseconds": LARGEST_HEAD_MS, "extra MB": LARGEST_HEAD_BYTES / 1e6}
     limits |= {"largest error of log π": 0.05, "dH": 0.03, "dW": 0.03, "numbers that are not finite": 0}
-    return judged(figures, limits)
+    return with_limits(figures, limits)
 
 
 def head_errors(hidden: Any, weight: Any, targets: Any, c: Any, d_weight: Any, output: Any) -> Figures:
-    """On slices against float64: 64 tokens of log π and dH, 64 rows of dW (relative to the largest value)."""
+    """Slices against float64: 64 tokens of log π and dH, 64 rows of dW (relative to the maximum value)."""
     import torch
 
-    few = slice(0, 64)
+    first_tokens = slice(0, 64)
     w = weight.double()
-    log_pi = (hidden[few].double() @ w.T).log_softmax(1)
-    own = log_pi.gather(1, targets[few].unsqueeze(1))[:, 0]
-    dz = -log_pi.exp() * c[few].double().unsqueeze(1)
-    dz.scatter_add_(1, targets[few].unsqueeze(1), c[few].double().unsqueeze(1))
+    log_pi = (hidden[first_tokens].double() @ w.T).log_softmax(1)
+    own = log_pi.gather(1, targets[first_tokens].unsqueeze(1))[:, 0]
+    dz = -log_pi.exp() * c[first_tokens].double().unsqueeze(1)
+    dz.scatter_add_(1, targets[first_tokens].unsqueeze(1), c[first_tokens].double().unsqueeze(1))
     d_hidden = dz @ w
     del w, log_pi, dz
-    rows = targets[few].unique()  # of tokens that were drawn, so that both terms of dz count
+    rows = targets[first_tokens].unique()  # of target tokens, so that both terms of dz count
     h = hidden.double()
     log_total = (h * weight[targets].double()).sum(1) - output.log_prob.double()
     dz = -(h @ weight[rows].double().T - log_total.unsqueeze(1)).exp() + (targets.unsqueeze(1) == rows)
     return {
-        "largest error of log π": float((output.log_prob[few].double() - own).abs().max()),
-        "dH": relative(output.d_hidden[few], d_hidden),
+        "largest error of log π": float((output.log_prob[first_tokens].double() - own).abs().max()),
+        "dH": relative(output.d_hidden[first_tokens], d_hidden),
         "dW": relative(d_weight[rows], (dz * c.double().unsqueeze(1)).T @ h),
         "numbers that are not finite": sum(
             int((~torch.isfinite(values)).sum()) for values in (d_weight, output.d_hidden)
@@ -230,7 +230,7 @@ def head_errors(hidden: Any, weight: Any, targets: Any, c: Any, d_weight: Any, o
 
 
 def products(hidden: Any, weight: Any, chunk: int) -> None:
-    """z = H Wᵀ, dH = z W and z ᵀH, chunk by chunk, the last not added up: what no head can go below."""
+    """z = H Wᵀ, z W and zᵀ H, chunk by chunk, without accumulation: a lower bound for any head."""
     import torch
 
     for part in hidden.split(chunk):
@@ -240,7 +240,7 @@ def products(hidden: Any, weight: Any, chunk: int) -> None:
 
 
 def liger(hidden: Any, weight: Any, targets: Any) -> Figures:
-    """Liger's fused linear cross entropy on the same numbers, forward and backward, where it is installed."""
+    """Liger's fused linear cross entropy on the same inputs, forward and backward, where it is installed."""
     if importlib.util.find_spec("liger_kernel") is None:
         return {"liger": "liger_kernel is not installed; pip install liger-kernel to compare with it"}
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss

@@ -1,7 +1,7 @@
-"""The quickstart's model and one policy-gradient step as plain PyTorch, the yardstick of `bench_loop.py`.
+"""The quickstart's model and one policy-gradient step in plain PyTorch, the baseline of `bench_loop.py`.
 
-What one would write without a framework, and write well: fused query-key-value and gate-up products,
-torch's own attention and AdamW, logits at the response tokens only, micro-batches sorted by length.
+An optimized implementation without a framework: fused query-key-value and gate-up products, torch's own
+attention and AdamW, logits at the response tokens only, micro-batches sorted by length.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class PlainLayer(nn.Module):
         self.down = nn.Linear(model.ffn_hidden_size, hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        batch, length, hidden = x.shape
-        qkv = self.qkv(self.norm(x)).view(batch, length, 3, self.heads, -1)
+        batch_size, length, hidden = x.shape
+        qkv = self.qkv(self.norm(x)).view(batch_size, length, 3, self.heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(
             _rotate(query, cos, sin), _rotate(key, cos, sin), value, is_causal=True
         )
-        x = x + self.out(attended.transpose(1, 2).reshape(batch, length, hidden))
+        x = x + self.out(attended.transpose(1, 2).reshape(batch_size, length, hidden))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
@@ -49,8 +49,8 @@ class PlainModel(nn.Module):
         self.layers = nn.ModuleList(PlainLayer(model) for _ in range(model.num_layers))
         self.norm = nn.RMSNorm(model.hidden_size, model.layernorm_epsilon)
         self.head = nn.Linear(model.hidden_size, vocab_size, bias=False)
-        width = model.hidden_size // model.num_attention_heads
-        exponents = torch.arange(0, width, 2) / width
+        head_dim = model.hidden_size // model.num_attention_heads
+        exponents = torch.arange(0, head_dim, 2) / head_dim
         angles = torch.outer(torch.arange(model.max_sequence_length), model.rotary_base**-exponents)
         angles = torch.cat((angles, angles), -1)
         self.register_buffer("cos", angles.cos())

@@ -1,10 +1,10 @@
-"""Is the memory that `opo plan` counts the memory that a run allocates?
+"""Compares the memory that `opo plan` predicts with what CPU ranks allocate.
 
-A small model takes two whole steps on CPU ranks.  After every operation of torch glibc's allocator is asked
-for the bytes that it has handed out; the most of them, less those before the policy was built, is compared
-with the planner's count, for each rank of each layout.  torch's profiler would not do: gloo's threads free
-much of what collectives were given, and it does not see them.  On a CPU attention is Megatron's local one,
-so that is what is counted here.
+A small model takes two whole steps on CPU ranks.  After every torch operation glibc's allocator reports the
+allocated bytes; their maximum, minus those before the policy was built, is compared with the planner's count,
+for each rank of each layout.  torch's profiler does not work here: gloo's threads free many buffers of
+collectives, and it does not see them.  On a CPU the attention is Megatron's local one, so the planner counts
+that.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ def predicted(layout: str) -> list[int]:
 
 
 def measured(layout: str, folder: Path) -> list[int]:
-    """The same as CPU ranks allocate it."""
+    """The same, measured on CPU ranks."""
     from opo_megatron.distributed.launch import run_ranks
 
     ranks = LAYOUTS[layout][0]
     code = run_ranks([sys.executable, "-W", "ignore", __file__, layout, str(folder)], ranks)
     if code != 0:
-        raise RuntimeError(f"ranks of {layout} ended with exit code {code}")
+        raise RuntimeError(f"ranks of {layout} failed with exit code {code}")
     return [int(json.loads((folder / f"{rank}.json").read_text())) for rank in range(ranks)]
 
 
@@ -93,32 +93,32 @@ class _Heap(ctypes.Structure):
     ]
 
 
-def make_sampled() -> Any:
-    """Follows the bytes that glibc's allocator has handed out: their most, after any operation of torch."""
+def make_heap_monitor() -> Any:
+    """Tracks the maximum of glibc's allocated bytes, sampled after every torch operation."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     library = ctypes.CDLL("libc.so.6")
     library.mallinfo2.restype = _Heap
 
-    def handed_out() -> int:
+    def allocated() -> int:
         heap = library.mallinfo2()
         return int(heap.uordblks + heap.hblkhd)
 
-    class Sampled(TorchDispatchMode):
+    class HeapMonitor(TorchDispatchMode):
         def __init__(self) -> None:
             super().__init__()
-            self.start, self.peak = handed_out(), 0
+            self.start, self.peak = allocated(), 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
-            self.peak = max(self.peak, handed_out() - self.start)
+            self.peak = max(self.peak, allocated() - self.start)
             return result
 
-    return Sampled()
+    return HeapMonitor()
 
 
 def measure_here(layout: str, folder: Path) -> None:
-    """One rank: two steps."""
+    """In one rank: two steps."""
     import torch
 
     from opo_megatron.algorithm.objective import PolicyGradient
@@ -129,20 +129,20 @@ def measure_here(layout: str, folder: Path) -> None:
     config = config_of(layout)
     parallel = initialize(config)
     samples = samples_of(config, parallel.world_size)
-    whole = Rollouts.from_demonstrations([[1] * p for p, _ in samples], [[2] * r for _, r in samples])
-    whole.is_demonstration = False
-    whole.advantages = torch.ones(len(samples), dtype=torch.float64)
-    with make_sampled() as sampled:
+    rollouts = Rollouts.from_demonstrations([[1] * p for p, _ in samples], [[2] * r for _, r in samples])
+    rollouts.is_demonstration = False
+    rollouts.advantages = torch.ones(len(samples), dtype=torch.float64)
+    with make_heap_monitor() as monitor:
         policy = Policy(config, VOCAB_SIZE, parallel, config.optimizer, weights=None)
         for chunk in policy.chunks:
             for weight in chunk.parameters():
                 weight.data.fill_(0.01)
         policy.start_optimizer(config.optimizer)
-        plan = policy.schedule(whole.sequence_lengths)
-        batch = whole.select(plan.samples_of(parallel.dp_rank))
+        schedule = policy.schedule(rollouts.sequence_lengths)
+        own_rollouts = rollouts.select(schedule.samples_of(parallel.dp_rank))
         for _ in range(2):
-            policy.train_step(batch, plan, PolicyGradient(1000.0, 1.0), 1e-4)
-    peak = sampled.peak
+            policy.train_step(own_rollouts, schedule, PolicyGradient(1000.0, 1.0), 1e-4)
+    peak = monitor.peak
     (folder / f"{parallel.rank}.json").write_text(str(peak))
     shutdown()
 

@@ -1,4 +1,4 @@
-"""Writes a record: what a benchmark or comparison printed, with the command, versions and machine."""
+"""Writes a record: the results of a benchmark or comparison, with the command, versions and machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "megatron-core", "transformers", "omegaconf", "numpy")
 
 
 def write_record(name: str, results: dict[str, Any], folder: Path = RECORDS) -> Path:
-    """Write `<folder>/<name>.json` for the command that is running and return its path."""
+    """Write `<folder>/<name>.json` for the running command; returns its path."""
     record = {
         "command": shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -34,7 +34,7 @@ def write_record(name: str, results: dict[str, Any], folder: Path = RECORDS) -> 
 
 
 def _commit() -> str:
-    """The commit that was measured, marked where the tree differs from it in more than records."""
+    """The current commit, marked where files other than records have changed."""
     try:
         commit = _git("rev-parse", "--short", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":!records")
@@ -59,10 +59,10 @@ def _machine() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -1,4 +1,4 @@
-"""Right and wrong answers to all of MATH and GSM8K, for tests and measurements of the verifier `math`."""
+"""Correct and wrong answers to all of MATH and GSM8K, for tests and benchmarks of the verifier `math`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any, NamedTuple
 from opo_megatron.tasks.math_answers import normalised, reference, value
 
 MATH_SIZE, GSM8K_SIZE = 12_500, 8_792
-"""Problems for training and testing together."""
+"""Number of problems, train and test splits together."""
 OTHER = "another problem's answer"
 
 
 class Solution(NamedTuple):
     text: str
-    """With the answer in a box."""
+    """Contains the answer in a box."""
     kind: str
-    """MATH's type of problem, or gsm8k."""
+    """MATH's problem type, or gsm8k."""
 
 
 class Wrong(NamedTuple):
     answer: str
     gold: str
     change: str
-    """What is wrong with it."""
+    """How it differs from the gold answer."""
 
 
 def boxed(answer: str) -> str:
@@ -48,7 +48,7 @@ def solutions(data: Path) -> list[Solution]:
 
 
 def altered(gold: str) -> list[tuple[str, str]]:
-    """(what was changed, answer) of answers that differ from `gold`."""
+    """(change, answer) pairs whose answers differ from `gold`."""
     found = []
     if number := re.search(r"\d+", gold):
         for change in (1, -1):
@@ -62,10 +62,10 @@ def altered(gold: str) -> list[tuple[str, str]]:
     return found
 
 
-def wrong_answers(every: list[Solution], count: int, seed: int = 0) -> list[Wrong]:
-    """To `count` of the problems: altered answers, and that of another problem of the same type."""
+def wrong_answers(all_solutions: list[Solution], count: int, seed: int = 0) -> list[Wrong]:
+    """For `count` of the problems: altered answers, and the answer to another problem of the same type."""
     rng = random.Random(seed)
-    golds = [(reference(one.text), one.kind) for one in every]
+    golds = [(reference(solution.text), solution.kind) for solution in all_solutions]
     by_kind: dict[str, list[str]] = {}
     for gold, kind in golds:
         by_kind.setdefault(kind, []).append(gold)

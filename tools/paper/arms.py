@@ -1,12 +1,11 @@
-"""The arms of the paper's comparison at a small scale: what is run, and what a finished run measured.
+"""The arms of the paper's comparison, scaled down: their commands, and the measures of a finished run.
 
     DIR/seed_1/warm/           supervised steps only (train.steps=0)
     DIR/seed_1/start/          its weights, as a Hugging Face folder
-    DIR/seed_1/ARM/            `opo train` from there, and in eval/ what `opo eval` found of its last weights
-    DIR/logs/                  what the commands printed
+    DIR/seed_1/ARM/            `opo train` from these weights; eval/ has the `opo eval` of its last weights
+    DIR/logs/                  the commands' output
 
-A run that is complete is not run again; one that was interrupted goes on from its newest checkpoint, or
-begins again.
+A complete run is not run again; an interrupted one resumes from its newest checkpoint, or starts over.
 """
 
 from __future__ import annotations
@@ -27,23 +26,23 @@ from opo_megatron.updates.variance_report import relative_noise
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes" / "paper_small"
 OPO = (sys.executable, "-m", "opo_megatron")
-SAME_WEIGHTS = "*.safetensors"
+WEIGHT_FILES = "*.safetensors"
 
 NOISES = ("opo_loo", "energy_loo", "rloo")
-"""Estimators of the variance report: the baseline by length, by energy, and the mean, each of the others."""
+"""Leave-one-out estimators of the variance report: baselines weighted by length, by energy, unweighted."""
 TAIL = 0.2
-"""Last share of the steps that `training_entropy` is a mean over."""
+"""`training_entropy` is a mean over this last share of the steps."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A recipe of `recipes/paper_small`, with another learning rate where one is given."""
+    """A recipe of `recipes/paper_small`, optionally with another learning rate."""
 
     name: str
     recipe: str
     lr: float | None = None
     cost: float = 1.0
-    """Seconds of a run, relative to OPO's: only the time that is left is told by it."""
+    """Time of a run relative to OPO's; used only to estimate the remaining time."""
 
     @property
     def path(self) -> Path:
@@ -52,25 +51,25 @@ class Arm:
 
 ON_POLICY = ("opo", "opo_leave_one_out", "energy", "group_mean", "rloo", "grpo_on_policy")
 OFF_POLICY = "grpo_off_policy"
-SLOWER = {"grpo_off_policy_lr_1e-4": 1e-4, "grpo_off_policy_lr_3e-5": 3e-5}
-"""Further learning rates of off-policy GRPO, whose four updates per batch make each step a longer one; the
-recipe's own, 3e-4, is that of all other arms, and nobody tuned it for any of them."""
+LOWER_RATES = {"grpo_off_policy_lr_1e-4": 1e-4, "grpo_off_policy_lr_3e-5": 3e-5}
+"""Further learning rates of off-policy GRPO, which takes four updates per batch; the recipe's 3e-4 is that of
+all arms and was not tuned for any of them."""
 
 ARMS = (
-    *(Arm(name, OFF_POLICY, lr, cost=2.2) for name, lr in {OFF_POLICY: None, **SLOWER}.items()),
+    *(Arm(name, OFF_POLICY, lr, cost=2.2) for name, lr in {OFF_POLICY: None, **LOWER_RATES}.items()),
     *(Arm(name, name) for name in ON_POLICY),
 )
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """Size of the comparison."""
 
     overrides: tuple[str, ...]
-    """Of all recipes."""
+    """Of every recipe."""
     seeds: int
     samples: int
-    """Answers per held-out problem at the end."""
+    """Responses per held-out problem at the end."""
     problems: int
 
 
@@ -85,60 +84,60 @@ SCALES = {
         seeds=2, samples=4, problems=64,
     ),
 }  # fmt: skip
-"""`tiny` shows that everything works; its numbers say nothing."""
+"""`tiny` only tests that everything works; its numbers mean nothing."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the runs of a seed are, and what their commands are."""
+class SeedRuns:
+    """Folders and commands of one seed's runs."""
 
     folder: Path
     scale: Scale
-    seed: int
+    number: int
 
     @property
-    def of_seed(self) -> Path:
-        return self.folder / f"seed_{self.seed}"
+    def seed_folder(self) -> Path:
+        return self.folder / f"seed_{self.number}"
 
     @property
     def start(self) -> Path:
-        return self.of_seed / "start"
+        return self.seed_folder / "start"
 
     @property
     def warm(self) -> Path:
-        return self.of_seed / "warm"
+        return self.seed_folder / "warm"
 
     def run(self, arm: Arm) -> Path:
-        return self.of_seed / arm.name
+        return self.seed_folder / arm.name
 
     def evaluation(self, arm: Arm) -> Path:
         return self.run(arm) / "eval" / "end"
 
     def log(self, name: str) -> Path:
-        return self.folder / "logs" / f"seed_{self.seed}_{name}.log"
+        return self.folder / "logs" / f"seed_{self.number}_{name}.log"
 
     # ------------------------------------------------------------------ commands
 
     def warm_commands(self) -> list[list[str]]:
-        """Those that are left to do for the weights that all arms of the seed begin with."""
+        """Commands still to run for the weights that all arms of the seed start from."""
         if (self.start / "config.json").exists():
             return []
         steps = load_config(RECIPES / "opo.yaml", self.scale.overrides).warm_start.steps
         export = [sys.executable, str(ROOT / "tools" / "export_megatron_to_hf.py")]
         export += [str(self.warm / "checkpoints" / f"warm_start_{steps:08d}"), str(self.start)]
-        settings = [*self.scale.overrides, f"run.seed={self.seed}", "train.steps=0", "observe.kl=off"]
+        settings = [*self.scale.overrides, f"run.seed={self.number}", "train.steps=0", "observe.kl=off"]
         train = [*OPO, "train", str(RECIPES / "opo.yaml"), f"run.dir={self.warm}", *settings, "resume=auto"]
         return [export] if (self.warm / "summary.json").exists() else [train, export]
 
     def overrides(self, arm: Arm) -> list[str]:
         rate = [f"optimizer.lr={arm.lr:g}"] if arm.lr is not None else []
         return [
-            *self.scale.overrides, *rate, f"run.dir={self.run(arm)}", f"run.seed={self.seed}",
+            *self.scale.overrides, *rate, f"run.dir={self.run(arm)}", f"run.seed={self.number}",
             f"policy.init_from={self.start}", "warm_start.steps=0",
         ]  # fmt: skip
 
     def arm_commands(self, arm: Arm) -> list[list[str]]:
-        """Those that are left to do for a run and its evaluation; the start weights must be there."""
+        """Commands still to run for an arm and its evaluation; the initial weights must exist."""
         run, out = self.run(arm), self.evaluation(arm)
         if (out / "eval.json").exists():
             return []
@@ -148,11 +147,11 @@ class Place:
         return [evaluate] if (run / "summary.json").exists() else [train, evaluate]
 
     def config(self, arm: Arm) -> Config:
-        """The arm's resolved recipe; the start weights must be there."""
+        """The arm's resolved recipe; the initial weights must exist."""
         return load_config(arm.path, self.overrides(arm))
 
     def check_settings(self, arm: Arm) -> None:
-        """Refuse a folder whose runs were made with other settings than they would be now."""
+        """Raise UserError where the run in the folder has other settings than it would have now."""
         changed = changed_settings(self.config(arm), self.run(arm) / "config.yaml")
         changed = [change for change in changed if change.key != "policy.init_from"]  # DIR may have moved
         if changed:
@@ -161,49 +160,49 @@ class Place:
             )
 
 
-def rows_of(place: Place, arm: Arm) -> list[MetricsRow]:
-    """Of a finished run's steps, from step 0 on."""
-    return MetricsFile(place.run(arm) / "metrics.jsonl").read()
+def rows_of(seed: SeedRuns, arm: Arm) -> list[MetricsRow]:
+    """Metrics rows of a finished run, from step 0 on."""
+    return MetricsFile(seed.run(arm) / "metrics.jsonl").read()
 
 
-def read_measures(place: Place, arm: Arm) -> dict[str, float | None]:
-    """What one finished run measured.
+def read_measures(seed: SeedRuns, arm: Arm) -> dict[str, float | None]:
+    """Measures of one finished run.
 
     pass@k, entropy, self_bleu, rep_4 and length are of the last weights, by `opo eval`; kl is nats per
-    held-out token to the start weights; training_entropy is the mean over the last fifth of the steps;
-    noise_* are variances of the gradient between responses to one prompt, over all reports, relative to
-    the mean baseline's, estimated from the same samples and therefore paired.
+    held-out token to the initial weights; training_entropy is the mean over the last fifth of the steps;
+    noise_* are gradient variances between responses to one prompt, over all reports, relative to the mean
+    baseline's, estimated from the same samples and therefore paired.
     """
-    found = json.loads((place.evaluation(arm) / "eval.json").read_text())["tasks"]["held_out"]
-    rows = rows_of(place, arm)
+    result = json.loads((seed.evaluation(arm) / "eval.json").read_text())["tasks"]["held_out"]
+    rows = rows_of(seed, arm)
     steps = rows[1:]
     entropies = [row["entropy"] for row in steps[-math.ceil(TAIL * len(steps)) :] if "entropy" in row]
     noise = relative_noise([row for row in steps if "variance/rloo" in row])
     return {
-        **{f"pass@{k}": passed["value"] for k, passed in found["pass@k"].items()},
-        "entropy": found["entropy"],
+        **{f"pass@{k}": passed["value"] for k, passed in result["pass@k"].items()},
+        "entropy": result["entropy"],
         "training_entropy": fmean(entropies) if entropies else None,
         "kl": rows[-1]["eval/kl"],
-        "self_bleu": found["self_bleu"],
-        "rep_4": found["rep_4"],
-        "length": found["length_mean"],
+        "self_bleu": result["self_bleu"],
+        "rep_4": result["rep_4"],
+        "length": result["length_mean"],
         **{f"noise_{name}": noise.get(name) for name in NOISES},
         "seconds": sum(row["time/step"] for row in steps),
     }
 
 
-def check_same_start(place: Place, arm: Arm) -> None:
-    """The weights that a run says it began with are, byte for byte, those of the seed's warm start."""
-    began = place.run(arm) / "start_weights"
-    ours = {path.name: path.read_bytes() for path in began.glob(SAME_WEIGHTS)}
-    theirs = {path.name: path.read_bytes() for path in place.start.glob(SAME_WEIGHTS)}
-    if not ours or ours != theirs:
+def check_initial_weights(seed: SeedRuns, arm: Arm) -> None:
+    """Raise UserError unless a run's initial weights are those of the seed's warm start, byte for byte."""
+    folder = seed.run(arm) / "start_weights"
+    weights = {path.name: path.read_bytes() for path in folder.glob(WEIGHT_FILES)}
+    expected = {path.name: path.read_bytes() for path in seed.start.glob(WEIGHT_FILES)}
+    if not weights or weights != expected:
         raise UserError(
-            f"{place.run(arm)} did not begin with the weights of {place.start}; remove the run's folder"
+            f"{seed.run(arm)} did not start from the weights of {seed.start}; remove the run's folder"
         )
 
 
-def samples_drawn(place: Place, arm: Arm) -> int:
-    """Training samples of a finished run, as its recipe and its rows say."""
-    rollout = place.config(arm).rollout
-    return (len(rows_of(place, arm)) - 1) * rollout.prompts_per_step * rollout.samples_per_prompt
+def training_samples(seed: SeedRuns, arm: Arm) -> int:
+    """Training samples of a finished run, from its recipe and its number of steps."""
+    rollout = seed.config(arm).rollout
+    return (len(rows_of(seed, arm)) - 1) * rollout.prompts_per_step * rollout.samples_per_prompt

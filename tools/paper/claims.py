@@ -1,16 +1,16 @@
-"""What the OPO paper (arXiv 2505.23585) claims, as differences between arms, and what seeds say of them.
+"""The claims of the OPO paper (arXiv 2505.23585) as differences between arms, and their verdicts.
 
-A claim compares a measure of two arms that began, seed by seed, with the same weights.  With the paired
+A claim compares a measure of two arms, paired by seed: both start from that seed's weights.  With the paired
 differences d₁ … dₙ over n ≥ 2 seeds, their mean d and sample standard deviation s, the 95 % interval is
 d ± t·s/√n with Student's t for n − 1 degrees of freedom.  Oriented so that the claimed side is above 0:
 
     reproduced                                        the interval excludes 0 on the claimed side
-    not reproduced: no difference seen                it holds 0
+    not reproduced: no difference seen                it contains 0
     not reproduced: the opposite                      it excludes 0 on the other side
     not testable at this scale                        no arm measures it
 
-Intervals are not corrected for their number: of twenty true zeros, one is expected to be excluded.  Seeds
-vary the warm start, the prompts and the sampling; the held-out problems are the same for all.
+Intervals are not corrected for multiple comparisons: of twenty true zeros, one is expected to be excluded.
+Seeds vary the warm start, the prompts and the sampling; the held-out problems are the same for all.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ NOT_TESTABLE = "not testable at this scale"
 
 SAME_RATE = "grpo_off_policy"
 BEST_RATE = "grpo_off_policy, best learning rate"
-"""The arm off-policy GRPO at whichever learning rate did best."""
+"""Off-policy GRPO at its best learning rate."""
 
 Measures = Mapping[str, Mapping[str, Sequence[float | None]]]
-"""Arm → measure → one value per seed, in one order of seeds; None where it was not measured."""
+"""Arm → measure → one value per seed, in the same order of seeds; None where not measured."""
 
 
 class Interval(NamedTuple):
@@ -44,18 +44,18 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Claim:
-    """`arm` has a higher or lower `measure` than another arm, or than itself by another measure."""
+    """`arm` has a higher or lower `measure` than another arm, or than its own `other_measure`."""
 
-    says: str
+    text: str
     arm: str = ""
     other: str = ""
     measure: str = ""
     higher: bool = True
-    """Which side of `other` is claimed."""
+    """Whether `arm` is claimed to be higher than `other`."""
     other_measure: str | None = None
     """Default `measure`."""
     by_the_paper: bool = True
-    """Whether it is the paper's; else it is compared beside it, and only the interval is told."""
+    """Whether it is the paper's claim; otherwise only the interval is reported, without a verdict."""
 
     @property
     def is_testable(self) -> bool:
@@ -63,11 +63,11 @@ class Claim:
 
 
 class Finding(NamedTuple):
-    """What the seeds say of a claim."""
+    """The result for a claim."""
 
     claim: Claim
     difference: Interval | None
-    """Of arm − other; None where it was not measured."""
+    """arm − other; None where not measured."""
     verdict: str
 
 
@@ -83,17 +83,17 @@ def judge(claim: Claim, measures: Measures) -> Finding:
     """The verdict on one claim."""
     if not claim.is_testable:
         return Finding(claim, None, NOT_TESTABLE)
-    ours = measures[claim.arm][claim.measure]
-    theirs = measures[claim.other][claim.other_measure or claim.measure]
-    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
-    if len(pairs) < len(ours):  # seeds are not chosen among
+    values = measures[claim.arm][claim.measure]
+    other_values = measures[claim.other][claim.other_measure or claim.measure]
+    pairs = [(a, b) for a, b in zip(values, other_values, strict=True) if a is not None and b is not None]
+    if len(pairs) < len(values):  # no selection of seeds
         return Finding(claim, None, f"{NOT_TESTABLE}: not measured with every seed")
     difference = t_interval([a - b for a, b in pairs])
     return Finding(claim, difference, verdict_of(difference, claim.higher))
 
 
 def verdict_of(difference: Interval, higher: bool) -> str:
-    """By the rule above; an interval that ends at 0 holds it."""
+    """By the rule above; an interval with an endpoint at 0 contains 0."""
     low, high = (difference.low, difference.high) if higher else (-difference.high, -difference.low)
     if low > 0:
         return REPRODUCED
@@ -101,7 +101,7 @@ def verdict_of(difference: Interval, higher: bool) -> str:
 
 
 def off_policy_claims(other: str, when: str, largest: int) -> list[Claim]:
-    """What exact on-policy is said to bring, of OPO and of the on-policy arm with GRPO's own advantages."""
+    """Claimed benefits of exact on-policy training, for OPO and for on-policy GRPO."""
     return [
         Claim(f"{name} against off-policy GRPO {when}: {what}", arm, other, measure, higher)
         for name, arm in (("OPO", "opo"), ("on-policy GRPO", "grpo_on_policy"))
@@ -110,18 +110,18 @@ def off_policy_claims(other: str, when: str, largest: int) -> list[Claim]:
             (f"higher pass@{largest}", f"pass@{largest}", True),
             ("higher entropy in training", "training_entropy", True),
             ("higher entropy at the end", "entropy", True),
-            ("lower KL to the start", "kl", False),
-            ("more diverse answers (lower Self-BLEU)", "self_bleu", False),
+            ("lower KL to the initial weights", "kl", False),
+            ("more diverse responses (lower Self-BLEU)", "self_bleu", False),
             ("less repetition (lower Rep-4)", "rep_4", False),
         )
     ]
 
 
 def claims(largest: int) -> list[Claim]:
-    """All of them.
+    """All claims.
 
     Args:
-        largest: k of the largest pass@k that was measured.
+        largest: the largest k of pass@k that was measured.
     """
     baselines = ("opo_leave_one_out", "energy", "group_mean", "rloo")
     noise = ("noise_opo_loo", "noise_rloo")
@@ -133,7 +133,7 @@ def claims(largest: int) -> list[Claim]:
         *off_policy_claims(SAME_RATE, "at the same learning rate", largest),
         *off_policy_claims(BEST_RATE, "at its best learning rate", largest),
         Claim(
-            "noise in the gradient: less with the baseline by length than with the mean (both leave-one-out)",
+            "gradient variance: lower with the length-weighted than the mean baseline (both leave-one-out)",
             "opo", "opo", noise[0], False, noise[1],
         ),
         Claim("better pass@k on MATH-500, AIME 2024 and AIME 2025 with a 7B model"),
@@ -143,7 +143,7 @@ def claims(largest: int) -> list[Claim]:
             for arm in baselines
         ),
         Claim(
-            "noise in the gradient: baseline by energy against the mean (both leave-one-out)",
+            "gradient variance: energy-weighted baseline against the mean (both leave-one-out)",
             "opo", "opo", "noise_energy_loo", False, noise[1], by_the_paper=False,
         ),
     ]  # fmt: skip

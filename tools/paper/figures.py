@@ -1,4 +1,4 @@
-"""Pictures of the paper's comparison: curves with bands over seeds, and the claims with their verdicts."""
+"""Figures of the paper's comparison: curves with bands over seeds, and a table of claims and verdicts."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from opo_megatron.utils.extras import require_extra
 MEASURES = {
     "eval/accuracy": "held-out accuracy",
     "entropy": "entropy of training samples, nats per token",
-    "eval/kl": "KL to the start, nats per held-out token",
-    "eval/response_length/mean": "tokens per held-out answer",
+    "eval/kl": "KL to the initial weights, nats per held-out token",
+    "eval/response_length/mean": "tokens per held-out response",
 }
-TONES = {REPRODUCED: "#CDE8DC", OPPOSITE: "#F6CFB8", NO_DIFFERENCE: "#F1F1F1"}
-OTHER_TONE = "#FFFFFF"
+COLOURS = {REPRODUCED: "#CDE8DC", OPPOSITE: "#F6CFB8", NO_DIFFERENCE: "#F1F1F1"}
+OTHER_COLOUR = "#FFFFFF"
 WIDTH_OF_CLAIM = 104
 
 
 def load_pyplot() -> Any:
-    """matplotlib.pyplot, drawing to files.
+    """matplotlib.pyplot with the file backend.
 
     Raises:
-        UserError: where it is missing.
+        UserError: where matplotlib is not installed.
     """
     matplotlib = require_extra("matplotlib", "tools/reproduce_paper.py", "report")
     matplotlib.use("Agg")
@@ -38,16 +38,16 @@ def load_pyplot() -> Any:
     return plt
 
 
-def draw_curves(runs: dict[str, list[Run]], title: str, path: Path) -> Path:
-    """Four panels; the mean over an arm's seeds in a band from the least to the greatest."""
+def plot_curves(runs: dict[str, list[Run]], title: str, path: Path) -> Path:
+    """Four panels; per arm the mean over seeds, with a band from the minimum to the maximum."""
     plt = load_pyplot()
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(2, 2, figsize=(10, 7.2))
         for axes, (metric, label) in zip(panels.flat, MEASURES.items(), strict=True):
-            for place, (name, of_arm) in enumerate(runs.items()):
-                curve = band(Arm(name, of_arm), metric)
+            for index, (name, arm_runs) in enumerate(runs.items()):
+                curve = band(Arm(name, arm_runs), metric)
                 if curve is not None:
-                    draw_band(axes, place, curve).set_label(name)
+                    draw_band(axes, index, curve).set_label(name)
             axes.set(title=label, xlabel="step")
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
@@ -57,12 +57,12 @@ def draw_curves(runs: dict[str, list[Run]], title: str, path: Path) -> Path:
     return path
 
 
-def draw_claims(findings: Sequence[Finding], title: str, path: Path) -> Path:
+def plot_claims(findings: Sequence[Finding], title: str, path: Path) -> Path:
     """A table: claim, difference with its 95 % interval, verdict."""
     plt = load_pyplot()
     rows = [
-        ("\n".join(textwrap.wrap(one.claim.says, WIDTH_OF_CLAIM)), interval_text(one.difference), shown(one))
-        for one in findings
+        ("\n".join(textwrap.wrap(f.claim.text, WIDTH_OF_CLAIM)), interval_text(f.difference), verdict_text(f))
+        for f in findings
     ]
     with plt.rc_context(STYLE):
         lines = sum(1 + row[0].count("\n") for row in rows)
@@ -83,19 +83,19 @@ def draw_claims(findings: Sequence[Finding], title: str, path: Path) -> Path:
             cell.set_edgecolor("#CCCCCC")
             height = 1 + (rows[row - 1][0].count("\n") if row else 0)
             cell.set_height(height / (lines + 2))
-            cell.set_facecolor(_tone(findings[row - 1]) if row else "#E4E4E4")
+            cell.set_facecolor(_colour(findings[row - 1]) if row else "#E4E4E4")
         figure.savefig(path, dpi=110)
         plt.close(figure)
     return path
 
 
-def shown(finding: Finding) -> str:
-    """The verdict, which only the paper's own claims have."""
-    return finding.verdict if finding.claim.by_the_paper else "(no claim of the paper's)"
+def verdict_text(finding: Finding) -> str:
+    """The verdict, which only the paper's claims have."""
+    return finding.verdict if finding.claim.by_the_paper else "(not a claim of the paper)"
 
 
-def _tone(finding: Finding) -> str:
-    return TONES.get(finding.verdict, OTHER_TONE) if finding.claim.by_the_paper else OTHER_TONE
+def _colour(finding: Finding) -> str:
+    return COLOURS.get(finding.verdict, OTHER_COLOUR) if finding.claim.by_the_paper else OTHER_COLOUR
 
 
 def interval_text(difference: Interval | None) -> str:

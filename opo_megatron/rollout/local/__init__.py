@@ -1,5 +1,5 @@
-"""The local engine: a decoder in the trainer's own process that knows nothing of Megatron.
+"""The local engine: a decoder in the trainer's process, independent of Megatron.
 
-It is fed by the Hugging Face-named weight stream, so its agreement with the policy tests the weight
+It loads the weight stream by Hugging Face names, so its agreement with the policy tests the parameter
 mapping at every step, under every parallel layout.
 """

@@ -1,8 +1,8 @@
-"""A Llama/Qwen decoder with a key-value cache, in Hugging Face names, written from the architecture.
+"""A Llama/Qwen decoder with a KV cache and Hugging Face parameter names, written from the architecture.
 
-Attention scale and SwiGLU layout follow Megatron's local spec (the scale inside `baddbmm`, gate and
-up as halves of one product), so that both round alike.  Rows of the cache are independent responses,
-each at a position of its own.
+Attention scale and SwiGLU follow Megatron's local spec (the scale inside `baddbmm`, gate and up as halves of
+one product), so that both round alike.  Rows of the cache are independent responses, each at its own
+position.
 
 In exact mode linear layers and attention are those of `kernels/exact.py`, which the policy uses too.
 """
@@ -22,11 +22,11 @@ from opo_megatron.kernels.exact import MASKED, causal_mask, padded_keys
 from opo_megatron.kernels.rotary import inverse_frequencies
 
 _Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, query, key, value), each [b, s, heads, width] → attended [b, s, heads, width]."""
+"""(layer, query, key, value), each [b, s, heads, head_dim] → attention output [b, s, heads, head_dim]."""
 
 
 class KeyValueCache:
-    """Keys and values of `rows` responses, up to `length` tokens each: [rows, heads, length, width]."""
+    """KV cache of `rows` responses, up to `length` tokens each: [rows, heads, length, head_dim] per layer."""
 
     def __init__(
         self, model: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device
@@ -34,18 +34,18 @@ class KeyValueCache:
         assert model.num_query_groups is not None and model.kv_channels is not None
         self.rows, self.length = rows, length
         shape = (model.num_layers, rows, model.num_query_groups, length, model.kv_channels)
-        # Zeros, because a masked key has weight 0, and 0 times what memory happens to hold may be NaN.
+        # Zeros: a masked key has weight 0, and 0 times uninitialized memory may be NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
-        """Copy rows `sources` over rows `targets`, the first `length` tokens of them."""
+        """Copy the first `length` tokens of rows `sources` to rows `targets`."""
         self.keys[:, targets, :, :length] = self.keys[:, sources, :, :length]
         self.values[:, targets, :, :length] = self.values[:, sources, :, :length]
 
 
 class Decoder:
-    """Weights and the two forward passes: `prefill` of whole prompts, `decode` of one token a row."""
+    """Weights and the two forward passes: `prefill` of whole prompts, `decode` of one token per row."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Decoder:
         assert model.num_query_groups is not None and model.kv_channels is not None
         self.model, self.vocab_size, self.dtype, self.device = model, vocab_size, dtype, device
         self.exact = exact
-        self.groups, self.width = model.num_query_groups, model.kv_channels
+        self.groups, self.head_dim = model.num_query_groups, model.kv_channels
         self.queries_per_group = model.num_attention_heads // self.groups
         self._tensors: dict[str, Tensor] = {}
         self._slices: dict[str, Tensor] = {}
@@ -75,7 +75,7 @@ class Decoder:
         return frozenset(self._slices)
 
     def load(self, name: str, tensor: Tensor) -> None:
-        """Take over one tensor by its Hugging Face name."""
+        """Copy in one tensor by its Hugging Face name."""
         self._slices[name].copy_(tensor)
 
     def _allocate(self) -> None:
@@ -84,8 +84,8 @@ class Decoder:
         if not model.tie_embeddings:
             self._stack("head", {"lm_head.weight": self.vocab_size}, hidden)
         self._stack("norm", {"model.norm.weight": hidden})
-        queries = model.num_attention_heads * self.width
-        keys = self.groups * self.width
+        queries = model.num_attention_heads * self.head_dim
+        keys = self.groups * self.head_dim
         for i in range(model.num_layers):
             p = f"model.layers.{i}."
             self._stack(f"{i}.norm", {p + "input_layernorm.weight": hidden})
@@ -94,8 +94,8 @@ class Decoder:
             if model.add_qkv_bias:
                 self._stack(f"{i}.qkv_bias", {f"{p}self_attn.{n}_proj.bias": r for n, r in rows.items()})
             if model.qk_layernorm:
-                self._stack(f"{i}.q_norm", {p + "self_attn.q_norm.weight": self.width})
-                self._stack(f"{i}.k_norm", {p + "self_attn.k_norm.weight": self.width})
+                self._stack(f"{i}.q_norm", {p + "self_attn.q_norm.weight": self.head_dim})
+                self._stack(f"{i}.k_norm", {p + "self_attn.k_norm.weight": self.head_dim})
             self._stack(f"{i}.out", {p + "self_attn.o_proj.weight": hidden}, queries)
             self._stack(f"{i}.mlp_norm", {p + "post_attention_layernorm.weight": hidden})
             if model.num_moe_experts is None:
@@ -106,22 +106,22 @@ class Decoder:
             for e in range(model.num_moe_experts):
                 self._allocate_mlp(f"{i}.{e}.", f"{p}mlp.experts.{e}.", model.moe_ffn_hidden_size)
 
-    def _allocate_mlp(self, ours: str, theirs: str, ffn: int) -> None:
-        gate_up = {theirs + "gate_proj.weight": ffn, theirs + "up_proj.weight": ffn}
-        self._stack(ours + "gate_up", gate_up, self.model.hidden_size)
-        self._stack(ours + "down", {theirs + "down_proj.weight": self.model.hidden_size}, ffn)
+    def _allocate_mlp(self, prefix: str, hf_prefix: str, ffn: int) -> None:
+        gate_up = {hf_prefix + "gate_proj.weight": ffn, hf_prefix + "up_proj.weight": ffn}
+        self._stack(prefix + "gate_up", gate_up, self.model.hidden_size)
+        self._stack(prefix + "down", {hf_prefix + "down_proj.weight": self.model.hidden_size}, ffn)
 
-    def _stack(self, ours: str, rows: dict[str, int], columns: int | None = None) -> None:
-        """One tensor that holds several Hugging Face tensors, one above the other."""
+    def _stack(self, name: str, rows: dict[str, int], columns: int | None = None) -> None:
+        """One tensor `name` that holds several Hugging Face tensors, concatenated by rows."""
         shape = (sum(rows.values()),) if columns is None else (sum(rows.values()), columns)
         tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self._tensors[ours] = tensor
+        self._tensors[name] = tensor
         self._slices |= dict(zip(rows, tensor.split(list(rows.values())), strict=True))
 
     # ------------------------------------------------------------------ forward
 
     def prefill(self, tokens: Tensor, cache: KeyValueCache, rows: Tensor, sources: Tensor) -> Tensor:
-        """Run prompts [p, s] (padded on the right) and store prompt sources[i] in cache row rows[i].
+        """Run prompts [p, s] (right-padded) and store prompt sources[i] in cache row rows[i].
 
         Returns:
             [p, s, hidden]: final hidden states.
@@ -140,14 +140,14 @@ class Decoder:
         return self._layers(tokens, positions, attend)
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: KeyValueCache) -> Tensor:
-        """One token per row [n], at positions [n], for the first n rows of the cache → hidden [n, hidden]."""
+        """One token per row [n], at positions [n], for the first n cache rows → hidden states [n, hidden]."""
         n = tokens.shape[0]
         rows = torch.arange(n, device=self.device)
         length = int(positions.max()) + 1
         if self.exact:
             length = padded_keys(length)
-        later = torch.arange(length, device=self.device) > positions.unsqueeze(1)
-        mask = later.view(n, 1, 1, length)
+        is_masked = torch.arange(length, device=self.device) > positions.unsqueeze(1)
+        mask = is_masked.view(n, 1, 1, length)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             cache.keys[layer, rows, :, positions] = key[:, 0]
@@ -164,22 +164,22 @@ class Decoder:
     def _layers(self, tokens: Tensor, positions: Tensor, attend: _Attend) -> Tensor:
         x = F.embedding(tokens, self._tensors["embedding"])
         cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
-        batch, length = tokens.shape
+        batch_size, length = tokens.shape
         heads = (self.groups * self.queries_per_group, self.groups, self.groups)
         for i in range(self.model.num_layers):
             qkv = self._linear(self._norm(x, f"{i}.norm"), f"{i}.qkv")
             if self.model.add_qkv_bias:
                 qkv = qkv + self._tensors[f"{i}.qkv_bias"]
             query, key, value = (
-                part.view(batch, length, count, self.width)
+                part.view(batch_size, length, count, self.head_dim)
                 for part, count in zip(
-                    qkv.split([count * self.width for count in heads], -1), heads, strict=True
+                    qkv.split([count * self.head_dim for count in heads], -1), heads, strict=True
                 )
             )
             if self.model.qk_layernorm:
                 query, key = self._norm(query, f"{i}.q_norm"), self._norm(key, f"{i}.k_norm")
             attended = attend(i, _rotate(query, cos, sin), _rotate(key, cos, sin), value)
-            x = x + self._linear(attended.reshape(batch, length, -1), f"{i}.out")
+            x = x + self._linear(attended.reshape(batch_size, length, -1), f"{i}.out")
             y = self._norm(x, f"{i}.mlp_norm")
             x = x + (self._mlp(y, f"{i}.") if self.model.num_moe_experts is None else self._experts(y, i))
         return self._norm(x, "norm")
@@ -192,24 +192,28 @@ class Decoder:
         return F.rms_norm(x, (x.shape[-1],), self._tensors[name], self.model.layernorm_epsilon)
 
     def _attention(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """Causal attention [b, s, heads, width] of query [b, s, heads, width] over keys and values
-        [b, groups, t, width]; where mask (over [b, heads, s, t]) is True a key is hidden."""
+        """Causal attention [b, s, heads, head_dim] of query [b, s, heads, head_dim] over keys and values
+        [b, groups, t, head_dim]; where mask (over [b, heads, s, t]) is True a key is masked."""
         if self.exact:
             return exact_kernels.attention(query, keys, values, mask)
-        batch, length = query.shape[:2]
-        shared, width, total = self.queries_per_group, self.width, keys.shape[2]
-        # Queries of one group stand below each other: they see the same keys.
-        grouped = query.view(batch, length, self.groups, shared, width).permute(0, 2, 3, 1, 4)
-        grouped = grouped.reshape(batch * self.groups, shared * length, width)
-        flat_keys = keys.reshape(batch * self.groups, total, width)
+        batch_size, length = query.shape[:2]
+        shared, head_dim, total = self.queries_per_group, self.head_dim, keys.shape[2]
+        # Queries of one group attend to the same keys, so they are rows of one product.
+        grouped = query.view(batch_size, length, self.groups, shared, head_dim).permute(0, 2, 3, 1, 4)
+        grouped = grouped.reshape(batch_size * self.groups, shared * length, head_dim)
+        flat_keys = keys.reshape(batch_size * self.groups, total, head_dim)
         scores = torch.baddbmm(
-            grouped.new_empty(1, 1, 1), grouped, flat_keys.transpose(1, 2), beta=0, alpha=1 / math.sqrt(width)
+            grouped.new_empty(1, 1, 1),
+            grouped,
+            flat_keys.transpose(1, 2),
+            beta=0,
+            alpha=1 / math.sqrt(head_dim),
         )
-        scores = scores.view(batch, self.groups * shared, length, total).masked_fill_(mask, MASKED)
+        scores = scores.view(batch_size, self.groups * shared, length, total).masked_fill_(mask, MASKED)
         weights = scores.float().softmax(-1).to(scores.dtype)
-        weights = weights.view(batch * self.groups, shared * length, total)
-        mixed = torch.bmm(weights, values.reshape(batch * self.groups, total, width))
-        return mixed.view(batch, self.groups * shared, length, width).transpose(1, 2)
+        weights = weights.view(batch_size * self.groups, shared * length, total)
+        mixed = torch.bmm(weights, values.reshape(batch_size * self.groups, total, head_dim))
+        return mixed.view(batch_size, self.groups * shared, length, head_dim).transpose(1, 2)
 
     def _mlp(self, x: Tensor, name: str) -> Tensor:
         gate, up = self._linear(x, name + "gate_up").chunk(2, -1)

@@ -1,1 +1,1 @@
-"""Rollouts from SGLang servers: processes in an environment of their own, spoken to over HTTP."""
+"""Rollouts from SGLang servers: processes in their own Python environment, used over HTTP."""

@@ -120,7 +120,7 @@ class SglangEngine:
             UserError: where an external server does not answer.
         """
         self.version = None
-        self._forget_transfers()
+        self._close_transfers()
         if self.settings.urls:
             self._clients = [self._client(url) for url in self.settings.urls]
             for client in self._clients:
@@ -139,11 +139,11 @@ class SglangEngine:
 
     def close(self) -> None:
         """Stop the servers that this rank started."""
-        self._forget_transfers()
+        self._close_transfers()
         if self._server is not None:
             self._server.stop()
 
-    def _forget_transfers(self) -> None:
+    def _close_transfers(self) -> None:
         for transfer in self._transfers.values():
             transfer.close()
         self._transfers = {}
@@ -155,11 +155,11 @@ class SglangEngine:
         parts = {"kv_cache"} if keeps_weights else {"kv_cache", "weights"}
         if not keeps_weights:
             self.version = None
-        wanted = sorted(parts - self._released)
-        if self.is_sender and wanted:
+        tags = sorted(parts - self._released)
+        if self.is_sender and tags:
             try:
                 for client in self._clients:
-                    client.post("/release_memory_occupation", tags=wanted)
+                    client.post("/release_memory_occupation", tags=tags)
             except EngineFailure:
                 if self._server is not None:
                     self._server.stop()  # otherwise it keeps its memory; the next update restarts it
@@ -171,10 +171,10 @@ class SglangEngine:
         self._resume(set(self._released))
 
     def _resume(self, parts: set[str]) -> None:
-        wanted = sorted(parts & self._released)
-        if self.is_sender and wanted:
+        tags = sorted(parts & self._released)
+        if self.is_sender and tags:
             for client in self._clients:
-                client.post("/resume_memory_occupation", tags=wanted)
+                client.post("/resume_memory_occupation", tags=tags)
             self._released -= parts
 
     # ------------------------------------------------------------------ weights
@@ -233,12 +233,12 @@ class SglangEngine:
         if client.url not in self._transfers:
             ranks, kind = self.settings.tensor_parallel_size, self.settings.transport
             if kind is Transport.tensor:
-                made: Transfer = TensorTransfer(client, ranks, self.parallel.device)
+                transfer: Transfer = TensorTransfer(client, ranks, self.parallel.device)
             elif kind is Transport.distributed:
-                made = DistributedTransfer(client, ranks, free_port(), self.parallel.device)
+                transfer = DistributedTransfer(client, ranks, free_port(), self.parallel.device)
             else:
-                made = DiskTransfer(client, self._folder / "weights")
-            self._transfers[client.url] = made
+                transfer = DiskTransfer(client, self._folder / "weights")
+            self._transfers[client.url] = transfer
         return self._transfers[client.url]
 
     def _open_update(self, client: Client) -> None:

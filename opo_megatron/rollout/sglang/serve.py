@@ -1,13 +1,12 @@
-"""Starts an SGLang server; run by the interpreter of SGLang's own environment, as a file.
+"""Starts an SGLang server; run as a file by the interpreter of SGLang's own environment.
 
     <rollout.sglang.python> serve.py --model-path … [any option of sglang.launch_server]
 
-It adds two things to `python -m sglang.launch_server`.  The server dies with the trainer that started
-it, also where that one is killed.  And where there is no GPU it lends SGLang names that it imports and
-never calls there.  SGLang's worker processes import this file again before anything else, so both hold
-for them too.
+It adds two things to `python -m sglang.launch_server`.  The server dies with the trainer that started it,
+even if the trainer is killed.  And without a GPU it provides stubs of operators that SGLang imports but never
+calls there.  SGLang's worker processes import this file first, so they have the stubs too.
 
-Imports nothing of opo_megatron, which that environment does not have.
+Imports nothing from opo_megatron, which is not installed in that environment.
 """
 
 import ctypes
@@ -22,30 +21,30 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Ask the kernel for SIGKILL when the process that started this one ends, however it ends."""
+    """Ask the kernel for SIGKILL when the parent process ends, for whatever reason."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() == 1:
         sys.exit("the process that started this server is gone")
 
 
 def torchvision_has_operators() -> bool:
-    """Whether its own library defines them: that of PyPI's wheel loads beside CUDA builds of torch only."""
+    """Whether torchvision's library defines them: the one from PyPI loads with CUDA builds of torch only."""
     import torch
 
-    found = find_spec("torchvision")
-    assert found is not None and found.origin is not None
+    spec = find_spec("torchvision")
+    assert spec is not None and spec.origin is not None
     try:
-        torch.ops.load_library(Path(found.origin).with_name("_C.so"))  # as torchvision is going to do
+        torch.ops.load_library(Path(spec.origin).with_name("_C.so"))  # as torchvision does on import
     except OSError:
         return False
     return True
 
 
-def lend_cpu_names() -> None:
-    """What SGLang imports and never calls on a CPU.
+def stub_cpu_imports() -> None:
+    """Stub the operators that SGLang imports but never calls on a CPU.
 
-    It takes names from vllm's operators where it finds no GPU, whatever torch is built for: PyPI's torch
-    is a CUDA build on every machine.  The fake kernels that torchvision registers need their operators.
+    Without a GPU it imports vllm's operators, whatever torch is built for (PyPI's torch is always a CUDA
+    build).  The fake kernels that torchvision registers need their operators defined.
     """
     import torch
 
@@ -55,7 +54,7 @@ def lend_cpu_names() -> None:
         definitions = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
             definitions.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        lend_cpu_names.kept = definitions  # type: ignore[attr-defined]  # it is undone when collected
+        stub_cpu_imports.library = definitions  # type: ignore[attr-defined]  # undone when garbage collected
 
     def never(*args: object, **kwargs: object) -> None:
         raise RuntimeError("this operator has no CPU kernel")
@@ -72,7 +71,7 @@ def lend_cpu_names() -> None:
     sys.modules |= {"vllm": package, "vllm._custom_ops": operators}
 
 
-lend_cpu_names()
+stub_cpu_imports()
 
 if __name__ == "__main__":
     die_with_parent()

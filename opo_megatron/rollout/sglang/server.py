@@ -1,7 +1,7 @@
-"""A managed SGLang server: started by one rank of each group that shares it, stopped by process id.
+"""A managed SGLang server: started by one rank of the group that shares it, stopped by process id.
 
-The server begins with dummy weights: the first transfer brings the policy's, so that no copy of the
-model is written to disk.  Its own process group and log file belong to the run.
+The server starts with dummy weights and gets the policy's by the first transfer, so no copy of the model is
+written to disk.  It has its own process group, and a log file in the run folder.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from opo_megatron.rollout.sglang.client import Client
 
 SERVE = Path(__file__).parent / "serve.py"
 CONTEXT_MARGIN = 8
-"""SGLang keeps some positions of the context length for itself."""
+"""Positions of the context length that SGLang reserves."""
 STOP_SECONDS = 10.0
 PORTS = (20000, 32768)
 PORT_ATTEMPTS = 3
 PORT_IS_TAKEN = b"address already in use"
-"""What the server's log says where it could not have its port."""
-_OF_THE_TRAINER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""In the server's log where it could not bind its port."""
+_TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CPU_OPTIONS = {
     "device": "cpu",
     "attention-backend": "torch_native",
@@ -40,26 +40,26 @@ _CPU_OPTIONS = {
     "grammar-backend": "none",
     "disable-overlap-schedule": True,
     "sleep-on-idle": True,  # an idle server would keep a core busy
-    "mem-fraction-static": 0.8,  # may hold weights and cache; what it takes is max-total-tokens
+    "mem-fraction-static": 0.8,  # an upper limit; the KV cache is sized by max-total-tokens
 }
 
 
 def write_model_config(
     config: Config, vocab_size: int, folder: Path, quantization: Mapping[str, object] | None = None
 ) -> None:
-    """The `config.json` that a server builds its model from; it needs nothing else.
+    """Write the `config.json` that a server builds its model from; it needs nothing else.
 
-    No token ends a response by itself: what stops is said with every request.
+    It names no EOS token: every request carries its stop tokens.
 
     Args:
-        quantization: how the weights that the server will get are quantized.
+        quantization: `quantization_config` of the weights that the server will receive.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    described = hf_config(replace(config.policy.model, vocab_size=vocab_size), _dtype(config))
-    described |= {"bos_token_id": None, "eos_token_id": None}
+    description = hf_config(replace(config.policy.model, vocab_size=vocab_size), _dtype(config))
+    description |= {"bos_token_id": None, "eos_token_id": None}
     if quantization is not None:
-        described["quantization_config"] = dict(quantization)
-    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        description["quantization_config"] = dict(quantization)
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
 def _dtype(config: Config) -> str:
@@ -67,7 +67,7 @@ def _dtype(config: Config) -> str:
 
 
 def interpreter(settings: SglangConfig) -> Path:
-    """The Python of SGLang's environment.
+    """The Python interpreter of SGLang's environment.
 
     Raises:
         UserError: where there is none.
@@ -75,24 +75,24 @@ def interpreter(settings: SglangConfig) -> Path:
     python = Path(settings.python).expanduser()
     if not python.exists():
         raise UserError(
-            f"rollout.sglang.python={settings.python} does not exist; make that environment with "
+            f"rollout.sglang.python={settings.python} does not exist; create that environment with "
             "`make setup-sglang`, or name the interpreter of one that has SGLang"
         )
     return python
 
 
 class _PortTaken(UserError):
-    """Another process took the port that was free when the server began to start."""
+    """Another process bound the port, which was free when the server started."""
 
 
 class Server:
-    """One server process and how to reach it."""
+    """One server process and its URL."""
 
     def __init__(self, config: Config, model_dir: Path, log: Path, name: str, gpus: list[str] | None) -> None:
         """Args:
         model_dir: folder with the model's `config.json`.
-        log: file that takes what the server prints, of all its starts.
-        gpus: devices it may use; None on a CPU.
+        log: file for the server's output, appended to at every start.
+        gpus: its CUDA_VISIBLE_DEVICES; None on a CPU.
         """
         self.config, self.model_dir, self.log, self.name, self.gpus = config, model_dir, log, name, gpus
         self.settings = config.rollout.sglang
@@ -107,10 +107,10 @@ class Server:
         return Client(self.url, self.settings.timeout_seconds, self.settings.api_key)
 
     def start(self, show_status: Callable[[str], None]) -> None:
-        """Start and wait until it answers.
+        """Start the server and wait until it is healthy.
 
         Raises:
-            UserError: where its environment is missing or it ends before it is ready.
+            UserError: where its environment is missing, or it exits or times out before it is ready.
         """
         for attempt in range(1, PORT_ATTEMPTS + 1):
             try:
@@ -132,14 +132,14 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self.environment(),
-                start_new_session=True,  # a group of its own, which `stop` ends as a whole
+                start_new_session=True,  # its own process group, which `stop` signals
             )
-        # Also that of its process group: what a user may end by hand.
+        # Also the process group's id, for killing it by hand.
         self.log.with_suffix(".pid").write_text(f"{self._process.pid}\n")
         self._wait_until_ready(show_status, begin)
 
     def arguments(self, port: int) -> list[str]:
-        """Options of `sglang.launch_server`; the recipe's come last and win."""
+        """Options of `sglang.launch_server`; the recipe's come last and override."""
         rollout, settings = self.config.rollout, self.settings
         samples = rollout.prompts_per_step * rollout.samples_per_prompt
         running = settings.max_running_requests or samples
@@ -174,43 +174,43 @@ class Server:
         return words
 
     def environment(self) -> dict[str, str]:
-        """The trainer's, without what describes its ranks and its Python."""
-        kept = {name: value for name, value in os.environ.items() if name not in _OF_THE_TRAINER}
+        """The trainer's environment without the variables of torchrun and of its Python."""
+        environment = {name: value for name, value in os.environ.items() if name not in _TORCHRUN_VARIABLES}
         for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
-            kept.pop(name, None)
-        kept["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for CONTEXT_MARGIN
-        # None on a CPU: SGLang asks torch for GPUs, not its own option --device.
-        kept["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus or ())
+            environment.pop(name, None)
+        environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for CONTEXT_MARGIN
+        # Empty on a CPU: SGLang looks for GPUs by torch, not by its option --device.
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus or ())
         if self.gpus is None:
-            # More threads than idle cores make it many times slower, as they do the ranks.
-            kept["OMP_NUM_THREADS"] = str(self.config.run.threads_per_rank)
-            # The C library would map fresh pages for every bucket, which takes longer than filling them.
-            kept |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-        return kept
+            # More threads than idle cores make it many times slower, as for the ranks.
+            environment["OMP_NUM_THREADS"] = str(self.config.run.threads_per_rank)
+            # By default glibc maps fresh pages for every bucket, which takes longer than filling them.
+            environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+        return environment
 
     def _wait_until_ready(self, show_status: Callable[[str], None], begin: int) -> None:
         """Args:
-        begin: where this start's part of the log begins.
+        begin: offset in the log where this start's output begins.
         """
         started, client = time.monotonic(), self.client()
         while True:
             if PORT_IS_TAKEN in self.log.read_bytes()[begin:]:
-                # It goes on without serving, and who has the port may answer in its place.
-                raise _PortTaken(f"{self.url} was taken before the SGLang server had it; start again")
+                # The server keeps running without serving, and another process may reply on the port.
+                raise _PortTaken(f"another process took {self.url} before the SGLang server; start again")
             if client.is_healthy():
                 return
             seconds = time.monotonic() - started
             if self._process is None or self._process.poll() is not None:
                 code = None if self._process is None else self._process.returncode
                 raise UserError(
-                    f"the SGLang server ended while starting (exit code {code}): {self._last_error()}; "
+                    f"the SGLang server exited while starting (exit code {code}): {self._last_error()}; "
                     f"its log is {self.log}"
                 )
             if seconds > self.settings.start_timeout_seconds:
                 self.stop()
                 raise UserError(
                     f"the SGLang server was not ready after rollout.sglang.start_timeout_seconds="
-                    f"{self.settings.start_timeout_seconds:g}; raise that, or look into {self.log}"
+                    f"{self.settings.start_timeout_seconds:g}; raise that, or read {self.log}"
                 )
             show_status(f"starting SGLang {self.name}  {seconds:.0f} s")
             time.sleep(0.5)
@@ -221,18 +221,18 @@ class Server:
         return errors[-1].strip() if errors else "it printed nothing"
 
     def is_alive(self) -> bool:
-        """Whether the process runs and answers."""
+        """Whether the process runs and is healthy."""
         return self._process is not None and self._process.poll() is None and self.client().is_healthy()
 
     def stop(self) -> None:
-        """End the server and its workers, by process group; at most some seconds."""
+        """Stop the server and its workers, by process group; takes at most some seconds."""
         process, self._process = self._process, None
         if process is None:
             return
         _signal_group(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
-        _signal_group(process.pid, signal.SIGKILL)  # workers that outlive their parent, too
+        _signal_group(process.pid, signal.SIGKILL)  # also kills workers that outlive their parent
         process.wait()
 
 
@@ -242,10 +242,7 @@ def _signal_group(group: int, number: int) -> None:
 
 
 def free_port() -> int:
-    """A port that is free now, and below those that outgoing connections are given.
-
-    A server binds it only many seconds later.
-    """
+    """A free port below the ephemeral range, because a server binds it only many seconds later."""
     while True:
         port = random.SystemRandom().randrange(*PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -1,14 +1,13 @@
-"""Three ways of a bucket of full tensors into an SGLang server.
+"""Three transports for a bucket of full tensors to an SGLang server.
 
-    tensor        same node: one buffer in shared memory (a CUDA IPC handle on GPUs), whose name travels
-                  by HTTP; every engine rank maps the same full tensors and takes its slice
+    tensor        same node: one buffer in shared memory (a CUDA IPC handle on GPUs), whose handle is sent
+                  by HTTP; every engine rank maps the same full tensors and copies its slice
     distributed   any node: each tensor is broadcast to the engine's ranks (gloo, NCCL on GPUs)
-    disk          a folder that both sides see
+    disk          a folder that both sides can read
 
-Each knows nothing of versions, sessions or flushing: that is `engine.py`.  `send` takes a bucket and
-hands what takes time to a thread: so the trainer gathers the next bucket while this one is on its way,
-and at most two buckets exist.  Shared buffers are never used again, for a server may answer before it
-has copied.
+Versions, sessions and flushing are in `engine.py`.  `send` prepares a bucket, and the slow part runs in a
+thread: the trainer gathers the next bucket while this one is sent, and at most two buckets exist.  Shared
+buffers are never reused, because a server may reply before it has copied.
 """
 
 from __future__ import annotations
@@ -42,26 +41,26 @@ GROUP = "opo_weights"
 
 
 class Transfer(Protocol):
-    """How one server gets a bucket."""
+    """How one server receives buckets."""
 
     def send(self, bucket: Bucket) -> Callable[[], None]:
-        """Return what brings the bucket to the server; that runs in a thread."""
+        """Returns a function that sends the bucket; it runs in a thread."""
         ...
 
     def finish(self) -> None:
-        """What is left to do once all buckets have been sent."""
+        """Called once all buckets have been sent."""
         ...
 
     def close(self) -> None:
-        """Leave what was joined with the server."""
+        """Leave groups joined with the server."""
         ...
 
 
 class Sender:
-    """Sends buckets one behind the other, each while the next is gathered.
+    """Sends buckets in order, each while the next is gathered.
 
-    A failure does not interrupt the caller, who is inside a collective with other ranks: the rest of
-    the stream is dropped, and `finish` raises.
+    A failure does not interrupt the caller, who is inside a collective with other ranks: later buckets are
+    dropped, and `finish` raises.
     """
 
     def __init__(self, transfer: Transfer) -> None:
@@ -103,26 +102,28 @@ class Sender:
             pending.result()
 
 
-def check_success(answer: Any, what: str) -> None:
-    """SGLang answers 200 with success=false where a load failed."""
-    if isinstance(answer, dict) and answer.get("success") is False:
-        raise EngineFailure(f"the server did not take {what}: {answer.get('message')}")
+def check_success(reply: Any, what: str) -> None:
+    """Raise where a load failed: SGLang replies 200 with success=false."""
+    if isinstance(reply, dict) and reply.get("success") is False:
+        raise EngineFailure(f"the server did not accept {what}: {reply.get('message')}")
 
 
 class TensorTransfer:
-    """By shared memory on one machine."""
+    """By shared memory on one node."""
 
     def __init__(self, client: Client, engine_ranks: int, device: torch.device) -> None:
         """Args:
         device: where the policy's weights are.
 
         Raises:
-            UserError: where memory of that device cannot be shared.
+            UserError: where memory of that device cannot be shared between processes.
         """
         self._client, self._engine_ranks = client, engine_ranks
         if device.type == "cuda":
             check_allocator(os.environ)
-        torch.multiprocessing.set_sharing_strategy("file_system")  # descriptors would need a common secret
+        torch.multiprocessing.set_sharing_strategy(
+            "file_system"
+        )  # file descriptors would need a shared auth key
         with redirect_stdio():
             self._first = torch.zeros(1).share_memory_()  # starts torch's shared-memory helper
 
@@ -132,7 +133,7 @@ class TensorTransfer:
         body: dict[str, Any] = {"serialized_named_tensors": [text] * self._engine_ranks, "flush_cache": False}
 
         def work(named: list[tuple[str, Tensor]] = named) -> None:
-            # `named` keeps the memory until the server has answered.
+            # `named` keeps the memory alive until the server has replied.
             check_success(self._client.post("/update_weights_from_tensor", **body), "a bucket of weights")
 
         return work
@@ -145,7 +146,7 @@ class TensorTransfer:
 
 
 def check_allocator(environment: Mapping[str, str]) -> None:
-    """Refuse an allocator whose memory has no CUDA IPC handle.
+    """Raise for an allocator whose memory has no CUDA IPC handle.
 
     Raises:
         UserError: naming the variable.
@@ -153,17 +154,17 @@ def check_allocator(environment: Mapping[str, str]) -> None:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         if "expandable_segments:true" in environment.get(name, "").replace(" ", "").lower():
             raise UserError(
-                f"{name}={environment[name]} allocates memory that CUDA IPC cannot share; take "
-                "expandable_segments out of it, or set rollout.sglang.transport=distributed"
+                f"{name}={environment[name]} allocates memory that CUDA IPC cannot share; remove "
+                "expandable_segments from it, or set rollout.sglang.transport=distributed"
             )
 
 
 def _copy_shared(bucket: Bucket) -> list[tuple[str, Tensor]]:
-    """The tensors as views of one new buffer that another process can map; types may differ."""
+    """The tensors as views of one new buffer that another process can map; dtypes may differ."""
     device = bucket[0][1].device
     ends = list(accumulate(_aligned(tensor.nbytes) for _, tensor in bucket))
     if device.type == "cpu":
-        # `share_memory_` would move what a usual tensor holds: a copy, and pages of both.
+        # `share_memory_` of a normal tensor would copy it, and touch the pages of both.
         storage = torch.UntypedStorage._new_shared(ends[-1])
         buffer = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
     else:
@@ -177,63 +178,62 @@ def _copy_shared(bucket: Bucket) -> list[tuple[str, Tensor]]:
 
 
 def _aligned(size: int) -> int:
-    """Bytes up to where the next tensor may begin."""
+    """`size` rounded up to the alignment of the next tensor."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 _ALIGNMENT = 16
-"""As SGLang's kernels want their operands, and more than any element."""
+"""Bytes; SGLang's kernels require it of their operands, and it is larger than any element."""
 
 
 @contextlib.contextmanager
 def redirect_stdio() -> Iterator[None]:
-    """What starts here gets no output of this process.
+    """Processes started within it do not inherit this process's output.
 
-    torch's shared-memory helper lives as long as the server does; whoever reads the trainer's output
-    through a pipe would wait for it.
+    torch's shared-memory helper lives as long as the server; a reader of the trainer's output through a pipe
+    would wait for it.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    kept = {stream: os.dup(stream) for stream in (1, 2)}
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    originals = {stream: os.dup(stream) for stream in (1, 2)}
     try:
-        for stream in kept:
-            os.dup2(nowhere, stream)
+        for stream in originals:
+            os.dup2(devnull, stream)
         yield
     finally:
-        for stream, original in kept.items():
+        for stream, original in originals.items():
             os.dup2(original, stream)
             os.close(original)
-        os.close(nowhere)
+        os.close(devnull)
 
 
 def _pickled(named: list[tuple[str, Tensor]]) -> str:
     data = io.BytesIO()
     pickler = ForkingPickler(data)
-    pickler.dispatch_table[Tensor] = _handle  # type: ignore[attr-defined]  # of this pickler alone
+    pickler.dispatch_table[Tensor] = _handle  # type: ignore[attr-defined]  # of this pickler only
     pickler.dump(named)
     return base64.b64encode(data.getbuffer()).decode()
 
 
 def _handle(tensor: Tensor) -> Any:
-    """torch's handle of a shared tensor, with a GPU named by its UUID.
+    """torch's handle of a shared tensor, with the GPU's UUID in place of its index.
 
-    Its number differs between processes that see other devices, or the same in another order; SGLang
-    takes either.
+    The index differs between processes with other CUDA_VISIBLE_DEVICES; SGLang accepts either.
     """
     rebuild, arguments = reductions.reduce_tensor(tensor)
     if tensor.is_cuda:
         device = str(torch.cuda.get_device_properties(tensor.device).uuid)
-        arguments = (*arguments[:_DEVICE], device, *arguments[_DEVICE + 1 :])
+        arguments = (*arguments[:_DEVICE_INDEX], device, *arguments[_DEVICE_INDEX + 1 :])
     return rebuild, arguments
 
 
-_DEVICE = 6
-"""Place of the device among the arguments of torch's `rebuild_cuda_tensor`."""
+_DEVICE_INDEX = 6
+"""Index of the device among the arguments of torch's `rebuild_cuda_tensor`."""
 
 
 class DistributedTransfer:
-    """By broadcast in a group of this process and the engine's ranks."""
+    """By broadcast in a process group of this process and the engine's ranks."""
 
     def __init__(self, client: Client, engine_ranks: int, port: int, device: torch.device) -> None:
         """Join a new group with the server; a collective of this process and the engine's ranks."""
@@ -253,7 +253,7 @@ class DistributedTransfer:
                 group_name=GROUP,
                 backend=backend,
             )
-            # The prefixes are those that torch's own group helper makes on the server's side.
+            # The same prefixes as torch's group helper uses on the server's side.
             prefixed: Any = store
             for prefix in (GROUP, f"{GROUP}/", f"{device.type}/"):
                 prefixed = dist.PrefixStore(prefix, prefixed)
@@ -265,14 +265,14 @@ class DistributedTransfer:
                     options._timeout = timeout
                     self._group = dist.ProcessGroupNCCL(prefixed, 0, size, options)
             except RuntimeError as error:
-                raise EngineFailure(f"no group could be joined with {client.url}: {error}") from error
-            check_success(joined.result(), "part in a group for weights")
+                raise EngineFailure(f"could not join a process group with {client.url}: {error}") from error
+            check_success(joined.result(), "a process group for weights")
         self._store = store
 
     def send(self, bucket: Bucket) -> Callable[[], None]:
         named = [(name, tensor.detach().contiguous()) for name, tensor in bucket]
-        # Tensor by tensor: for a flattened bucket the server would make the flat buffer by joining empty
-        # tensors, which is another copy, and this side one more.
+        # Tensor by tensor: a flattened bucket costs a copy on the server, which concatenates empty tensors
+        # to get the flat buffer, and one more here.
         body: dict[str, Any] = {
             "names": [name for name, _ in named],
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in named],
@@ -283,14 +283,16 @@ class DistributedTransfer:
 
         def work(named: list[tuple[str, Tensor]] = named) -> None:
             with ThreadPoolExecutor(1) as thread:
-                answer = thread.submit(self._client.post, "/update_weights_from_distributed", **body)
+                reply = thread.submit(self._client.post, "/update_weights_from_distributed", **body)
                 try:
-                    under_way = [self._group.broadcast([tensor], _from_first()) for _, tensor in named]
-                    for broadcast in under_way:
+                    broadcasts = [
+                        self._group.broadcast([tensor], _broadcast_options()) for _, tensor in named
+                    ]
+                    for broadcast in broadcasts:
                         broadcast.wait()
                 except RuntimeError as error:
-                    raise EngineFailure(f"the broadcast to {self._client.url} broke off: {error}") from error
-                check_success(answer.result(), "a bucket of weights")
+                    raise EngineFailure(f"the broadcast to {self._client.url} failed: {error}") from error
+                check_success(reply.result(), "a bucket of weights")
 
         return work
 
@@ -302,7 +304,7 @@ class DistributedTransfer:
             self._client.post("/destroy_weights_update_group", timeout=10.0, group_name=GROUP)
 
 
-def _from_first() -> Any:
+def _broadcast_options() -> Any:
     options = dist.BroadcastOptions()
     options.rootRank = 0
     options.rootTensor = 0
@@ -310,7 +312,7 @@ def _from_first() -> Any:
 
 
 class DiskTransfer:
-    """By safetensors files in a folder that both sides see, read by the server as a whole."""
+    """By safetensors files in a folder that both sides can read; loaded by the server at the end."""
 
     def __init__(self, client: Client, folder: Path) -> None:
         self._client, self._folder = client, folder
@@ -334,13 +336,13 @@ class DiskTransfer:
 
     def finish(self) -> None:
         self._files = 0
-        answer = self._client.post(
+        reply = self._client.post(
             "/update_weights_from_disk",
             model_path=str(self._folder.resolve()),
             load_format="auto",
             flush_cache=False,
         )
-        check_success(answer, f"the weights in {self._folder}")
+        check_success(reply, f"the weights in {self._folder}")
         shutil.rmtree(self._folder)
 
     def close(self) -> None:

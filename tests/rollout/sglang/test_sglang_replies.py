@@ -175,7 +175,7 @@ def test_a_missing_environment_is_refused_before_any_write(
     arguments = ["train", str(recipe), f"run.dir={tmp_path / 'run'}", "rollout.sglang.python=/no/python"]
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert "rollout.sglang.python=/no/python does not exist; make that environment with" in error
+    assert "rollout.sglang.python=/no/python does not exist; create that environment with" in error
     assert not (tmp_path / "run").exists()
 
 
