@@ -152,7 +152,7 @@ def _build(
     watchdog.start()
     policy.on_micro_batch = watchdog.progress
     if reference is not None and checkpoint is not None and not in_warm_start:
-        reference.take_over(run_of(checkpoint))
+        reference.adopt(run_of(checkpoint))
     generation = open_generation(config, parallel, policy, display, watchdog, resources)
     generation.stop = stop
     generation.memory.before_training()

@@ -1,1 +1,1 @@
-"""The mathematics: advantages, objectives, on-policy measures.  Torch only; no Megatron, no I/O."""
+"""The mathematics: advantages, objectives, on-policy checks.  Torch only; no Megatron, no I/O."""

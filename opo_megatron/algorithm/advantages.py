@@ -1,26 +1,27 @@
-"""Advantages by one formula; every estimator is a setting of its switches.
+"""One formula for advantages; every estimator is a setting of its switches.
 
 For sample i of a scope S (the K responses of one prompt, or the whole batch), with weight wᵢ:
 
     b  = Σ_{j∈S} wⱼ rⱼ / Σ_{j∈S} wⱼ             baseline
-    b₋ᵢ = Σ_{j≠i} wⱼ rⱼ / Σ_{j≠i} wⱼ            the same, leave-one-out
+    b₋ᵢ = Σ_{j≠i} wⱼ rⱼ / Σ_{j≠i} wⱼ            leave-one-out baseline
     Aᵢ = (rᵢ − b) / s        s = 1, or the sample standard deviation of the rewards in S
 
-    opo          w = length              the paper's baseline: least variance where ‖∇log π‖² ∝ length
+    opo          w = length              the paper's baseline: minimum variance if ‖∇log π‖² ∝ length
     opo_loo      w = length, leave-one-out: unbiased
     group_mean   w = 1
     rloo         w = 1, leave-one-out
     grpo         w = 1, s = std + 1e-6
     batch_length w = length over the whole batch
-    energy(_loo) w = Σ energy of the tokens (`energy.py`), which stands for ‖∇log π‖²
-    auto         w = what had least noise in earlier steps (`fitted_weights.py`), leave-one-out: unbiased
+    energy(_loo) w = Σ energy of the tokens (`energy.py`), a proxy of ‖∇log π‖²
+    auto         w = the mixture with the least variance in earlier steps (`fitted_weights.py`),
+                 leave-one-out: unbiased
 
-With its own reward in the baseline, Aᵢ = (1 − wᵢ/W)(rᵢ − b₋ᵢ): a factor that depends on the
-sample, hence a bias of O(1/K) unless all weights agree.  Leave-one-out has none.
+A baseline that includes the sample's own reward gives Aᵢ = (1 − wᵢ/W)(rᵢ − b₋ᵢ), W = Σ w: a factor
+that depends on the sample, hence a bias of O(1/K) unless all weights are equal.  Leave-one-out has none.
 
-Defined, never NaN: a scope whose weights sum to 0 (all responses empty) takes the plain mean; a
-sample that has nothing to be left out against (a group of one, or all other weights 0) has
-advantage 0, and so has a group whose rewards all agree, exactly.
+Never NaN: a scope whose weights sum to 0 (all responses empty) uses the plain mean.  The advantage is
+exactly 0 for a sample without others to compare with (a group of one, or all other weights 0), and in
+a group whose rewards are all equal.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def baseline_weights(
     energies: EnergySums | None = None,
     fitted: FittedWeights | None = None,
 ) -> Tensor:
-    """[n] float64: wᵢ of each sample from its response length (stop token included) or its energies."""
+    """[n] float64: wᵢ of each sample, from its response length (stop token included) or its energies."""
     lengths = lengths.double()
     if config.weight is Weight.length:
         return lengths
@@ -62,7 +63,7 @@ def baseline_weights(
 
 
 GroupAdvantages = Callable[[Tensor, Tensor, Tensor, bool, "float | None"], tuple[Tensor, Tensor]]
-"""`group_advantages`, or a kernel that computes the same."""
+"""`group_advantages`, or a kernel with the same result."""
 
 
 def compute_advantages(
@@ -80,11 +81,11 @@ def compute_advantages(
     Args:
         rewards: [n] reward of each sample.
         lengths: [n] response tokens of each sample.
-        groups: [n] int64, which samples share a prompt.
-        energies: of each sample, where the weights are made of them.
-        fitted: how `weight=fitted` mixes them.
-        device: which computes them; default that of the rewards.
-        kernel: which computes them there; default `group_advantages`.
+        groups: [n] int64, equal for samples of the same prompt.
+        energies: of each sample, required by weights that use them.
+        fitted: the mixture of `weight=fitted`.
+        device: where to compute; default: the device of the rewards.
+        kernel: the implementation; default `group_advantages`.
     """
     scope = _scope(config, groups)
     order = torch.argsort(scope, stable=True)
@@ -110,38 +111,38 @@ def group_advantages(
     leave_one_out: bool,
     epsilon: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Baselines [G], with every sample in its own, and advantages [n], both float64, of adjacent groups.
+    """Baselines [G] over all samples of a group, and advantages [n], both float64.
+
+    Reference implementation of the Triton kernel in `kernels/triton_advantages.py`.
 
     Args:
         rewards: [n], group by group.
         weights: [n] wᵢ ≥ 0.
-        offsets: [G + 1] int64: first sample of each group, and the end.
-        epsilon: divide by the group's standard deviation plus this; None leaves advantages as they are.
-
-    The reference implementation of `kernels/triton_advantages.py`, which does this in one launch on GPUs.
+        offsets: [G + 1] int64: index of each group's first sample, then n.
+        epsilon: divide by the group's standard deviation plus this; None: do not divide.
     """
     rewards, weights = rewards.double(), weights.double()
     sizes = offsets.diff()
     scope = torch.repeat_interleave(torch.arange(len(sizes), device=rewards.device), sizes)
     count = len(sizes)
-    # A scope without any weight is a scope of equals.
+    # A scope whose weights are all 0 uses equal weights.
     weights = torch.where(_sum_over(weights, scope, count)[scope] == 0, torch.ones_like(weights), weights)
     total, weighted = _sum_over(weights, scope, count), _sum_over(weights * rewards, scope, count)
     baselines = torch.where(total > 0, weighted / total, 0.0)
-    own = _without_itself(rewards, weights, scope, total, weighted) if leave_one_out else baselines[scope]
-    # Rounding must not give a gradient to a scope whose rewards all agree.
-    found = torch.where(_agrees(rewards, scope), 0.0, rewards - own)
+    own = _leave_one_out(rewards, weights, scope, total, weighted) if leave_one_out else baselines[scope]
+    # Rounding must not give a gradient to a scope whose rewards are all equal.
+    advantages = torch.where(_all_equal(rewards, scope), 0.0, rewards - own)
     if epsilon is not None:
-        found = found / (_std(rewards, scope, count)[scope] + epsilon)
-    return baselines, found
+        advantages = advantages / (_std(rewards, scope, count)[scope] + epsilon)
+    return baselines, advantages
 
 
-def _without_itself(
+def _leave_one_out(
     rewards: Tensor, weights: Tensor, scope: Tensor, total: Tensor, weighted: Tensor
 ) -> Tensor:
-    """[n]: each sample's baseline from the others; its own reward where the others weigh nothing."""
-    # At most one sample carries more than half of the weight.  A difference would lose the digits of
-    # what the others carry, and would not tell nearly nothing from exactly nothing.
+    """[n]: each sample's leave-one-out baseline; its own reward where all other weights are 0."""
+    # At most one sample has more than half of the total weight.  For it, total − weight would cancel:
+    # the others are summed directly, which also tells a tiny sum from exactly 0.
     count, values = len(total), weights * rewards
     heavy = weights > total[scope] / 2
     light = _sum_over(weights.masked_fill(heavy, 0.0), scope, count)[scope]
@@ -152,17 +153,17 @@ def _without_itself(
 
 
 def zero_variance(config: AlgorithmConfig, rewards: Tensor, groups: Tensor) -> Tensor:
-    """[n] bool: whether all rewards of the sample's scope agree, so that it has no gradient."""
-    return _agrees(rewards.double(), _scope(config, groups))
+    """[n] bool: whether all rewards of the sample's scope are equal, so that it has no gradient."""
+    return _all_equal(rewards.double(), _scope(config, groups))
 
 
 def _scope(config: AlgorithmConfig, groups: Tensor) -> Tensor:
-    """[n] int64 from 0: which samples share a baseline."""
+    """[n] int64 from 0, equal for samples that share a baseline."""
     index = torch.unique(groups, return_inverse=True)[1]
     return index if config.scope is Scope.group else torch.zeros_like(index)
 
 
-def _agrees(values: Tensor, scope: Tensor) -> Tensor:
+def _all_equal(values: Tensor, scope: Tensor) -> Tensor:
     size = int(scope.max()) + 1 if scope.numel() else 0
     low = values.new_full((size,), float("inf")).scatter_reduce(0, scope, values, "amin")
     high = values.new_full((size,), float("-inf")).scatter_reduce(0, scope, values, "amax")

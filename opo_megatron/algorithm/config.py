@@ -1,4 +1,4 @@
-"""The sections `algorithm` and `on_policy` of a recipe: what the mathematics may be set to."""
+"""The sections `algorithm` and `on_policy` of a recipe."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ObjectiveName(str, Enum):
 
 
 class VarianceOf(str, Enum):
-    """Whose gradients the variance report compares."""
+    """The gradients that a variance report compares."""
 
     output_layer = "output_layer"
     all_parameters = "all_parameters"

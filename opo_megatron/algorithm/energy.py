@@ -1,13 +1,13 @@
-"""How much a sample's gradient is going to be, from its probabilities alone.
+"""The squared-score proxy ("energy"): the size of a sample's gradient, from its probabilities alone.
 
-The gradient of log π_T(y) with respect to the logits is (onehot(y) − π)/T.  Its squared length is,
-but for 1/T², the token's *energy*
+The gradient of log π_T(y) with respect to the logits is (onehot(y) − π)/T.  Its squared norm, without
+the factor 1/T², is the token's *energy*
 
-    e = ‖onehot(y) − π‖² = 1 − 2π(y) + Σ_v π(v)²         0 where the token was certain, below 2
+    e = ‖onehot(y) − π‖² = 1 − 2π(y) + Σ_v π(v)²         0 ≤ e < 2; 0 for a token of probability 1
 
-and with respect to the output matrix it is (onehot(y) − π) hᵀ / T, of squared length e·‖h‖²/T².  Summed
-over a response's tokens they stand for ‖∇log π‖² as weights of the baseline, as the length does in OPO:
-every token's energy is taken for the same there.  Weights matter up to a factor, so T is left out.
+With respect to the output matrix the gradient is (onehot(y) − π) hᵀ / T, of squared norm e·‖h‖²/T².
+Summed over a response's tokens, energies approximate ‖∇log π‖² as baseline weights; OPO's length weight
+is the case of equal energies.  A common factor of the weights cancels, so T is left out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from opo_megatron.algorithm.config import AlgorithmConfig, Weight
 
 @dataclass(frozen=True)
 class EnergySums:
-    """Of n responses, over their tokens: [n] float64 each."""
+    """Sums over the tokens of each of n responses, [n] float64."""
 
     energy: Tensor
     """Σ e."""
@@ -34,12 +34,12 @@ class EnergySums:
 
 
 def energy(log_prob: Tensor, sum_squares: Tensor) -> Tensor:
-    """[n] e of tokens with log π(y) [n] and Σπ² [n]; never below 0, where rounding would put it."""
+    """[n] e of tokens with log π(y) [n] and Σπ² [n]; clamped at 0 against rounding."""
     return (1 - 2 * log_prob.exp() + sum_squares).clamp_(min=0)
 
 
 def needs_energies(algorithm: AlgorithmConfig) -> bool:
-    """Whether the baseline's weights are made of energies."""
+    """Whether the baseline's weights use energies."""
     return algorithm.weight in (Weight.energy, Weight.energy_hidden, Weight.fitted)
 
 

@@ -1,9 +1,8 @@
 """Objectives as functions of one token: log π(y) and that token's columns → loss and ∂loss/∂log π.
 
-All training goes through one head (`kernels/lm_head.py`), which knows the logits of a few tokens at a
-time, asks the objective for the coefficient c = ∂L/∂log π, and writes the gradient with respect to
-the logits, c·(onehot − π)/T.  In exact on-policy OPO that coefficient, −A/N, is known before the
-forward pass; that no ratio and no clip appear here is the point.
+The LM head (`kernels/lm_head.py`) computes the logits of one chunk of tokens at a time, gets the
+coefficient c = ∂L/∂log π from the objective, and writes the gradient with respect to the logits,
+c·(onehot − π)/T.  In exact on-policy OPO the coefficient is −A/N, without a ratio or a clip.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from opo_megatron.algorithm.config import AlgorithmConfig, LossNormalizer, Misma
 class Objective(Protocol):
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of the batch that it reads."""
+        """Names of the batch columns that it reads."""
         ...
 
     @property
     def temperature(self) -> float:
-        """T of the π_T that it differentiates."""
+        """T of the π_T in the loss."""
         ...
 
     @property
     def learns_from_demonstrations(self) -> bool:
-        """Whether its batches are demonstrations rather than an engine's rollouts."""
+        """Whether it trains on demonstrations instead of rollouts."""
         ...
 
     def __call__(self, log_prob: Tensor, columns: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -40,16 +39,16 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """−(1/N) Σᵢ Aᵢ Σₜ wᵢₜ log π_T(yᵢₜ | …): OPO's objective, whatever the baseline behind A.
+    """OPO's objective for any baseline: −(1/N) Σᵢ Aᵢ Σₜ wᵢₜ log π_T(yᵢₜ | …).
 
-    w = 1, unless the engine is corrected for: then w = min(π_policy / π_engine, cap), held constant.
+    w = 1, or with `on_policy.action=correct` w = min(π_policy / π_engine, cap), without gradient.
     """
 
     normalizer: float
     """N."""
     temperature: float
     max_importance_weight: float | None = None
-    """The cap; None trusts the engine."""
+    """The cap; None: w = 1."""
     learns_from_demonstrations: bool = False
 
     @property
@@ -67,7 +66,7 @@ class PolicyGradient:
 def opo_objective(
     algorithm: AlgorithmConfig, on_policy: OnPolicyConfig, lengths: Tensor, temperature: float
 ) -> PolicyGradient:
-    """OPO's objective for a batch with response lengths [n], of all of its samples."""
+    """OPO's objective for a batch; `lengths` [n] are the response lengths of all its samples."""
     corrects = on_policy.action is MismatchAction.correct
     cap = on_policy.max_importance_weight if corrects else None
     return PolicyGradient(loss_normalizer(algorithm, lengths), temperature, cap)
@@ -79,7 +78,7 @@ class Clipped:
 
         (1/N) Σᵢ Σₜ [ −min(ρ A, clip(ρ, 1 − low, 1 + high) A) + β (exp(δ) − 1 − δ) ]
 
-    Where π is still the policy that drew the samples and β is 0, its gradient is `PolicyGradient`'s.
+    With β = 0 and π = π_old its gradient is that of `PolicyGradient`.
     """
 
     normalizer: float
@@ -97,9 +96,9 @@ class Clipped:
     def __call__(self, log_prob: Tensor, columns: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         advantages = columns["advantages"]
         ratio = (log_prob - columns["old_log_prob"]).exp()
-        free, cut = ratio * advantages, ratio.clamp(1 - self.low, 1 + self.high) * advantages
-        loss = -torch.minimum(free, cut)
-        coefficient = torch.where(free <= cut, -free, 0.0)
+        unclipped, clipped = ratio * advantages, ratio.clamp(1 - self.low, 1 + self.high) * advantages
+        loss = -torch.minimum(unclipped, clipped)
+        coefficient = torch.where(unclipped <= clipped, -unclipped, 0.0)
         if self.kl_coefficient:
             delta = columns["reference_log_prob"] - log_prob
             loss = loss + self.kl_coefficient * (torch.expm1(delta) - delta)
@@ -122,9 +121,9 @@ class Supervised:
 
 
 def loss_normalizer(algorithm: AlgorithmConfig, lengths: Tensor) -> float:
-    """N of the whole batch, from the response lengths [n] of all of its samples.
+    """N, from the response lengths [n] of all samples of the batch.
 
-    `tokens` divides by a random number and is biased by O(1/batch); `constant` is not.
+    `tokens` divides by a random variable, a bias of O(1/batch); `constant` is unbiased.
     """
     if algorithm.loss_normalizer is LossNormalizer.tokens:
         return max(1.0, float(lengths.sum()))

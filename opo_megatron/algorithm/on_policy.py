@@ -1,11 +1,11 @@
-"""Was this batch drawn by the current weights?  Refused where it is not proven.
+"""The on-policy check: every step proves that its rollouts were sampled from the current weights.
 
-Two proofs, every step.  The version of every token must be the policy's.  And the policy's own
-log-probabilities of the sampled tokens, which fall out of the training pass, must agree with what
-the engine recorded while it sampled: Δ = log π_policy − log π_engine, over all tokens.
+Two checks per step.  The weight version of every token must be the policy's.  And the policy's
+log-probabilities of the sampled tokens, which the training pass computes anyway, must agree with those
+that the engine recorded during sampling: Δ = log π_policy − log π_engine, over all tokens.
 
-Where an engine cannot be made to agree, `on_policy.action=correct` weights every token by
-min(exp(Δ), cap), the truncated importance weights of (Ionides 2008), instead of refusing.
+For an engine that cannot be made to agree, `on_policy.action=correct` weights every token by
+min(exp(Δ), cap), the truncated importance weights of Ionides (2008).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def k3(delta: Tensor) -> Tensor:
 
 
 HISTOGRAM = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-"""Sizes of |Δ| at which tokens are counted: how the mismatch is spread."""
+"""Thresholds of |Δ| for the mismatch distribution."""
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Engine against policy over all tokens of a step."""
+    """Δ between engine and policy over all tokens of a step."""
 
     max: float
     mean: float
@@ -44,7 +44,7 @@ class Mismatch:
 
 
 class MismatchSums:
-    """Sums over tokens, micro-batch by micro-batch; additive over ranks but for `highest`."""
+    """Running sums over the tokens of a step; ranks are combined by sum, `highest` by maximum."""
 
     def __init__(self, device: torch.device) -> None:
         self.values = torch.zeros(4 + len(HISTOGRAM), dtype=torch.float64, device=device)
@@ -52,28 +52,27 @@ class MismatchSums:
         self.edges = torch.tensor(HISTOGRAM, dtype=torch.float64, device=device)
 
     def add(self, delta: Tensor) -> None:
-        """Δ = log π_policy − log π_engine of some tokens [n]."""
+        """Add tokens with Δ = log π_policy − log π_engine [n]."""
         delta = delta.double()
         size, weight = delta.abs(), delta.exp()
         sums = torch.stack((size.sum(), k3(delta).sum(), weight.sum(), weight.square().sum()))
-        # The number above an edge is what `bucketize` puts behind it.
-        place = torch.bucketize(size, self.edges)
-        above = torch.bincount(place, minlength=len(HISTOGRAM) + 1).flip(0).cumsum(0).flip(0)[1:]
+        bucket = torch.bucketize(size, self.edges)
+        above = torch.bincount(bucket, minlength=len(HISTOGRAM) + 1).flip(0).cumsum(0).flip(0)[1:]
         self.values += torch.cat((sums, above.double()))
         torch.maximum(self.highest, size.max(), out=self.highest)
 
     def add_partial(self, partial: Tensor) -> None:
-        """The same from parts that a kernel has summed already.
+        """Add the partial sums of a kernel.
 
         Args:
-            partial: [4 + len(HISTOGRAM) + 1, parts] float64, the rows as in `values`, then the largest |Δ|.
+            partial: [4 + len(HISTOGRAM) + 1, parts] float64: the rows of `values`, then the largest |Δ|.
         """
         self.values += partial[:-1].sum(1)
         torch.maximum(self.highest, partial[-1].max(), out=self.highest)
 
     @staticmethod
     def result(values: list[float], highest: float, tokens: float) -> Mismatch:
-        """The measures from sums over all ranks."""
+        """The statistics from the sums over all ranks."""
         size, divergence, weight, squares, *above = values
         ess = weight**2 / squares / tokens if squares > 0 else math.nan
         shares = tuple(count / tokens for count in above)
@@ -81,10 +80,10 @@ class MismatchSums:
 
 
 def check_versions(weight_versions: Tensor | None, expected: int) -> None:
-    """Refuse a batch in which any token was drawn by other weights than version `expected`.
+    """Check that every token was sampled with weight version `expected`.
 
     Raises:
-        OnPolicyError: naming how many tokens came from which versions.
+        OnPolicyError: with the number of tokens per wrong version.
     """
     if weight_versions is None:
         raise OnPolicyError("the engine reported no weight versions, so the rollouts cannot be trained on")
@@ -98,10 +97,13 @@ def check_versions(weight_versions: Tensor | None, expected: int) -> None:
 
 
 def check_mismatch(config: OnPolicyConfig, mismatch: Mismatch) -> str | None:
-    """Refuse a step whose largest |Δ| exceeds the tolerance; returns the warning where only that is asked.
+    """Check the largest |Δ| of a step against the tolerance; called before the optimizer step.
+
+    Returns:
+        A warning to log where the tolerance is exceeded and action is warn or correct, else None.
 
     Raises:
-        OnPolicyError: with action=refuse, before any optimizer step.
+        OnPolicyError: beyond the tolerance with action=refuse, or where Δ is not finite.
     """
     if not all(math.isfinite(value) for value in (mismatch.max, mismatch.mean, mismatch.k3)):
         raise OnPolicyError(
@@ -110,15 +112,15 @@ def check_mismatch(config: OnPolicyConfig, mismatch: Mismatch) -> str | None:
         )
     if mismatch.max <= config.tolerance:
         return None
-    sentence = (
+    message = (
         f"engine and policy disagree by {mismatch.max:.3g} in a token's log-probability (mean "
         f"{mismatch.mean:.3g}), more than on_policy.tolerance={config.tolerance:g}; the engine holds other "
         "weights or computes in another precision"
     )
     if config.action is MismatchAction.warn:
-        return sentence
+        return message
     if config.action is MismatchAction.correct:
-        return f"{sentence}; corrected by importance weights up to {config.max_importance_weight:g}"
+        return f"{message}; corrected by importance weights up to {config.max_importance_weight:g}"
     raise OnPolicyError(
-        f"{sentence}; mend that, or raise the tolerance, or set on_policy.action to warn or correct"
+        f"{message}; fix that, raise the tolerance, or set on_policy.action to warn or correct"
     )

@@ -1,4 +1,4 @@
-"""What the names of `algorithm.baseline` stand for."""
+"""The presets of `algorithm.baseline`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from opo_megatron.algorithm.config import Baseline, Scale, Scope, Weight
 
 
 class Preset(NamedTuple):
-    """The four switches of the advantage formula; the names are those of `AlgorithmConfig`."""
+    """The four switches of the advantage formula, named as in `AlgorithmConfig`."""
 
     weight: Weight
     leave_one_out: bool

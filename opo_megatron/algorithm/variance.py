@@ -1,19 +1,19 @@
-"""How noisy is the gradient under each baseline?  Unbiased answers from one step's own rollouts.
+"""Unbiased estimates of the gradient variance under each baseline, from one step's rollouts.
 
-For prompt p with K responses, gradients g_i = ∇log π(y_i) and advantages A_i the step's gradient is the
-mean over prompts of ĝ_p = (1/K) Σ A_i g_i.  Prompts are drawn alike, so over P of them
+For prompt p with K responses, gradients g_i = ∇log π(y_i) and advantages A_i, the step's gradient is the
+mean over prompts of ĝ_p = (1/K) Σ A_i g_i.  Prompts are i.i.d., so over P of them
 
     variance = 1/(P − 1) Σ_p ‖ĝ_p − mean‖²              estimates tr Cov ĝ_p
     signal   = 1/(P(P − 1)) Σ_{p≠q} ⟨ĝ_p, ĝ_q⟩          estimates ‖E ĝ_p‖²
 
-without bias for every estimator, biased or not; single signals may be negative, their means over steps
-settle.  Only variance / signal compares estimators: with its own reward in its baseline an estimator
-is smaller in both.  Part of the variance is that prompts differ, which no baseline changes:
+without bias, whether or not the estimator is biased.  A single signal may be negative; average over
+steps.  Compare estimators by variance / signal only: a baseline that includes the sample's own reward
+shrinks both.  The variance between prompts does not depend on the baseline:
 
     between = variance of RLOO − mean_p ( ‖ĝ_p‖² − 1/(K(K−1)) Σ_{i≠j} (r_i − b)(r_j − b) ⟨g_i, g_j⟩ )
 
 where b is the mean reward without samples i and j, so that the product's expectation is ‖E ĝ_p‖² exactly.
-Everything follows from rewards, weights and the matrix of inner products ⟨g_i, g_j⟩.
+The inputs are rewards, weights and the Gram matrix ⟨g_i, g_j⟩.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from opo_megatron.algorithm.presets import PRESETS
 
 
 @dataclass(frozen=True)
-class Measured:
-    """n samples of P prompts, all float64 but `groups`."""
+class GradientGram:
+    """n samples of P prompts and the Gram matrix of their gradients; float64 except `groups`."""
 
     gram: Tensor
     """[n, n] ⟨g_i, g_j⟩."""
@@ -41,7 +41,7 @@ class Measured:
     lengths: Tensor
     """[n]."""
     groups: Tensor
-    """[n] int64: which prompt, 0 to P − 1, each with as many samples."""
+    """[n] int64: prompt index, 0 to P − 1; every prompt has the same number of samples."""
     energies: EnergySums
 
     @property
@@ -50,72 +50,72 @@ class Measured:
         return self.gram.diagonal()
 
 
-def variance_and_signal(measured: Measured, advantage: Tensor) -> tuple[float, float]:
-    """Of the estimator with these advantages [n], as the module's docstring defines them."""
-    prompts = int(measured.groups.max()) + 1
-    size = len(measured.groups) / prompts
-    mixing = torch.zeros(prompts, len(advantage), dtype=torch.float64)
-    mixing[measured.groups, torch.arange(len(advantage))] = advantage.double() / size
-    products = mixing @ measured.gram @ mixing.T
+def variance_and_signal(samples: GradientGram, advantages: Tensor) -> tuple[float, float]:
+    """Variance and signal, as defined above, of the estimator with these advantages [n]."""
+    prompts = int(samples.groups.max()) + 1
+    size = len(samples.groups) / prompts
+    mixing = torch.zeros(prompts, len(advantages), dtype=torch.float64)
+    mixing[samples.groups, torch.arange(len(advantages))] = advantages.double() / size
+    products = mixing @ samples.gram @ mixing.T
     own, all_pairs = float(products.trace()), float(products.sum())
     return (own - all_pairs / prompts) / (prompts - 1), (all_pairs - own) / (prompts * (prompts - 1))
 
 
-def estimators(measured: Measured, fitted: FittedWeights) -> dict[str, Tensor]:
-    """Advantages [n] under every preset of a prompt's baseline, under none, and under the true norms."""
-    found = {"none": measured.rewards}
+def estimators(samples: GradientGram, fitted: FittedWeights) -> dict[str, Tensor]:
+    """Advantages [n] of every group-scope preset, of no baseline, and with the true squared norms."""
+    result = {"none": samples.rewards}
     for baseline, preset in PRESETS.items():
         if preset.scope is Scope.group:
             config = AlgorithmConfig(baseline, **preset._asdict())
-            found[baseline.value] = compute_advantages(
-                config, measured.rewards, measured.lengths, measured.groups,
-                energies=measured.energies, fitted=fitted,
+            result[baseline.value] = compute_advantages(
+                config, samples.rewards, samples.lengths, samples.groups,
+                energies=samples.energies, fitted=fitted,
             )  # fmt: skip
-    # The weight that the others stand for: what is left to gain.
-    true = EnergySums(measured.squared_norms, measured.squared_norms)
+    # The weight that all others approximate: the best achievable.
+    true = EnergySums(samples.squared_norms, samples.squared_norms)
     config = AlgorithmConfig(Baseline.energy_loo, **PRESETS[Baseline.energy_loo]._asdict())
     assert config.weight is Weight.energy
-    found["true_norm_loo"] = compute_advantages(
-        config, measured.rewards, measured.lengths, measured.groups, energies=true
+    result["true_norm_loo"] = compute_advantages(
+        config, samples.rewards, samples.lengths, samples.groups, energies=true
     )
-    return found
+    return result
 
 
-def between_prompts(measured: Measured) -> float | None:
-    """The part of the variance that no baseline changes; None with fewer than three samples a prompt."""
-    size = len(measured.groups) // (int(measured.groups.max()) + 1)
+def between_prompts(samples: GradientGram) -> float | None:
+    """The variance between prompts, which no baseline changes; None with fewer than 3 samples per prompt."""
+    size = len(samples.groups) // (int(samples.groups.max()) + 1)
     if size < 3:
         return None
     config = AlgorithmConfig(Baseline.rloo, **PRESETS[Baseline.rloo]._asdict())
-    rloo = compute_advantages(config, measured.rewards, measured.lengths, measured.groups)
+    rloo = compute_advantages(config, samples.rewards, samples.lengths, samples.groups)
     within = []
-    for group in range(int(measured.groups.max()) + 1):
-        inside = (measured.groups == group).nonzero()[:, 0]
-        r, gram, a = measured.rewards[inside], measured.gram[inside][:, inside], rloo[inside] / size
+    for group in range(int(samples.groups.max()) + 1):
+        inside = (samples.groups == group).nonzero()[:, 0]
+        r, gram, a = samples.rewards[inside], samples.gram[inside][:, inside], rloo[inside] / size
         others = (r.sum() - r.unsqueeze(0) - r.unsqueeze(1)) / (size - 2)
         pairs = (r.unsqueeze(1) - others) * (r.unsqueeze(0) - others) * gram
         pairs.fill_diagonal_(0)
         within.append(float(a @ gram @ a) - float(pairs.sum()) / (size * (size - 1)))
-    return variance_and_signal(measured, rloo)[0] - sum(within) / len(within)
+    return variance_and_signal(samples, rloo)[0] - sum(within) / len(within)
 
 
-def learn(fitted: FittedWeights, measured: Measured) -> None:
-    """Let `fitted` take in how noisy the gradient is under each of its candidates."""
-    offsets = torch.nn.functional.pad(torch.bincount(measured.groups).cumsum(0), (1, 0))
-    order = torch.argsort(measured.groups, stable=True)
+def update_fitted(fitted: FittedWeights, samples: GradientGram) -> None:
+    """Update `fitted` with the gradient noise of each of its candidates."""
+    offsets = torch.nn.functional.pad(torch.bincount(samples.groups).cumsum(0), (1, 0))
+    order = torch.argsort(samples.groups, stable=True)
     size = float(offsets[1])
     noise = []
-    for weights in fitted.candidates(measured.lengths, measured.energies):
-        _, found = group_advantages(measured.rewards[order], weights[order], offsets, True, None)
+    for weights in fitted.candidates(samples.lengths, samples.energies):
+        _, advantages = group_advantages(samples.rewards[order], weights[order], offsets, True, None)
         mixing = torch.zeros(len(offsets) - 1, len(order), dtype=torch.float64)
-        mixing[measured.groups[order], order] = found / size
-        noise.append((mixing @ measured.gram * mixing).sum())
-    fitted.learn(measured.lengths, measured.energies, torch.stack(noise))
+        mixing[samples.groups[order], order] = advantages / size
+        noise.append((mixing @ samples.gram * mixing).sum())
+    fitted.update(samples.lengths, samples.energies, torch.stack(noise))
 
 
-def correlation(measured: Measured, values: Tensor) -> float | None:
-    """Of ‖g‖² with `values` [n] among responses to the same prompt; None where one of them is constant."""
-    x, y = _centred(values.double(), measured.groups), _centred(measured.squared_norms, measured.groups)
+def correlation(samples: GradientGram, values: Tensor) -> float | None:
+    """Correlation of ‖g‖² and `values` [n] within prompts; None where one of them is constant."""
+    x, y = _centred(values.double(), samples.groups), _centred(samples.squared_norms, samples.groups)
     scale = float(x.norm() * y.norm())
     return float(x @ y) / scale if scale > 0 else None
 

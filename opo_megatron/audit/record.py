@@ -1,10 +1,10 @@
-"""What a step was, in a row that another machine can check: `audit.jsonl`.
+"""The audit record of a step, a row of `audit.jsonl` that another machine can verify.
 
-Each OPO step has a digest of its rollouts, column by column, and of the weights that it made, tensor by
-tensor with its norm, and a chain: a hash of both and of the chain before it, so that one number says
-whether two runs were the same up to here.  Digests are sums over elements and do not depend on how these
-are spread over ranks (`audit/digest.py`); log-probabilities of the engine, which another layout rounds
-otherwise, are left out.  Warm-start steps have none: step 0 has the weights that they made.
+Each OPO step records a digest per column of its rollouts, digest and norm per tensor of its new weights,
+and a chain: a hash of these digests and the previous chain, so that one number tells whether two runs are
+equal up to this step.  Digests do not depend on the parallel layout (`audit/digest.py`).  Engine
+log-probabilities are left out: their rounding depends on the layout.  Warm-start steps are not recorded;
+step 0 has the weights after the warm start.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from opo_megatron.policy.policy import Policy
 from opo_megatron.utils.hashing import MASK, hash_of, mix_tensor
 
 CHAIN = "audit_chain"
-"""Name of the last chain in the run's state."""
+"""Key of the last chain in the run's state."""
 PER_SAMPLE = ("prompt_ids", "response_lengths", "finish_reasons", "rewards")
 PER_TOKEN = {"prompt_tokens": "prompt_lengths", "response_tokens": "response_lengths"}
 
@@ -32,23 +32,23 @@ PER_TOKEN = {"prompt_tokens": "prompt_lengths", "response_tokens": "response_len
 def audit_row(
     policy: Policy, config: Config, state: dict[str, Any], step: int, rollouts: Rollouts | None
 ) -> MetricsRow:
-    """The row of a step, of which `state` gets the chain; a collective of all ranks.
+    """The row of a step; updates the chain in `state`.  A collective of all ranks.
 
     Args:
-        rollouts: this rank's part; None for a step without any.
+        rollouts: this rank's part; None for a step without rollouts.
     """
     weights = digest_weights(policy.chunks, policy.param_mapping, policy.parallel)
     columns = digest_rollouts(policy.parallel, rollouts)
-    of_weights, of_rollouts = (
+    weights_sum, rollouts_sum = (
         sum(values) & MASK for values in ((one.sum for one in weights.values()), columns.values())
     )
-    chain = hash_of((int(state.get(CHAIN, "0"), 16), of_weights, of_rollouts))
+    chain = hash_of((int(state.get(CHAIN, "0"), 16), weights_sum, rollouts_sum))
     state[CHAIN] = in_hex(chain)
     return {
         "step": step,
         "chain": in_hex(chain),
-        "weights": in_hex(of_weights),
-        "rollouts": in_hex(of_rollouts),
+        "weights": in_hex(weights_sum),
+        "rollouts": in_hex(rollouts_sum),
         "layout": layout_of(config, policy.parallel),
         "columns": {name: in_hex(value) for name, value in columns.items()},
         "tensors": {name: [in_hex(one.sum), one.norm] for name, one in weights.items()},
@@ -56,7 +56,7 @@ def audit_row(
 
 
 def layout_of(config: Config, parallel: Parallel) -> str:
-    """All that decides how sums are rounded."""
+    """All settings that affect the rounding of sums."""
     policy = config.policy
     return (
         f"{parallel.world_size} ranks, tensor {policy.tensor_model_parallel_size}, pipeline "
@@ -70,29 +70,29 @@ def layout_of(config: Config, parallel: Parallel) -> str:
 
 
 def digest_rollouts(parallel: Parallel, rollouts: Rollouts | None) -> dict[str, int]:
-    """Signed 64 bits for each column, over all ranks; a collective."""
-    mine = dict.fromkeys((*PER_SAMPLE, *PER_TOKEN), 0) if rollouts is None else sums_of(rollouts)
-    sums = all_reduce(parallel, torch.tensor(list(mine.values()), dtype=torch.int64))
-    return dict(zip(mine, sums.tolist(), strict=True))
+    """Signed 64-bit digest of each column over all ranks; a collective."""
+    own = dict.fromkeys((*PER_SAMPLE, *PER_TOKEN), 0) if rollouts is None else column_digests(rollouts)
+    sums = all_reduce(parallel, torch.tensor(list(own.values()), dtype=torch.int64))
+    return dict(zip(own, sums.tolist(), strict=True))
 
 
-def sums_of(rollouts: Rollouts) -> dict[str, int]:
-    """Signed 64 bits for each column of these samples."""
+def column_digests(rollouts: Rollouts) -> dict[str, int]:
+    """Signed 64-bit digest of each column of these samples."""
     return {name: digest_rows(name, keys, values) for name, keys, values in _columns(rollouts)}
 
 
 def _columns(rollouts: Rollouts) -> list[tuple[str, Tensor, Tensor]]:
-    """(name, which element it is wherever its sample lies, value)."""
+    """(name, keys, values); the key of an element does not depend on its rank."""
     samples = mix_tensor(rollouts.groups * (1 << 32) + rollouts.sample_indices)
     columns = [(name, samples, getattr(rollouts, name)) for name in PER_SAMPLE]
     for name, lengths_name in PER_TOKEN.items():
         lengths = getattr(rollouts, lengths_name)
         starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-        place = torch.arange(int(lengths.sum())) - starts
-        columns.append((name, torch.repeat_interleave(samples, lengths) + place, getattr(rollouts, name)))
+        offset = torch.arange(int(lengths.sum())) - starts
+        columns.append((name, torch.repeat_interleave(samples, lengths) + offset, getattr(rollouts, name)))
     return columns
 
 
 def in_hex(value: int) -> str:
-    """16 digits."""
+    """16 hexadecimal digits."""
     return f"{value & MASK:016x}"

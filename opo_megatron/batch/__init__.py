@@ -1,3 +1,3 @@
-"""A batch between engine and optimizer: rollouts, statistics, redistribution, micro-batches, packing."""
+"""A batch from engine to optimizer: rollouts, statistics, redistribution, micro-batches, packing."""
 
 import opo_megatron.utils.quiet_megatron  # noqa: F401  before Megatron is imported

@@ -1,8 +1,8 @@
 """Ragged rollouts → micro-batches under a token budget, balanced over data-parallel ranks.
 
-Their sequences are rows padded on the right, or stand one behind another in a single row (`packing.py`).
-The plan is made from all lengths of the batch, identically on every rank, so it also says which samples
-each data-parallel rank needs.  All ranks get the same number of micro-batches.
+Sequences are rows padded on the right, or concatenated in a single row (`packing.py`).  The schedule is
+computed from all lengths of the batch, identically on every rank, and also assigns samples to
+data-parallel ranks.  All ranks have the same number of micro-batches.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from opo_megatron.config.choices import Packing
 from opo_megatron.config.schema import PolicyConfig
 
 MICRO_BATCH_TOKENS = 100
-"""What a micro-batch costs besides its tokens, in tokens: kernel launches, or Python on a CPU."""
+"""Fixed cost of a micro-batch, in tokens: kernel launches, or Python on a CPU."""
 
 
 @dataclass(frozen=True)
 class MicroBatchPlan:
-    """Which samples form which micro-batch, for every data-parallel rank."""
+    """The samples of every micro-batch of every data-parallel rank."""
 
     assignment: list[list[list[int]]]
-    """[data-parallel rank][micro-batch][row] → sample; an empty micro-batch has no rows."""
+    """[data-parallel rank][micro-batch][sequence] → sample; an empty micro-batch has no sequences."""
     shape: tuple[int, int] | None = None
-    """(rows, places) of every micro-batch where the schedule needs one shape, else None.  The last token of
-    a sequence is only ever a target and takes no place."""
+    """(rows, padded length) of every micro-batch where the pipeline schedule needs one shape, else None.
+    Lengths exclude the last token of a sequence, which is only a target."""
     packed: bool = False
-    """Whether the sequences of a micro-batch stand one behind another in a single row."""
+    """Whether the sequences of a micro-batch are concatenated in a single row."""
     alignment: int = 1
-    """A packed sequence takes a multiple of so many places."""
+    """Packed sequences are padded to a multiple of this."""
     forward_only: MicroBatchPlan | None = None
-    """Samples that only run forward, after the others: to be measured, not learned from."""
+    """Schedule of samples that run forward only, after the others: measured, not trained on."""
 
     def samples_of(self, dp_rank: int) -> list[int]:
-        """The samples of one data-parallel rank, in the order of its micro-batches."""
+        """The samples of a data-parallel rank, in the order of its micro-batches."""
         own = [sample for rows in self.assignment[dp_rank] for sample in rows]
         return own if self.forward_only is None else own + self.forward_only.samples_of(dp_rank)
 
@@ -52,10 +52,10 @@ class MicroBatchPlan:
         return len(self.assignment[0])
 
     def padded_tokens(self, lengths: Sequence[int], multiple: int = 1, token_multiple: int = 1) -> list[int]:
-        """Places of each rank's micro-batches, padding included, for sequences of `lengths` tokens.
+        """Tokens of each rank's micro-batches, padding included, for sequences of `lengths` tokens.
 
         Args:
-            multiple, token_multiple: as `build_micro_batches` has them.
+            multiple, token_multiple: as in `build_micro_batches`.
         """
 
         def size(rows: list[int]) -> int:
@@ -66,7 +66,7 @@ class MicroBatchPlan:
 
 
 def schedule_for(policy: PolicyConfig, lengths: Sequence[int], dp_size: int) -> MicroBatchPlan:
-    """The plan that a recipe's schedule, budget and form of micro-batches ask for."""
+    """The schedule for a recipe's pipeline, token budget and packing."""
     interleaved = policy.virtual_pipeline_model_parallel_size is not None
     return schedule_micro_batches(
         lengths,
@@ -80,12 +80,12 @@ def schedule_for(policy: PolicyConfig, lengths: Sequence[int], dp_size: int) -> 
 
 
 def sequence_alignment(policy: PolicyConfig) -> int:
-    """What a packed sequence's places are a multiple of: context-parallel ranks get equal pieces."""
+    """Alignment of packed sequences, which gives context-parallel ranks equal chunks."""
     return 1 if policy.context_parallel_size == 1 else 2 * policy.context_parallel_size
 
 
 def padded_length(length: int, alignment: int) -> int:
-    """Places that a sequence of `length` tokens takes, in units: its last token is only ever a target."""
+    """Padded length of a sequence of `length` tokens, without the last one, which is only a target."""
     needed = max(0, length - 1)
     return needed + -needed % alignment
 
@@ -101,15 +101,15 @@ def schedule_micro_batches(
 ) -> MicroBatchPlan:
     """Split samples of `lengths` tokens into micro-batches of at most `max_tokens` padded tokens.
 
-    Samples are dealt by falling length, each to the rank that has least so far, so that every rank
-    gets nearly the same tokens (with one shape for all, the same rows); neighbours in length share a
-    micro-batch, so that little is padding.
+    Samples are assigned in descending length, each to the least loaded rank, which balances tokens (with
+    one shape for all: rows) over ranks.  Samples of similar length share a micro-batch, which keeps
+    padding low.
 
     Args:
-        fixed_shape: one shape for all (interleaved pipeline schedules cannot announce shapes).
+        fixed_shape: one shape for all (interleaved pipeline schedules cannot communicate shapes).
         multiple: the number of micro-batches per rank is a multiple of this.
-        packed: sequences stand one behind another, none is padded, and micro-batches are evenly full.
-        unit: packed sequences take a multiple of so many places.
+        packed: concatenate sequences without padding, in micro-batches of nearly equal size.
+        alignment: packed sequences are padded to a multiple of this.
     """
     if packed:
         needed = [padded_length(length, alignment) for length in lengths]
@@ -140,22 +140,22 @@ def schedule_micro_batches(
 
 
 def partition(assigned: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut samples of falling length into runs of least cost; the first of a run sets its padded length.
+    """Split samples of descending length into runs of least cost; the first of a run sets its padded length.
 
-    The cost of a run is rows × padded length, plus what one more micro-batch costs at all.  Dynamic
-    programming: best[i] = min over j < i of best[j] + cost(hand[j:i]).
+    The cost of a run is rows × padded length + `MICRO_BATCH_TOKENS`.  Dynamic programming:
+    best[i] = min over j < i of best[j] + cost(assigned[j:i]).
     """
     best, start = [0], [0]
     for i in range(1, len(assigned) + 1):
-        least, cut = math.inf, i - 1
+        least, split = math.inf, i - 1
         for j in range(i - 1, -1, -1):
             padded = lengths[assigned[j]] * (i - j)
             if padded > max_tokens and i - j > 1:
                 break
             if best[j] + padded < least:
-                least, cut = best[j] + padded, j
+                least, split = best[j] + padded, j
         best.append(int(least) + MICRO_BATCH_TOKENS)
-        start.append(cut)
+        start.append(split)
     pieces: list[list[int]] = []
     end = len(assigned)
     while end > 0:
@@ -165,7 +165,7 @@ def partition(assigned: list[int], lengths: Sequence[int], max_tokens: int) -> l
 
 
 def _split_until(pieces: list[list[int]], count: int) -> None:
-    """Halve the piece with most rows until there are `count` pieces or none can be halved."""
+    """Halve the largest piece until there are `count` pieces or none can be halved."""
     while len(pieces) < count:
         largest = max(range(len(pieces)), key=lambda i: len(pieces[i]), default=None)
         if largest is None or len(pieces[largest]) < 2:
@@ -176,22 +176,22 @@ def _split_until(pieces: list[list[int]], count: int) -> None:
 
 @dataclass
 class MicroBatch:
-    """What the model is given, and the places that have a loss; of this context-parallel rank."""
+    """Model inputs and loss positions of this context-parallel rank."""
 
     tokens: Tensor
-    """[b, s] input ids: rows padded on the right, or one row of packed sequences, or a rank's part of it."""
+    """[b, s] input ids: rows padded on the right, or one row of packed sequences or this rank's shard."""
     position_ids: Tensor
     """[b, s], from 0 in every sequence."""
     loss_positions: Tensor
-    """[n] flat places in [b, s] whose next token is a response token, sequence by sequence."""
+    """[n] flat positions in [b, s] whose next token is a response token, sequence by sequence."""
     targets: Tensor
-    """[n] those response tokens,"""
+    """[n] those response tokens."""
     token_indices: Tensor
-    """[n] and which of the replica's they are, counted through its batch."""
+    """[n] their indices among all response tokens of the data-parallel replica."""
     columns: dict[str, Tensor]
-    """Per-token columns of the batch at those tokens, [n] each."""
+    """Their per-token columns, [n] each."""
     packed: PackedSeqParams | None = None
-    """Where packed sequences begin and end."""
+    """Boundaries of packed sequences."""
 
 
 def build_micro_batches(
@@ -207,11 +207,11 @@ def build_micro_batches(
     """The micro-batches of one rank.
 
     Args:
-        batch: exactly `schedule.samples_of(dp_rank)`, in that order.
+        batch: the samples `schedule.samples_of(dp_rank)`, in that order.
         columns: per-token columns [Σl] in the order of `batch`.
-        multiple: the length of rows is a multiple of this,
-        token_multiple: and rows × length of this.
-        context: (rank, size) of context parallelism; of packed sequences only.
+        multiple: the padded length is a multiple of this.
+        token_multiple: rows × padded length is a multiple of this.
+        context: (rank, size) of context parallelism, which requires packed sequences.
     """
     sequences = batch.sequences()
     lengths = batch.response_lengths.tolist()
@@ -223,7 +223,7 @@ def build_micro_batches(
     for rows in schedule.assignment[dp_rank]:
         part = range(begin, begin + len(rows))
         begin += len(rows)
-        inputs = [sequences[i][:-1] for i in part]  # the last token of a sequence is only ever a target
+        inputs = [sequences[i][:-1] for i in part]  # the last token of a sequence is only a target
         needed = [padded_length(sequences[i].numel(), schedule.alignment) for i in part]
         height, width = _shape(needed, schedule, multiple, token_multiple)
         starts = [sum(needed[:k]) if schedule.packed else k * width for k in range(len(needed))]
@@ -238,11 +238,11 @@ def build_micro_batches(
         micro = MicroBatch(
             tokens=tokens.view(height, width),
             position_ids=positions.view(height, width),
-            loss_positions=_joined(loss_positions, torch.int64),
-            targets=_joined([responses[i] for i in part], torch.int64),
-            token_indices=_joined([token_indices[i] for i in part], torch.int64),
+            loss_positions=_concat(loss_positions, torch.int64),
+            targets=_concat([responses[i] for i in part], torch.int64),
+            token_indices=_concat([token_indices[i] for i in part], torch.int64),
             columns={
-                name: _joined([values[i] for i in part], torch.float32) for name, values in ragged.items()
+                name: _concat([values[i] for i in part], torch.float32) for name, values in ragged.items()
             },
             packed=packed_params(segments, device, context[1]) if schedule.packed else None,
         )
@@ -253,7 +253,7 @@ def build_micro_batches(
 
 
 def cp_shard(micro: MicroBatch, held: Tensor) -> MicroBatch:
-    """What a context-parallel rank has, whose places of the row are `held`."""
+    """The shard of a context-parallel rank that holds the positions `held` of the row."""
     local = torch.full((micro.tokens.numel(),), -1)
     local[held] = torch.arange(held.numel())
     loss_positions = local[micro.loss_positions]
@@ -282,7 +282,7 @@ def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
 def _shape(
     needed: Sequence[int], schedule: MicroBatchPlan, multiple: int, token_multiple: int
 ) -> tuple[int, int]:
-    """(rows, places) of a micro-batch of sequences that need so many places each."""
+    """(rows, padded length) of a micro-batch whose sequences have the padded lengths `needed`."""
     if schedule.shape is not None:
         height, width = schedule.shape
     elif schedule.packed:
@@ -290,9 +290,9 @@ def _shape(
     else:
         height, width = len(needed), max(needed, default=0)
     height, width = max(1, height), max(1, width)
-    whole = math.lcm(multiple, schedule.alignment, token_multiple // math.gcd(token_multiple, height))
-    return height, width + -width % whole
+    alignment = math.lcm(multiple, schedule.alignment, token_multiple // math.gcd(token_multiple, height))
+    return height, width + -width % alignment
 
 
-def _joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+def _concat(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat(parts).to(dtype) if parts else torch.empty(0, dtype=dtype)

@@ -1,19 +1,17 @@
-"""Packed micro-batches (THD): sequences one behind another in a single row, [1, T], and no padding between.
+"""Packed micro-batches (THD): sequences concatenated in a single row, [1, T], without padding between them.
 
-A micro-batch is a bin of at most `max_tokens` places.  Which sequences share one is bin packing: by falling
-length, each into the fullest bin that has room (best fit).  The number of bins is what this needs, rounded
-up to whole micro-batches for every rank; then the least capacity with which so many bins suffice makes them
-nearly equal (multifit: Coffman, Garey and Johnson 1978), so that ranks and pipeline stages wait little, and
-one shape for all has little padding.  A bin's cost is taken to be its tokens; that attention grows with the
-square of a sequence's length is left out.
+A micro-batch is a bin of at most `max_tokens` tokens.  Bin packing assigns sequences in descending length,
+each to the fullest bin that it fits into (best fit).  The number of bins is rounded up to the same number
+of micro-batches on every rank; then the least capacity for that many bins makes them nearly equal
+(multifit: Coffman, Garey and Johnson 1978), so that ranks and pipeline stages wait little and one shape for
+all has little padding.  The cost of a bin is its tokens; the quadratic cost of attention is left out.
 
-What stands behind the last sequence, up to T, is a sequence of its own: no token of another one attends to
-it, and it has no targets.
+Padding after the last sequence, up to T, is a sequence of its own: no other token attends to it, and it has
+no targets.
 
-Under context parallelism every sequence is cut into twice as many equal pieces as there are ranks, C, and
-rank r has pieces r and 2C − 1 − r: of causal attention, each then has the same share.  The head's share is
-what response tokens fall to a rank.  A sequence takes a multiple of 2C places; what fills it up stands behind
-its last token, where no token attends to it.
+Context parallelism over C ranks splits every sequence into 2C equal chunks, and rank r holds chunks r and
+2C − 1 − r, which balances causal attention.  The LM head is not balanced: it computes the response tokens
+that a rank holds.  Sequences are padded to a multiple of 2C after their last token, where no token attends.
 """
 
 from __future__ import annotations
@@ -30,13 +28,13 @@ from torch import Tensor
 def bin_pack(
     lengths: Sequence[int], dp_size: int, max_tokens: int, multiple: int
 ) -> tuple[list[list[list[int]]], int]:
-    """Split sequences of `lengths` places into bins of at most `max_tokens`, evenly over ranks.
+    """Split sequences of (padded) `lengths` into bins of at most `max_tokens`, balanced over ranks.
 
-    A sequence above `max_tokens` is alone in its bin.
+    A sequence longer than `max_tokens` has a bin of its own.
 
     Returns:
-        [data-parallel rank][micro-batch][sequence], as many micro-batches on every rank, a multiple of
-        `multiple`; and the places of the fullest.
+        [data-parallel rank][micro-batch][sequence], with the same bin_index of micro-batches on every rank,
+        a multiple of `multiple`; and the tokens of the fullest bin.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     bins = _best_fit(order, lengths, max_tokens)
@@ -55,58 +53,57 @@ def bin_pack(
 
 
 def _best_fit(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Each sequence, longest first, into the bin with least room that has enough, or into a new one."""
+    """Put each sequence, longest first, into the fullest bin that it fits into, or into a new one."""
     bins: list[list[int]] = []
-    capacities: list[tuple[int, int]] = []  # (room, bin), sorted
+    capacities: list[tuple[int, int]] = []  # (capacity left, bin), sorted
     for i in order:
-        place = bisect_left(capacities, (lengths[i], -1))
-        if place < len(capacities):
-            capacity_left, number = capacities.pop(place)
+        position = bisect_left(capacities, (lengths[i], -1))
+        if position < len(capacities):
+            capacity_left, bin_index = capacities.pop(position)
         else:
-            capacity_left, number = capacity, len(bins)
+            capacity_left, bin_index = capacity, len(bins)
             bins.append([])
-        bins[number].append(i)
-        insort(capacities, (capacity_left - lengths[i], number))
+        bins[bin_index].append(i)
+        insort(capacities, (capacity_left - lengths[i], bin_index))
     return bins
 
 
 def _assign(
     bins: Sequence[list[int]], loads: Sequence[int], dp_size: int, count: int
 ) -> list[list[list[int]]]:
-    """At most `count` bins to every rank, the fullest first, each to the rank that has least so far."""
+    """Assign at most `count` bins per rank, fullest first, each to the least loaded rank."""
     per_rank: list[list[list[int]]] = [[] for _ in range(dp_size)]
     least = [(0, rank) for rank in range(dp_size)]
-    for number in sorted(range(len(bins)), key=lambda n: (-loads[n], n)):
+    for bin_index in sorted(range(len(bins)), key=lambda n: (-loads[n], n)):
         load, rank = heapq.heappop(least)
-        per_rank[rank].append(bins[number])
+        per_rank[rank].append(bins[bin_index])
         if len(per_rank[rank]) < count:
-            heapq.heappush(least, (load + loads[number], rank))
+            heapq.heappush(least, (load + loads[bin_index], rank))
     return [assigned + [[] for _ in range(count - len(assigned))] for assigned in per_rank]
 
 
 def segments_of(needed: Sequence[int], width: int) -> list[int]:
-    """Lengths of what stands in a row of `width` places: the sequences that have any, and what is left."""
+    """Lengths of the segments of a row of `width` tokens: its non-empty sequences, then the padding."""
     rest = width - sum(needed)
     return [length for length in (*needed, rest) if length > 0]
 
 
 def context_positions(segments: Sequence[int], rank: int, size: int) -> Tensor:
-    """[T / size] places of a row of `segments` that one of `size` context-parallel ranks has, in order."""
+    """[T / size] positions in a row of `segments` that a context-parallel rank of `size` holds, in order."""
     positions, start = [], 0
     for length in segments:
-        piece = length // (2 * size)
-        for number in (rank, 2 * size - 1 - rank):
-            positions.append(torch.arange(start + number * piece, start + (number + 1) * piece))
+        chunk = length // (2 * size)
+        for i in (rank, 2 * size - 1 - rank):
+            positions.append(torch.arange(start + i * chunk, start + (i + 1) * chunk))
         start += length
     return torch.cat(positions)
 
 
 def packed_params(segments: Sequence[int], device: torch.device, context_size: int = 1) -> PackedSeqParams:
-    """Where sequences begin and end, for attention and rotary embeddings: in the whole row, on every
-    context-parallel rank.
+    """Sequence boundaries in the whole row, for attention and rotary embeddings of any context-parallel rank.
 
-    The longest length must be the true one: where it equals the row, Megatron's rotary embedding takes
-    the frequencies for those of the whole row (`_apply_rotary_pos_emb_thd`).
+    `max_seqlen` must be exact: where it equals the row length, Megatron's rotary embedding takes the
+    frequencies for those of the whole row (`_apply_rotary_pos_emb_thd`).
     """
     ends = torch.tensor([0, *segments]).cumsum(0).to(torch.int32)
     if device.type == "cuda":
@@ -118,7 +115,7 @@ def packed_params(segments: Sequence[int], device: torch.device, context_size: i
         cu_seqlens_kv=ends,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        # Transformer Engine's exchange of keys and values asks for these, here the same.
+        # Required by Transformer Engine's context parallelism.
         cu_seqlens_q_padded=ends if context_size > 1 else None,
         cu_seqlens_kv_padded=ends if context_size > 1 else None,
     )

@@ -1,7 +1,7 @@
-"""Samples move from the rank that generated them to the data-parallel rank that trains on them.
+"""Redistribution of samples from the ranks that generated them to the data-parallel ranks that train on them.
 
-Every rank generates a contiguous block of the step's samples, whatever its coordinates; each data-parallel
-rank then receives the tokens of its own samples only, in the order of its micro-batches.
+Every rank generates a contiguous block of the step's samples, whatever its coordinates; a data-parallel
+rank receives only its own samples, in the order of its micro-batches.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from opo_megatron.distributed.process_groups import (
 
 
 def local_slice(parallel: Parallel, total: int) -> slice:
-    """Where this rank's samples stand among all `total` samples of a step."""
-    share = rank_range(total, parallel.rank, parallel.world_size)
-    return slice(share.start, share.stop)
+    """This rank's slice of the `total` samples of a step."""
+    own = rank_range(total, parallel.rank, parallel.world_size)
+    return slice(own.start, own.stop)
 
 
 def redistribute_to_dp(
     parallel: Parallel, rollouts: Rollouts, schedule: MicroBatchPlan, total: int
 ) -> Rollouts:
-    """Each rank's block of `total` samples in, the samples of this data-parallel rank out, as planned."""
+    """Exchange the ranks' blocks of `total` samples; returns the scheduled samples of this rank's replica."""
     blocks = [rank_range(total, r, parallel.world_size) for r in range(parallel.world_size)]
-    mine = blocks[parallel.rank]
+    own = blocks[parallel.rank]
     dp_ranks = all_gather_objects(parallel, parallel.dp_rank)
     send_chunks = [
-        rollouts.select([i - mine.start for i in schedule.samples_of(dp_rank) if i in mine])
+        rollouts.select([i - own.start for i in schedule.samples_of(dp_rank) if i in own])
         for dp_rank in dp_ranks
     ]
     received = Rollouts.concatenate(all_to_all_objects(parallel, send_chunks))
-    wanted = schedule.samples_of(parallel.dp_rank)
-    arrived = [i for block in blocks for i in wanted if i in block]
-    place = {sample: position for position, sample in enumerate(arrived)}
-    return received.select([place[sample] for sample in wanted])
+    scheduled = schedule.samples_of(parallel.dp_rank)
+    arrived = [i for block in blocks for i in scheduled if i in block]
+    index = {sample: position for position, sample in enumerate(arrived)}
+    return received.select([index[sample] for sample in scheduled])
 
 
 def gather_to_rank0(parallel: Parallel, rollouts: Rollouts) -> Rollouts | None:
-    """All ranks' samples on rank 0, None elsewhere."""
+    """All samples on rank 0, None elsewhere."""
     parts = all_to_all_objects(parallel, [rollouts if r == 0 else None for r in range(parallel.world_size)])
     return Rollouts.concatenate(parts) if parallel.rank == 0 else None

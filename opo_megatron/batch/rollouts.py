@@ -1,7 +1,7 @@
-"""`Rollouts`: what the engine hands to the policy, and what a step can be replayed from.
+"""`Rollouts`: the samples of a step, from the engine to the policy; saved, they replay the step.
 
-Storage is ragged: the tokens of all samples lie one after the other, with a length per sample.
-A column that was not measured is None, never zeros.
+Storage is ragged: the tokens of all samples are concatenated, with a length per sample.  A column that was
+not measured is None, never zeros.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ _PER_RESPONSE_TOKEN = (
 class Rollouts:
     """n samples with Σp prompt tokens and Σl response tokens, all on the CPU.
 
-    A group is the K samples of one prompt of a step; (group, sample_index) orders a step's batch.
+    A group is the K samples of one prompt; a step's batch is sorted by (group, sample_index).
     """
 
     prompt_ids: Tensor
-    """[n] int64: which prompt of the task."""
+    """[n] int64: index of the prompt in the task."""
     groups: Tensor
-    """[n] int64: place of the prompt in the step's batch."""
+    """[n] int64: index of the prompt in the step's batch."""
     sample_indices: Tensor
-    """[n] int64: place of the sample in its group."""
+    """[n] int64: index of the sample in its group."""
     prompt_lengths: Tensor
     """[n] int64."""
     prompt_tokens: Tensor
     """[Σp] int64."""
     response_lengths: Tensor
-    """[n] int64; a stop token that was sampled is counted."""
+    """[n] int64, including a sampled stop token."""
     response_tokens: Tensor
     """[Σl] int64."""
     finish_reasons: Tensor
-    """[n] int64: FINISH_STOP, or FINISH_LENGTH where the answer was cut."""
+    """[n] int64: FINISH_STOP, or FINISH_LENGTH for a truncated response."""
     weight_versions: Tensor | None = None
-    """[Σl] int64: version of the weights that drew each token."""
+    """[Σl] int64: version of the weights that each token was sampled from."""
     engine_log_prob: Tensor | None = None
-    """[Σl] float32: log π_T of each token as the engine computed it."""
+    """[Σl] float32: log π_T of each token, computed by the engine."""
     rewards: Tensor | None = None
     """[n] float64."""
     advantages: Tensor | None = None
@@ -63,11 +63,11 @@ class Rollouts:
     energy_hidden: Tensor | None = None
     """[n] float64: Σ of the tokens' energies times ‖h‖²."""
     old_log_prob: Tensor | None = None
-    """[Σl] float32: log π_T of each token by a forward pass before the step's first update."""
+    """[Σl] float32: log π_T of each token, by a forward pass before the step's first update."""
     reference_log_prob: Tensor | None = None
-    """[Σl] float32: the same under the start weights."""
+    """[Σl] float32: log π_T of each token under the reference weights."""
     is_demonstration: bool = False
-    """Written by the task, not drawn by an engine: only the supervised objective takes them."""
+    """Written by the task, not sampled: only the supervised objective accepts them."""
 
     def __len__(self) -> int:
         return self.prompt_ids.numel()
@@ -78,7 +78,7 @@ class Rollouts:
         return self.prompt_lengths + self.response_lengths
 
     def sequences(self) -> list[Tensor]:
-        """Prompt and response of each sample, joined."""
+        """Prompt and response of each sample, concatenated."""
         prompts = self.prompt_tokens.split(self.prompt_lengths.tolist())
         responses = self.response_tokens.split(self.response_lengths.tolist())
         return [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
@@ -106,23 +106,23 @@ class Rollouts:
 
     @staticmethod
     def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
-        """All samples of `parts`, which must carry the same columns, one after the other."""
+        """All samples of `parts`, which must have the same columns."""
         names = {tuple(name for name, _ in part._columns()) for part in parts}
         if len(names) != 1:
-            raise ValueError(f"cannot join rollouts with different columns: {sorted(names)}")
-        joined: dict[str, Any] = {
+            raise ValueError(f"cannot concatenate rollouts with different columns: {sorted(names)}")
+        columns: dict[str, Any] = {
             name: torch.cat([getattr(part, name) for part in parts]) for name in names.pop()
         }
-        return replace(parts[0], **joined)
+        return replace(parts[0], **columns)
 
     @staticmethod
     def from_demonstrations(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Rollouts:
-        """Supervised examples in the shape of rollouts: one sample per group, no version, no reward."""
+        """Supervised examples as rollouts: one sample per group, without versions and rewards."""
         n = len(prompts)
         if len(responses) != n:
             raise ValueError(f"{n} prompts but {len(responses)} responses")
         if not all(prompts):
-            raise ValueError("a prompt without tokens predicts nothing")
+            raise ValueError("a prompt has no tokens")
         return Rollouts(
             prompt_ids=torch.arange(n),
             groups=torch.arange(n),
@@ -136,7 +136,7 @@ class Rollouts:
         )
 
     def save(self, path: Path) -> None:
-        """Write without loss, visible under its name only when complete."""
+        """Write to `path` atomically and without loss."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         columns = {name: value.contiguous() for name, value in self._columns()}
@@ -148,17 +148,17 @@ class Rollouts:
         """Read what `save` wrote."""
         with safe_open(path, framework="pt") as file:
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            marked = json.loads(file.metadata()["is_demonstration"])
-        return Rollouts(**columns, is_demonstration=marked)
+            is_demonstration = json.loads(file.metadata()["is_demonstration"])
+        return Rollouts(**columns, is_demonstration=is_demonstration)
 
 
 def _select_ragged(values: Tensor, lengths: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` of a ragged column whose row i holds lengths[i] values."""
+    """Rows `index` of a ragged column whose row i has lengths[i] values."""
     if index.numel() == 0:
         return values[:0]
     starts = torch.cumsum(lengths, 0) - lengths
     picked = lengths[index]
-    # Position of every wanted value: its row's start, plus its own place within the row.
+    # Index of every selected value: the start of its row plus its offset within the row.
     row_starts = torch.repeat_interleave(starts[index], picked)
     new_starts = torch.repeat_interleave(torch.cumsum(picked, 0) - picked, picked)
     return values[row_starts + torch.arange(int(picked.sum())) - new_starts]

@@ -1,7 +1,6 @@
-"""What every rank knows of all samples of a step: lengths, rewards, finish reasons.
+"""Statistics of all samples of a step, gathered to every rank: lengths, rewards, finish reasons.
 
-A group may be split over ranks, so advantages are computed from the statistics of the whole batch, on every
-rank alike.
+A group may be split over ranks, so every rank computes advantages from the statistics of the whole batch.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from opo_megatron.errors import NonFiniteError
 
 @dataclass(frozen=True)
 class BatchStats:
-    """What every rank knows of all N samples of a step, in the order of the requests."""
+    """Statistics of all N samples of a step, in the order of the requests."""
 
     groups: Tensor
     prompt_lengths: Tensor
@@ -37,15 +36,15 @@ class BatchStats:
 
     @property
     def truncated(self) -> float:
-        """Share of responses that were cut."""
+        """Share of truncated responses."""
         return float((self.finish_reasons == FINISH_LENGTH).double().mean())
 
 
 def gather_stats(parallel: Parallel, rollouts: Rollouts) -> BatchStats:
-    """Lengths and rewards of all ranks' samples.
+    """Gather the statistics of all ranks' samples.
 
     Raises:
-        BadNumbers: on all ranks, for a reward that is not a finite number.
+        NonFiniteError: on all ranks, for a reward that is NaN or infinite.
     """
     assert rollouts.rewards is not None
     columns = (
@@ -58,20 +57,20 @@ def gather_stats(parallel: Parallel, rollouts: Rollouts) -> BatchStats:
     )
     energies = None if rollouts.energy is None else (rollouts.energy, rollouts.energy_hidden)
     gathered = all_gather_objects(parallel, (columns, energies))
-    ids, groups, prompts, responses, reasons, rewards = _joined(known for known, _ in gathered)
-    wrong = (~torch.isfinite(rewards)).nonzero()
-    if wrong.numel():
-        i = int(wrong[0])
+    ids, groups, prompts, responses, reasons, rewards = _concat(columns for columns, _ in gathered)
+    nonfinite = (~torch.isfinite(rewards)).nonzero()
+    if nonfinite.numel():
+        i = int(nonfinite[0])
         raise NonFiniteError(
             f"the reward of prompt {int(ids[i])} is {float(rewards[i])}",
             "a verifier must return a finite number",
         )
-    summary = BatchStats(groups, prompts, responses, reasons, rewards)
+    stats = BatchStats(groups, prompts, responses, reasons, rewards)
     if energies is None:
-        return summary
-    return replace(summary, energies=EnergySums(*_joined(found for _, found in gathered)))
+        return stats
+    return replace(stats, energies=EnergySums(*_concat(energies for _, energies in gathered)))
 
 
-def _joined(ranks: Iterable[Sequence[Tensor]]) -> list[Tensor]:
-    """Each column of all ranks, one behind the other."""
+def _concat(ranks: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    """Each column, concatenated over ranks."""
     return [torch.cat(parts) for parts in zip(*ranks, strict=True)]

@@ -1,8 +1,7 @@
-"""Between a Hugging Face folder and a Megatron checkpoint, with little more than one tensor in memory.
+"""Conversion between Hugging Face folders and Megatron checkpoints, one tensor in memory at a time.
 
-`convert` and `export` are collectives of as many ranks as the layout has; each rank reads, and where a
-Megatron checkpoint is written also writes, the shards that it would own.  `verify` runs both models on
-the same tokens.
+`convert` and `export` are collectives of all ranks of the parallel layout; each rank reads its own shards,
+and in `convert` writes them too.  `verify` runs both models on the same tokens.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from opo_megatron.weights.safetensors_file import TensorInfo
 from opo_megatron.weights.stream import Bucket, read_shard, stream_weights
 
 BUCKET_BYTES = 32 * 2**20
-"""What travels between ranks at a time, unless one tensor is larger."""
+"""Size of a bucket sent between ranks, unless one tensor is larger."""
 
 VERIFY_LENGTHS = (3, 9, 17, 32)
 VERIFY_TOLERANCE = 1e-3
-"""In float32; on CPUs the difference is about 1e-5."""
+"""Maximum |Δ log-probability| in float32; about 1e-5 is typical on CPUs."""
 
 Log = Callable[[str], None]
 
@@ -43,10 +42,10 @@ Log = Callable[[str], None]
 def convert(
     source: Path, target: Path, config: Config, parallel: Parallel, dtype: torch.dtype | None, log: Log
 ) -> None:
-    """Write the weights of a Hugging Face folder as a Megatron checkpoint that `policy.init_from` reads.
+    """Convert a Hugging Face folder to a Megatron checkpoint, which `policy.init_from` reads.
 
     Args:
-        dtype: of the stored weights; None keeps each tensor's.
+        dtype: of the written weights; None keeps each tensor's.
     """
     model, policy = config.policy.model, config.policy
     stored = read_weights(source, model)
@@ -54,9 +53,9 @@ def convert(
     def dtype_of(parameter: Parameter) -> torch.dtype:
         return dtype or stored[parameter.tensors[0][0][0]].dtype
 
-    table = _table(config, parallel)
-    _check_types(table, {name: tensor.dtype for name, tensor in stored.items()})
-    progress = _Progress(_bytes(table, dtype_of) // parallel.world_size, "read", log)
+    mapping = _param_mapping(config, parallel)
+    _check_types(mapping, {name: tensor.dtype for name, tensor in stored.items()})
+    progress = _Progress(_bytes(mapping, dtype_of) // parallel.world_size, "read", log)
 
     def read(parameter: Parameter) -> Tensor:
         shard = read_shard(parameter, parallel, stored.__getitem__)
@@ -66,7 +65,7 @@ def convert(
     assert model.vocab_size is not None
     with new_folder(target, is_writer=parallel.rank == 0) as partial:
         chunks = build_meta_chunks(policy, model.vocab_size, parallel)
-        save_weights(partial, chunks, table, parallel, read, dtype_of)
+        save_weights(partial, chunks, mapping, parallel, read, dtype_of)
         if parallel.rank == 0:
             write_companions(partial, model, {n: dtype or t.dtype for n, t in stored.items()}, source)
 
@@ -82,25 +81,25 @@ def export(
     log: Log,
     blocks: BlockFp8 | None = None,
 ) -> None:
-    """Write the weights of a Megatron checkpoint, of a run or converted, as a Hugging Face folder.
+    """Export a Megatron checkpoint, of a run or converted, to a Hugging Face folder.
 
     Args:
-        dtype: of the written weights; None keeps that of the stored parameters.
-        companions: folders that may hold config.json and a tokenizer.
-        blocks: quantizes the layers' matrices to FP8.
+        dtype: of the written weights; None keeps each parameter's.
+        companions: folders that may have config.json and a tokenizer.
+        blocks: FP8 quantization of the layers' matrices.
     """
-    model, table = config.policy.model, _table(config, parallel)
+    model, mapping = config.policy.model, _param_mapping(config, parallel)
     assert model.vocab_size is not None
     chunks = build_meta_chunks(config.policy, model.vocab_size, parallel)
-    shards = CheckpointShards(source, chunks, table, parallel)
+    shards = CheckpointShards(source, chunks, mapping, parallel)
     infos = [
         TensorInfo(name, shape, dtype or shards.dtype(parameter))
-        for parameter in table
+        for parameter in mapping
         if not parameter.tied_duplicate
         for rank in parameter.tensors
         for name, shape in rank
     ]
-    stream = stream_weights(shards, table, parallel, BUCKET_BYTES, to="rank0")
+    stream = stream_weights(shards, mapping, parallel, BUCKET_BYTES, to="rank0")
     if parallel.rank > 0:
         for _ in stream:
             pass
@@ -119,7 +118,7 @@ def write_hf_folder(
     log: Log,
     blocks: BlockFp8 | None = None,
 ) -> None:
-    """Fill an empty folder from a weight stream, whose order is that of `infos`."""
+    """Write a weight stream in the order of `infos` to an empty folder."""
     dtypes = {info.name: info.dtype for info in infos}
     quantization = None if blocks is None else blocks.config
     write_companions(folder, model, dtypes, *companions, quantization=quantization)
@@ -137,10 +136,10 @@ def verify(checkpoint: Path, hf_folder: Path, config: Config, parallel: Parallel
     """Largest |Δ log-probability| between both models on a few random prompts, in float32.
 
     Returns:
-        None on every rank but the first.
+        None on all ranks but rank 0.
 
     Raises:
-        UserError: without transformers, or where the models differ.
+        UserError: without transformers, or if the models differ.
     """
     transformers = _transformers() if parallel.rank == 0 else None
     model = config.policy.model
@@ -153,25 +152,25 @@ def verify(checkpoint: Path, hf_folder: Path, config: Config, parallel: Parallel
     rows = [[rng.randrange(model.vocab_size) for _ in range(min(n, longest))] for n in VERIFY_LENGTHS]
     batch = Rollouts.from_demonstrations([row[:1] for row in rows], [row[1:] for row in rows])
     schedule = policy.schedule(batch.sequence_lengths)
-    ours = policy.log_probs(batch.select(schedule.samples_of(parallel.dp_rank)), schedule, 1.0)
+    log_probs = policy.log_probs(batch.select(schedule.samples_of(parallel.dp_rank)), schedule, 1.0)
     if transformers is None:
         return None
     transformers.utils.logging.disable_progress_bar()
-    theirs_model = transformers.AutoModelForCausalLM.from_pretrained(
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(
         hf_folder, dtype=torch.float32, local_files_only=True
     ).eval()
-    theirs = []
+    expected = []
     with torch.no_grad():
         for row in (rows[i] for i in schedule.samples_of(parallel.dp_rank)):
-            logits = theirs_model(torch.tensor([row])).logits[0, :-1].double()
-            theirs.append(logits.log_softmax(-1).gather(1, torch.tensor(row[1:]).unsqueeze(1))[:, 0])
-    worst = float((ours - torch.cat(theirs)).abs().max())
-    if not worst <= VERIFY_TOLERANCE:
+            logits = hf_model(torch.tensor([row])).logits[0, :-1].double()
+            expected.append(logits.log_softmax(-1).gather(1, torch.tensor(row[1:]).unsqueeze(1))[:, 0])
+    largest = float((log_probs - torch.cat(expected)).abs().max())
+    if not largest <= VERIFY_TOLERANCE:
         raise UserError(
-            f"the log-probabilities of {checkpoint} and {hf_folder} differ by {worst:.2g}, more than "
+            f"the log-probabilities of {checkpoint} and {hf_folder} differ by {largest:.2g}, more than "
             f"{VERIFY_TOLERANCE:g}; do not use the result"
         )
-    return worst
+    return largest
 
 
 def _transformers() -> Any:
@@ -182,7 +181,7 @@ def _transformers() -> Any:
     return transformers
 
 
-def _table(config: Config, parallel: Parallel) -> list[Parameter]:
+def _param_mapping(config: Config, parallel: Parallel) -> list[Parameter]:
     model = config.policy.model
     assert model.vocab_size is not None
     padded = padded_vocab_size(config.policy, model.vocab_size, parallel.dp_size)
@@ -190,9 +189,9 @@ def _table(config: Config, parallel: Parallel) -> list[Parameter]:
     return parameters(model, model.vocab_size, stages, parallel.ep_size, padded)
 
 
-def _check_types(table: Sequence[Parameter], dtypes: dict[str, torch.dtype]) -> None:
-    """Tensors that one Megatron parameter holds must be of one type, or one of them would be changed."""
-    for parameter in table:
+def _check_types(mapping: Sequence[Parameter], dtypes: dict[str, torch.dtype]) -> None:
+    """Check that all tensors of each Megatron parameter have the same type."""
+    for parameter in mapping:
         names = [name for rank in parameter.tensors for name, _ in rank]
         for name in names:
             if dtypes[name] != dtypes[names[0]]:
@@ -202,12 +201,12 @@ def _check_types(table: Sequence[Parameter], dtypes: dict[str, torch.dtype]) -> 
                 )
 
 
-def _bytes(table: Sequence[Parameter], dtype_of: Callable[[Parameter], torch.dtype]) -> int:
-    return sum(p.numel * dtype_of(p).itemsize for p in table if not p.tied_duplicate)
+def _bytes(mapping: Sequence[Parameter], dtype_of: Callable[[Parameter], torch.dtype]) -> int:
+    return sum(p.numel * dtype_of(p).itemsize for p in mapping if not p.tied_duplicate)
 
 
 class _Progress:
-    """One line for every tenth of the bytes."""
+    """Logs one line per tenth of the bytes."""
 
     def __init__(self, total: int, verb: str, log: Log) -> None:
         self._total, self._verb, self._log, self._done, self._logged = total, verb, log, 0, 0

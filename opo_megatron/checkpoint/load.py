@@ -1,4 +1,4 @@
-"""Loads a checkpoint of any parallel layout into a policy and its optimizer."""
+"""Load a checkpoint of any parallel layout into a policy and its optimizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron.core import dist_checkpointing
 
-from opo_megatron.checkpoint.contents import model_of, named_failures, optimizer_of, sharded_state
+from opo_megatron.checkpoint.contents import model_of, optimizer_of, sharded_state, wrapped_errors
 from opo_megatron.checkpoint.progress import read_run_state
 from opo_megatron.config import Config
 from opo_megatron.errors import UserError
@@ -15,10 +15,10 @@ from opo_megatron.policy.policy import Policy
 
 
 def load(policy: Policy, config: Config, path: Path) -> None:
-    """Set weights, optimizer and version from a checkpoint of any layout.
+    """Set weights, optimizer and version from a checkpoint of any parallel layout.
 
     Raises:
-        UserError: when `path` is no checkpoint, or one of another model.
+        UserError: when `path` is not a checkpoint, is damaged, or is one of another model or optimizer.
     """
     state = read_run_state(path)
     for name, value in model_of(policy, config).items():
@@ -35,7 +35,7 @@ def load(policy: Policy, config: Config, path: Path) -> None:
                 f"run has {value}; set policy.distributed_optimizer and expert parallelism as they were"
             )
     policy.allocate_optimizer_state()
-    with named_failures(
+    with wrapped_errors(
         f"the checkpoint {path} is damaged",
         "resume from another one (resume=auto takes the newest: move this one away)",
     ):
@@ -46,11 +46,11 @@ def load(policy: Policy, config: Config, path: Path) -> None:
     policy.version = state["version"]
 
 
-def _quiet_about_optimizer_shards() -> None:
-    """Ranks but the first hold an empty `param_state`, as Megatron itself writes it, and it warns of that."""
+def _ignore_optimizer_shard_warning() -> None:
+    """Suppress Megatron's warning about the empty `param_state` that it writes itself on ranks above 0."""
     logging.getLogger("megatron.core.dist_checkpointing.validation").addFilter(
         lambda record: "('optimizer', 'param_state')" not in record.getMessage()
     )
 
 
-_quiet_about_optimizer_shards()
+_ignore_optimizer_shard_warning()

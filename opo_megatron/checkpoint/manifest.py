@@ -1,9 +1,8 @@
-"""What a checkpoint's files must be: the size and CRC-32 of each, in a manifest that is written last.
+"""The manifest of a checkpoint, written last: size and CRC-32 of every file.
 
-Every rank reads its own share, when writing and when checking, so that the time is that of one rank's
-part.  CRC-32 finds every torn file and every burst of flipped bits up to 32 long, and all other damage
-but one in 4·10⁹; it is read at 3 GB/s on one core where SHA-256 makes 1.2.  It does not guard against
-somebody who wants to deceive.
+Ranks compute and verify the checksums of different files in parallel.  CRC-32 detects every error burst of
+up to 32 bits and all but one in 4·10⁹ other errors, and sizes detect truncated files.  It runs at 3 GB/s on
+one core (SHA-256: 1.2 GB/s) and does not protect against tampering.
 """
 
 from __future__ import annotations
@@ -29,26 +28,26 @@ class Entry(TypedDict):
 
 
 Entries = dict[str, Entry]
-"""By name in the folder."""
+"""File name → entry."""
 
 
 def written_by(folder: Path, rank: int, world_size: int) -> list[str]:
-    """The files that this rank wrote, by their names; the first rank answers for those of nobody."""
+    """The files that this rank wrote, according to their names; rank 0 owns all others."""
 
     def owner(name: str) -> int:
-        named = _RANKS_FILE.fullmatch(name)
-        return int(named.group(1)) if named and int(named.group(1)) < world_size else 0
+        match = _RANKS_FILE.fullmatch(name)
+        return int(match.group(1)) if match and int(match.group(1)) < world_size else 0
 
     return sorted(path.name for path in folder.iterdir() if owner(path.name) == rank)
 
 
 def entries_of(folder: Path, names: Iterable[str]) -> Entries:
-    """Sizes and checksums of files as they are."""
+    """Sizes and checksums of the files `names`."""
     return {name: _entry(folder / name) for name in names}
 
 
 def write_manifest(folder: Path, entries: Entries) -> None:
-    """Complete a folder: nothing of it counts before this file is there."""
+    """Write the manifest, which marks the folder as complete."""
     with (folder / MANIFEST).open("w") as file:
         file.write(json.dumps(dict(sorted(entries.items())), indent=1) + "\n")
         file.flush()
@@ -58,7 +57,7 @@ def write_manifest(folder: Path, entries: Entries) -> None:
 def read_manifest(folder: Path) -> Entries:
     """
     Raises:
-        ValueError: saying what is wrong with it.
+        ValueError: if it is missing or malformed.
     """
     try:
         entries: Entries = json.loads((folder / MANIFEST).read_text())
@@ -67,26 +66,26 @@ def read_manifest(folder: Path) -> Entries:
     except OSError as error:
         raise ValueError(f"{MANIFEST} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{MANIFEST} is torn: {error!r}") from error
+        raise ValueError(f"{MANIFEST} is malformed: {error!r}") from error
     return entries
 
 
 def share_to_check(entries: Entries, rank: int, world_size: int) -> list[str]:
-    """The files that this rank checks: about as many bytes as any other rank."""
+    """The files that this rank checks; bytes are balanced over ranks."""
     by_size = sorted(entries, key=lambda name: (-entries[name]["bytes"], name))
     return by_size[rank::world_size]
 
 
 def find_damage(folder: Path, entries: Entries, names: Iterable[str]) -> str | None:
-    """The first of the files `names` that is not as its entry says, in words; sizes are compared first."""
-    wanted = list(names)
-    for name in wanted:
+    """Description of the first file of `names` that differs from its entry; sizes are compared first."""
+    to_check = list(names)
+    for name in to_check:
         path, size = folder / name, entries[name]["bytes"]
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-    for name in wanted:
+    for name in to_check:
         if _entry(folder / name) != entries[name]:
             return f"{name} has other bytes than were written"
     return None

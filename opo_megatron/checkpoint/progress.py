@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, how far each is, and which one a run resumes from."""
+"""The checkpoints of a run, their progress, and the one to resume from."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from opo_megatron.errors import UserError
 
 STATE_FILE = "run_state.json"
 CONFIG_FILE = "config.yaml"
-"""The recipe, resolved, of the run that wrote the checkpoint."""
+"""The resolved recipe of the run that wrote the checkpoint."""
 Phase = Literal["warm_start", "step"]
 PHASES: tuple[Phase, ...] = ("warm_start", "step")
 
 
 @dataclass(frozen=True)
 class RunProgress:
-    """How far a run is: `step` optimizer steps into `phase`."""
+    """Progress of a run: `step` optimizer steps of `phase` are done."""
 
     phase: Phase
     step: int
@@ -33,31 +33,31 @@ class RunProgress:
 
     @staticmethod
     def parse(folder: str) -> RunProgress | None:
-        """The progress that a folder's name tells, or None for another folder."""
-        phase, _, digits = folder.rpartition("_")
-        known = {name: name for name in PHASES}.get(phase)  # type: ignore[call-overload]
-        return RunProgress(known, int(digits)) if known and digits.isdigit() and len(digits) == 8 else None
+        """The progress in a checkpoint's folder name; None for another folder."""
+        prefix, _, digits = folder.rpartition("_")
+        phase = {name: name for name in PHASES}.get(prefix)  # type: ignore[call-overload]
+        return RunProgress(phase, int(digits)) if phase and digits.isdigit() and len(digits) == 8 else None
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """All complete checkpoints of a run, oldest first."""
-    found = []
+    entries = []
     for path in (run_dir / "checkpoints").glob("*_*"):
         progress = RunProgress.parse(path.name)
         if progress is not None:
-            found.append((PHASES.index(progress.phase), progress.step, path))
-    return [path for _, _, path in sorted(found)]
+            entries.append((PHASES.index(progress.phase), progress.step, path))
+    return [path for _, _, path in sorted(entries)]
 
 
 def find_checkpoint(config: Config, parallel: Parallel, log: Callable[[str], None]) -> Path | None:
-    """The checkpoint that `resume` asks for, its files checked; None where the run starts afresh.
+    """The checkpoint that `resume` selects, with its files verified; None if the run starts from scratch.
 
-    A collective: folders can look different from different machines, so one rank looks and all follow,
-    but all ranks read.  `resume=auto` takes the newest that is whole and says which it passes over.
+    A collective: machines can see different folders, so rank 0 lists them, and all ranks verify files.
+    `resume=auto` takes the newest intact checkpoint and logs those that it skips.
 
     Raises:
-        UserError: for a path that is none, damaged or one of another run where run.dir already holds a
-            run; for `auto` where there are checkpoints and none is whole.
+        UserError: for a path that is not a checkpoint, is damaged, or belongs to another run than the one
+            in run.dir; for `auto` if there are checkpoints but none is intact.
     """
     if config.resume == "never":
         return None
@@ -71,21 +71,21 @@ def find_checkpoint(config: Config, parallel: Parallel, log: Callable[[str], Non
                 f"run.dir={run_dir} holds another run than the checkpoint resume={path}; choose a new run.dir"
             )
         return path
-    found = all_gather_objects(parallel, checkpoints(run_dir) if parallel.rank == 0 else None)[0]
-    for path in reversed(found):
+    candidates = all_gather_objects(parallel, checkpoints(run_dir) if parallel.rank == 0 else None)[0]
+    for path in reversed(candidates):
         if (reason := damage_of(path, parallel)) is None:
             return Path(path)
-        log(f"warning: {path} {reason}; the one before it is tried")
-    if found:
+        log(f"warning: {path} {reason}; trying the previous one")
+    if candidates:
         raise UserError(
-            f"no checkpoint of {run_dir} is whole: {found[0].name} {reason}; choose another run.dir, or "
-            f"move {run_dir / 'checkpoints'} away to start afresh"
+            f"no checkpoint of {run_dir} is intact: {candidates[0].name} {reason}; choose another run.dir, "
+            f"or move {run_dir / 'checkpoints'} away to start from scratch"
         )
     return None
 
 
 def damage_of(path: Path, parallel: Parallel) -> str | None:
-    """What is wrong with a checkpoint, as the end of a sentence; None where it is whole.  A collective."""
+    """What is wrong with a checkpoint, as a predicate ("is damaged …"); None if intact.  A collective."""
     entries, reason = None, None
     if parallel.rank == 0:
         try:
@@ -98,8 +98,8 @@ def damage_of(path: Path, parallel: Parallel) -> str | None:
     entries, reason = all_gather_objects(parallel, (entries, reason))[0]
     if entries is None:
         return str(reason)
-    found = find_damage(path, entries, share_to_check(entries, parallel.rank, parallel.world_size))
-    reasons = [one for one in all_gather_objects(parallel, found) if one is not None]
+    damage = find_damage(path, entries, share_to_check(entries, parallel.rank, parallel.world_size))
+    reasons = [one for one in all_gather_objects(parallel, damage) if one is not None]
     return f"is damaged ({reasons[0]})" if reasons else None
 
 
@@ -109,31 +109,31 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def read_progress(path: Path) -> RunProgress:
-    """How far a checkpoint is.
+    """The progress of a checkpoint.
 
     Raises:
-        UserError: when `path` is no checkpoint.
+        UserError: when `path` is not a checkpoint.
     """
     return RunProgress(**read_run_state(path)["progress"])
 
 
 def read_version(path: Path) -> int:
-    """Optimizer steps behind the weights of a checkpoint."""
+    """Weight version of a checkpoint: its number of optimizer steps."""
     return int(read_run_state(path)["version"])
 
 
 def read_vocabulary(path: Path) -> int:
-    """Rows of the embedding in a checkpoint."""
+    """Vocabulary size of a checkpoint: rows of its embedding."""
     return int(read_run_state(path)["model"]["vocab_size"])
 
 
 def read_estimator_state(path: Path) -> dict[str, Any]:
-    """What estimators remembered when a checkpoint was written."""
+    """The estimators' state in a checkpoint."""
     return dict(read_run_state(path)["extra"])
 
 
 def abandon_later(run_dir: Path, progress: RunProgress, attempt: int) -> None:
-    """Rename checkpoints behind `progress`, which the run that goes on from there will not lead to."""
+    """Rename checkpoints after `progress`: the run resumes from there and will not reach them."""
     reached = (PHASES.index(progress.phase), progress.step)
     for path in checkpoints(run_dir):
         later = RunProgress.parse(path.name)

@@ -1,7 +1,7 @@
-"""Which checkpoints are written, and which of them stay.
+"""When a checkpoint is due, and which checkpoints are kept.
 
-One is due every so many steps or minutes, at the last step, and where the metric of `keep_best` is
-better than ever.  Of those that are there, the newest `keep_last` stay, and the best one.
+A checkpoint is due every `every_steps` steps or `every_minutes` minutes, at the last step, and when the
+metric of `keep_best` is the best so far.  The newest `keep_last` checkpoints are kept, and the best one.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from opo_megatron.config.schema import CheckpointConfig
 from opo_megatron.errors import UserError
 
 REMOVED = ".removed"
-"""Behind the name of a checkpoint that is being deleted: one that is half there has no valid name."""
+"""Name suffix of a checkpoint being deleted, so that a partly deleted one has no valid name."""
 BEST = "best"
-"""Name of the best checkpoint's record in the run's state."""
+"""Key of the best checkpoint in the run's state."""
 
 
 @dataclass
 class Retention:
-    """The rules of one run; `state` is the run's own, which goes into every checkpoint."""
+    """Schedule and retention of one run's checkpoints; `state` is the run's, saved in every checkpoint."""
 
     config: CheckpointConfig
     state: dict[str, Any]
     saved_at: float = field(default_factory=time.monotonic)
     is_off: bool = False
-    """Nothing is due, ever."""
+    """Never save."""
     _best_before: dict[str, Any] | None = None
 
     def minutes_are_over(self) -> bool:
-        """By this rank's clock: ranks have to agree on it."""
+        """Whether `every_minutes` have passed by this rank's clock; the ranks still have to agree."""
         every = self.config.every_minutes
         return every > 0 and time.monotonic() - self.saved_at >= 60 * every
 
     def is_due(self, step: int, last: int, minutes_are_over: bool, is_best: bool) -> bool:
-        """Whether the step `step` of `last` ends with a checkpoint."""
+        """Whether to save after step `step` of `last`."""
         every = self.config.every_steps
         if self.is_off:
             return False
         return step == last or (every > 0 and step % every == 0) or minutes_are_over or is_best
 
     def note_best(self, row: dict[str, Any], progress: RunProgress) -> bool:
-        """Whether this step is the best so far by the metric of `keep_best`; then it is remembered.
+        """Whether this step is the best so far by the metric of `keep_best`; if so, it is recorded.
 
         Raises:
-            UserError: where a row with an evaluation lacks the metric.
+            UserError: if a row with an evaluation lacks the metric.
         """
         name = self.config.keep_best
         if name is None:
@@ -73,21 +73,21 @@ class Retention:
         return True
 
     def failed(self, progress: RunProgress) -> None:
-        """A checkpoint could not be written, so it cannot be the best one."""
+        """A checkpoint could not be written: restore the previous best."""
         if self.state.get(BEST, {}).get("checkpoint") == progress.folder:
             del self.state[BEST]
             if self._best_before is not None:
                 self.state[BEST] = self._best_before
 
     def saved(self, run_dir: Path, writes: bool) -> None:
-        """A checkpoint was written: older ones that need not stay are deleted, on the rank that writes."""
+        """A checkpoint was written: delete those not kept, on the rank that writes."""
         self.saved_at = time.monotonic()
         if not writes or self.config.keep_last == 0:
             return
         best = self.state.get(BEST, {}).get("checkpoint") if self.config.keep_best else None
         for path in checkpoints(run_dir)[: -self.config.keep_last]:
             if path.name != best:
-                # Off its name first: a deletion that is cut must not look like a damaged checkpoint.
+                # Renamed first: an interrupted deletion must not look like a damaged checkpoint.
                 path.rename(path.with_name(path.name + REMOVED))
         for path in (run_dir / "checkpoints").glob("*" + REMOVED):
             shutil.rmtree(path)

@@ -1,10 +1,9 @@
-"""Checkpoints of a run: weights, optimizer and progress, visible under their name only when complete.
+"""Saves checkpoints of a run: weights, optimizer and progress, renamed into place when complete.
 
-Megatron's `dist_checkpointing` writes them so that any parallel layout can read them back, the
-distributed optimizer's state included.  Random numbers, prompt order and learning rate are functions
-of (seed, step), so besides the tensors the state is the step, what estimators remember (`extra`) and
-the recipe.  A manifest of checksums is written last: a folder without it, or that differs from it, is
-damaged.
+Megatron's `dist_checkpointing` format can be loaded under any parallel layout, including the distributed
+optimizer's state.  Random numbers, prompt order and learning rate are functions of (seed, step), so
+besides tensors the state is the step, the estimators' state (`extra`) and the recipe.  A manifest of
+checksums is written last: a folder that lacks it or differs from it is damaged.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ import torch
 from megatron.core import dist_checkpointing
 
 from opo_megatron import __version__
-from opo_megatron.checkpoint.contents import model_of, named_failures, optimizer_of, sharded_state
+from opo_megatron.checkpoint.contents import model_of, optimizer_of, sharded_state, wrapped_errors
 from opo_megatron.checkpoint.manifest import Entries, entries_of, write_manifest, written_by
 from opo_megatron.checkpoint.progress import CONFIG_FILE, STATE_FILE, RunProgress
 from opo_megatron.checkpoint.writer import (
     AsyncWriter,
     SyncWriter,
     Writer,
-    Written,
+    WriteResult,
     give_results_to_megatron,
     keep_results_in_memory,
 )
@@ -44,7 +43,7 @@ keep_results_in_memory()
 
 
 class PendingCheckpoint:
-    """A checkpoint on its way to `<run.dir>/checkpoints/<progress>`, of the state of this moment."""
+    """A checkpoint of the current state being written to `<run.dir>/checkpoints/<progress>`."""
 
     def __init__(
         self,
@@ -54,92 +53,90 @@ class PendingCheckpoint:
         extra: dict[str, Any] | None = None,
         in_background: bool = False,
     ) -> None:
-        """Take the state and begin; a collective of all ranks.
+        """Snapshot the state and start writing; a collective of all ranks.
 
         Args:
-            extra: what estimators remember, name → JSON value.
-            in_background: write in a process of its own while training goes on.
+            extra: the estimators' state, name → JSON value.
+            in_background: write in a separate process while training continues.
 
         Raises:
-            SaveError: on all ranks where one cannot write; what was there before stays as it is.
+            SaveError: on all ranks if one cannot write; earlier checkpoints are unchanged.
         """
         self.parallel, self.progress = policy.parallel, progress
         self.final = Path(config.run.dir) / "checkpoints" / progress.folder
         self._partial = self.final.with_name(self.final.name + ".partial")
         state = _state_of(policy, config, progress) | {"extra": extra or {}}
-        state_text = json.dumps(state, indent=2) + "\n"  # now: `extra` goes on
+        state_text = json.dumps(state, indent=2) + "\n"  # now, since `extra` changes later
 
         def texts() -> dict[str, str]:
             if self.parallel.rank > 0:
                 return {}
-            return {STATE_FILE: state_text, CONFIG_FILE: to_yaml(config)}  # which takes half a second
+            return {STATE_FILE: state_text, CONFIG_FILE: to_yaml(config)}  # to_yaml takes half a second
 
         self._writer: Writer | None = None
-        with self._removed_if_it_fails():
-            _together(self.parallel, self.final, self._make_room)
-            with self._failures_named(), _without_checksums_of_torch():
+        with self._removed_on_failure():
+            _run_collectively(self.parallel, self.final, self._prepare_folder)
+            with self._wrapped_errors(), _without_torch_checksums():
                 self._request = dist_checkpointing.save(
                     sharded_state(policy, is_loading=False), str(self._partial), async_sharded_save=True
                 )
                 writer = AsyncWriter if in_background else SyncWriter
-                place = (self._partial, self.parallel.rank, self.parallel.world_size)
-                self._writer = writer(self._request, texts, *place)
+                location = (self._partial, self.parallel.rank, self.parallel.world_size)
+                self._writer = writer(self._request, texts, *location)
 
     def is_written(self) -> bool:
-        """Whether this rank's part is, so that `complete` takes no time."""
+        """Whether this rank's part is written, so that `complete` does not wait for it."""
         return self._writer is not None and self._writer.is_done()
 
     def complete(self) -> None:
-        """Wait until all is written, and give the checkpoint its name; a collective of all ranks.
+        """Wait until everything is written and rename the checkpoint into place; a collective of all ranks.
 
         Raises:
             SaveError: as above.
         """
         assert self._writer is not None
-        with self._removed_if_it_fails():
-            with _without_checksums_of_torch():
+        with self._removed_on_failure():
+            with _without_torch_checksums():
                 written = self._writer.wait()
-            _together(self.parallel, self.final, lambda: _raise_if_failed(written))
-            with self._failures_named():
+            _run_collectively(self.parallel, self.final, lambda: _raise_if_failed(written))
+            with self._wrapped_errors():
                 give_results_to_megatron(written)
                 for finalize in self._request.finalize_fns:
                     finalize()
-            parts = _together(self.parallel, self.final, lambda: self._finish(written.entries))
-            _together(self.parallel, self.final, lambda: self._name(parts))
+            parts = _run_collectively(self.parallel, self.final, lambda: self._finish(written.entries))
+            _run_collectively(self.parallel, self.final, lambda: self._publish(parts))
 
     def cancel(self) -> None:
-        """Give it up."""
+        """Stop writing."""
         if self._writer is not None:
             self._writer.cancel()
 
-    def _make_room(self) -> None:
+    def _prepare_folder(self) -> None:
         if self.parallel.rank == 0:
-            for partial in self.final.parent.glob("*.partial"):  # left by attempts that were killed
+            for partial in self.final.parent.glob("*.partial"):  # left by killed attempts
                 shutil.rmtree(partial)
             self._partial.mkdir(parents=True)
 
     def _finish(self, entries: Entries) -> Entries:
-        """The entries of all that this rank has written, Megatron's metadata included."""
+        """The entries of all files that this rank wrote, including Megatron's metadata."""
         own = written_by(self._partial, self.parallel.rank, self.parallel.world_size)
         return entries | entries_of(self._partial, [name for name in own if name not in entries])
 
-    def _name(self, parts: list[Entries]) -> None:
+    def _publish(self, parts: list[Entries]) -> None:
         if self.parallel.rank == 0:
             write_manifest(self._partial, {name: entry for part in parts for name, entry in part.items()})
             os.replace(self._partial, self.final)
 
-    def _failures_named(self) -> AbstractContextManager[None]:
-        return named_failures(
-            f"the checkpoint {self.final} cannot be written", "give the disk space", SaveError
-        )
+    def _wrapped_errors(self) -> AbstractContextManager[None]:
+        return wrapped_errors(f"the checkpoint {self.final} cannot be written", "free disk space", SaveError)
 
     @contextmanager
-    def _removed_if_it_fails(self) -> Iterator[None]:
+    def _removed_on_failure(self) -> Iterator[None]:
         try:
             yield
         except SaveError:
             self.cancel()
-            if self.parallel.rank == 0:  # what there is of it would fill the disk
+            if self.parallel.rank == 0:  # a partial checkpoint would fill the disk
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise
 
@@ -149,14 +146,14 @@ def save(policy: Policy, config: Config, progress: RunProgress, extra: dict[str,
     PendingCheckpoint(policy, config, progress, extra).complete()
 
 
-def _raise_if_failed(written: Written) -> None:
-    """What Megatron would not be told of where a rank has no tensors to write."""
+def _raise_if_failed(written: WriteResult) -> None:
+    """Raise an OSError of the writer, which Megatron does not see on a rank without tensors to write."""
     if isinstance(written.results, OSError):
         raise written.results
 
 
-def _together(parallel: Parallel, final: Path, work: Callable[[], T]) -> list[T]:
-    """What each rank's `work` returns, by rank; where one cannot write, all are told."""
+def _run_collectively(parallel: Parallel, final: Path, work: Callable[[], T]) -> list[T]:
+    """Run `work` on all ranks; returns all results in rank order, or raises SaveError on all ranks."""
     result, failure = None, None
     try:
         result = work()
@@ -165,13 +162,13 @@ def _together(parallel: Parallel, final: Path, work: Callable[[], T]) -> list[T]
     gathered = all_gather_objects(parallel, (result, failure))
     for _, reason in gathered:
         if reason is not None:
-            raise SaveError(f"the checkpoint {final} cannot be written ({reason}); give the disk space")
+            raise SaveError(f"the checkpoint {final} cannot be written ({reason}); free disk space")
     return [value for value, _ in gathered]
 
 
 @contextmanager
-def _without_checksums_of_torch() -> Iterator[None]:
-    """They cost as much as writing, are not asked for when loading, and the manifest has its own."""
+def _without_torch_checksums() -> Iterator[None]:
+    """Disable torch's checksums, which cost as much as writing and are not verified at loading."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

@@ -1,10 +1,9 @@
-"""The weights in a Megatron checkpoint, tensor by tensor: written without a model, read from any layout.
+"""The weights of a Megatron checkpoint: written tensor by tensor, read from any parallel layout.
 
-Megatron's own calls save a model that is in memory and load into one.  Conversion needs neither: the
-model is built on the meta device, where it has shapes but no bytes; its `sharded_state_dict` says what
-the checkpoint holds of each parameter; bytes pass through one tensor at a time.  What is written is an
-ordinary `dist_checkpointing` folder, and a run's checkpoint can be read, of which the optimizer's part
-is left alone.
+Megatron saves and loads models in memory.  Conversion builds the model on the meta device, with shapes but
+no data; its `sharded_state_dict` describes the checkpoint's tensors, which are converted one at a time.
+The written folder is a regular `dist_checkpointing` folder.  Checkpoints of runs can be read too; their
+optimizer state is ignored.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from opo_megatron.weights.param_mapping import Parameter
 from opo_megatron.weights.safetensors_file import write_bytes
 
 WEIGHTS_FILE = "opo_weights.json"
-"""Marks a folder that holds weights and no run."""
+"""Marks a folder with weights only, not of a run."""
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 Read = Callable[[Parameter], Tensor]
@@ -58,14 +57,14 @@ def holds_weights(folder: Path) -> bool:
 
 
 class _ShapesOnly(GPTModel):  # type: ignore[misc]
-    """A model on the meta device: stages that share an embedding have no values to agree on."""
+    """A model on the meta device: no embedding to synchronize between pipeline stages."""
 
     def _is_in_embd_group(self) -> bool:
         return False
 
 
 def build_meta_chunks(policy: PolicyConfig, vocab_size: int, parallel: Parallel) -> list[GPTModel]:
-    """This rank's chunks with shapes and no bytes."""
+    """This rank's model chunks, with shapes but no data."""
     with torch.device("meta"):
         return build_chunks(
             policy, vocab_size, parallel.pp_rank, parallel.dp_size, parallel.device, _ShapesOnly
@@ -78,7 +77,7 @@ def build_meta_chunks(policy: PolicyConfig, vocab_size: int, parallel: Parallel)
 def save_weights(
     folder: Path,
     chunks: Sequence[GPTModel],
-    table: Sequence[Parameter],
+    mapping: Sequence[Parameter],
     parallel: Parallel,
     read: Read,
     dtype_of: DtypeOf,
@@ -87,11 +86,11 @@ def save_weights(
 
     Args:
         chunks: on the meta device.
-        read: this rank's shard of one of its parameters, called once for each that this rank writes
-            (twice in a row for gate and up, which the checkpoint holds apart).
+        read: returns this rank's shard of a parameter; called once per parameter that this rank writes
+            (twice in a row for gate and up, which the checkpoint stores separately).
     """
     parameters = {}
-    for parameter in table:
+    for parameter in mapping:
         if parameter.stage == parallel.pp_rank:
             weight = chunks[parameter.chunk].get_parameter(parameter.mcore_name)
             weight.data = weight.data.to(dtype_of(parameter))
@@ -99,11 +98,11 @@ def save_weights(
     state = {f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)}
     sums = torch.serialization.get_crc32_options()
     try:
-        # Checksums take as long as writing; torch.load does not ask for them, nor has safetensors any.
+        # Checksums take as long as writing, and torch.load does not verify them.
         torch.serialization.set_crc32_options(False)
         dist_checkpointing.save(state, str(folder), _LazyStrategy(parameters, read))
     except torch_checkpoint.api.CheckpointException as error:
-        # Not an Exception in torch, and the failure of one rank is raised on all.
+        # Not a subclass of Exception; the failure of one rank is raised on all.
         first = next(iter(error.failures.values()))[0]
         raise first from None
     finally:
@@ -114,12 +113,12 @@ def save_weights(
 
 
 def _storage(tensor: Tensor) -> int:
-    """Tells apart the storages of meta tensors, which have no address."""
+    """Identifies the storage of a meta tensor, which has no address."""
     return int(tensor.untyped_storage()._cdata)
 
 
 class _LazyStrategy(SaveShardedStrategy):  # type: ignore[misc]
-    """Megatron's `torch_dist` format, with tensors that are read when they are written."""
+    """Megatron's `torch_dist` format, reading each tensor when it is written."""
 
     def __init__(self, parameters: dict[int, Parameter], read: Read) -> None:
         super().__init__("torch_dist", 1)
@@ -128,13 +127,13 @@ class _LazyStrategy(SaveShardedStrategy):  # type: ignore[misc]
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        planner = _LazyPlanner(self._bytes_of, dedup_replicated_tensors=False, flatten_state_dict=False)
+        planner = _LazyPlanner(self._data_of, dedup_replicated_tensors=False, flatten_state_dict=False)
         torch_checkpoint.save(
-            mcore_to_pyt_state_dict(state), storage_writer=_LeanWriter(checkpoint_dir), planner=planner
+            mcore_to_pyt_state_dict(state), storage_writer=_StreamingWriter(checkpoint_dir), planner=planner
         )
 
-    def _bytes_of(self, view: Tensor) -> Tensor:
-        """The tensor that a view of a parameter on the meta device stands for."""
+    def _data_of(self, view: Tensor) -> Tensor:
+        """The data of a view of a parameter on the meta device."""
         key = _storage(view)
         if self._latest is None or self._latest[0] != key:
             self._latest = None  # freed before the next one is read
@@ -151,16 +150,16 @@ class _LazyStrategy(SaveShardedStrategy):  # type: ignore[misc]
 
 
 class _LazyPlanner(MCoreSavePlanner):  # type: ignore[misc]
-    def __init__(self, bytes_of: Callable[[Tensor], Tensor], **kwargs: Any) -> None:
+    def __init__(self, data_of: Callable[[Tensor], Tensor], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._bytes_of = bytes_of
+        self._data_of = data_of
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-        return self._bytes_of(object) if isinstance(object, Tensor) else object
+        return self._data_of(object) if isinstance(object, Tensor) else object
 
 
-class _LeanWriter(FileSystemWriter):
-    """torch's writer, less its references to every tensor that it has written; reads while it writes."""
+class _StreamingWriter(FileSystemWriter):
+    """torch's writer without its references to written tensors; reads the next tensor while writing."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path, single_file_per_rank=True, sync_files=True, thread_count=1)
@@ -172,7 +171,7 @@ class _LeanWriter(FileSystemWriter):
             with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
                 stream, pending = _Stream(file), None
                 for item in items:
-                    data = planner.resolve_data(item)  # while the one before is being written
+                    data = planner.resolve_data(item)  # while the previous one is being written
                     if pending is not None:
                         results.append(pending.result())
                     pending = pool.submit(self._write, stream, item, key, data)
@@ -186,17 +185,17 @@ class _LeanWriter(FileSystemWriter):
 
     def _write(self, stream: _Stream, item: WriteItem, key: str, data: Any) -> Any:
         if isinstance(data, Tensor):
-            # torch.save writes whole storages: one of its own, over the same memory.
+            # torch.save writes whole storages: alias the memory with a storage of the exact size.
             alias = torch.from_numpy(data.reshape(-1).view(torch.uint8).numpy())
             data = alias.view(data.dtype).view(data.shape)
         try:
             return _write_item(self.transforms, stream, data, item, key, SerializationFormat.TORCH_SAVE)
-        except RuntimeError:  # by which torch.save covers the error of the stream
+        except RuntimeError:  # torch.save hides the stream's error
             raise stream.error or RuntimeError(f"{key} cannot be written") from None
 
 
 class _Stream(io.RawIOBase):
-    """A file that remembers why it could not be written."""
+    """A file that keeps its write error."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -225,15 +224,15 @@ class CheckpointShards:
     """This rank's shards of the weights in a checkpoint of any layout (a `Shards` of the weight stream)."""
 
     def __init__(
-        self, folder: Path, chunks: Sequence[GPTModel], table: Sequence[Parameter], parallel: Parallel
+        self, folder: Path, chunks: Sequence[GPTModel], mapping: Sequence[Parameter], parallel: Parallel
     ) -> None:
-        """Look up all of this rank's parameters, and agree on types; a collective of all ranks.
+        """Check all of this rank's parameters and exchange their types; a collective of all ranks.
 
         Args:
-            chunks: of this rank, on any device: only their shapes count.
+            chunks: of this rank, on any device: only their shapes are used.
 
         Raises:
-            UserError: when the checkpoint is not one, or of another model.
+            UserError: when `folder` is not a checkpoint, or one of another model.
         """
         self._folder, self._reader = folder, FileSystemReader(folder)
         try:
@@ -247,7 +246,7 @@ class CheckpointShards:
         }
         self._entries = [chunk.sharded_state_dict(metadata=dict(METADATA)) for chunk in chunks]
         own = {}
-        for parameter in table:
+        for parameter in mapping:
             if parameter.stage == parallel.pp_rank:
                 stored = [self._check(parameter, shard) for shard in self._shards(parameter)]
                 own[parameter.tensors] = stored[0].properties.dtype
@@ -268,7 +267,7 @@ class CheckpointShards:
         return merged
 
     def _shards(self, parameter: Parameter) -> list[ShardedTensor]:
-        """The tensors of the checkpoint that make a parameter: one, or gate and up."""
+        """The checkpoint's tensors of a parameter: one, or gate and up."""
         entry = self._entries[parameter.chunk][parameter.mcore_name]
         return list(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
 
@@ -277,7 +276,7 @@ class CheckpointShards:
         if stored is None:
             raise UserError(f"the checkpoint {self._folder} lacks {shard.key}, so it is of another model")
         size = tuple(stored.size)
-        # A vocabulary may have been padded for another layout.
+        # The vocabulary may be padded for another parallel layout.
         matches = size == tuple(shard.global_shape)
         if not matches and not (shard.allow_shape_mismatch and size[1:] == tuple(shard.global_shape)[1:]):
             raise UserError(
@@ -292,14 +291,14 @@ class CheckpointShards:
         parts = self._parts(shard.key)
         if parts.get(offset) == shape:
             return self._load(shard.key, offset).reshape(shard.local_shape)
-        found = torch.zeros(shape, dtype=self._stored[shard.key].properties.dtype)
+        result = torch.zeros(shape, dtype=self._stored[shard.key].properties.dtype)
         for begin, size in parts.items():
-            ours, theirs = _overlap(offset, shape, begin, size)
-            if all(part.start < part.stop for part in ours):
-                found[ours] = self._load(shard.key, begin)[theirs]
-        return found.reshape(shard.local_shape)
+            target, source = _overlap(offset, shape, begin, size)
+            if all(part.start < part.stop for part in target):
+                result[target] = self._load(shard.key, begin)[source]
+        return result.reshape(shard.local_shape)
 
-    @cache  # noqa: B019  # as long-lived as the object, of which there is one
+    @cache  # noqa: B019  # keeps the object alive, of which there is one
     def _parts(self, key: str) -> dict[tuple[int, ...], tuple[int, ...]]:
         """Offset → shape of every stored part of a tensor."""
         return {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in self._stored[key].chunks}
@@ -314,10 +313,10 @@ class CheckpointShards:
 def _overlap(
     offset: tuple[int, ...], shape: tuple[int, ...], begin: tuple[int, ...], size: tuple[int, ...]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Where two boxes meet, in the coordinates of each."""
-    ours, theirs = [], []
+    """The intersection of two boxes, in the coordinates of each."""
+    first, second = [], []
     for o, n, b, s in zip(offset, shape, begin, size, strict=True):
         low, high = max(o, b), min(o + n, b + s)
-        ours.append(slice(low - o, high - o))
-        theirs.append(slice(low - b, high - b))
-    return tuple(ours), tuple(theirs)
+        first.append(slice(low - o, high - o))
+        second.append(slice(low - b, high - b))
+    return tuple(first), tuple(second)

@@ -1,9 +1,9 @@
-"""Writes this rank's part of a checkpoint, here and now or in a process beside the training.
+"""Writes this rank's part of a checkpoint, synchronously or in a background process.
 
-A forked process has the memory of this moment: what the training overwrites later is copied by the
-kernel, page by page, so tensors on a CPU need no copy of their own.  Those on a GPU are copied to the
-host before.  The process writes, reads back for the checksums, and dies with its rank; so do the processes
-in which Megatron writes, which would wait for ever for a queue that was torn.
+A forked process has a snapshot of memory: pages that training overwrites are copied by the kernel, so CPU
+tensors need no explicit copy.  GPU tensors are copied to the host first.  The process writes, reads back
+for the checksums, and dies with its rank; so do Megatron's writer processes, which would wait forever for a
+broken queue.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from opo_megatron.checkpoint.manifest import Entries, entries_of, written_by
 from opo_megatron.distributed.launch import die_with_parent
 
 NICENESS = 10
-"""Training goes first where there are more processes than cores."""
+"""Gives training priority if there are more processes than cores."""
 
 
-_bind_forked: Callable[[], None] | None = None
-"""What a process that is forked now does first."""
+_on_fork: Callable[[], None] | None = None
+"""Called first in a newly forked process."""
 
 
-def _forked() -> None:
-    if _bind_forked is not None:
-        _bind_forked()
+def _call_on_fork() -> None:
+    if _on_fork is not None:
+        _on_fork()
 
 
-os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(after_in_child=_call_on_fork)
 
 
 @contextmanager
 def _forks_die_with_this_process() -> Iterator[None]:
-    global _bind_forked
-    _bind_forked = die_with_parent()
+    global _on_fork
+    _on_fork = die_with_parent()
     try:
         yield
     finally:
-        _bind_forked = None
+        _on_fork = None
 
 
-class Written(NamedTuple):
-    """What one rank has written."""
+class WriteResult(NamedTuple):
+    """The outcome on one rank."""
 
     results: Any
-    """For Megatron's metadata; an Exception where it failed, None where there was nothing to write."""
+    """For Megatron's metadata; an Exception if writing failed, None if there was nothing to write."""
     entries: Entries
 
 
 Texts = Callable[[], dict[str, str]]
-"""Small files that this rank writes besides, by name."""
+"""Returns additional small text files of this rank, name → content."""
 
 
 class Writer(Protocol):
@@ -67,13 +67,13 @@ class Writer(Protocol):
         """Whether `wait` returns at once."""
         ...
 
-    def wait(self) -> Written: ...
+    def wait(self) -> WriteResult: ...
 
     def cancel(self) -> None: ...
 
 
 class SyncWriter:
-    """Has written when it is made."""
+    """Writes in its constructor."""
 
     def __init__(self, request: AsyncRequest, texts: Texts, folder: Path, rank: int, world_size: int) -> None:
         self._written = _write(request, _on_host(request), texts, folder, rank, world_size)
@@ -81,21 +81,21 @@ class SyncWriter:
     def is_done(self) -> bool:
         return True
 
-    def wait(self) -> Written:
+    def wait(self) -> WriteResult:
         return self._written
 
     def cancel(self) -> None: ...
 
 
 class AsyncWriter:
-    """A process that has begun to write."""
+    """Writes in a background process."""
 
     def __init__(self, request: AsyncRequest, texts: Texts, folder: Path, rank: int, world_size: int) -> None:
         context = multiprocessing.get_context("fork")
         self._receiver, sender = context.Pipe(duplex=False)
-        arguments = (request, _on_host(request), texts, folder, rank, world_size)
+        args = (request, _on_host(request), texts, folder, rank, world_size)
         self._process = context.Process(
-            target=_write_and_send, args=(die_with_parent(), sender, *arguments), name="checkpoint writer"
+            target=_write_and_send, args=(die_with_parent(), sender, *args), name="checkpoint writer"
         )
         self._process.start()
         sender.close()
@@ -103,13 +103,13 @@ class AsyncWriter:
     def is_done(self) -> bool:
         return self._receiver.poll()
 
-    def wait(self) -> Written:
+    def wait(self) -> WriteResult:
         try:
-            written: Written = self._receiver.recv()
+            written: WriteResult = self._receiver.recv()
         except EOFError:
             self._process.join()
-            error = RuntimeError(f"the process that writes it ended with code {self._process.exitcode}")
-            return Written(error, {})
+            error = RuntimeError(f"its writer process ended with code {self._process.exitcode}")
+            return WriteResult(error, {})
         self._process.join()
         return written
 
@@ -119,13 +119,16 @@ class AsyncWriter:
 
 
 def keep_results_in_memory() -> None:
-    """Megatron's queue of write results is served by a process that outlives a rank that is killed, and
-    keeps its pipes open.  Results come by a pipe here, or from the same process, so memory is enough."""
+    """Replace Megatron's queue of write results by one in memory.
+
+    Megatron's is served by a process that outlives a killed rank and keeps its pipes open.  Here results
+    come from this process or through a pipe.
+    """
     filesystem_async._results_queue = SimpleQueue()
 
 
-def give_results_to_megatron(written: Written) -> None:
-    """Give Megatron the results that it will ask for."""
+def give_results_to_megatron(written: WriteResult) -> None:
+    """Put the results where Megatron reads them."""
     if written.results is not None:
         filesystem_async._results_queue.put(written.results)
 
@@ -136,27 +139,27 @@ def _on_host(request: AsyncRequest) -> Any:
 
 def _write(
     request: AsyncRequest, buckets: Any, texts: Texts, folder: Path, rank: int, world_size: int
-) -> Written:
+) -> WriteResult:
     results = None
     if request.async_fn is not None:
-        found: SimpleQueue[Any] = SimpleQueue()
+        queue: SimpleQueue[Any] = SimpleQueue()
         with _forks_die_with_this_process():
-            request.async_fn(request.async_fn_args[0], buckets, found)
-        results = found.get_nowait()
+            request.async_fn(request.async_fn_args[0], buckets, queue)
+        results = queue.get_nowait()
     if isinstance(results, Exception):
-        return Written(results, {})
+        return WriteResult(results, {})
     try:
         for name, text in texts().items():
             (folder / name).write_text(text)
-        return Written(results, entries_of(folder, written_by(folder, rank, world_size)))
+        return WriteResult(results, entries_of(folder, written_by(folder, rank, world_size)))
     except OSError as error:
-        return Written(error, {})
+        return WriteResult(error, {})
 
 
-def _write_and_send(bind: Any, sender: Connection, *arguments: Any) -> None:
-    if bind is not None:
-        bind()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # they are the rank's to answer
+def _write_and_send(on_start: Any, sender: Connection, *args: Any) -> None:
+    if on_start is not None:
+        on_start()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # the rank handles these
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICENESS)
-    sender.send(_write(*arguments))
+    sender.send(_write(*args))

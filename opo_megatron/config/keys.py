@@ -43,17 +43,17 @@ def describe_type(hint: Any) -> str:
     return _WORDS.get(hint, "a mapping")
 
 
-def nearest(key: str, known: Iterable[str]) -> str | None:
+def nearest(key: str, keys: Iterable[str]) -> str | None:
     """The key that was probably meant: one with the same last part, else the most similar."""
-    candidates = list(known)
+    candidates = list(keys)
     leaf = key.rpartition(".")[2]
     misplaced = [candidate for candidate in candidates if candidate.rpartition(".")[2] == leaf]
     close = difflib.get_close_matches(key, misplaced or candidates, n=1, cutoff=0.0 if misplaced else 0.6)
     return close[0] if close else None
 
 
-def unknown(key: str, known: Iterable[str]) -> str:
+def unknown(key: str, keys: Iterable[str]) -> str:
     """The error message for a key that does not exist."""
-    guess = nearest(key, known)
+    guess = nearest(key, keys)
     remedy = f"did you mean '{guess}'?" if guess else "`opo config RECIPE` prints every key"
     return f"unknown key '{key}'; {remedy}"

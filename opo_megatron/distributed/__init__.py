@@ -1,3 +1,3 @@
-"""Process groups, the CPU backend, and the launcher of ranks."""
+"""Process groups, the CPU backend of Megatron-Core, and the rank launcher."""
 
 import opo_megatron.utils.quiet_megatron  # noqa: F401  before Megatron is imported

@@ -1,11 +1,11 @@
-"""Megatron-Core 0.16 on a machine without CUDA: one call, `install("cpu")`, before any Megatron object.
+"""Megatron-Core 0.16 without CUDA: call `install("cpu")` once, before creating any Megatron object.
 
-Megatron's library half is device-neutral but for four things, all of which can only raise where
-there is no CUDA device: "the current device" and its streams, the device's random state, string
-literals such as `device="cuda"`, and two helpers of its MoE layer.  `install` replaces exactly
-those.  What Megatron computes stays as it is, and with a CUDA policy nothing is patched.
+`megatron.core` is device-neutral except for four things that fail without a CUDA device: the current
+device and its streams, the device's random state, string literals such as `device="cuda"`, and two
+helpers of its MoE layer.  `install` replaces exactly those and leaves all computation unchanged.  With
+a CUDA policy nothing is patched.
 
-String literals cannot be reached from outside a function, so the constants of the compiled
+String literals cannot be patched from outside a function, so the constants of the compiled
 functions are rewritten in the modules of `LITERAL_MODULES`.  `tests/distributed/test_cpu_backend.py` scans
 Megatron's source and fails when a new version names CUDA where this file does not look.
 
@@ -35,7 +35,7 @@ LITERAL_MODULES = (
     "megatron.core.transformer.utils",
     "megatron.core.utils",
 )
-"""Modules on the project's path whose functions name CUDA in a string."""
+"""Modules in use whose functions name CUDA in a string literal."""
 
 PATCHED_CUDA_NAMES = frozenset(
     {
@@ -57,7 +57,7 @@ _installed: str | None = None
 
 
 class _NoStream:
-    """Stands for CUDA streams and events where there is a single queue: everything is in order."""
+    """Replaces CUDA streams and events: on a CPU all operations run in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -81,10 +81,10 @@ class _NoStream:
 
 
 def install(device: Literal["cpu", "meta"]) -> None:
-    """Make Megatron-Core's CUDA names mean `device` in this process, for good.
+    """Map Megatron-Core's CUDA names to `device` for the rest of this process.
 
     Raises:
-        RuntimeError: when the process already uses another device.
+        RuntimeError: when another device is installed already.
     """
     global _installed
     if _installed is not None:
@@ -95,8 +95,8 @@ def install(device: Literal["cpu", "meta"]) -> None:
     _replace_device(torch.device(device))
     _replace_streams()
     _replace_random_state()
-    _mend_moe()
-    # Megatron decorates small functions with torch.compile, which would start a C++ compiler here.
+    _patch_moe()
+    # Megatron decorates small functions with torch.compile, which would start a C++ compiler on a CPU.
     torch.compiler.set_stance("force_eager")
     literals = literal_map(device)
     for name in LITERAL_MODULES:
@@ -104,29 +104,29 @@ def install(device: Literal["cpu", "meta"]) -> None:
 
 
 def literal_map(device: str) -> dict[str, str]:
-    """Strings of Megatron's source that name CUDA → what they become."""
+    """Megatron's string literals that name CUDA → their replacements."""
     prefix = "torch." if device == "cpu" else f"torch.{device}."
     kinds = ("FloatTensor", "HalfTensor", "BFloat16Tensor")
     return {"cuda": device, **{f"torch.cuda.{kind}": prefix + kind for kind in kinds}}
 
 
 def _replace_device(device: torch.device) -> None:
-    def moved(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def to_device(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.to(device)
 
     _set(torch.cuda, "current_device", lambda: device)
     _set(torch.cuda, "synchronize", lambda device=None: None)
-    _set(torch.Tensor, "cuda", moved)
-    _set(torch.nn.Module, "cuda", moved)
+    _set(torch.Tensor, "cuda", to_device)
+    _set(torch.nn.Module, "cuda", to_device)
 
 
 def _replace_streams() -> None:
-    only = _NoStream()
+    null_stream = _NoStream()
     _set(torch.cuda, "Stream", _NoStream)
     _set(torch.cuda, "Event", _NoStream)
-    _set(torch.cuda, "current_stream", lambda device=None: only)
-    _set(torch.cuda, "default_stream", lambda device=None: only)
-    _set(torch.cuda, "stream", lambda stream: only)
+    _set(torch.cuda, "current_stream", lambda device=None: null_stream)
+    _set(torch.cuda, "default_stream", lambda device=None: null_stream)
+    _set(torch.cuda, "stream", lambda stream: null_stream)
     _set(torch.Tensor, "record_stream", lambda self, stream: None)
 
 
@@ -144,21 +144,21 @@ def _replace_random_state() -> None:
     _set(torch.cuda, "manual_seed", torch.manual_seed)
     _set(megatron_random, "_get_cuda_rng_state", get_state)
     _set(megatron_random, "_set_cuda_rng_state", set_state)
-    # With one generator for both, Megatron's check that the CPU's state stood still always speaks up.
+    # CPU and device share one generator, so Megatron's check of an unchanged CPU state always warns.
     logging.getLogger(megatron_random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
 
 
-def _mend_moe() -> None:
+def _patch_moe() -> None:
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
-    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 forgets to define it without TE
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 does not define it without Transformer Engine
         _set(moe_utils, "te_general_gemm", None)
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        # Upstream converts only tensors that are on CUDA; all_to_all wants host lists on any device.
+        # Megatron converts only CUDA tensors, but all_to_all needs host arrays on any device.
         return tensor.detach().cpu().numpy() if torch.is_tensor(tensor) and as_numpy else tensor
 
     _set(moe_utils, "maybe_move_tensor_to_cpu", to_host)
@@ -175,8 +175,8 @@ def _rewrite_module(module: types.ModuleType, literals: dict[str, str]) -> None:
 
 
 def module_functions(module: types.ModuleType) -> list[types.FunctionType]:
-    """All functions and methods that `module` itself defines, decorators taken off."""
-    found: dict[int, types.FunctionType] = {}
+    """All functions and methods that `module` itself defines, without decorators."""
+    functions: dict[int, types.FunctionType] = {}
 
     def visit(value: Any) -> None:
         if isinstance(value, (classmethod, staticmethod)):
@@ -192,11 +192,11 @@ def module_functions(module: types.ModuleType) -> list[types.FunctionType]:
         elif callable(value):
             bare: Callable[..., Any] = inspect.unwrap(value)
             if isinstance(bare, types.FunctionType) and bare.__module__ == module.__name__:
-                found[id(bare)] = bare
+                functions[id(bare)] = bare
 
     for value in list(vars(module).values()):
         visit(value)
-    return list(found.values())
+    return list(functions.values())
 
 
 def _rewrite_code(code: types.CodeType, literals: dict[str, str]) -> types.CodeType:

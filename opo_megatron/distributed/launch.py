@@ -1,9 +1,9 @@
-"""Starts the ranks of a run on this machine as child processes, and ends them together.
+"""Launches the ranks of a run on this machine as child processes and stops them together.
 
-A plain parent, no elastic agent: it sets the variables that `torch.distributed` reads, passes on
-SIGTERM, SIGUSR1 and SIGINT, and waits.  When one rank fails, the others would wait for it in a
-collective, so they are ended; a second SIGINT ends them all.  Ranks on several machines are started
-by torchrun instead.
+A plain parent process, without an elastic agent: it sets the environment variables of
+`torch.distributed`, forwards SIGTERM, SIGUSR1 and SIGINT, and waits.  When one rank fails, the others
+would hang in a collective, so they are stopped; a second SIGINT stops all ranks.  For several machines
+use torchrun.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from types import FrameType
 from opo_megatron.errors import EXIT_PREEMPTED
 
 CHILD = "OPO_CHILD"
-"""Set in a process that `run_ranks` started."""
+"""Environment variable set in the processes that `run_ranks` starts."""
 ERROR_CLAIM = "OPO_ERROR_CLAIM"
-"""Path of a file: the rank that creates it prints its user error, the others keep silent."""
+"""Environment variable with the path of a file; only the rank that creates it prints its user error."""
 
 GRACE_SECONDS = 10.0
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -42,9 +42,9 @@ def run_ranks(command: list[str], nproc: int, threads_per_rank: int = 1) -> int:
 
     Returns:
         0 if every rank returned 0, else the exit code of the first that failed; 128 + n for a rank
-        that signal n ended.
+        killed by signal n.
 
-    Must be called from the main thread, the only one that may handle signals.
+    Call from the main thread, the only one that can handle signals.
     """
     ranks: Ranks = []
     with tempfile.TemporaryDirectory(prefix="opo-") as folder:
@@ -55,13 +55,13 @@ def run_ranks(command: list[str], nproc: int, threads_per_rank: int = 1) -> int:
             with _forwarding(ranks) as forwarded:
                 return _wait(ranks, forwarded)
         finally:
-            end_ranks(ranks)
+            stop_ranks(ranks)
 
 
-def end_ranks(ranks: Ranks, grace_seconds: float = GRACE_SECONDS) -> None:
-    """SIGTERM to each rank that still runs, by its process id, and SIGKILL to those that stay."""
+def stop_ranks(ranks: Ranks, grace_seconds: float = GRACE_SECONDS) -> None:
+    """Send SIGTERM to each running rank, and SIGKILL to those that outlive the grace period."""
     for process in ranks:
-        process.terminate()  # does nothing to a process that has ended
+        process.terminate()  # no effect on a finished process
     deadline = time.monotonic() + grace_seconds
     for process in ranks:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -92,7 +92,7 @@ def _free_port() -> int:
 
 
 def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    # A session of its own: Ctrl-C reaches the rank once, through the parent, not twice.
+    # In a new session, so that Ctrl-C reaches the rank only once, through the parent.
     return subprocess.Popen(
         command,
         env=environment,
@@ -103,22 +103,22 @@ def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[
 
 
 def die_with_parent() -> Callable[[], None] | None:
-    """What a new child runs so that even a SIGKILL of the parent leaves no rank behind (Linux only)."""
+    """A `preexec_fn` that kills the child when its parent dies, even by SIGKILL (Linux only)."""
     if sys.platform != "linux":
         return None
     libc, parent = ctypes.CDLL(None), os.getpid()
 
-    def bind() -> None:
+    def set_parent_death_signal() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # the parent died before the request was made
+        if os.getppid() != parent:  # the parent died before prctl
             os._exit(1)
 
-    return bind
+    return set_parent_death_signal
 
 
 @contextlib.contextmanager
 def _forwarding(ranks: Ranks) -> Iterator[set[int]]:
-    """Pass signals on to the ranks; yields the set of those passed on so far."""
+    """Forward signals to the ranks; yields the set of signals forwarded so far."""
     forwarded: set[int] = set()
 
     def forward(number: int, _frame: FrameType | None) -> None:
@@ -137,25 +137,27 @@ def _forwarding(ranks: Ranks) -> Iterator[set[int]]:
 
 
 def _wait(ranks: Ranks, forwarded: set[int]) -> int:
-    """Block until all ranks are done or one has failed; the first failure is the one reported."""
+    """Block until all ranks are done or one has failed; returns the first failure."""
     finished: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
 
     def watch(rank: int) -> None:
         finished.put((rank, ranks[rank].wait()))
 
-    # A thread per rank, all asleep: ranks that fail within a millisecond still arrive in order.
+    # One blocked thread per rank keeps the order of failures within a millisecond.
     for rank in range(len(ranks)):
         threading.Thread(target=watch, args=(rank,), daemon=True).start()
     preempted = False
     for _ in ranks:
         rank, code = finished.get()
-        if code == EXIT_PREEMPTED:  # they have agreed to end, so the others are about to
+        if code == EXIT_PREEMPTED:  # all ranks have agreed to stop
             preempted = True
         elif code > 0:
             return code
         if code < 0:
             if -code not in forwarded:
                 name = signal.Signals(-code).name
-                print(f"error: rank {rank} was ended by {name}; the other ranks are stopped", file=sys.stderr)
+                print(
+                    f"error: rank {rank} was killed by {name}; the other ranks are stopped", file=sys.stderr
+                )
             return 128 - code
     return EXIT_PREEMPTED if preempted else 0

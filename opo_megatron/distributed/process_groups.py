@@ -1,4 +1,4 @@
-"""Where this rank stands: process groups, coordinates, and the exchange of samples between ranks."""
+"""Process groups, this rank's coordinates in them, and collectives on host data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from opo_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class Parallel:
-    """Coordinates of this rank, and the groups that its collectives use."""
+    """Coordinates of this rank and its process groups."""
 
     device: torch.device
     rank: int
@@ -36,12 +36,12 @@ class Parallel:
     dp_rank: int
     dp_size: int
     dp_cp_rank: int
-    """Which copy of the weights this rank's are part of; a replica's context-parallel ranks have one each."""
+    """Index of this rank's copy of the weights; every context-parallel rank of a replica has one."""
     dp_cp_size: int
     ep_rank: int
     ep_size: int
     edp_rank: int
-    """Which copy of the experts this rank's are part of."""
+    """Index of this rank's copy of the experts."""
     etp_rank: int
     etp_size: int
     tp_group: Any
@@ -50,7 +50,7 @@ class Parallel:
     ep_group: Any
     etp_group: Any
     cpu_group: Any
-    """All ranks, gloo: host data travels here."""
+    """All ranks, gloo, for host data."""
 
     @property
     def is_last_stage(self) -> bool:
@@ -58,12 +58,12 @@ class Parallel:
 
     @property
     def owns_logits(self) -> bool:
-        """Whether this rank's sums over its tokens count: it has the logits, and nobody else these tokens."""
+        """Whether this rank adds its tokens to sums: it has logits, and no other rank counts its tokens."""
         return self.is_last_stage and self.tp_rank == 0
 
     @property
     def is_dp_leader(self) -> bool:
-        """Whether this rank speaks for its data-parallel replica."""
+        """Whether this rank represents its data-parallel replica."""
         return self.owns_logits and self.cp_rank == 0
 
 
@@ -74,14 +74,14 @@ def choose_device(device: Device) -> torch.device:
     index = int(os.environ.get("LOCAL_RANK", "0"))
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         raise UserError(
-            f"policy.device=cuda, but this machine shows torch {torch.cuda.device_count()} GPUs and rank "
-            f"{index} of it needs one; set policy.device=cpu, or start fewer ranks"
+            f"policy.device=cuda, but torch finds {torch.cuda.device_count()} GPUs on this machine and local "
+            f"rank {index} needs one; set policy.device=cpu, or start fewer ranks"
         )
     return torch.device("cuda", index)
 
 
 def initialize(config: Config) -> Parallel:
-    """Join the ranks that torchrun, srun or `--nproc` started (or stand alone) into Megatron's groups."""
+    """Initialize torch.distributed and Megatron's groups, under torchrun, srun, `--nproc` or alone."""
     device = choose_device(config.policy.device)
     if device.type == "cpu":
         from opo_megatron.distributed.cpu_backend import install
@@ -91,7 +91,7 @@ def initialize(config: Config) -> Parallel:
         install("cpu")
     else:
         torch.cuda.set_device(device)
-    # Megatron reports every object that it builds at INFO; a run's own lines say what matters.
+    # At INFO Megatron logs every object that it builds.
     logging.getLogger("megatron").setLevel(logging.WARNING)
     if not dist.is_initialized():
         _join(device, timedelta(minutes=config.run.distributed_timeout_minutes))
@@ -102,7 +102,8 @@ def _check_cpu_layout(policy: PolicyConfig) -> None:
     if policy.expert_model_parallel_size > 1 and (policy.expert_tensor_parallel_size or 1) > 1:
         raise UserError(
             f"policy.expert_tensor_parallel_size={policy.expert_tensor_parallel_size} with expert "
-            "parallelism gathers unequal numbers of tokens, which gloo cannot; set it to 1, or use GPUs"
+            "parallelism gathers unequal numbers of tokens, which gloo does not support; set it to 1, or use "
+            "GPUs"
         )
 
 
@@ -115,9 +116,9 @@ def _join(device: torch.device, timeout: timedelta) -> None:
 
 
 def megatron_groups(config: Config, device: torch.device) -> Parallel:
-    """Megatron's groups over all ranks of the process group that this process is in.
+    """Create Megatron's groups over all ranks of the default process group.
 
-    Meta tensors stand for ranks that are not there: none of their groups is of gloo, which would wait.
+    Without gloo groups on the meta device, where the other ranks do not exist and gloo would wait for them.
     """
     from megatron.core import parallel_state as state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -165,7 +166,7 @@ def megatron_groups(config: Config, device: torch.device) -> Parallel:
 
 
 def destroy_model_parallel() -> None:
-    """Forget Megatron's groups, so that the same ranks can be laid out anew by `initialize`."""
+    """Destroy Megatron's groups, so that `initialize` can set up another parallel layout."""
     from megatron.core import parallel_state as state
 
     state.destroy_model_parallel()
@@ -179,12 +180,12 @@ def shutdown() -> None:
 
 
 def rank_range(count: int, rank: int, world_size: int) -> range:
-    """The contiguous block of `count` items that falls to `rank`; blocks differ by one at most."""
+    """The contiguous block of `count` items of `rank`; block sizes differ by at most one."""
     return range(count * rank // world_size, count * (rank + 1) // world_size)
 
 
 def all_gather_objects(parallel: Parallel, value: Any) -> list[Any]:
-    """`value` of every rank, by rank."""
+    """`value` of every rank, in rank order."""
     if parallel.world_size == 1:
         return [value]
     gathered: list[Any] = [None] * parallel.world_size
@@ -193,7 +194,7 @@ def all_gather_objects(parallel: Parallel, value: Any) -> list[Any]:
 
 
 def all_to_all_objects(parallel: Parallel, values: list[Any]) -> list[Any]:
-    """Send values[r] to every rank r; returns what each rank sent here.  The ranks trust each other."""
+    """Send values[r] to every rank r; returns what each rank sent.  Unpickles without checks."""
     if parallel.world_size == 1:
         return values
     blobs = [torch.frombuffer(bytearray(pickle.dumps(v)), dtype=torch.uint8) for v in values]
@@ -207,16 +208,16 @@ def all_to_all_objects(parallel: Parallel, values: list[Any]) -> list[Any]:
     return [pickle.loads(part.numpy().tobytes()) for part in buffer.split(received.tolist())]
 
 
-def gather_tokens(parallel: Parallel, values: Tensor, numbers: Tensor, total: int) -> Tensor:
-    """What context-parallel ranks know of their tokens, [n, …] each → [total, …] of all, on each of them.
+def gather_tokens(parallel: Parallel, values: Tensor, token_indices: Tensor, total: int) -> Tensor:
+    """Gather per-token values over context-parallel ranks: [n, …] on each → [total, …] on all.
 
     Args:
-        numbers: [n] which of the `total` tokens these are; each token is one rank's.
+        token_indices: [n] indices of this rank's tokens among `total`; every token is on one rank.
     """
     if parallel.cp_size == 1:
         return values
     gathered = values.new_zeros(total, *values.shape[1:])
-    gathered[numbers] = values
+    gathered[token_indices] = values
     dist.all_reduce(gathered, group=parallel.cp_group)
     return gathered
 

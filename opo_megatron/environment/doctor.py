@@ -276,7 +276,7 @@ def run(options: argparse.Namespace) -> int:
     names = (*NEEDS, *(part.name for part in versions.packages))
     for need in options.need:
         if need not in names:
-            print(f"error: --need {need} is not known; choose of {', '.join(names)}", file=sys.stderr)
+            print(f"error: --need {need} is not known; choose one of {', '.join(names)}", file=sys.stderr)
             return EXIT_USER_ERROR
     report = diagnose(collect(sglang_python=options.sglang_python), versions, options.need)
     if options.json:

@@ -1,4 +1,4 @@
-"""Where the arithmetic of a step is: the head, one sweep over the vocabulary; what becomes of each token."""
+"""Kernels of a step: LM head, token loss, advantages, FP8, exact mode."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def uses_triton(device: torch.device) -> bool:
-    """Whether kernels run here, or the torch code that each of them has as a twin."""
+    """Whether Triton kernels run on `device`, instead of their reference implementations in torch."""
     return device.type == "cuda"

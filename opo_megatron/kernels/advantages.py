@@ -1,4 +1,4 @@
-"""Advantages on this rank's device: one Triton launch on a GPU, the torch reference elsewhere."""
+"""Advantages on this rank's device: one Triton launch on a GPU, the reference implementation elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def compute_advantages(
     energies: EnergySums | None = None,
     fitted: FittedWeights | None = None,
 ) -> Tensor:
-    """`algorithm/advantages.py::compute_advantages`, which has the formula, computed on `device`."""
+    """`algorithm/advantages.py::compute_advantages`, computed on `device`."""
     kernel = reference.group_advantages
     if kernels.uses_triton(device):
         from opo_megatron.kernels.triton_advantages import group_advantages as kernel

@@ -1,17 +1,16 @@
-"""The FP8 quantizer of weights, one scale for every 128×128 block: the layout of DeepSeek-V3's files.
+"""Block-wise FP8 quantization of weights, one scale per 128×128 block: the format of DeepSeek-V3.
 
 For a block B with amax = max |w|, s = amax / 448, and every weight becomes
 
     q = round_to_E4M3(w / s),    dequantized  q · s,
 
-448 being the largest E4M3 number, so that a block's largest weight takes the largest number.  The
-quotient is float32's, the rounding to nearest, ties to even, as torch and the hardware do it.  With
-powers of two s is rounded up to the next one (UE8M0): nothing overflows, the quotient is exact, and up
-to half of the range goes unused.
+where 448 is the largest E4M3 number.  The quotient is float32, rounded to nearest, ties to even, as torch
+and the hardware do.  Power-of-two scales (UE8M0) round s up: nothing overflows, the quotient is exact,
+and up to half of the range is unused.
 
-A relative error of 2⁻⁴ is the most that rounding makes of a normal number, 2⁻¹⁰ · s of a subnormal one
-(|w| < 2⁻⁶ · s).  A shard that is cut at multiples of 128 has the bytes of the whole matrix there; one
-that is cut elsewhere has not.
+The rounding error is at most 2⁻⁴ relative for a normal number, 2⁻¹⁰ · s for a subnormal one
+(|w| < 2⁻⁶ · s).  A shard split at multiples of 128 has the same bytes as the full matrix; another
+shard has not.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from opo_megatron.config.choices import FP8_BLOCK
 from opo_megatron.errors import UserError
 
 LARGEST = 448.0
-"""Of E4M3 without infinities (torch.float8_e4m3fn)."""
+"""Largest number of E4M3 without infinities (torch.float8_e4m3fn)."""
 SMALLEST_SCALE = 2.0**-126
-"""float32's smallest normal number: blocks below 448 times that use less of the range."""
+"""float32's smallest normal number; blocks with amax below 448 times that use less of the range."""
 STRIP_ELEMENTS = 2**22
-"""Weights that are quantized at a time: what is held in float32 besides the result."""
+"""Weights quantized at a time, which bounds the float32 buffer."""
 
 
 class Scales(Enum):
-    """Which numbers scales may be."""
+    """Number format of the scales."""
 
     fp32 = "fp32"
     power_of_two = "power_of_two"
@@ -41,15 +40,15 @@ class Scales(Enum):
 
 @torch.no_grad()
 def quantize_blocks(name: str, weight: Tensor, scales: Scales = Scales.fp32) -> tuple[Tensor, Tensor]:
-    """A matrix in FP8, and what its blocks are to be multiplied by.
+    """Quantize a matrix to FP8.
 
     Args:
         name: of the tensor, for the error.
         weight: [rows, columns], any float type; blocks at the lower and right edge may be smaller.
 
     Returns:
-        float8_e4m3fn [rows, columns], and float32 [⌈rows/128⌉, ⌈columns/128⌉], the file's
-        `weight_scale_inv`.  The scale of a block of zeros is 1, as transformers' quantizer has it.
+        float8_e4m3fn [rows, columns], and the scales s, float32 [⌈rows/128⌉, ⌈columns/128⌉], stored as
+        `weight_scale_inv`.  The scale of a block of zeros is 1, as in transformers' quantizer.
 
     Raises:
         UserError: where a weight is NaN or infinite.
@@ -69,14 +68,14 @@ def quantize_blocks(name: str, weight: Tensor, scales: Scales = Scales.fp32) -> 
 
 
 def not_finite(name: str) -> UserError:
-    """What is said of weights that no scale fits."""
+    """The error for weights that no scale fits."""
     return UserError(
-        f"{name} holds NaN or infinite weights, which FP8 has no scale for; export another checkpoint"
+        f"{name} holds NaN or infinite weights, which have no FP8 scale; export another checkpoint"
     )
 
 
 def _quantize_strip(weight: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
-    """The same for whole rows of blocks; a block with a NaN or infinity has such a scale."""
+    """`quantize_blocks` of whole rows of blocks; the scale of a block with NaN or infinity is non-finite."""
     rows, columns = weight.shape
     padding = (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK)
     padded = torch.nn.functional.pad(weight.float(), padding) if any(padding) else weight.float()
@@ -92,9 +91,9 @@ def _quantize_strip(weight: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
 
 
 def _power_of_two(scale: Tensor) -> Tensor:
-    """The smallest power of two that is at least a positive, normal float32, exactly.
+    """The smallest power of two ≥ a positive, normal float32, exactly.
 
-    Adding all ones to the 23 bits of the fraction carries into the exponent unless they were 0.
+    Adding 2²³ − 1 to the bits carries into the exponent unless the fraction is 0.
     """
     bits = scale.view(torch.int32)
     rounded = ((bits + 0x7FFFFF) & ~0x7FFFFF).view(torch.float32)
@@ -104,10 +103,10 @@ def _power_of_two(scale: Tensor) -> Tensor:
 def dequantize_blocks(quantized: Tensor, scale: Tensor) -> Tensor:
     """q · s in float32 [rows, columns]."""
     rows, columns = quantized.shape
-    spread = scale.repeat_interleave(FP8_BLOCK, 0)[:rows].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
-    return quantized.float() * spread
+    expanded = scale.repeat_interleave(FP8_BLOCK, 0)[:rows].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
+    return quantized.float() * expanded
 
 
 def blocks(size: int) -> int:
-    """Blocks along a dimension, the last of which may be smaller."""
+    """Number of blocks along a dimension; the last one may be smaller."""
     return -(-size // FP8_BLOCK)

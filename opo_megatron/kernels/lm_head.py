@@ -1,4 +1,4 @@
-"""The head: hidden states → log-probabilities, loss and both gradients, without storing logits.
+"""The LM head: hidden states → log-probabilities, loss and both gradients, without storing all logits.
 
 For a chunk of tokens with hidden states h [m, H] and this rank's rows W [V, H] of the output matrix:
 
@@ -7,16 +7,16 @@ For a chunk of tokens with hidden states h [m, H] and this rank's rows W [V, H] 
     dz = c ⊙ (onehot(y) − π) / T           c = ∂L/∂ℓ, from the objective
     dh = dz W,   dW += dzᵀ h               2nd and 3rd
 
-The gradient is written in the forward pass, so nothing of size tokens × vocabulary outlives its
+The gradient is computed in the forward pass, so nothing of size tokens × vocabulary outlives its
 chunk and nothing is computed twice.  Under vocabulary parallelism the maximum and four sums are
-reduced over the tensor-parallel group; dh is left for the caller to reduce, once.  Entropy and Σπ²
-come from the same sums.  Rows of a padded vocabulary are not part of W.
+reduced over the tensor-parallel group; the caller reduces dh, once.  Entropy and Σπ² come from the
+same sums.  Padding rows of the vocabulary are not part of W.
 
 Only response tokens are passed in: prompts and padding have no loss.
 
-On GPUs softmax and gradient are two passes of Triton over the logits (`kernels/triton_softmax.py`), which
-are held in the weight's type: in bf16 a logit takes 2 bytes and is rounded as the engine rounds it.
-Elsewhere they are float32.
+On GPUs softmax and gradient are two Triton passes over the logits (`kernels/triton_softmax.py`), stored
+in the weight's type: in bf16 a logit takes 2 bytes and has the engine's rounding.  Elsewhere logits are
+float32.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from opo_megatron import kernels
 from opo_megatron.kernels.exact import linear, log_softmax
 
 Coefficient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""(log π [m], place in the batch) → (loss [m], ∂loss/∂log π [m])."""
+"""(log π [m], slice of the tokens) → (loss [m], ∂loss/∂log π [m])."""
 
 
 @dataclass
 class HeadOutput:
-    """Per token of the sweep, float32."""
+    """Per token, float32."""
 
     log_prob: Tensor
     """[n]: log π_T(y)."""
@@ -51,40 +51,40 @@ class HeadOutput:
     loss: Tensor | None = None
     """[n]; None without an objective."""
     d_hidden: Tensor | None = None
-    """[n, H]: this vocabulary shard's part of the gradient."""
+    """[n, H]: the gradient's part from this vocabulary shard."""
 
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """This rank's part of the output rows."""
+    """This rank's rows of the output matrix."""
 
     start: int
     """First token id of the shard."""
     group: Any = None
-    """Tensor-parallel process group; None where the vocabulary is whole."""
+    """Tensor-parallel process group; None where the vocabulary is not sharded."""
 
 
 Gradient = Callable[[Tensor], Tensor]
-"""∂loss/∂log π [m] → ∂loss/∂z [m, V] of this shard, in the weight's type."""
+"""∂loss/∂log π [m] → ∂loss/∂z [m, V] of this vocabulary shard, in the weight's type."""
 
 BUFFER_BYTES = 64 * 2**20
 FEWEST_TOKENS, MOST_TOKENS = 512, 1024
 CACHED_BYTES = 2**22
-"""On a CPU exponentials are computed so many bytes at a time, which stay in its cache."""
+"""Block size of exponentials on a CPU: fits into its cache."""
 GPU_BUFFER_BYTES = 480 * 10**6
 GPU_MOST_TOKENS, GPU_MULTIPLE = 8192, 128
 LINE_BYTES = 128
-"""On a GPU rows of logits begin at a multiple of this, without which matrix products are slow."""
+"""Alignment of rows of logits on a GPU; matrix products are slow without it."""
 
 
 def default_chunk_tokens(
     rows: int, weight_type: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> int:
-    """Tokens of a chunk for `rows` of the vocabulary on this rank: as many logits as there is room for.
+    """Tokens per chunk for `rows` of the vocabulary on this rank, as many as fit into the buffer.
 
-    On a CPU, with fewer than 512 the matrix products get slow; with more than 1024 they do not get
-    faster.  On a GPU every chunk reads and writes all of the weight's gradient, so chunks are as large
-    as memory allows, in whole tiles of the product.
+    On a CPU matrix products are slow below 512 tokens and not faster above 1024.  On a GPU every chunk
+    reads and writes the whole weight gradient, so chunks are as large as the buffer allows, in whole
+    tiles of the product.
     """
     if device is None or not kernels.uses_triton(device):
         return min(MOST_TOKENS, max(FEWEST_TOKENS, BUFFER_BYTES // (4 * rows)))
@@ -103,15 +103,15 @@ def chunked_logprobs(
     d_weight: Tensor | None = None,
     exact: bool = False,
 ) -> HeadOutput:
-    """Run the head over `hidden` in chunks.
+    """Run the LM head over `hidden` in chunks.
 
     Args:
         hidden: [n, H] hidden states that predict `targets`.
-        weight: [V, H] this rank's valid rows of the output matrix.
+        weight: [V, H] this rank's rows of the output matrix, without padding.
         targets: [n] token ids of the whole vocabulary.
-        coefficient: the objective; without it nothing is differentiated.
-        d_weight: [V, H] to which the weight's gradient is added.
-        exact: log-probabilities bit for bit those of the engine in exact mode; the vocabulary is whole.
+        coefficient: the objective; None: forward only.
+        d_weight: [V, H], accumulates the weight's gradient.
+        exact: log-probabilities bit for bit as the engine's in exact mode; unsharded vocabulary only.
     """
     n = hidden.shape[0]
     output = HeadOutput(*(hidden.new_empty(n, dtype=torch.float32) for _ in range(3)))
@@ -139,7 +139,7 @@ def chunked_logprobs(
 
 
 def _aligned_buffer(tokens: int, weight: Tensor) -> Tensor:
-    """[tokens, V] in the weight's type, whose rows begin at multiples of `LINE_BYTES`."""
+    """[tokens, V] in the weight's type, with rows aligned to `LINE_BYTES`."""
     multiple = LINE_BYTES // weight.dtype.itemsize
     rows = weight.shape[0]
     return weight.new_empty(tokens, -(-rows // multiple) * multiple)[:, :rows]
@@ -155,29 +155,29 @@ def _triton_softmax(
     vocabulary: VocabularyShard,
     temperature: float,
 ) -> Gradient:
-    """`_softmax` in one launch, and its gradient in another, over the logits; `buffer` has weight's type."""
+    """`_softmax` in one launch and its gradient, in place, in another; `buffer` has the weight's type."""
     from opo_megatron.kernels.triton_softmax import gradient_in_place, row_statistics
 
     logits = torch.mm(hidden[part], weight.t(), out=buffer[: part.stop - part.start])
-    found = row_statistics(logits, targets[part], vocabulary.start, temperature)
-    highest, sums = found.highest, torch.stack((found.target, found.total, found.weighted, found.squares))
+    stats = row_statistics(logits, targets[part], vocabulary.start, temperature)
+    highest, sums = stats.highest, torch.stack((stats.target, stats.total, stats.weighted, stats.squares))
     if vocabulary.group is not None:
-        highest = found.highest.clone()
+        highest = stats.highest.clone()
         _reduce(highest, vocabulary, dist.ReduceOp.MAX)
-        shift = (found.highest - highest) / temperature
+        shift = (stats.highest - highest) / temperature
         scale = shift.exp()
-        sums[2] = scale * (found.weighted + shift * found.total)
+        sums[2] = scale * (stats.weighted + shift * stats.total)
         sums[1].mul_(scale)
         sums[3].mul_(scale.square())
         _reduce(sums, vocabulary, dist.ReduceOp.SUM)
-    _fill(output, part, (sums[0] - highest) / temperature, *sums[1:])
+    _set_output(output, part, (sums[0] - highest) / temperature, *sums[1:])
     return partial(gradient_in_place, logits, targets[part], vocabulary.start, temperature, highest, sums[1])
 
 
-def _fill(
+def _set_output(
     output: HeadOutput, part: slice, target: Tensor, total: Tensor, weighted: Tensor, squares: Tensor
 ) -> None:
-    """What is asked of each token, from x_y, Σ e, Σ e·x and Σ e² with x = (z − max z)/T, e = exp x."""
+    """Set `output[part]` from x_y, Σ e, Σ e·x and Σ e², with x = (z − max z)/T and e = exp x."""
     log_total = total.log()
     output.log_prob[part] = target - log_total
     output.entropy[part] = log_total - weighted / total
@@ -194,13 +194,13 @@ def _softmax(
     vocabulary: VocabularyShard,
     temperature: float,
 ) -> Gradient:
-    """Fill `output[part]`.
+    """Set `output[part]`; the reference implementation of `kernels/triton_softmax.py`.
 
     Args:
-        room: [≥ m, V] float32, written over: on a CPU all that is as large as a chunk's logits.
+        buffer: [≥ m, V] float32, overwritten: on a CPU the only memory of the size of a chunk's logits.
 
     Returns:
-        What writes the chunk's gradient, over `buffer`.
+        The function that computes the chunk's gradient, in `buffer`.
     """
     logits = buffer[: part.stop - part.start]
     if weight.dtype == logits.dtype:
@@ -218,7 +218,7 @@ def _softmax(
     target_logit = logits.gather(1, local_target.unsqueeze(1))[:, 0] - highest
     sums = torch.cat((torch.where(owned, target_logit, 0.0).unsqueeze(0), _exponentiate(logits, highest)))
     _reduce(sums, vocabulary, dist.ReduceOp.SUM)
-    _fill(output, part, *sums)
+    _set_output(output, part, *sums)
     return partial(_gradient, logits, sums[1], local_target, owned, temperature, weight.dtype)
 
 
@@ -231,12 +231,12 @@ def _gradient(
     result_type: torch.dtype,
     d_log_prob: Tensor,
 ) -> Tensor:
-    """c/T ⊙ (onehot(y) − π) [m, V], over the exponentials.
+    """c/T ⊙ (onehot(y) − π) [m, V], in place of the exponentials.
 
     Args:
         exponentials: e^(z − max z) of this shard [m, V].
         total: its sum over the whole vocabulary [m].
-        local_target, owned: the target's row here, and whether it is here, [m].
+        local_target, owned: the target's row in this shard, and whether it is in it, [m].
     """
     scaled = d_log_prob / temperature
     d_logits = exponentials.mul_((-scaled / total).unsqueeze(1))
@@ -245,16 +245,16 @@ def _gradient(
 
 
 def _exponentiate(logits: Tensor, highest: Tensor) -> Tensor:
-    """z [m, V] → e^(z − max z) in place; returns Σ e, Σ e·(z − max z) and Σ e² [3, m] of each row."""
+    """z [m, V] → e^(z − max z) in place; returns Σ e, Σ e·(z − max z) and Σ e² of each row, [3, m]."""
     rows, width = logits.shape
     block = max(1, rows if logits.is_cuda else CACHED_BYTES // (4 * width))
     sums, scratch = logits.new_empty(3, rows), logits.new_empty(min(block, rows), width)
-    for z, high, found in zip(logits.split(block), highest.split(block), sums.split(block, 1), strict=True):
+    for z, high, out in zip(logits.split(block), highest.split(block), sums.split(block, 1), strict=True):
         z.sub_(high.unsqueeze(1))
         e = torch.exp(z, out=scratch[: z.shape[0]])
-        torch.sum(e, 1, out=found[0])
-        torch.sum(z.mul_(e), 1, out=found[1])
-        torch.linalg.vector_norm(e, dim=1, out=found[2]).square_()
+        torch.sum(e, 1, out=out[0])
+        torch.sum(z.mul_(e), 1, out=out[1])
+        torch.linalg.vector_norm(e, dim=1, out=out[2]).square_()
         z.copy_(e)
     return sums
 
@@ -268,7 +268,7 @@ def _exact_softmax(
     vocabulary: VocabularyShard,
     temperature: float,
 ) -> Gradient:
-    """`_softmax` by the product and the logarithm that the engine uses in exact mode."""
+    """`_softmax` with the matrix product and log-softmax of the engine's exact mode."""
     log_probs = log_softmax(linear(hidden[part], weight), temperature)
     probabilities, target = log_probs.exp(), targets[part]
     output.log_prob[part] = log_probs.gather(1, target.unsqueeze(1))[:, 0]
@@ -285,7 +285,7 @@ def _reduce(values: Tensor, vocabulary: VocabularyShard, operation: Any) -> None
 
 
 def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
-    """total += d_logitsᵀ · hidden, summed in total's own precision."""
+    """total += d_logitsᵀ · hidden, accumulated in total's precision."""
     if total.dtype == d_logits.dtype:
         total.addmm_(d_logits.t(), hidden)
     elif total.device.type != "cuda":
@@ -298,7 +298,7 @@ def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
 
 @cache
 def _adds_in_float32(device: torch.device, factors: torch.dtype) -> bool:
-    """Whether this torch adds products of `factors` to float32 in place; older ones take memory for both."""
+    """Whether this torch adds products of `factors` to float32 in place; older ones need a buffer."""
     total, factor = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device, dtype=factors)
     try:
         torch.addmm(total, factor, factor, out_dtype=total.dtype, out=total)
@@ -310,7 +310,7 @@ def _adds_in_float32(device: torch.device, factors: torch.dtype) -> bool:
         reason = "its sum is wrong"
     warnings.warn(
         f"torch {torch.__version__} cannot add a product of {factors} to float32 in place ({reason}), so the "
-        "head's gradient takes another buffer of its size",
+        "LM head's gradient needs another buffer of its size",
         stacklevel=2,
     )
     return False

@@ -1,12 +1,12 @@
-"""Inner products of per-sample gradients with respect to the output matrix, without storing a gradient.
+"""Gram matrix of per-sample gradients with respect to the output matrix, without storing a gradient.
 
 For token t with hidden state h_t the gradient of log π_T(y_t) with respect to the output matrix is
 d_t h_tᵀ / T with d_t = onehot(y_t) − π_t, and a sample's gradient is the sum over its tokens, so
 
     ⟨g_i, g_j⟩ = Σ_{t∈i} Σ_{s∈j} (d_t · d_s) (h_t · h_s) / T²
 
-is made of two small matrix products per pair of token blocks: N² (V + H) multiply-adds for N tokens,
-where n gradients of V × H numbers would not fit into memory.
+takes two small matrix products per pair of token blocks: N² (V + H) multiply-adds for N tokens.  n
+gradients of size V × H would not fit into memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from opo_megatron.kernels.lm_head import VocabularyShard
 
 @dataclass
 class OutputGram:
-    """Sums over this rank's vocabulary shard and this rank's blocks: to be summed over all of them."""
+    """Partial sums of this rank's vocabulary shard and token blocks, to be summed over ranks."""
 
     gram: Tensor
     """[n, n] float64 ⟨g_i, g_j⟩."""
@@ -43,14 +43,14 @@ def output_gram(
     chunk_tokens: int,
     part: tuple[int, int] = (0, 1),
 ) -> OutputGram:
-    """This rank's share of the inner products between `count` samples.
+    """This rank's part of the inner products between `count` samples.
 
     Args:
         hidden: [N, H] hidden states that predict `targets`.
-        weight: [V, H] this rank's valid rows of the output matrix.
+        weight: [V, H] this rank's rows of the output matrix, without padding.
         targets: [N] token ids of the whole vocabulary.
-        owners: [N] which sample each token is of.
-        part: (i, of n): blocks i, i + n, … of rows are this rank's.
+        owners: [N] sample index of each token.
+        part: (i, n): this rank computes the row blocks i, i + n, …
     """
     total = OutputGram(
         torch.zeros(count, count, dtype=torch.float64, device=hidden.device),
@@ -79,18 +79,18 @@ def output_gram(
 def _logit_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: VocabularyShard, temperature: float
 ) -> Tensor:
-    """[m, V] float32: onehot(y) − π_T, this shard's columns."""
+    """[m, V] float32: onehot(y) − π_T of this vocabulary shard."""
     logits = (hidden.to(weight.dtype) @ weight.t()).float().div_(temperature)
     highest = logits.amax(1, keepdim=True)
     _reduce(highest, vocabulary, dist.ReduceOp.MAX)
-    found = logits.sub_(highest).exp_()
-    total = found.sum(1, keepdim=True)
+    gradients = logits.sub_(highest).exp_()
+    total = gradients.sum(1, keepdim=True)
     _reduce(total, vocabulary, dist.ReduceOp.SUM)
-    found.div_(-total)
+    gradients.div_(-total)
     local = targets - vocabulary.start
-    here = (local >= 0) & (local < weight.shape[0])
-    place = local.clamp(0, weight.shape[0] - 1).unsqueeze(1)
-    return found.scatter_add_(1, place, here.to(found.dtype).unsqueeze(1))
+    owned = (local >= 0) & (local < weight.shape[0])
+    row = local.clamp(0, weight.shape[0] - 1).unsqueeze(1)
+    return gradients.scatter_add_(1, row, owned.to(gradients.dtype).unsqueeze(1))
 
 
 def _reduce(values: Tensor, vocabulary: VocabularyShard, operation: dist.ReduceOp.RedOpType) -> None:

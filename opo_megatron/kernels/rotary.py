@@ -1,9 +1,9 @@
 """Frequencies of the rotary embedding, one function for policy and engine.
 
-    θᵢ = base^(−2i/d),  i = 0 … d/2 − 1,  scaled where long sequences came later.
+    θᵢ = base^(−2i/d),  i = 0 … d/2 − 1,  scaled for models whose context was extended.
 
-Megatron-Core 0.16.1 knows Llama 3's scaling with fixed constants only, so the policy model takes its
-frequencies from here too.  The arithmetic is float32, operation by operation that of transformers.
+Megatron-Core 0.16.1 supports Llama 3's scaling with fixed constants only, so the policy model uses these
+frequencies too.  The arithmetic is float32, operation by operation as in transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from opo_megatron.config.schema import ModelConfig, RopeScalingConfig
 
 
 def inverse_frequencies(model: ModelConfig) -> Tensor:
-    """Angle per position of each pair of a head's channels: [kv_channels / 2] float32, on the CPU."""
+    """θ of each pair of a head's channels: [kv_channels / 2] float32, on the CPU."""
     assert model.kv_channels is not None
     exponents = torch.arange(0, model.kv_channels, 2, dtype=torch.float32, device="cpu") / model.kv_channels
     frequencies = 1.0 / (model.rotary_base**exponents)
@@ -31,7 +31,7 @@ def inverse_frequencies(model: ModelConfig) -> Tensor:
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScalingConfig) -> Tensor:
-    """Fast ones stay, slow ones are divided by the factor, those between are interpolated."""
+    """High frequencies stay, low ones are divided by the factor, those between are interpolated."""
     length, factor = scaling.original_max_sequence_length, scaling.factor
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     wavelengths = 2 * math.pi / frequencies

@@ -1,24 +1,23 @@
-"""Softmax and gradient of one chunk's logits (Triton): two passes over them, the second in place.
+"""Softmax and gradient of one chunk's logits (Triton) in two passes, the second in column.
 
     1st  reads z [m, V]:   M = max z,  Σ e,  Σ e·x,  Σ e²,  z_y      x = (z − M)/T,  e = exp x
     2nd  z ← c/T ⊙ (onehot(y) − π),                                  π = e / Σ e
 
-Two launches, not one, because two things stand between them: under vocabulary parallelism the sums of
-all shards must be known, and the objective turns log π into c.  The torch twin is `_softmax` in
-`kernels/lm_head.py`.
+They cannot be one launch: in between, the sums are reduced over vocabulary shards and the objective
+computes c from log π.  The reference implementation is `_softmax` in `kernels/lm_head.py`.
 
-The first pass sees each logit once (online softmax): one program per row keeps the highest logit so far
-and one partial sum per lane, and where a block of logits has a higher one, M → M', the sums are brought
-to it.  With d = (M − M')/T and a = e^d,
+The first pass reads each logit once (online softmax): one program per row keeps the highest logit so far
+and one partial sum per lane; where a block raises the maximum, M → M', the sums are rescaled.  With
+d = (M − M')/T and a = e^d,
 
     Σ e → a Σ e,   Σ e·x → a (Σ e·x + d Σ e),   Σ e² → a² Σ e².
 
-Logits are float32 or bf16; all arithmetic is float32.  The temperature scales differences to the
-maximum, not logits, which rounds less.
+Logits are float32 or bf16; all arithmetic is float32.  The temperature divides differences to the
+maximum instead of logits, which rounds less.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton's functions take pointers and numbers; their types are those of the launch.
+# Triton's kernels take pointers and scalars; their types are those of the launch.
 
 from __future__ import annotations
 
@@ -30,12 +29,12 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096
-"""Logits that a program holds at a time."""
+"""Logits per block of a program."""
 WARPS = 8
 
 
 class RowStatistics(NamedTuple):
-    """Of the logits of each token in one vocabulary shard, [m] float32 each."""
+    """Statistics of each token's logits in one vocabulary shard, [m] float32."""
 
     highest: Tensor
     """M."""
@@ -54,14 +53,14 @@ def _statistics_kernel(
     logits, targets, statistics, tokens, rows, stride, start, inverse_temperature, BLOCK: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
-    line = logits + token * stride
+    row_start = logits + token * stride
     lanes = tl.arange(0, BLOCK)
     highest = -1e30  # lower than any logit, and finite: 0 · (−∞) would be NaN
     total, weighted = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     squares = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, rows, BLOCK):
         inside = begin + lanes < rows
-        z = tl.load(line + begin + lanes, mask=inside, other=float("-inf")).to(tl.float32)
+        z = tl.load(row_start + begin + lanes, mask=inside, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(highest, tl.max(z, 0))
         shift = (highest - higher) * inverse_temperature
         scale = tl.exp(shift)
@@ -73,7 +72,7 @@ def _statistics_kernel(
         highest = higher
     row = tl.load(targets + token) - start
     owned = (row >= 0) & (row < rows)
-    target = tl.load(line + row, mask=owned, other=0.0).to(tl.float32)
+    target = tl.load(row_start + row, mask=owned, other=0.0).to(tl.float32)
     tl.store(statistics + token, highest)
     tl.store(statistics + tokens + token, tl.sum(total, 0))
     tl.store(statistics + 2 * tokens + token, tl.sum(weighted, 0))
@@ -86,23 +85,23 @@ def _gradient_kernel(
     logits, targets, highest, total, d_log_prob, rows, stride, start, inverse_temperature, BLOCK: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < rows
-    line = logits + token * stride + place
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < rows
+    pointers = logits + token * stride + column
     scaled = tl.load(d_log_prob + token) * inverse_temperature
     factor = -scaled / tl.load(total + token)
-    z = tl.load(line, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     e = tl.exp((z - tl.load(highest + token)) * inverse_temperature)
-    at_target = place == tl.load(targets + token) - start
+    at_target = column == tl.load(targets + token) - start
     gradient = e * factor + tl.where(at_target, scaled, 0.0)
-    tl.store(line, gradient.to(logits.dtype.element_ty), mask=inside)
+    tl.store(pointers, gradient.to(logits.dtype.element_ty), mask=inside)
 
 
 def row_statistics(logits: Tensor, targets: Tensor, start: int, temperature: float) -> RowStatistics:
     """The first pass.
 
     Args:
-        logits: [m, V] float32 or bf16, not divided by the temperature; rows may be further apart than V.
+        logits: [m, V] float32 or bf16, not divided by the temperature; the row stride may exceed V.
         targets: [m] int64 token ids of the whole vocabulary.
         start: first token id of this shard.
     """
@@ -124,7 +123,7 @@ def gradient_in_place(
     total: Tensor,
     d_log_prob: Tensor,
 ) -> Tensor:
-    """The second pass: ∂loss/∂z over the logits of `row_statistics`, which it returns.
+    """The second pass: overwrites the logits of `row_statistics` with ∂loss/∂z and returns them.
 
     Args:
         highest, total: M and Σ e of the whole vocabulary, [m] float32.

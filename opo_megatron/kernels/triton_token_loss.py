@@ -1,19 +1,18 @@
 """Loss, coefficient and mismatch of packed tokens in one launch (Triton).
 
-Its torch twins, with the formulas in words, are `algorithm/objective.py::PolicyGradient` and
+The reference implementations are `algorithm/objective.py::PolicyGradient` and
 `algorithm/on_policy.py::MismatchSums.add`.  Per token, with Δ = log π_policy − log π_engine:
 
     w = e^Δ,   c = −A/N · min(w, cap),   loss = c · log π
-    Σ |Δ|,  Σ e^Δ − 1 − Δ,  Σ w,  Σ w²,  how many |Δ| are above each edge,  max |Δ|
+    Σ |Δ|,  Σ e^Δ − 1 − Δ,  Σ w,  Σ w²,  count of |Δ| above each edge,  max |Δ|
 
-so every column is read once and loss and coefficient are written once.  A program takes `BLOCK` tokens
-and writes sums of its own, which torch adds: no atomics, hence the same bits in every run.  What is
-summed is float64; the exponential too, which still takes less time than the reading.  e^Δ − 1 − Δ
-loses its digits where Δ is small, and is a series there.
+Every column is read once, loss and coefficient are written once.  Each program writes the partial sums
+of `BLOCK` tokens, which torch adds: no atomics, hence deterministic.  Sums and exponentials are float64;
+the launch stays memory-bound.  e^Δ − 1 − Δ cancels for small Δ and is a series there.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton's functions take pointers and numbers; their types are those of the launch.
+# Triton's kernels take pointers and scalars; their types are those of the launch.
 
 from __future__ import annotations
 
@@ -28,14 +27,14 @@ if TYPE_CHECKING:
     from opo_megatron.algorithm.on_policy import MismatchSums
 
 BLOCK = 1024
-"""Tokens of a program."""
+"""Tokens per program."""
 
 
 @triton.jit
 def _k3(delta, weight):
     """e^Δ − 1 − Δ in float64.
 
-    Below 0.01 five terms of the series are right to 4e-14, above the difference is to 5e-12.
+    Relative error: 4e-14 below 0.01, by five terms of the series; 5e-12 above, by the difference.
     """
     series = 1 / 24 + delta * (1 / 120 + delta * (1 / 720))
     series = delta * delta * (1 / 2 + delta * (1 / 6 + delta * series))
@@ -45,27 +44,27 @@ def _k3(delta, weight):
 @triton.jit
 def _kernel(
     log_prob, advantages, engine_log_prob, edges, loss, coefficient, partial, tokens, normalizer, cap,
-    LEARNS: tl.constexpr, CAPPED: tl.constexpr, MEASURES: tl.constexpr, EDGES: tl.constexpr,
+    HAS_LOSS: tl.constexpr, CAPPED: tl.constexpr, MEASURES: tl.constexpr, EDGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     part, parts = tl.program_id(0), tl.num_programs(0)
-    place = part.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < tokens
-    policy = tl.load(log_prob + place, mask=inside, other=0.0)
+    index = part.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < tokens
+    policy = tl.load(log_prob + index, mask=inside, other=0.0)
     if CAPPED or MEASURES:
-        # The difference is float32's, as the twins have it.
-        delta = policy - tl.load(engine_log_prob + place, mask=inside, other=0.0)
+        # The difference is float32, as in the reference.
+        delta = policy - tl.load(engine_log_prob + index, mask=inside, other=0.0)
         delta = delta.to(tl.float64)
         weight = tl.exp(delta)
-    if LEARNS:
-        factor = tl.div_rn(-tl.load(advantages + place, mask=inside, other=0.0), normalizer)
+    if HAS_LOSS:
+        factor = tl.div_rn(-tl.load(advantages + index, mask=inside, other=0.0), normalizer)
         if CAPPED:
-            # Unlike a minimum, this keeps NaN.
+            # Unlike a minimum, this propagates NaN.
             factor *= tl.where(weight > cap, cap, weight.to(tl.float32))
-        tl.store(loss + place, factor * policy, mask=inside)
-        tl.store(coefficient + place, factor, mask=inside)
+        tl.store(loss + index, factor * policy, mask=inside)
+        tl.store(coefficient + index, factor, mask=inside)
     if MEASURES:
-        # Behind the last token Δ = 0, so that only the sums of w must leave those places out.
+        # Δ = 0 past the last token, so only the sums of w need a mask.
         size = tl.abs(delta)
         total = tl.sum(size, 0)
         partial += part
@@ -75,7 +74,7 @@ def _kernel(
         tl.store(partial + 2 * parts, tl.sum(weight, 0))
         tl.store(partial + 3 * parts, tl.sum(weight * weight, 0))
         for k in tl.static_range(EDGES):
-            # NaN is above all edges, as in the twin.
+            # NaN counts as above all edges, as in the reference.
             above = ~(size <= tl.load(edges + k))
             tl.store(partial + (4 + k) * parts, tl.sum(above.to(tl.int32), 0).to(tl.float64))
         tl.store(partial + (4 + EDGES) * parts, tl.where(total == total, tl.max(size, 0), total))
@@ -88,19 +87,19 @@ def token_loss(
     engine_log_prob: Tensor | None,
     mismatch: MismatchSums | None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, ∂loss/∂log π) [n] float32 of tokens, whose mismatch is added to `mismatch`.
+    """(loss, ∂loss/∂log π) [n] float32; adds the tokens' Δ to `mismatch`.
 
     Args:
         log_prob: [n] float32 log π_policy.
-        objective: None where nothing is learned: then both results are empty.
+        objective: None: forward only, and both results are empty.
         advantages: [n] float32, with an objective.
-        engine_log_prob: [n] float32; None where nothing needs it.
-        mismatch: None where it is not measured.
+        engine_log_prob: [n] float32; None where neither cap nor mismatch needs it.
+        mismatch: None: not measured.
     """
-    tokens, learns = log_prob.numel(), objective is not None
-    loss, coefficient = (log_prob.new_empty(tokens if learns else 0) for _ in range(2))
+    tokens, has_loss = log_prob.numel(), objective is not None
+    loss, coefficient = (log_prob.new_empty(tokens if has_loss else 0) for _ in range(2))
     cap = None if objective is None else objective.max_importance_weight
-    if tokens and (learns or mismatch is not None):
+    if tokens and (has_loss or mismatch is not None):
         parts = triton.cdiv(tokens, BLOCK)
         edges = 0 if mismatch is None else mismatch.edges.numel()
         partial = None if mismatch is None else mismatch.values.new_empty(mismatch.values.numel() + 1, parts)
@@ -108,7 +107,8 @@ def token_loss(
             log_prob, advantages, engine_log_prob, None if mismatch is None else mismatch.edges,
             loss, coefficient, partial, tokens,
             1.0 if objective is None else float(objective.normalizer), 0.0 if cap is None else float(cap),
-            LEARNS=learns, CAPPED=cap is not None, MEASURES=mismatch is not None, EDGES=edges, BLOCK=BLOCK,
+            HAS_LOSS=has_loss, CAPPED=cap is not None, MEASURES=mismatch is not None, EDGES=edges,
+            BLOCK=BLOCK,
         )  # fmt: skip
         if mismatch is not None and partial is not None:
             mismatch.add_partial(partial)

@@ -1,1 +1,1 @@
-"""`opo replay`: a step of a run is done again and compared with what was recorded."""
+"""`opo replay`: repeats a step of a run and compares it with the record."""

@@ -1,10 +1,10 @@
-"""`opo replay RUN --step K`: a step done again from the checkpoint before it, and compared with what it was.
+"""`opo replay RUN --step K`: repeats a step from the checkpoint before it and compares it with the record.
 
-The run's own recipe goes on from the nearest checkpoint, in a folder of its own, up to step K.  Under the
-layout of the run every digest must be the same; under another one, the norms of all weights within 1e-5.
-Where the engine would not draw the same responses again (another layout, SGLang), or the step had bad
-numbers, its recorded rollouts take the engine's place.  The file of the step's rollouts must have the
-digests that the run wrote of them.  What differs is named: reward, token or weight.
+The run's recipe resumes from the nearest earlier checkpoint, in a separate folder, up to step K.  Under the
+run's parallel layout all digests must be equal; under another one, the norms of all weights within 1e-5.
+Where the engine would not generate the same responses (another layout, SGLang), or the step was non-finite,
+the recorded rollouts replace generation.  The file of the step's rollouts must have the recorded digests.
+The error names what differs: reward, token or weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from opo_megatron.algorithm.config import MismatchAction
-from opo_megatron.audit.record import PER_SAMPLE, PER_TOKEN, in_hex, layout_of, sums_of
+from opo_megatron.audit.record import PER_SAMPLE, PER_TOKEN, column_digests, in_hex, layout_of
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.build import open_run
 from opo_megatron.checkpoint.progress import PHASES, RunProgress, checkpoints
@@ -40,44 +40,44 @@ from opo_megatron.weights.stream import NamedTensors
 NORM_TOLERANCE = 1e-5
 """Relative difference of a tensor's norm under another layout."""
 ALLOWED = ("rollout.engine", "on_policy.action")
-"""Fixed settings that a replay has otherwise than the run."""
+"""Settings fixed in a run that a replay may change."""
 NO_ROLLOUTS = in_hex(0)
 
 
 def replay(config: Config, run_dir: Path, step: int) -> None:
-    """Do step `step` of the run in `run_dir` again.
+    """Repeat step `step` of the run in `run_dir`.
 
     Args:
-        config: the run's own, but for layout and device.
+        config: the run's, except for parallel layout and device.
 
     Raises:
-        ReplayDiffers: naming what is not as it was.
+        ReplayDiffers: naming what differs.
     """
     recorded = {row["step"]: row for row in MetricsFile(run_dir / "audit.jsonl").read()}
-    if step < 1 or (step not in recorded and not bad_batch(run_dir, step).exists()):
+    if step < 1 or (step not in recorded and not nonfinite_path(run_dir, step).exists()):
         raise UserError(
-            f"--step {step}, but {run_dir / 'audit.jsonl'} tells of the steps 1 to "
-            f"{max(recorded, default=0)}; name one of them (observe.audit=true writes it)"
+            f"--step {step}, but {run_dir / 'audit.jsonl'} has the steps 1 to {max(recorded, default=0)}; "
+            "choose one of them (observe.audit=true records them)"
         )
     folder = run_dir / "replays" / f"step_{step:08d}"
     if os.environ.get("RANK", "0") == "0":
-        shutil.rmtree(folder, ignore_errors=True)  # of a replay that was killed
-    draws_again = config.rollout.engine is EngineName.local
+        shutil.rmtree(folder, ignore_errors=True)  # left by a killed replay
+    regenerates = config.rollout.engine is EngineName.local
     with open_run(_for_replay(config, run_dir, folder, step), ALLOWED, saves=False) as run:
         try:
             layout = layout_of(config, run.parallel)
             later = range(max(run.step, 0) + 1, step + 1)
             is_same = all(recorded[j]["layout"] == layout for j in later if j in recorded)
-            _Replay(run, run_dir, recorded, is_same, draws_again and is_same).until(step)
+            _Replay(run, run_dir, recorded, is_same, regenerates and is_same).run_until(step)
         finally:
             if run.parallel.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
-                with suppress(OSError):  # other replays are there
+                with suppress(OSError):  # not empty: other replays
                     folder.parent.rmdir()
 
 
 def _for_replay(config: Config, run_dir: Path, folder: Path, step: int) -> Config:
-    """The recipe with nothing saved, drawn or evaluated that the step does not need."""
+    """The recipe without evaluations, checkpoints and logs that the step does not need."""
 
     def is_before(path: Path) -> bool:
         progress = RunProgress.parse(path.name)
@@ -97,16 +97,16 @@ def _for_replay(config: Config, run_dir: Path, folder: Path, step: int) -> Confi
     )
 
 
-def bad_batch(run_dir: Path, step: int) -> Path:
+def nonfinite_path(run_dir: Path, step: int) -> Path:
     return run_dir / "bad_batches" / f"step_{step:08d}.safetensors"
 
 
-def batch(run_dir: Path, step: int) -> Path:
+def rollouts_path(run_dir: Path, step: int) -> Path:
     return run_dir / "rollouts" / f"step_{step:08d}.safetensors"
 
 
 class _Replay:
-    """Steps of `run` beside the recorded ones."""
+    """Repeats steps of `run` and compares them with the recorded ones."""
 
     def __init__(
         self,
@@ -114,12 +114,12 @@ class _Replay:
         run_dir: Path,
         recorded: dict[int, MetricsRow],
         is_same_layout: bool,
-        draws_again: bool,
+        regenerates: bool,
     ) -> None:
         self.run, self.run_dir, self.recorded = run, run_dir, recorded
-        self.is_same_layout, self.draws_again = is_same_layout, draws_again
+        self.is_same_layout, self.regenerates = is_same_layout, regenerates
 
-    def until(self, last: int) -> None:
+    def run_until(self, last: int) -> None:
         run = self.run
         run_sft(run)
         run.generation.synchronize()
@@ -128,29 +128,35 @@ class _Replay:
             run.finish_step({"step": 0})
         while run.step < last:
             step = run.step + 1
-            if self._was_bad(step):
+            if self._was_nonfinite(step):
                 if step == last:
-                    return self._bad_step(step)
+                    return self._nonfinite_step(step)
                 run.finish_step({"step": step, "skipped": 1})
             else:
                 self._step(step)
             self._compare(step)
-        how = "every digest is" if self.is_same_layout else f"all norms are within {NORM_TOLERANCE:g} of"
-        drawn = "drawn again" if self.draws_again else "taken from its file"
-        run.display.log(f"step {last}: {how} what the run wrote (rollouts {drawn})")
+        verdict = (
+            "every digest equals" if self.is_same_layout else f"all norms are within {NORM_TOLERANCE:g} of"
+        )
+        source = "generated again" if self.regenerates else "read from file"
+        run.display.log(f"step {last}: {verdict} the record (rollouts {source})")
 
-    def _was_bad(self, step: int) -> bool:
+    def _was_nonfinite(self, step: int) -> bool:
         return self.recorded.get(step, {}).get("rollouts", NO_ROLLOUTS) == NO_ROLLOUTS
 
     def _step(self, step: int) -> None:
         generation = self.run.generation
         engine = generation.engine
-        path = bad_batch(self.run_dir, step) if self._was_bad(step) else batch(self.run_dir, step)
-        if self._was_bad(step) or not self.draws_again:
+        path = (
+            nonfinite_path(self.run_dir, step)
+            if self._was_nonfinite(step)
+            else rollouts_path(self.run_dir, step)
+        )
+        if self._was_nonfinite(step) or not self.regenerates:
             if not path.exists():
                 raise UserError(
-                    f"{path} is missing, and only the layout that the run had "
-                    f"({self.recorded[step]['layout']}) draws the same rollouts again; replay with that one"
+                    f"{path} is missing, and only the run's layout ({self.recorded[step]['layout']}) "
+                    "generates the same rollouts again; replay with that one"
                 )
             generation.engine = _RecordedEngine(engine, Rollouts.load(path))  # type: ignore[arg-type]
         try:
@@ -158,51 +164,59 @@ class _Replay:
         finally:
             generation.engine = engine
 
-    def _bad_step(self, step: int) -> None:
-        """A batch with bad numbers has them again, or the difference is named."""
-        kept = Rollouts.load(bad_batch(self.run_dir, step))
+    def _nonfinite_step(self, step: int) -> None:
+        """Check that a non-finite step is non-finite again.
+
+        Raises:
+            ReplayDiffers: if it is finite.
+        """
+        rollouts = Rollouts.load(nonfinite_path(self.run_dir, step))
         try:
             self._step(step)
         except NonFiniteError as error:
-            self.run.display.log(f"step {step} has its bad numbers again: {error.reason}")
+            self.run.display.log(f"step {step} is non-finite again: {error.reason}")
             return
-        assert kept.rewards is not None
-        wrong = (~torch.isfinite(kept.rewards)).nonzero()[:, 0].tolist()
-        what = f": {_sample(kept, wrong[0])} had the reward {float(kept.rewards[wrong[0]])}" if wrong else ""
-        raise ReplayDiffers(f"step {step} had bad numbers in the run and has none when done again{what}")
+        assert rollouts.rewards is not None
+        rows = (~torch.isfinite(rollouts.rewards)).nonzero()[:, 0].tolist()
+        what = (
+            f": {_sample(rollouts, rows[0])} had the reward {float(rollouts.rewards[rows[0]])}"
+            if rows
+            else ""
+        )
+        raise ReplayDiffers(f"step {step} was non-finite in the run and is finite in the replay{what}")
 
     def _compare(self, step: int) -> None:
         """
         Raises:
             ReplayDiffers: on all ranks.
         """
-        found = None
+        difference = None
         if self.run.parallel.rank == 0 and step in self.recorded:
             files = self.run.files
-            again = next(row for row in files.audit.read() if row["step"] == step)
-            found = self._rollouts_differ(step, again) or self._weights_differ(step, again)
-        found = all_gather_objects(self.run.parallel, found)[0]
-        if found is not None:
-            raise ReplayDiffers(f"step {step}: {found}")
+            replayed = next(row for row in files.audit.read() if row["step"] == step)
+            difference = self._rollouts_differ(step, replayed) or self._weights_differ(step, replayed)
+        difference = all_gather_objects(self.run.parallel, difference)[0]
+        if difference is not None:
+            raise ReplayDiffers(f"step {step}: {difference}")
 
-    def _rollouts_differ(self, step: int, again: MetricsRow) -> str | None:
-        columns, path = self.recorded[step]["columns"], batch(self.run_dir, step)
-        done_again, changed = batch(self.run.files.dir, step), []
+    def _rollouts_differ(self, step: int, replayed: MetricsRow) -> str | None:
+        columns, path = self.recorded[step]["columns"], rollouts_path(self.run_dir, step)
+        replayed_path, changed = rollouts_path(self.run.files.dir, step), []
         in_file = Rollouts.load(path) if path.exists() else None
         if in_file is not None:
-            sums = sums_of(in_file)
-            changed = [name for name in columns if columns[name] != in_hex(sums[name])]
-        other = [name for name in columns if columns[name] != again["columns"][name]]
-        if not changed and not other:
+            digests = column_digests(in_file)
+            changed = [name for name in columns if columns[name] != in_hex(digests[name])]
+        different = [name for name in columns if columns[name] != replayed["columns"][name]]
+        if not changed and not different:
             return None
-        where = first_difference(in_file, Rollouts.load(done_again)) if in_file is not None else None
+        where = first_difference(in_file, Rollouts.load(replayed_path)) if in_file is not None else None
         if changed:
-            return f"{path} is not what the run wrote ({', '.join(changed)}){f': {where}' if where else ''}"
-        return where or f"other {', '.join(other)} than the run wrote"
+            return f"{path} differs from the record ({', '.join(changed)}){f': {where}' if where else ''}"
+        return where or f"{', '.join(different)} differ from the record"
 
-    def _weights_differ(self, step: int, again: MetricsRow) -> str | None:
+    def _weights_differ(self, step: int, replayed: MetricsRow) -> str | None:
         for name, (digest, norm) in self.recorded[step]["tensors"].items():
-            new_digest, new_norm = again["tensors"][name]
+            new_digest, new_norm = replayed["tensors"][name]
             if self.is_same_layout and digest != new_digest:
                 return f"the weight {name} has other bits: its norm was {norm!r} and is {new_norm!r}"
             if abs(new_norm - norm) > NORM_TOLERANCE * abs(norm):
@@ -211,13 +225,13 @@ class _Replay:
 
 
 class _RecordedEngine:
-    """The recorded rollouts of a step in the place of drawing them; all else is the engine's."""
+    """An engine that returns the recorded rollouts of a step instead of generating them."""
 
     def __init__(self, engine: LocalEngine, rollouts: Rollouts) -> None:
         self._engine = engine
         self._rollouts = replace(rollouts, rewards=None, advantages=None)
         pairs = zip(rollouts.groups.tolist(), rollouts.sample_indices.tolist(), strict=True)
-        self._place = {pair: i for i, pair in enumerate(pairs)}
+        self._index = {pair: i for i, pair in enumerate(pairs)}
         self.version = engine.version
 
     def generate(
@@ -225,7 +239,7 @@ class _RecordedEngine:
     ) -> Rollouts:
         if sampling.seed[1:2] != (STREAM_TRAIN,):
             return self._engine.generate(requests, sampling, progress)
-        return self._rollouts.select([self._place[one.group, one.sample_index] for one in requests])
+        return self._rollouts.select([self._index[one.group, one.sample_index] for one in requests])
 
     def update_weights(self, buckets: NamedTensors, version: int) -> None:
         self._engine.update_weights(buckets, version)
@@ -243,21 +257,21 @@ class _RecordedEngine:
 
 
 def first_difference(was: Rollouts, now: Rollouts) -> str | None:
-    """Where two batches of the same requests differ first, in words."""
-    for name in (*PER_TOKEN, *PER_SAMPLE):  # a reward follows from the tokens
+    """Description of the first difference between two batches of the same requests."""
+    for name in (*PER_TOKEN, *PER_SAMPLE):  # tokens first, since rewards depend on them
         before, after = getattr(was, name), getattr(now, name)
         if before.shape != after.shape:
-            continue  # their lengths differ, which is named
-        places = (before != after).nonzero()[:, 0].tolist()
-        if not places:
+            continue  # the lengths differ too and are reported
+        differing = (before != after).nonzero()[:, 0].tolist()
+        if not differing:
             continue
-        place, lengths_name = places[0], PER_TOKEN.get(name)
-        values = f"was {before[place].item()} and is {after[place].item()} when done again"
+        index, lengths_name = differing[0], PER_TOKEN.get(name)
+        values = f"was {before[index].item()} and is {after[index].item()} in the replay"
         if lengths_name is None:
-            return f"the {name.removesuffix('s')} of {_sample(was, place)} {values}"
+            return f"the {name.removesuffix('s')} of {_sample(was, index)} {values}"
         ends = getattr(was, lengths_name).cumsum(0)
-        sample = int(torch.searchsorted(ends, place, right=True))
-        token = place - (int(ends[sample - 1]) if sample else 0)
+        sample = int(torch.searchsorted(ends, index, right=True))
+        token = index - (int(ends[sample - 1]) if sample else 0)
         return f"token {token} of the {name.split('_')[0]} of {_sample(was, sample)} {values}"
     return None
 

@@ -1,1 +1,1 @@
-"""Stop requests and the watchdog: how a run ends early without losing anything."""
+"""Stop requests and the watchdog: how a run ends early and resumably."""

@@ -1,10 +1,10 @@
-"""When a run has to end before its last step: a signal to any rank, or a budget of minutes.
+"""Stops a run before its last step: on a signal to any rank, or after `run.max_minutes`.
 
-SIGTERM and SIGUSR1 only leave a note; nothing is torn.  At the end of every step all ranks agree, by
-one small reduction, whether any has such a note; then the step is saved and all leave with exit code
-75.  Drawing may take long, so it is cut: a rank with a note tells the others through the store of the
-process group, each looks there once a second, and the step is drawn again by the next attempt, being
-a function of (seed, step).  Evaluations and optimizer steps run to their end.
+SIGTERM and SIGUSR1 only set a flag.  At the end of every step one small all-reduce tells all ranks
+whether any flag is set; then the run saves and exits with code 75.  Generation may take long, so it is
+interrupted: a flagged rank publishes the stop in the process group's store, which every rank polls once
+a second.  The next attempt generates the step again, since it is a function of (seed, step).
+Evaluations and optimizer steps are not interrupted.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from opo_megatron.distributed.process_groups import Parallel, all_reduce
 from opo_megatron.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-LOOK_EVERY_SECONDS = 1.0
+POLL_SECONDS = 1.0
 _KEY = "opo/stop"
 _BUDGET = 1000
-"""Beyond all numbers of signals."""
+"""Stands for `run.max_minutes`; above all signal numbers."""
 
 
 class StopRequest:
-    """This rank's note that the run has to end, and what all ranks make of it."""
+    """This rank's stop flag, and the collective decision to stop."""
 
     def __init__(self, parallel: Parallel, max_minutes: float) -> None:
         self._parallel, self._max_minutes = parallel, max_minutes
-        self._started = self._looked_at = time.monotonic()
+        self._started = self._polled_at = time.monotonic()
         self._signal = 0
-        self._is_told = False
+        self._is_published = False
         self._previous: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """From now on a signal leaves a note and no more (in the main thread, the only one that may)."""
+        """Install the signal handlers, in the main thread, the only one that can."""
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._flag) for number in SIGNALS}
 
@@ -60,33 +60,33 @@ class StopRequest:
     def raise_if_stopping(self) -> None:
         """
         Raises:
-            Preempted: where this rank or, as far as is known, another has a note.
+            Preempted: if this rank is flagged, or another has published a stop.
         """
         reason = self._reason()
         if self._parallel.world_size > 1:
-            reason = self._exchange(reason)
+            reason = self._publish_or_poll(reason)
         if reason:
-            raise Preempted(_words(reason))
+            raise Preempted(_describe(reason))
 
-    def _exchange(self, reason: int) -> int:
-        """Tell the others, or look whether another has told."""
+    def _publish_or_poll(self, reason: int) -> int:
+        """Publish this rank's reason, or poll for another rank's."""
         store = dist.distributed_c10d._get_default_store()
-        if reason and not self._is_told:
+        if reason and not self._is_published:
             store.set(_KEY, str(reason))
-            self._is_told = True
+            self._is_published = True
         now = time.monotonic()
-        if not reason and now - self._looked_at >= LOOK_EVERY_SECONDS:
-            self._looked_at = now
+        if not reason and now - self._polled_at >= POLL_SECONDS:
+            self._polled_at = now
             if store.check([_KEY]):
                 reason = int(store.get(_KEY))
         return reason
 
     def agree(self, *flags: bool) -> tuple[str | None, list[bool]]:
-        """Why the run has to end, or None; and whether each of `flags` holds on any rank.  A collective."""
+        """The reason to stop, or None; and for each of `flags` whether any rank sets it.  A collective."""
         values = torch.tensor([self._reason(), *map(int, flags)], dtype=torch.int64)
         reason, *others = all_reduce(self._parallel, values, dist.ReduceOp.MAX).tolist()
-        return _words(reason) if reason else None, [bool(value) for value in others]
+        return _describe(reason) if reason else None, [bool(value) for value in others]
 
 
-def _words(reason: int) -> str:
-    return "run.max_minutes are over" if reason == _BUDGET else signal.Signals(reason).name
+def _describe(reason: int) -> str:
+    return "run.max_minutes reached" if reason == _BUDGET else signal.Signals(reason).name

@@ -1,13 +1,13 @@
-"""A thread per rank that ends a run which makes no progress, and says which rank is to blame and where.
+"""The watchdog: a thread per rank that ends a hung run and reports which rank hangs, and where.
 
-Every rank's thread writes `status/rank_N.json`: process, phase, step, and a count that goes on as long as
-the process runs.  A rank that stays in a phase longer than `run.hang_minutes` looks at the others': who does
-not count any more is stopped or gone, and is named; else those are that the others are ahead of.  All
-write their stacks to `stacks/`; a rank that is stopped is made to, by a signal of a neighbour on its
-machine.  Then every rank ends with exit code 76, and resume=auto goes on from the last checkpoint.
+Every rank's thread writes `status/rank_N.json`: process, phase, step, and a heartbeat count.  A rank that
+stays in a phase longer than `run.hang_minutes` reads the others' files: ranks whose count stands still are
+stopped or gone and are reported, else the ranks that lag behind.  All ranks write their stacks to `stacks/`;
+a stopped rank does so on a signal from another rank of its machine.  Then every rank exits with code 76, and
+resume=auto resumes from the last checkpoint.
 
-A job that was suspended as a whole goes on: a thread that has slept for longer than it meant to forgives.
-What is left out: a single process whose main thread keeps Python's lock for good.
+A job that was suspended as a whole continues: a thread that slept much longer than its interval resets the
+timer.  Not detected: a single process whose main thread never releases the GIL.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ DUMP_SIGNAL = signal.SIGUSR2
 """Makes a rank write its stacks, whatever Python is doing."""
 LONGEST_INTERVAL = 10.0
 STACKS_SECONDS = 3.0
-"""How long a neighbour's stacks are waited for."""
+"""Timeout for the stacks of another rank."""
 
 Status = dict[str, Any]
 
 
 class Watchdog:
-    """Watches the phases of this rank; does nothing before `start` and where the limit is 0."""
+    """Watches the phases of this rank; inactive before `start`, and with a limit of 0."""
 
     def __init__(self, parallel: Parallel, run_dir: Path, minutes: float) -> None:
         self.parallel, self._limit = parallel, 60 * minutes
@@ -52,22 +52,22 @@ class Watchdog:
         self._stacks: TextIO | None = None
 
     def start(self) -> None:
-        """Begin to watch; a collective of all ranks."""
+        """Start watching; a collective of all ranks."""
         if self._limit == 0:
             return
         for folder in (self._status_dir, self._stacks_dir):
             folder.mkdir(parents=True, exist_ok=True)
         self._stacks = self._stacks_of(self.parallel.rank).open("w")
-        # Of the thread that gets the signal: those of others change while they are read.
+        # Only the thread that receives the signal: other stacks change while they are read.
         faulthandler.register(DUMP_SIGNAL, self._stacks, all_threads=False)
         self._write()
-        all_gather_objects(self.parallel, None)  # from here on no file is an earlier attempt's
+        all_gather_objects(self.parallel, None)  # a barrier: every file is now of this attempt
         self._since = time.monotonic()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """A phase begins; where it is another one, its name is in the file before anything can go wrong."""
+        """Start a phase; a new phase is written to the file at once."""
         is_new, self._phase, self._since = phase != self._phase, phase, time.monotonic()
         self._step = self._step if step is None else step
         if is_new and self._thread is not None:
@@ -75,7 +75,7 @@ class Watchdog:
                 self._write()
 
     def progress(self) -> None:
-        """The phase goes on."""
+        """Record progress within the phase."""
         self._since = time.monotonic()
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class Watchdog:
             os.replace(partial, path)
 
     def _end(self) -> None:
-        """Write stacks, name who is to blame, and end this process; does not return."""
+        """Write stacks, report the ranks at fault, and exit this process; does not return."""
         assert self._stacks is not None
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         self._stacks.flush()
@@ -134,47 +134,47 @@ class Watchdog:
             with suppress(OSError):
                 self._write()
         now = self._read_all()
-        silent = [one["rank"] for one in now if one["count"] == first[one["rank"]]["count"]]
-        speaker = min(set(range(self.parallel.world_size)) - set(silent), default=self.parallel.rank)
-        self._wake_neighbours([now[rank] for rank in silent])
-        if self.parallel.rank == speaker:
-            self._log(now, silent)
+        unresponsive = [one["rank"] for one in now if one["count"] == first[one["rank"]]["count"]]
+        reporter = min(set(range(self.parallel.world_size)) - set(unresponsive), default=self.parallel.rank)
+        self._dump_unresponsive([now[rank] for rank in unresponsive])
+        if self.parallel.rank == reporter:
+            self._log(now, unresponsive)
         else:
-            time.sleep(STACKS_SECONDS)  # the launcher ends all ranks when the first has gone
+            time.sleep(STACKS_SECONDS)  # the launcher stops all ranks when the first exits
         os._exit(EXIT_HUNG)
 
     def _read_all(self) -> list[Status]:
         return [json.loads(self._file_of(rank).read_text()) for rank in range(self.parallel.world_size)]
 
-    def _wake_neighbours(self, silent: Sequence[Status]) -> None:
-        """Stopped ranks of this machine write their stacks."""
-        for status in silent:
+    def _dump_unresponsive(self, unresponsive: Sequence[Status]) -> None:
+        """Make stopped ranks of this machine write their stacks."""
+        for status in unresponsive:
             if status["host"] == socket.gethostname() and status["rank"] != self.parallel.rank:
-                # To the main thread, whose number is the process's; others take what goes to the process.
+                # To the main thread, whose id is the pid: a signal to the process may go to any thread.
                 ctypes.CDLL(None).tgkill(status["pid"], status["pid"], int(DUMP_SIGNAL))
                 with suppress(ProcessLookupError):
                     os.kill(status["pid"], signal.SIGCONT)
         deadline = time.monotonic() + STACKS_SECONDS
-        paths = [self._stacks_of(status["rank"]) for status in silent]
+        paths = [self._stacks_of(status["rank"]) for status in unresponsive]
         while time.monotonic() < deadline and not all(p.exists() and p.stat().st_size for p in paths):
             time.sleep(0.05)
 
-    def _log(self, all_ranks: Sequence[Status], silent: Sequence[int]) -> None:
-        if silent:
-            blamed, what = list(silent), "is stopped or gone"
+    def _log(self, all_ranks: Sequence[Status], unresponsive: Sequence[int]) -> None:
+        if unresponsive:
+            at_fault, what = list(unresponsive), "is stopped or gone"
         else:
-            blamed, what = _behind(all_ranks), "makes no progress"
+            at_fault, what = _outliers(all_ranks), "makes no progress"
         names = "; ".join(
             f"rank {rank} {what} in phase {all_ranks[rank]['phase']} of step {all_ranks[rank]['step']} "
             f"(process {all_ranks[rank]['pid']} on {all_ranks[rank]['host']})"
-            for rank in blamed
+            for rank in at_fault
         )
         waited = all_ranks[self.parallel.rank]["seconds"]
-        sentence = (
-            f"error: the run hangs since {waited:.0f} s: {names}; stacks of all ranks are in "
-            f"{self._stacks_dir}; go on with resume=auto, or raise run.hang_minutes if that was work"
+        message = (
+            f"error: the run has hung for {waited:.0f} s: {names}; stacks of all ranks are in "
+            f"{self._stacks_dir}; resume with resume=auto, or raise run.hang_minutes if the phase is slow"
         )
-        print(sentence, file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
 
     def _file_of(self, rank: int) -> Path:
         return self._status_dir / f"rank_{rank:05d}.json"
@@ -183,9 +183,9 @@ class Watchdog:
         return self._stacks_dir / f"rank_{rank:05d}.txt"
 
 
-def _behind(all_ranks: Sequence[Status]) -> list[int]:
-    """The ranks that are elsewhere than most; all where they are in the same phase."""
-    places = Counter((one["step"], one["phase"]) for one in all_ranks)
-    (most, _), *_ = places.most_common(1)
+def _outliers(all_ranks: Sequence[Status]) -> list[int]:
+    """The ranks in another phase than most; all ranks if they are in the same phase."""
+    phases = Counter((one["step"], one["phase"]) for one in all_ranks)
+    (most, _), *_ = phases.most_common(1)
     others = [one["rank"] for one in all_ranks if (one["step"], one["phase"]) != most]
     return others or [one["rank"] for one in all_ranks]

@@ -17,11 +17,11 @@ from opo_megatron.algorithm.config import AlgorithmConfig, Baseline, VarianceOf,
 from opo_megatron.algorithm.fitted_weights import FEATURES, STATE
 from opo_megatron.algorithm.presets import PRESETS
 from opo_megatron.algorithm.variance import (
-    Measured,
+    GradientGram,
     between_prompts,
     correlation,
     estimators,
-    learn,
+    update_fitted,
     variance_and_signal,
 )
 from opo_megatron.batch.redistribute import redistribute_to_dp
@@ -66,7 +66,7 @@ def variance_report(
     }
     row |= {f"variance/{name}": value for name, value in measures.items() if value is not None}
     if run.config.algorithm.weight is Weight.fitted:
-        learn(run.fitted_weights, measured)
+        update_fitted(run.fitted_weights, measured)
         run.saver.state[STATE] = run.fitted_weights.state()
         mixture = zip(FEATURES, run.fitted_weights.coefficients.tolist(), strict=True)
         row |= {f"baseline/auto_{name}": value for name, value in mixture}
@@ -75,7 +75,7 @@ def variance_report(
     return row
 
 
-def _measure(run: Run, rollouts: Rollouts, stats: BatchStats, chosen: Tensor) -> Measured:
+def _measure(run: Run, rollouts: Rollouts, stats: BatchStats, chosen: Tensor) -> GradientGram:
     """Inner products and energies of the samples `chosen`, in that order."""
     policy, config = run.policy, run.config
     schedule = policy.schedule_replicated(stats.sequence_lengths, chosen.tolist())
@@ -84,7 +84,7 @@ def _measure(run: Run, rollouts: Rollouts, stats: BatchStats, chosen: Tensor) ->
     measure = per_sample.all_parameters if whole else per_sample.output_layer
     found = measure(policy, samples, schedule, config.rollout.temperature)
     order = torch.tensor(schedule.samples_of(run.parallel.dp_rank)).argsort()
-    return Measured(
+    return GradientGram(
         gram=found.gram[order][:, order],
         rewards=stats.rewards[chosen],
         lengths=stats.response_lengths[chosen].double(),

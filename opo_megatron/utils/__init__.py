@@ -1,1 +1,1 @@
-"""Small helpers without a domain of their own."""
+"""Small general helpers."""

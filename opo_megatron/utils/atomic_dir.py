@@ -1,4 +1,4 @@
-"""A folder that appears under its name only when it is complete."""
+"""Atomic creation of a folder: it gets its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_new(folder: Path) -> None:
-    """Refuse a folder that holds something already."""
+    """Raise a UserError if `folder` exists and is not an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder; choose another name")
 
 
 @contextmanager
 def new_folder(folder: Path, is_writer: bool = True) -> Iterator[Path]:
-    """`atomic_dir` for a name that is not taken.
+    """`atomic_dir` for a new folder.
 
     Raises:
-        UserError: where it is, or where the disk is full.
+        UserError: if the folder exists, or the disk is full.
     """
     if is_writer:
         check_new(folder)
@@ -36,18 +36,18 @@ def new_folder(folder: Path, is_writer: bool = True) -> Iterator[Path]:
         if error.errno not in _FULL:
             raise
         raise UserError(
-            f"the disk of {folder} is full ({error.strerror}), so nothing was written; make room or "
+            f"the disk of {folder} is full ({error.strerror}), so nothing was written; free space or "
             "choose another disk"
         ) from None
 
 
 @contextmanager
 def atomic_dir(folder: Path, is_writer: bool = True, replaces: bool = False) -> Iterator[Path]:
-    """Yield `<folder>.partial`, empty, which is named `folder` at the end, or removed on an error.
+    """Yield an empty `<folder>.partial`, which is renamed to `folder` at the end, or removed on an error.
 
     Args:
-        leads: whether this rank makes, renames and removes it; the others only learn its name.
-        replaces: whether a folder of that name gives way to it.
+        is_writer: whether this rank creates, renames and removes it; other ranks only get its path.
+        replaces: replace an existing folder.
     """
     partial = folder.with_name(folder.name + ".partial")
     if is_writer:
@@ -56,7 +56,7 @@ def atomic_dir(folder: Path, is_writer: bool = True, replaces: bool = False) -> 
     try:
         yield partial
         if is_writer:
-            if replaces:  # by itself a folder takes the place of an empty one only
+            if replaces:  # os.replace overwrites only an empty folder
                 shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
     except BaseException:

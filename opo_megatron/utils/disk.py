@@ -1,4 +1,4 @@
-"""What is said where a run's files cannot be written: a full disk is the user's to mend, not a bug."""
+"""Errors of writing a run's files, such as a full disk, as a UserError: the user can fix them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 @contextmanager
 def report_disk_errors(folder: str | Path) -> Iterator[None]:
-    """Within this context what the file system refuses is a UserError that names `folder`."""
+    """Turn errors of the file system about `folder` into a UserError that names it."""
     from safetensors import SafetensorError
 
     try:
@@ -30,16 +30,16 @@ def report_disk_errors(folder: str | Path) -> Iterator[None]:
 
 
 def cannot_write(folder: str | Path, reason: str) -> UserError:
-    """The sentence about a folder that takes no more."""
+    """The error for a folder that cannot be written."""
     return UserError(
-        f"{folder} cannot be written ({reason}); give it space and permission and go on with resume=auto, "
-        "or choose another run.dir"
+        f"{folder} cannot be written ({reason}); free space or fix its permissions and resume with "
+        "resume=auto, or choose another run.dir"
     )
 
 
 def _concerns(folder: str | Path, error: OSError) -> bool:
-    """Whether the error is about the folder: what is missing or forbidden elsewhere is another matter."""
+    """Whether the error is about the folder, its parents or its contents."""
     if not isinstance(error.filename, str):
         return False
-    place, whole = Path(error.filename).absolute(), Path(folder).absolute()
-    return place in (whole, *whole.parents) or whole in place.parents
+    path, root = Path(error.filename).absolute(), Path(folder).absolute()
+    return path in (root, *root.parents) or root in path.parents

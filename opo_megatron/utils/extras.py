@@ -1,4 +1,4 @@
-"""Parts that only some recipes need, and what to say where one is not installed."""
+"""Imports of optional extras, with the install command in the error."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 from opo_megatron.errors import UserError
 
 
-def require_extra(module: str, wanted_by: str, extra: str) -> Any:
+def require_extra(module: str, required_by: str, extra: str) -> Any:
     """Import a module of an optional extra.
 
     Raises:
-        UserError: naming the command that installs it.
+        UserError: with the command that installs it.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"{wanted_by} needs {module}, which does not import ({error}); "
+            f"{required_by} needs {module}, which cannot be imported ({error}); "
             f"install it with: pip install 'opo-megatron[{extra}]'"
         ) from None
 
 
 @contextmanager
 def block_import(module: str) -> Iterator[None]:
-    """Within this context importing `module` fails, for a library that tries to without being asked."""
+    """Make `import module` fail in this context, for libraries that import it whenever it is installed."""
     if module in sys.modules:
         yield
         return

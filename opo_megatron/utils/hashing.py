@@ -1,6 +1,6 @@
-"""splitmix64 (Steele et al. 2014): the hash behind random numbers and digests.
+"""splitmix64 (Steele et al. 2014), the hash of random numbers and digests.
 
-The same in Python's integers and, on whole tensors, in int64 arithmetic, which wraps around.
+Two equal implementations: Python integers, and tensors in int64 arithmetic, which wraps around.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def hash_of(parts: tuple[int, ...]) -> int:
-    """A signed 64-bit key of a tuple of integers."""
+    """Signed 64-bit hash of a tuple of integers."""
     state = 0
     for part in parts:
         state = mix((state ^ (part & MASK)) + GOLDEN & MASK)
@@ -21,14 +21,14 @@ def hash_of(parts: tuple[int, ...]) -> int:
 
 
 def hash_of_text(text: str) -> int:
-    """A signed 64-bit key of a text."""
+    """Signed 64-bit hash of a text."""
     content = text.encode()
     words = (int.from_bytes(content[i : i + 8], "little") for i in range(0, len(content), 8))
     return hash_of((len(content), *words))
 
 
 def mix(x: int) -> int:
-    """Of an unsigned 64-bit integer."""
+    """The splitmix64 finalizer of an unsigned 64-bit integer."""
     x = (x ^ (x >> 30)) * FACTORS[0] & MASK
     x = (x ^ (x >> 27)) * FACTORS[1] & MASK
     return x ^ (x >> 31)
@@ -44,10 +44,10 @@ def mix_tensor(x: Tensor) -> Tensor:
 
 
 def signed(x: int) -> int:
-    """The int64 with the bits of an unsigned integer."""
+    """The int64 with the bits of an unsigned 64-bit integer."""
     return x - (1 << 64) if x >> 63 else x
 
 
 def shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's own copies the sign."""
+    """Logical right shift; torch's is arithmetic."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)

@@ -1,3 +1,3 @@
-"""Megatron ↔ Hugging Face: the only room that knows both naming schemes."""
+"""Weights between Megatron and Hugging Face; the only package with both naming schemes."""
 
 import opo_megatron.utils.quiet_megatron  # noqa: F401  before Megatron is imported

@@ -1,9 +1,9 @@
-"""A Hugging Face folder in FP8 with one scale per tensor, of weights and of activations, by nvidia-modelopt.
+"""Export to a Hugging Face folder in FP8 with per-tensor scales of weights and activations, by modelopt.
 
-The scales of activations are maxima over calibration prompts, so the whole model is loaded, by
-transformers, and runs forward.  What comes out is modelopt's unified format: `weight_scale` and
-`input_scale` beside each matrix, `hf_quant_config.json`, and the same in config.json, which SGLang
-reads as quantization `modelopt_fp8`.
+Activation scales are maxima over calibration prompts, so transformers loads the whole model and runs it
+forward.  The output is modelopt's unified format: `weight_scale` and `input_scale` per matrix,
+`hf_quant_config.json`, and the same settings in config.json, which SGLang reads as quantization
+`modelopt_fp8`.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from opo_megatron.kernels.fp8 import not_finite
 from opo_megatron.utils.extras import require_extra
 from opo_megatron.weights.hf_folder import copy_companions
 
-WANTED_BY = "--quantize fp8"
+_OPTION = "--quantize fp8"
 
 
 def load_modelopt() -> tuple[Any, Any, Any]:
-    """transformers, and modelopt's quantization and export.
+    """The modules transformers, modelopt.torch.quantization and modelopt.torch.export.
 
     Raises:
-        UserError: naming what is not installed.
+        UserError: naming a package that is not installed.
     """
-    transformers = require_extra("transformers", WANTED_BY, "modelopt")
+    transformers = require_extra("transformers", _OPTION, "modelopt")
     with _without_warnings():
-        quantization = require_extra("modelopt.torch.quantization", WANTED_BY, "modelopt")
-        exporter = require_extra("modelopt.torch.export", WANTED_BY, "modelopt")
+        quantization = require_extra("modelopt.torch.quantization", _OPTION, "modelopt")
+        exporter = require_extra("modelopt.torch.export", _OPTION, "modelopt")
     return transformers, quantization, exporter
 
 
 def quantize_calibrated(
     source: Path, target: Path, prompts: Sequence[Sequence[int]], shard_bytes: int, log: Callable[[str], None]
 ) -> None:
-    """Write the model in `source` into the empty folder `target`.
+    """Quantize the model in `source` into the empty folder `target`.
 
     Args:
-        prompts: token ids, each run alone, so that no padding enters a maximum.
+        prompts: token ids; each runs alone, so that no padding affects a maximum.
 
     Raises:
-        UserError: for weights that are NaN or infinite, or a scale that would be.
+        UserError: for weights or scales that are NaN or infinite.
     """
     transformers, quantization, exporter = load_modelopt()
 
@@ -56,7 +56,7 @@ def quantize_calibrated(
         for number, prompt in enumerate(prompts, 1):
             model(torch.tensor([prompt]), use_cache=False)
             if number * 10 // len(prompts) > (number - 1) * 10 // len(prompts):
-                log(f"{number} of {len(prompts)} prompts calibrated with")
+                log(f"calibrated with {number} of {len(prompts)} prompts")
 
     transformers.utils.logging.disable_progress_bar()
     with _without_warnings(), torch.no_grad():
@@ -75,7 +75,7 @@ def _check_weights(model: Any) -> None:
 
 
 def _check_scales(folder: Path) -> None:
-    """Every quantized matrix has both scales, positive and finite."""
+    """Check that every quantized matrix has both scales, positive and finite."""
     matrices, scales = set(), {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -88,14 +88,14 @@ def _check_scales(folder: Path) -> None:
         for name in (f"{module}.weight_scale", f"{module}.input_scale"):
             if not 0 < scales.get(name, math.nan) < math.inf:
                 raise UserError(
-                    f"calibration found {scales.get(name, 'nothing')} for {name}, which is no scale; "
+                    f"calibration gave {name} the invalid value {scales.get(name, 'nothing')}; "
                     "calibrate with other prompts, or export another step"
                 )
 
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """modelopt and transformers warn of their own deprecations."""
+    """Suppress warnings of modelopt and transformers about their own deprecations."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

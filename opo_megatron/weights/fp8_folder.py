@@ -1,12 +1,12 @@
-"""A Hugging Face folder in block FP8: which matrices are quantized, under what names, and its config.json.
+"""A Hugging Face folder in block FP8: quantized matrices, their tensor names, and `quantization_config`.
 
-The layout is DeepSeek-V3's, which SGLang and transformers load: `X.weight` in float8_e4m3fn beside
-`X.weight_scale_inv`, and a `quantization_config` that lists the modules left alone.  Quantized are the
-matrices inside the layers; embedding, head, norms, biases and the router of experts keep their type.
+The format is DeepSeek-V3's, which SGLang and transformers load: `X.weight` in float8_e4m3fn with
+`X.weight_scale_inv`, and a `quantization_config` that lists the modules not quantized.  The matrices in
+the layers are quantized; embedding, LM head, norms, biases and the router keep their type.
 
-Left alone as well are matrices that are not made of whole 128×128 blocks, though the quantizer knows
-smaller ones: SGLang refuses them where it fuses (q/k/v, gate/up, experts), and transformers, which
-derives the block from the shape of the scales, would read 200 rows as two blocks of 100.
+Matrices that are not made of whole 128×128 blocks keep their type too, although the quantizer supports
+smaller blocks: SGLang refuses them where it fuses (q/k/v, gate/up, experts), and transformers infers the
+block from the shape of the scales and would read 200 rows as two blocks of 100.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from opo_megatron.weights.safetensors_file import TensorInfo
 
 
 class BlockFp8:
-    """How the tensors of one model are written."""
+    """The FP8 tensors of one model."""
 
     def __init__(self, model: ModelConfig, scales: Scales) -> None:
         """
@@ -58,16 +58,16 @@ class BlockFp8:
                 f"{list(odd[0][1])}), so there is nothing to quantize; choose --quantize fp8, or none"
             )
         self.untouched = [*untouched, *dict.fromkeys(module for module, _ in odd)]
-        """Modules that keep their type, as config.json lists them."""
+        """Modules that keep their type: `modules_to_not_convert` of config.json."""
         self.notes = []
         if odd:
             self.notes.append(
-                f"{len(odd)} matrices keep their type, not being made of whole {FP8_BLOCK}×{FP8_BLOCK} blocks, "
-                f"as {odd[0][0]} of {list(odd[0][1])}"
+                f"{len(odd)} matrices keep their type because they are not made of whole "
+                f"{FP8_BLOCK}×{FP8_BLOCK} blocks, e.g. {odd[0][0]} of shape {list(odd[0][1])}"
             )
 
     def infos(self, infos: Sequence[TensorInfo]) -> list[TensorInfo]:
-        """What is written in place of `infos`, in its order."""
+        """The tensors to write in place of `infos`, in the same order."""
         return [written for info in infos for written in self._infos(info)]
 
     def _infos(self, info: TensorInfo) -> list[TensorInfo]:
@@ -80,7 +80,7 @@ class BlockFp8:
         ]
 
     def tensors(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """What is written in place of one tensor.
+        """The tensors to write in place of one: itself, or its FP8 values and scales.
 
         Raises:
             UserError: for weights that are NaN or infinite.
@@ -96,7 +96,7 @@ class BlockFp8:
     def config(self) -> dict[str, Any]:
         """`quantization_config` of config.json.
 
-        SGLang takes `scale_fmt` as: activations get powers of two as well.
+        `scale_fmt` makes SGLang use powers of two for activations too.
         """
         config: dict[str, Any] = {
             "quant_method": "fp8",
@@ -115,15 +115,15 @@ def _scale(weight: str) -> str:
 
 
 def _module(weight: str) -> str:
-    """The module as loaders ask for it: the experts of a layer are one."""
+    """The module name that loaders look up: all experts of a layer are one module."""
     module = weight.removesuffix(".weight")
     experts, is_one, _ = module.partition(".experts.")
     return experts + ".experts" if is_one else module
 
 
 def engine_quantization(config: Config, vocab_size: int) -> BlockFp8 | None:
-    """How servers get their weights with `rollout.sglang.fp8`: with Transformer Engine's scales, so that the
-    bytes are the trainer's; None where they get them as they are."""
+    """Quantization of the weights sent to SGLang with `rollout.sglang.fp8`, with Transformer Engine's scales,
+    so that server and trainer have the same bytes; None without it."""
     if not config.rollout.sglang.fp8:
         return None
     return BlockFp8(replace(config.policy.model, vocab_size=vocab_size), Scales.power_of_two)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder: its weights checked before any is read, and a new one written as they come."""
+"""Hugging Face folders: check all tensors before reading any, and write new folders tensor by tensor."""
 
 from __future__ import annotations
 
@@ -31,48 +31,47 @@ _COMPANIONS = (
     "chat_template*",
     "*.tiktoken",
 )
-"""What else makes a folder usable: copied as it is."""
+"""Other files of a usable model, copied unchanged."""
 
 
 def read_weights(
     folder: Path, model: ModelConfig, described_by: str = "its config.json"
 ) -> dict[str, StoredTensor]:
-    """Every tensor of the model by its name, none of them read.
+    """Every tensor of the model by its name; only headers are read.
 
     Args:
         model: resolved, with its vocabulary.
-        described_by: what `model` was taken from, for errors.
+        described_by: the source of `model`, for error messages.
 
     Raises:
-        UserError: naming the file or tensor, when weights are missing, truncated, superfluous or of
-            another shape than the model's.
+        UserError: naming a file or tensor that is missing, truncated, unexpected or of the wrong shape.
     """
     assert model.vocab_size is not None
-    wanted = hf_shapes(model, model.vocab_size)
-    found: dict[str, StoredTensor] = {}
+    expected = hf_shapes(model, model.vocab_size)
+    stored: dict[str, StoredTensor] = {}
     for path, names in _files(folder).items():
         tensors = read_header(path)
-        if lost := sorted((names or set()) - tensors.keys()):
-            raise UnreadableWeights(f"{path} lacks {lost[0]}, which the index places in it")
-        if twice := sorted(found.keys() & tensors.keys()):
-            reason = f"{path} and {found[twice[0]].path} both hold {twice[0]}"
+        if missing_in_file := sorted((names or set()) - tensors.keys()):
+            raise UnreadableWeights(f"{path} lacks {missing_in_file[0]}, which the index places in it")
+        if duplicates := sorted(stored.keys() & tensors.keys()):
+            reason = f"{path} and {stored[duplicates[0]].path} both hold {duplicates[0]}"
             raise UnreadableWeights(reason, "download them again")
-        found |= tensors
-    if missing := sorted(wanted.keys() - found.keys()):
-        raise UserError(f"{folder} lacks {_some(missing)}, which {described_by} asks for")
-    if extra := sorted(name for name in found.keys() - wanted.keys() if not _is_idle(name, model)):
-        raise UserError(f"{folder} holds {_some(extra)}, which {described_by} has no place for")
-    for name, shape in wanted.items():
-        if found[name].shape != shape:
+        stored |= tensors
+    if missing := sorted(expected.keys() - stored.keys()):
+        raise UserError(f"{folder} lacks {_summary(missing)}, which {described_by} requires")
+    if extra := sorted(name for name in stored.keys() - expected.keys() if not _is_ignored(name, model)):
+        raise UserError(f"{folder} holds {_summary(extra)}, which {described_by} does not have")
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
             raise UserError(
-                f"{found[name].path} holds {name} with shape {list(found[name].shape)}, but "
-                f"{described_by} asks for {list(shape)}"
+                f"{stored[name].path} holds {name} with shape {list(stored[name].shape)}, but "
+                f"{described_by} requires {list(shape)}"
             )
-    return {name: found[name] for name in wanted}
+    return {name: stored[name] for name in expected}
 
 
 def _files(folder: Path) -> dict[Path, set[str] | None]:
-    """Files with weights → the tensors that the index places there, None where there is no index."""
+    """Weight files → their tensors according to the index, None without an index."""
     if (folder / INDEX).exists():
         try:
             weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
@@ -94,28 +93,28 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
     raise UnreadableWeights(reason, "name a folder with safetensors")
 
 
-def _is_idle(name: str, model: ModelConfig) -> bool:
-    """Tensors that some files hold and no model reads: a tied head, frequencies of old Llamas."""
+def _is_ignored(name: str, model: ModelConfig) -> bool:
+    """Tensors that some files hold but no model reads: a tied LM head, rotary frequencies of old Llamas."""
     return (name == HEAD and model.tie_embeddings) or name.endswith("rotary_emb.inv_freq")
 
 
-def _some(names: list[str]) -> str:
+def _summary(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more tensors"
 
 
 class HfWriter:
-    """Writes tensors into shards as they come; the index comes last.
+    """Writes tensors into files of limited size, one by one; the index comes last.
 
-    A thread writes a tensor while the next one is made, so two are held.  As a context it finishes at
-    the end, and closes its file after an error.
+    A thread writes a tensor while the next one is computed, so two are in memory.  As a context manager it
+    calls `finish` at the end, and only closes its file after an error.
     """
 
     def __init__(self, folder: Path, tensors: Sequence[TensorInfo], shard_bytes: int = DEFAULT_SHARD_BYTES):
         """
         Args:
             folder: exists, empty.
-            tensors: in the order in which they will be written.
-            shard_bytes: of data in one file, at most; a larger tensor has a file to itself.
+            tensors: in the order of the `write` calls.
+            shard_bytes: maximum data bytes per file; a larger tensor has its own file.
         """
         self._folder = folder
         self._shards = _shards(tensors, shard_bytes)
@@ -139,7 +138,7 @@ class HfWriter:
             self.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor, whose memory must stay as it is until the one after it comes."""
+        """Append the next tensor; its memory must not change until the next call."""
         self._wait()
         if self._writer is None or self._writer.is_complete:
             self._advance()
@@ -147,7 +146,7 @@ class HfWriter:
         self._pending = self._thread.submit(self._writer.write, name, tensor)
 
     def _wait(self) -> None:
-        """Until the last tensor is written; raises what went wrong there."""
+        """Wait for the last tensor; re-raises its error."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -169,7 +168,7 @@ class HfWriter:
         """Close the last file and write the index.
 
         Raises:
-            ValueError: when a tensor was announced and not written.
+            ValueError: when an announced tensor was not written.
         """
         self._wait()
         self.close()
@@ -203,30 +202,30 @@ def write_companions(
     *sources: Path | None,
     quantization: Mapping[str, Any] | None = None,
 ) -> None:
-    """config.json, generation settings and tokenizer, so that `target` is a whole model.
+    """Write config.json, generation settings and tokenizer, which make `target` a complete model.
 
     Args:
-        dtypes: of the weights, by tensor name; config.json names that of the embedding.
-        sources: folders to copy from, the first that has a file wins; without a config.json in any,
-            one is made from `model`.
+        dtypes: of the weights, by tensor name; config.json gets that of the embedding.
+        sources: folders to copy from, the first with a file wins; without any config.json, one is
+            written from `model`.
         quantization: the `quantization_config` of config.json.
     """
     dtype = str(dtypes[EMBEDDING]).removeprefix("torch.")
     folders = [source for source in sources if source is not None]
-    theirs = next((folder / "config.json" for folder in folders if (folder / "config.json").exists()), None)
-    raw = hf_config(model, dtype) if theirs is None else json.loads(theirs.read_text())
+    source = next((folder / "config.json" for folder in folders if (folder / "config.json").exists()), None)
+    raw = hf_config(model, dtype) if source is None else json.loads(source.read_text())
     key = "torch_dtype" if "torch_dtype" in raw else "dtype"
     changed = raw | ({key: dtype} if raw.get(key, dtype) != dtype else {})
     if quantization is not None:
         changed["quantization_config"] = dict(quantization)
-    # What need not be changed stays as it is, to the letter.
-    text = theirs.read_text() if theirs is not None and changed == raw else _json(changed)
+    # An unchanged config.json is copied byte for byte.
+    text = source.read_text() if source is not None and changed == raw else _json(changed)
     (target / "config.json").write_text(text)
     copy_companions(target, folders)
 
 
 def copy_companions(target: Path, folders: Sequence[Path]) -> None:
-    """Generation settings and tokenizer, as far as `target` lacks them; the first folder wins."""
+    """Copy generation settings and tokenizer that `target` lacks; the first folder wins."""
     for folder in folders:
         for path in sorted({path for pattern in _COMPANIONS for path in folder.glob(pattern)}):
             if path.is_file() and not (target / path.name).exists():

@@ -1,12 +1,12 @@
-"""The table: every parameter of the policy, where it lives, and the Hugging Face tensors it holds.
+"""The parameter mapping: every Megatron parameter, its rank and sharding, and its Hugging Face tensors.
 
-A row pairs one Megatron parameter, by its name in either layer spec, with Hugging Face tensors and
-the layout that cuts them.  Transformer Engine's spec fuses a norm into the linear behind it and the
-experts of a layer into one module, so some names differ.  What a family has is said by the features
-of its `ModelConfig`; a family with tensors of its own is a matter of further rows.
+A `ParamSpec` maps one Megatron parameter, by its name in either layer spec, to Hugging Face tensors and
+their sharding.  Transformer Engine's spec fuses a norm into the following linear layer and the experts of
+a layer into one module, so some names differ.  Features of the `ModelConfig` select the specs of a model
+family; a family with other tensors needs further specs.
 
-The table is made from the recipe alone, so every rank holds the same one, whatever part of the model
-is its own: that is what lets a receiver know the shapes of what it is about to receive.
+The mapping depends on the recipe alone, so it is the same on every rank: a receiver knows the shapes of
+what it receives.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from opo_megatron.weights.sharding import GateUp, QueryKeyValue, Replicated, Sha
 
 Shape = tuple[int, ...]
 LayerSpec = Literal["local", "transformer_engine"]
-"""Which of Megatron's layer specs names the parameters."""
+"""The Megatron layer spec whose parameter names are used."""
 
 
 def _dense(model: ModelConfig) -> bool:
@@ -39,11 +39,11 @@ class ParamSpec:
     mcore_name: str
     """Name in the local layer spec; {j} is a local expert."""
     tensors: dict[str, str]
-    """Hugging Face name in the layer → its dimensions, by the names of `_dimensions`; {e} is an expert."""
+    """Hugging Face name in the layer → dimensions, as named by `_dimensions`; {e} is an expert."""
     sharding: Callable[[ModelConfig], Sharding]
     when: Callable[[ModelConfig], bool] = lambda model: True
     transformer_engine: str | None = None
-    """Name in Transformer Engine's spec where it is another one."""
+    """Name in Transformer Engine's spec where it differs."""
 
     @property
     def is_expert(self) -> bool:
@@ -111,7 +111,7 @@ PARAM_SPECS = (
         when=_dense,
     ),
     ParamSpec("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "hidden ffn"}, _ROW_PARALLEL, when=_dense),
-    # Before experts the norm stands alone in both specs: the router needs its output too.
+    # Before experts the norm is not fused in either spec: the router needs its output too.
     ParamSpec(
         "pre_mlp_layernorm.weight",
         {"post_attention_layernorm.weight": "hidden"},
@@ -137,7 +137,7 @@ PARAM_SPECS = (
         transformer_engine="mlp.experts.linear_fc2.weight{j}",
     ),
 )
-"""The parameters of a layer, in the order in which they are streamed."""
+"""The parameters of a layer, in streaming order."""
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -157,30 +157,30 @@ def _dimensions(model: ModelConfig) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One Megatron parameter, or with experts the j-th local one of every expert-parallel rank."""
+    """One Megatron parameter; for experts, the j-th local expert of every expert-parallel rank."""
 
     mcore_name: str
-    """In its chunk, e.g. `decoder.layers.0.mlp.linear_fc1.weight`."""
+    """Name in its model chunk, e.g. `decoder.layers.0.mlp.linear_fc1.weight`."""
     sharding: Sharding
     tensors: tuple[tuple[tuple[str, Shape], ...], ...]
-    """Per expert-parallel rank (one entry where there are no experts): its (name, shape) tensors."""
+    """(name, shape) of its tensors per expert-parallel rank; one entry for other parameters."""
     stage: int
     """Pipeline rank that owns it."""
     chunk: int
-    """Virtual stage there."""
+    """Virtual stage on that rank."""
     is_expert: bool = False
     tied_duplicate: bool = False
     """The last stage's copy of a tied embedding: loaded, never streamed."""
 
     @property
     def numel(self) -> int:
-        """Elements of all its Hugging Face tensors."""
+        """Number of elements of all its Hugging Face tensors."""
         return sum(math.prod(shape) for rank in self.tensors for _, shape in rank)
 
 
 @dataclass(frozen=True)
 class Stages:
-    """How layers lie on pipeline ranks and their virtual stages."""
+    """Assignment of layers to pipeline ranks and their virtual stages."""
 
     layers: int
     pipeline: int = 1
@@ -201,47 +201,51 @@ def parameters(
     padded_vocab: int | None = None,
     spec: LayerSpec = "local",
 ) -> list[Parameter]:
-    """All parameters, in the order in which they are streamed."""
+    """The parameter mapping, in streaming order."""
     vocabulary, hidden = Vocabulary(vocab_size, padded_vocab), model.hidden_size
     stage, chunk = stages.pipeline - 1, stages.virtual - 1
     embedding = (((EMBEDDING, (vocab_size, hidden)),),)
-    table = [Parameter("embedding.word_embeddings.weight", vocabulary, embedding, stage=0, chunk=0)]
+    mapping = [Parameter("embedding.word_embeddings.weight", vocabulary, embedding, stage=0, chunk=0)]
     for layer in range(model.num_layers):
-        table.extend(_layer(model, layer, stages, ep_size, spec))
+        mapping.extend(_layer(model, layer, stages, ep_size, spec))
     norm = (((FINAL_NORM, (hidden,)),),)
-    table.append(Parameter("decoder.final_layernorm.weight", Replicated(), norm, stage, chunk))
+    mapping.append(Parameter("decoder.final_layernorm.weight", Replicated(), norm, stage, chunk))
     if not model.tie_embeddings:
         head = (((HEAD, (vocab_size, hidden)),),)
-        table.append(Parameter("output_layer.weight", vocabulary, head, stage, chunk))
+        mapping.append(Parameter("output_layer.weight", vocabulary, head, stage, chunk))
     elif stages.pipeline > 1:
-        table.append(
+        mapping.append(
             Parameter("output_layer.weight", vocabulary, embedding, stage, chunk, tied_duplicate=True)
         )
-    return table
+    return mapping
 
 
 def hf_shapes(model: ModelConfig, vocab_size: int) -> dict[str, Shape]:
-    """Every Hugging Face tensor of the model and its shape."""
-    table = parameters(model, vocab_size, Stages(model.num_layers))
-    return {name: shape for parameter in table for rank in parameter.tensors for name, shape in rank}
+    """Name → shape of every Hugging Face tensor of the model."""
+    mapping = parameters(model, vocab_size, Stages(model.num_layers))
+    return {name: shape for parameter in mapping for rank in parameter.tensors for name, shape in rank}
 
 
 def _layer(
     model: ModelConfig, layer: int, stages: Stages, ep_size: int, spec: LayerSpec
 ) -> Iterator[Parameter]:
-    stage, chunk, layer_of_chunk = stages.place(layer)
+    stage, chunk, local = stages.place(layer)
     sizes, local_experts = _dimensions(model), (model.num_moe_experts or 0) // ep_size
-    for row in (row for row in PARAM_SPECS if row.when(model)):
-        name = row.mcore_name if spec == "local" or row.transformer_engine is None else row.transformer_engine
+    for entry in (entry for entry in PARAM_SPECS if entry.when(model)):
+        name = (
+            entry.mcore_name
+            if spec == "local" or entry.transformer_engine is None
+            else entry.transformer_engine
+        )
         shapes = {
             hf_name: tuple(sizes[dimension] for dimension in dimensions.split())
-            for hf_name, dimensions in row.tensors.items()
+            for hf_name, dimensions in entry.tensors.items()
         }
-        for j in range(local_experts if row.is_expert else 1):
-            experts = [rank * local_experts + j for rank in range(ep_size)] if row.is_expert else [0]
+        for j in range(local_experts if entry.is_expert else 1):
+            experts = [rank * local_experts + j for rank in range(ep_size)] if entry.is_expert else [0]
             tensors = tuple(
                 tuple((f"model.layers.{layer}.{n.format(e=e)}", shape) for n, shape in shapes.items())
                 for e in experts
             )
-            ours = f"decoder.layers.{layer_of_chunk}.{name.format(j=j)}"
-            yield Parameter(ours, row.sharding(model), tensors, stage, chunk, row.is_expert)
+            mcore_name = f"decoder.layers.{local}.{name.format(j=j)}"
+            yield Parameter(mcore_name, entry.sharding(model), tensors, stage, chunk, entry.is_expert)

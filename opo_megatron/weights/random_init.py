@@ -1,4 +1,4 @@
-"""Random initial weights, the same under every parallel layout: each tensor has a seed of its own."""
+"""Random initial weights, the same under every parallel layout: every tensor has its own seed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 
 
 def random_weights(model: ModelConfig, vocab_size: int, seed: int) -> Callable[[str], Tensor]:
-    """Source of full tensors by Hugging Face name.
+    """A `WeightSource`: Hugging Face name → full tensor.
 
-    Norms are 1, biases 0.  The embedding is N(0, 0.02²), matrices are N(0, 1/fan_in), and what writes
-    into the residual stream is smaller by √(2·layers), so that its variance does not grow with depth.
+    Norms are 1, biases 0.  The embedding is N(0, 0.02²), matrices are N(0, 1/fan_in).  Projections into the
+    residual stream are divided by √(2·layers), so that its variance does not grow with depth.
     """
     shapes = hf_shapes(model, vocab_size)
 

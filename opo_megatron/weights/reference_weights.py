@@ -1,9 +1,8 @@
-"""The weights that OPO began with: `<run.dir>/start_weights`, safetensors by Hugging Face name.
+"""The reference weights of the KL, OPO's initial weights: `<run.dir>/start_weights`, in Hugging Face format.
 
-Written once, when step 0 is reached, straight from the weight stream, so that no rank ever holds the
-whole model.  Read back slice by slice, each rank only what its own part of the model is made of.  What
-was measured against them (the KL of the policy to its start) so survives a resume, under any parallel
-layout.
+Written once at step 0, directly from the weight stream, so that no rank holds the whole model; each rank
+reads back only the slices of its own shards.  So the KL to the initial policy keeps its reference when a
+run resumes, under any parallel layout.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ FOLDER = "start_weights"
 
 
 class ReferenceWeights:
-    """Writes, takes over and reads the start weights of one run.  Called with a name, it gives a tensor."""
+    """Writes, copies and reads the reference weights of one run.  A `WeightSource`: call it with a name."""
 
     def __init__(self, run_dir: Path, parallel: Parallel, model: ModelConfig, vocab_size: int) -> None:
         self.folder, self.parallel = run_dir / FOLDER, parallel
         self._model = replace(model, vocab_size=vocab_size)
         self._stored: dict[str, StoredTensor] | None = None
-        """By name, once the files' headers have been read."""
+        """By name; None before the files' headers are read."""
 
     def write(self, buckets: NamedTensors) -> None:
-        """Replace the folder as a whole; a collective of all ranks, of which the first writes."""
+        """Replace the folder atomically; a collective of all ranks, where rank 0 writes."""
         self._stored = None
         with self._new_folder() as partial:
             stream = iter(buckets)
@@ -59,25 +58,28 @@ class ReferenceWeights:
 
     @contextmanager
     def _new_folder(self) -> Iterator[Path]:
-        """What takes the folder's place, on the first rank, before any rank goes on."""
+        """The new folder, which rank 0 moves into place before any rank continues."""
         with atomic_dir(self.folder, is_writer=self.parallel.rank == 0, replaces=True) as partial:
             yield partial
         dist.barrier(group=self.parallel.cpu_group)
 
     def _infos(self, dtype: torch.dtype) -> list[TensorInfo]:
-        """Every tensor, in the order of the stream, which that of the experts' ranks is part of."""
+        """Every tensor in streaming order, which depends on the number of expert-parallel ranks."""
         assert self._model.vocab_size is not None
         stages, experts = Stages(self._model.num_layers), self.parallel.ep_size
-        table = parameters(self._model, self._model.vocab_size, stages, experts)
+        mapping = parameters(self._model, self._model.vocab_size, stages, experts)
         return [
-            TensorInfo(name, shape, dtype) for row in table for rank in row.tensors for name, shape in rank
+            TensorInfo(name, shape, dtype)
+            for parameter in mapping
+            for rank in parameter.tensors
+            for name, shape in rank
         ]
 
-    def take_over(self, run_dir: Path) -> None:
-        """Go on with the start weights of the run in `run_dir`, copied where that is another run.
+    def adopt(self, run_dir: Path) -> None:
+        """Use the reference weights of the run in `run_dir`, copied if that is another run.
 
         Raises:
-            UserError: where they are missing, damaged or another model's; nothing is written then.
+            UserError: where they are missing, damaged or of another model; then nothing is written.
         """
         self.check(run_dir)
         self._stored = None
@@ -88,11 +90,11 @@ class ReferenceWeights:
                 shutil.copytree(run_dir / FOLDER, partial, dirs_exist_ok=True)
 
     def check(self, run_dir: Path) -> None:
-        """Refuse what cannot be measured against, from the files' headers alone."""
+        """Check the files' headers in the run `run_dir`; raises as `adopt`."""
         self._read(run_dir / FOLDER)
 
     def __call__(self, name: str) -> Sliceable:
-        """A tensor in the files, by its Hugging Face name: a `WeightSource`."""
+        """A stored tensor by its Hugging Face name."""
         if self._stored is None:
             self._stored = self._read(self.folder)
         return _Slices(self._stored[name], self.folder)
@@ -108,7 +110,7 @@ class ReferenceWeights:
 
 @dataclass(frozen=True)
 class _Slices:
-    """A tensor whose file may have been lost since its header was read."""
+    """A stored tensor; reports a file that was lost after its header was read."""
 
     stored: StoredTensor
     folder: Path
@@ -125,9 +127,9 @@ class _Slices:
 
 
 def _unusable(folder: Path, reason: object) -> UserError:
-    # What published files are mended by does not mend these.
+    # The remedy for published files (download again) does not apply here.
     reason = reason.reason if isinstance(reason, UnreadableWeights) else reason
     return UserError(
-        f"the start weights in {folder}, which observe.kl=eval measures against, cannot be used ({reason}); "
-        "bring the folder back, or set observe.kl=off"
+        f"the reference weights in {folder}, which observe.kl=eval needs, cannot be used ({reason}); "
+        "restore the folder, or set observe.kl=off"
     )

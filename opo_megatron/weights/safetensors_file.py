@@ -1,9 +1,9 @@
 """The safetensors format, read slice by slice and written tensor by tensor.
 
 A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, and the data.
-Reads go into memory of their own size; a memory map would count every page that was ever touched as
-memory of the process.  A file is written header first, which needs all shapes but no tensor, so that
-no more than one tensor is held.
+Reads allocate only the requested slice; with a memory map, every touched page would count as memory of
+the process.  The header is written first, which needs all shapes but no tensor, so that only one tensor
+is in memory.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from torch import Tensor
 from opo_megatron.errors import UnreadableWeights, UserError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Types that weights may have, by their names in the format."""
+"""Supported types of weights, by their names in the format."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
-"""Types that are written: FP8 is for engines, nothing here reads it back."""
+"""Types that can be written; FP8 is for engines and is never read back."""
 
 SCRATCH_BYTES = 16 * 2**20
-"""Memory through which columns of a matrix are read."""
-_LARGEST_HEADER = 100 * 2**20
+"""Size of the buffer for reading columns of a matrix."""
+_MAX_HEADER_BYTES = 100 * 2**20
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file, of which slices can be read."""
+    """A tensor in a file; indexing reads a slice."""
 
     path: Path
     dtype: torch.dtype
@@ -42,9 +42,9 @@ class StoredTensor:
     """Where its bytes begin in the file."""
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
-        """The part of one slice of rows, or of rows and columns; steps are 1.
+        """A slice of rows, or of rows and columns, with step 1.
 
-        Columns come by way of whole rows, a few at a time: the disk reads the same pages either way.
+        Columns are cut from whole rows, read in blocks: the disk reads the same pages either way.
         """
         rows, columns = index if isinstance(index, tuple) else (index, slice(None))
         first, last, _ = rows.indices(self.shape[0])
@@ -75,16 +75,16 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """All tensors of a file, of which only the header is read.
+    """All tensors of a file; only the header is read.
 
     Raises:
-        UserError: for a file that is missing, truncated or not in the format.
+        UserError: for a file that is missing, truncated or not safetensors.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
+            if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
                 raise ValueError("its header does not fit into it")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
@@ -93,9 +93,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except FileNotFoundError:
         raise UnreadableWeights(f"{path} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnreadableWeights(f"{path} is no readable safetensors file ({error})") from None
+        raise UnreadableWeights(f"{path} is not a readable safetensors file ({error})") from None
     if end != size:
-        raise UnreadableWeights(f"{path} has {size} bytes where its header says {end}")
+        raise UnreadableWeights(f"{path} has {size} bytes but its header requires {end}")
     return tensors
 
 
@@ -107,13 +107,13 @@ def _stored(path: Path, name: str, entry: dict[str, Any], data: int) -> StoredTe
     )
     begin, end = entry["data_offsets"]
     if end - begin != math.prod(tensor.shape) * tensor.dtype.itemsize:
-        raise ValueError(f"the size of {name} is not that of its shape")
+        raise ValueError(f"the size of {name} does not match its shape")
     return tensor
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor that is going to be written."""
+    """A tensor to be written."""
 
     name: str
     shape: tuple[int, ...]
@@ -125,7 +125,7 @@ class TensorInfo:
 
 
 class FileWriter:
-    """One file, to which its tensors are written in the order in which they were announced."""
+    """Writes one file, its tensors in the announced order."""
 
     def __init__(self, path: Path, tensors: Iterable[TensorInfo], is_durable: bool = True) -> None:
         """Args:
@@ -148,11 +148,13 @@ class FileWriter:
         """Append the next tensor.
 
         Raises:
-            ValueError: when it is not the one that was announced.
+            ValueError: when it is not the announced one.
         """
         info = self.expected[self._next]
         if (info.name, info.shape, info.dtype) != (name, tuple(tensor.shape), tensor.dtype):
-            raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype} came where {info} was announced")
+            raise ValueError(
+                f"{name} {list(tensor.shape)} {tensor.dtype} was written where {info} was announced"
+            )
         write_bytes(self._file, _bytes(tensor.detach().cpu().contiguous()))
         self._next += 1
 
@@ -161,7 +163,7 @@ class FileWriter:
         return self._next == len(self.expected)
 
     def close(self) -> None:
-        """Bring the file to the disk; one that is incomplete or need not last is only closed."""
+        """Close the file; a complete, durable one is flushed to disk first."""
         if not self._file.closed:
             with self._file:
                 if self.is_complete and self._is_durable:
@@ -169,7 +171,7 @@ class FileWriter:
 
 
 def write_bytes(file: IO[bytes], data: memoryview) -> None:
-    """Write all of `data`: the one place where weights go to the disk."""
+    """Write all of `data`; the only place that writes weights to disk."""
     while len(data):
         data = data[file.write(data) :]
 

@@ -1,9 +1,8 @@
-"""How one Megatron parameter is cut over tensor-parallel ranks, and which Hugging Face tensors it holds.
+"""Sharding of a Megatron parameter over tensor-parallel ranks, from and to its Hugging Face tensors.
 
-A layout is a pair of inverse functions.  `split` makes rank r's shard from the full Hugging Face
-tensors; `join` makes those tensors from the shards of all ranks, in rank order.  `split` takes from
-its tensors nothing but basic slices, so it works alike on tensors in memory and in a file, and of a
-file a rank reads what it owns.
+A sharding is a pair of inverse functions.  `split` returns rank r's shard of the full Hugging Face
+tensors; `join` returns those tensors from the shards of all ranks, in rank order.  `split` uses only
+basic slices, so it works on tensors in memory and in a file, and a rank reads only what it owns.
 """
 
 from __future__ import annotations
@@ -19,26 +18,26 @@ from opo_megatron.config.schema import ModelConfig
 
 
 class Sliceable(Protocol):
-    """A tensor, or one that lies in a file."""
+    """A tensor in memory or in a file."""
 
     @property
     def shape(self) -> Sequence[int]: ...
 
     def __getitem__(self, index: Any) -> Tensor:
-        """The part of a slice, or of one slice per leading dimension; steps are 1."""
+        """One slice, or one per leading dimension, with step 1."""
         ...
 
 
 class Sharding(Protocol):
     @property
     def partition_dim(self) -> int | None:
-        """Dimension of the Megatron parameter that is cut; None where every rank holds all of it."""
+        """Dimension along which the Megatron parameter is sharded; None if it is replicated."""
         ...
 
     def split(self, tensors: Sequence[Sliceable], rank: int, size: int) -> Tensor: ...
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """Where there is one shard, the result may be views of it."""
+        """The full tensors; with one shard they may be views of it."""
         ...
 
 
@@ -57,7 +56,7 @@ class Replicated:
 
 @dataclass(frozen=True)
 class Sharded:
-    """Cut into equal parts along `dim`: 0 for column-parallel weights [out, in], 1 for row-parallel."""
+    """Split into equal parts along `dim`: 0 for column-parallel weights [out, in], 1 for row-parallel."""
 
     dim: int
 
@@ -76,11 +75,11 @@ class Sharded:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Rows cut into equal parts after padding with zero rows, which no Hugging Face tensor has."""
+    """Rows, padded with zero rows, split into equal parts; Hugging Face tensors have no padding."""
 
     rows: int
     padded_rows: int | None = None
-    """Rows with padding, a multiple of the ranks; default as few as that takes."""
+    """Rows with padding, a multiple of the ranks; default: the smallest."""
     partition_dim: int | None = 0
 
     def split(self, tensors: Sequence[Sliceable], rank: int, size: int) -> Tensor:
@@ -104,7 +103,7 @@ class QueryKeyValue:
 
     groups: int
     queries_per_group: int
-    width: int
+    head_dim: int
     partition_dim: int | None = 0
 
     @staticmethod
@@ -118,7 +117,7 @@ class QueryKeyValue:
         groups = _part(self.groups, rank, size)
         grouped = []
         for tensor, heads in zip(tensors, (self.queries_per_group, 1, 1), strict=True):
-            rows = heads * self.width
+            rows = heads * self.head_dim
             part = tensor[groups.start * rows : groups.stop * rows]
             grouped.append(part.reshape(groups.stop - groups.start, rows, *part.shape[1:]))
         return torch.cat(grouped, 1).flatten(0, 1)
@@ -126,14 +125,14 @@ class QueryKeyValue:
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         full = _concatenate(shards)
         tail = full.shape[1:]
-        grouped = full.reshape(self.groups, (self.queries_per_group + 2) * self.width, *tail)
-        sizes = [self.queries_per_group * self.width, self.width, self.width]
+        grouped = full.reshape(self.groups, (self.queries_per_group + 2) * self.head_dim, *tail)
+        sizes = [self.queries_per_group * self.head_dim, self.head_dim, self.head_dim]
         return [part.reshape(-1, *tail) for part in grouped.split(sizes, 1)]
 
 
 @dataclass(frozen=True)
 class GateUp:
-    """[gate; up] on every rank, each cut along its rows."""
+    """[gate; up] on every rank, each split along its rows."""
 
     partition_dim: int | None = 0
 
@@ -150,5 +149,5 @@ def _part(total: int, rank: int, size: int) -> slice:
 
 
 def _concatenate(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """Without a copy where there is nothing to put together."""
+    """`torch.cat` without a copy of a single part."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

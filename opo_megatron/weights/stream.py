@@ -1,10 +1,10 @@
-"""Weights as a stream of Hugging Face tensors, gathered bucket by bucket, and the way back.
+"""The weight stream: full Hugging Face tensors, gathered bucket by bucket; and loading shards from them.
 
-Every rank enters with the same bucket order, which follows from the table alone.  Per bucket the
-owning pipeline stage gathers its shards over tensor-parallel (or expert) ranks and hands the result
-to the other stages (`to="all"`) or to rank 0 alone (`to="rank0"`); then full tensors are joined from
-the shards.  No rank ever holds more than a bucket besides its own shards.  No branch depends on a
-tensor's value, so the same code runs on meta tensors.
+The bucket order follows from the parameter mapping alone, so it is the same on every rank.  Per bucket the
+owning pipeline stage gathers its shards over tensor-parallel (or expert) ranks and sends the result to the
+other stages (`to="all"`) or to rank 0 (`to="rank0"`); then full tensors are joined from the shards.  A rank
+holds at most one bucket besides its own shards.  No branch depends on a tensor's value, so the same code
+runs on meta tensors.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ Bucket = list[tuple[str, Tensor]]
 NamedTensors = Iterable[Bucket]
 """A weight stream, bucket by bucket."""
 WeightSource = Callable[[str], Sliceable]
-"""Full tensor, in memory or in a file, by Hugging Face name."""
+"""Hugging Face name → full tensor, in memory or in a file."""
 Receivers = Literal["all", "rank0"]
 
 
 class Shards(Protocol):
-    """Where this rank's shards come from: a model, or a checkpoint."""
+    """Source of this rank's shards: a model or a checkpoint."""
 
     def dtype(self, parameter: Parameter) -> torch.dtype:
-        """The same on every rank, for any parameter of the table."""
+        """Type of any parameter of the mapping; the same on every rank."""
         ...
 
     def read(self, parameter: Parameter) -> Tensor:
-        """This rank's shard of a parameter of its own stage."""
+        """This rank's shard of a parameter of its stage."""
         ...
 
 
 class ModelShards:
-    """Shards of a model's chunks."""
+    """Shards of the chunks of a model."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
         self._parameters = [dict(chunk.named_parameters()) for chunk in chunks]
@@ -58,36 +58,36 @@ class ModelShards:
 
 def stream_weights(
     shards: Shards,
-    table: Sequence[Parameter],
+    mapping: Sequence[Parameter],
     parallel: Parallel,
     bucket_bytes: int,
     to: Receivers = "all",
 ) -> Iterator[Bucket]:
-    """Yield buckets of full tensors; a collective of all ranks, which must take every bucket.
+    """Yield buckets of full tensors; a collective: all ranks must consume every bucket.
 
-    With `to="rank0"` the buckets of every rank but rank 0 are empty.  A tensor may be the model's own
-    memory: it is not to be written to, and holds these weights until the next optimizer step.
+    With `to="rank0"` buckets are empty on all other ranks.  A tensor may share the model's memory: do not
+    write to it; it is valid until the next optimizer step.
     """
-    for bucket in buckets(table, bucket_bytes, shards.dtype):
+    for bucket in buckets(mapping, bucket_bytes, shards.dtype):
         yield _gather(bucket, shards, parallel, to)
 
 
 def buckets(
-    table: Sequence[Parameter], limit: int, dtype: Callable[[Parameter], torch.dtype]
+    mapping: Sequence[Parameter], limit: int, dtype: Callable[[Parameter], torch.dtype]
 ) -> Iterator[list[Parameter]]:
-    """Runs of at most `limit` bytes (one larger parameter makes a bucket) of one owner, kind and type."""
+    """Consecutive parameters of one stage, kind and dtype, up to `limit` bytes or one larger parameter."""
     bucket: list[Parameter] = []
     size, kind = 0, None
-    for parameter in table:
+    for parameter in mapping:
         if parameter.tied_duplicate:
             continue
-        its_kind = (parameter.stage, parameter.is_expert, dtype(parameter))
-        its_size = parameter.numel * its_kind[2].itemsize
-        if bucket and (its_kind != kind or size + its_size > limit):
+        this_kind = (parameter.stage, parameter.is_expert, dtype(parameter))
+        this_size = parameter.numel * this_kind[2].itemsize
+        if bucket and (this_kind != kind or size + this_size > limit):
             yield bucket
             bucket, size = [], 0
         bucket.append(parameter)
-        size, kind = size + its_size, its_kind
+        size, kind = size + this_size, this_kind
     if bucket:
         yield bucket
 
@@ -96,12 +96,12 @@ def _gather(bucket: list[Parameter], shards: Shards, parallel: Parallel, to: Rec
     groups = [(parallel.tp_size, parallel.tp_group)]
     if bucket[0].is_expert:
         groups = [(parallel.etp_size, parallel.etp_group), (parallel.ep_size, parallel.ep_group)]
-    tp_size, copies = groups[0][0], math.prod(size for size, _ in groups)
-    if copies == parallel.pp_size == 1 and (to == "all" or parallel.rank == 0):
+    tp_size, shard_count = groups[0][0], math.prod(size for size, _ in groups)
+    if shard_count == parallel.pp_size == 1 and (to == "all" or parallel.rank == 0):
         return [named for parameter in bucket for named in _join(parameter, [shards.read(parameter)], 1)]
     shapes = [_shard_shape(parameter, tp_size) for parameter in bucket]
     sizes = [math.prod(shape) for shape in shapes]
-    flat = _collect(bucket, shards, parallel, to, groups, (copies, sum(sizes)))
+    flat = _gather_shards(bucket, shards, parallel, to, groups, (shard_count, sum(sizes)))
     if flat is None:
         return []
     named = []
@@ -119,7 +119,7 @@ def _join(parameter: Parameter, shards: list[Tensor], tp_size: int) -> Bucket:
     return named
 
 
-def _collect(
+def _gather_shards(
     bucket: list[Parameter],
     shards: Shards,
     parallel: Parallel,
@@ -127,10 +127,10 @@ def _collect(
     groups: list[tuple[int, Any]],
     shape: tuple[int, int],
 ) -> Tensor | None:
-    """The shards of all ranks, one rank a row; None on a rank that does not receive them."""
+    """The shards of all ranks, one row per rank; None on a rank that does not receive them."""
     stage, is_expert = bucket[0].stage, bucket[0].is_expert
     is_owner = parallel.pp_rank == stage
-    # Every copy is the same; rank 0 takes it from its own.
+    # Data-parallel replicas are equal: rank 0 receives from its own replica.
     if to == "rank0" and (parallel.edp_rank if is_expert else parallel.dp_cp_rank) > 0:
         return None
     flat = torch.empty(shape if not is_owner else 0, dtype=shards.dtype(bucket[0]), device=parallel.device)
@@ -149,7 +149,7 @@ def _collect(
 
 
 def _gather_rows(flat: Tensor, size: int, group: Any, to: Receivers) -> Tensor | None:
-    """[rows, n] of each rank → [size · rows, n], rank by rank; with `to="rank0"` None but on the first."""
+    """[rows, n] of each rank → [size · rows, n], in rank order; with `to="rank0"` only on the first."""
     if size == 1:
         return flat
     flat = flat.contiguous()
@@ -167,7 +167,7 @@ def _gather_rows(flat: Tensor, size: int, group: Any, to: Receivers) -> Tensor |
 
 
 def _send_to_stages(flat: Tensor, stage: int, parallel: Parallel, to: Receivers) -> Tensor | None:
-    """From the owning stage to all stages, or to the first."""
+    """Send from the owning stage to all stages, or to the first."""
     owner, first = (dist.get_global_rank(parallel.pp_group, s) for s in (stage, 0))
     if to == "all":
         dist.broadcast(flat, owner, group=parallel.pp_group)
@@ -185,7 +185,7 @@ def _shard_shape(parameter: Parameter, size: int) -> torch.Size:
 
 
 def read_shard(parameter: Parameter, parallel: Parallel, source: WeightSource) -> Tensor:
-    """This rank's shard, of which only what the rank owns is read from `source`."""
+    """This rank's shard; only its slices are read from `source`."""
     rank, size, tensors = parallel.tp_rank, parallel.tp_size, parameter.tensors[0]
     if parameter.is_expert:
         rank, size = parallel.etp_rank, parallel.etp_size
@@ -195,22 +195,22 @@ def read_shard(parameter: Parameter, parallel: Parallel, source: WeightSource) -
 
 def load_weights(
     chunks: Sequence[torch.nn.Module],
-    table: Sequence[Parameter],
+    mapping: Sequence[Parameter],
     parallel: Parallel,
     source: WeightSource,
 ) -> None:
-    """Set every parameter of this rank from full tensors, `source` giving one by its Hugging Face name.
+    """Set every parameter of this rank from the full tensors of `source`.
 
     Raises:
-        ValueError: naming a parameter of the model that the table does not cover.
+        ValueError: naming a parameter of the model that the mapping lacks.
     """
     remaining = [dict(chunk.named_parameters()) for chunk in chunks]
-    for parameter in table:
+    for parameter in mapping:
         if parameter.stage != parallel.pp_rank:
             continue
         target = remaining[parameter.chunk].pop(parameter.mcore_name)
         with torch.no_grad():
             target.copy_(read_shard(parameter, parallel, source))
-    missed = [name for names in remaining for name in names]
-    if missed:
-        raise ValueError(f"no tensors are mapped to {', '.join(missed)}")
+    unmapped = [name for names in remaining for name in names]
+    if unmapped:
+        raise ValueError(f"no tensors are mapped to {', '.join(unmapped)}")

@@ -11,11 +11,11 @@ from torch import Tensor
 from opo_megatron.algorithm.energy import EnergySums, energy
 from opo_megatron.algorithm.fitted_weights import CANDIDATES, FittedWeights
 from opo_megatron.algorithm.variance import (
-    Measured,
+    GradientGram,
     between_prompts,
     correlation,
     estimators,
-    learn,
+    update_fitted,
     variance_and_signal,
 )
 
@@ -30,19 +30,19 @@ GRADIENTS = torch.tensor(
 """[prompt, action, 3]: scores, whose mean under each prompt's policy is 0."""
 
 
-def batch(prompts: tuple[int, ...], actions: tuple[int, ...]) -> tuple[Measured, float]:
+def batch(prompts: tuple[int, ...], actions: tuple[int, ...]) -> tuple[GradientGram, float]:
     """A batch of prompts with SAMPLES actions each, and its probability."""
     groups = torch.arange(len(prompts)).repeat_interleave(SAMPLES)
     kinds, acted = torch.tensor(prompts)[groups], torch.tensor(actions)
     gradients = GRADIENTS[kinds, acted]
     sums = 1 - 2 * CHANCES[kinds, acted] + CHANCES[kinds].square().sum(1)
-    measured = Measured(
+    measured = GradientGram(
         gradients @ gradients.T, REWARDS[kinds, acted], LENGTHS[acted], groups, EnergySums(sums, 2 * sums)
     )
     return measured, float(CHANCES[kinds, acted].prod()) / 2 ** len(prompts)
 
 
-def one_gradient(measured: Measured, prompt: int, actions: tuple[int, ...], advantage: Tensor) -> Tensor:
+def one_gradient(measured: GradientGram, prompt: int, actions: tuple[int, ...], advantage: Tensor) -> Tensor:
     return (advantage.unsqueeze(1) * GRADIENTS[prompt, list(actions)]).mean(0)
 
 
@@ -90,7 +90,7 @@ def test_variance_and_signal_of_every_estimator_are_unbiased() -> None:
 def test_two_samples_a_prompt_do_not_tell_prompts_apart() -> None:
     measured, _ = batch((0, 1), (0, 1, 0, 1, 0, 0))
     pairs = torch.tensor([0, 1, 3, 4])
-    smaller = Measured(
+    smaller = GradientGram(
         measured.gram[pairs][:, pairs], measured.rewards[pairs], measured.lengths[pairs],
         measured.groups[pairs], measured.energies.select(pairs),
     )  # fmt: skip
@@ -102,7 +102,7 @@ def test_correlation_is_the_one_within_prompts() -> None:
     groups = torch.arange(4).repeat_interleave(6)
     norms = torch.rand(24, generator=generator, dtype=torch.float64) + 10 * groups
     values = torch.rand(24, generator=generator, dtype=torch.float64) - 7 * groups
-    measured = Measured(
+    measured = GradientGram(
         torch.diag(norms), torch.zeros(24), torch.ones(24), groups, EnergySums(values, values)
     )
     centred = [x.view(4, 6) - x.view(4, 6).mean(1, keepdim=True) for x in (norms, values)]
@@ -125,7 +125,7 @@ def test_fitted_weights_choose_the_least_noise_and_restore_from_state() -> None:
             actions = ((0, 1, 0), (1, 0, 0))[prompt]
             estimates.append(one_gradient(measured, prompt, actions, r - others[1] / others[0]))
         noises.append(float(sum(e.square().sum() for e in estimates)))
-    learn(fitted, measured)
+    update_fitted(fitted, measured)
     assert len(CANDIDATES) == 15 and len(set(noises)) == 15
     best = min(range(15), key=noises.__getitem__)
     assert torch.equal(fitted.coefficients, CANDIDATES[best])
@@ -133,8 +133,8 @@ def test_fitted_weights_choose_the_least_noise_and_restore_from_state() -> None:
     other.restore(fitted.state())
     again = batch((1, 0), (1, 1, 0, 0, 1, 0))[0]
     assert torch.equal(fitted(again.lengths, again.energies), other(again.lengths, again.energies))
-    learn(fitted, again)
-    learn(other, again)
+    update_fitted(fitted, again)
+    update_fitted(other, again)
     assert fitted.state() == other.state()
 
 

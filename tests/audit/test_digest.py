@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opo_megatron.audit.digest import Positions, _is_counted_here, digest_shard
+from opo_megatron.audit.digest import Positions, digest_shard, owns_digest
 from opo_megatron.audit.record import digest_rollouts
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config.schema import ModelConfig
@@ -49,7 +49,7 @@ def all_digests(
             etp_rank=0 if ep > 1 else tp_rank, etp_size=1 if ep > 1 else tp,
         )  # fmt: skip
         for turn, parameter in enumerate(table):
-            if _is_counted_here(parameter, parallel, turn):
+            if owns_digest(parameter, parallel, turn):
                 tensors = parameter.tensors[ep_rank if parameter.is_expert else 0]
                 places = {
                     name: Positions(shape, label, parallel.device)

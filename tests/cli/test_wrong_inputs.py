@@ -198,7 +198,7 @@ def make_tokenizer(folder: Path, **settings: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "has no stop token, so answers would not end; set its eos_token"),
+        ({}, "has no stop token, so responses would not end; set its eos_token"),
         ({"eos_token": "<eos>"}, "has no chat template; set false"),
         (
             {"eos_token": "<eos>", "chat_template": "{{ raise_exception('no system role') }}"},

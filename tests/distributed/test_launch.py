@@ -102,7 +102,7 @@ def test_of_two_failures_the_earlier_is_reported():
 
 
 def test_preempted_ranks_are_waited_for_and_a_failure_is_reported(monkeypatch):
-    monkeypatch.setattr(launch.end_ranks, "__defaults__", (0.2,))
+    monkeypatch.setattr(launch.stop_ranks, "__defaults__", (0.2,))
     code = (
         "import os, sys, time\n"
         "if os.environ['RANK'] == '1': sys.exit(75)\n"
@@ -116,11 +116,11 @@ def test_preempted_ranks_are_waited_for_and_a_failure_is_reported(monkeypatch):
 
 def test_a_rank_that_a_signal_ended_gives_128_and_its_number_and_is_named(capfd):
     assert run_ranks([*PYTHON, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], 1) == 137
-    assert capfd.readouterr().err == "error: rank 0 was ended by SIGKILL; the other ranks are stopped\n"
+    assert capfd.readouterr().err == "error: rank 0 was killed by SIGKILL; the other ranks are stopped\n"
 
 
 def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(monkeypatch):
-    monkeypatch.setattr(launch.end_ranks, "__defaults__", (0.5,))
+    monkeypatch.setattr(launch.stop_ranks, "__defaults__", (0.5,))
     code = (
         "import os, signal, sys, time\n"
         "if os.environ['RANK'] == '0':\n"

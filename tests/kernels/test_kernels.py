@@ -78,8 +78,8 @@ CASES: dict[str, list[tuple[Any, dict[str, str], dict[str, Any], int]]] = {
             switches | {"EDGES": len(HISTOGRAM) * switches["MEASURES"], "BLOCK": token_loss.BLOCK},
             4,
         )
-        for switches in both("LEARNS", "CAPPED", "MEASURES")
-        if switches["LEARNS"] or (switches["MEASURES"] and not switches["CAPPED"])
+        for switches in both("HAS_LOSS", "CAPPED", "MEASURES")
+        if switches["HAS_LOSS"] or (switches["MEASURES"] and not switches["CAPPED"])
     ],
 }
 """Kernel, types of its arguments, constants, warps."""

@@ -69,14 +69,14 @@ def test_an_honest_step_is_equal_and_the_run_stays_as_it_is(
     before = contents(honest)
     assert replay(honest, step=step) == 0
     said = capsys.readouterr().out
-    assert f"step {step}: every digest is what the run wrote (rollouts drawn again)" in said
+    assert f"step {step}: every digest equals the record (rollouts generated again)" in said
     assert contents(honest) == before and not (honest / "replays").exists()
 
 
 def test_another_layout_is_compared_by_norms(honest: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert replay(honest, "policy.max_tokens_per_micro_batch=300") == 0
     said = capsys.readouterr().out
-    assert f"step {STEP}: all norms are within 1e-05 of what the run wrote (rollouts taken from" in said
+    assert f"step {STEP}: all norms are within 1e-05 of the record (rollouts read from file" in said
 
 
 def test_layouts_that_round_otherwise_have_other_names() -> None:
@@ -148,7 +148,7 @@ def test_a_value_that_was_changed_in_the_rollouts_file_is_named(
     replace(rollouts, **{column: values}).save(path)
     prompt = int(rollouts.prompt_ids[place])
     error = differs(capsys, run_dir)
-    assert f"step {STEP}: {path} is not what the run wrote" in error
+    assert f"step {STEP}: {path} differs from the record" in error
     assert words.format(prompt=prompt, was=was + 1, now=was) in error
 
 
@@ -238,15 +238,15 @@ def test_a_batch_with_a_bad_reward_is_replayed(
         capsys.readouterr()
         assert replay(tmp_path / "run") == 0
         said = capsys.readouterr().out
-        assert f"step {STEP} has its bad numbers again: the reward of prompt {bad_prompt} is nan" in said
+        assert f"step {STEP} is non-finite again: the reward of prompt {bad_prompt} is nan" in said
     error = differs(capsys, tmp_path / "run")
-    assert "had bad numbers in the run and has none when done again" in error
+    assert "was non-finite in the run and is finite in the replay" in error
     assert f"prompt {bad_prompt}, sample {int(rollouts.sample_indices[5])} had the reward nan" in error
 
 
 def test_a_step_that_is_not_there_is_a_mistake(honest: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert replay(honest, step=9) == 2
-    assert "tells of the steps 1 to 4" in capsys.readouterr().err
+    assert "has the steps 1 to 4" in capsys.readouterr().err
     assert main(["replay", str(honest / "rollouts"), "--step", "1"]) == 2
     assert "is not the folder of a run" in capsys.readouterr().err
 

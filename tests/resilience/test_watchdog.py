@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from opo_megatron.errors import EXIT_HUNG
-from opo_megatron.resilience.watchdog import Watchdog, _behind
+from opo_megatron.resilience.watchdog import Watchdog, _outliers
 from tests.support.coordinates import parallel_of
 
 SCRIPT = """
@@ -76,4 +76,4 @@ def test_who_is_elsewhere_than_most_is_to_blame(places: list[tuple[int, str]], b
     ranks: list[dict[str, Any]] = [
         {"rank": rank, "step": step, "phase": phase} for rank, (step, phase) in enumerate(places)
     ]
-    assert _behind(ranks) == blamed
+    assert _outliers(ranks) == blamed

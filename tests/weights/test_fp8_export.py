@@ -165,8 +165,8 @@ def test_matrices_of_broken_blocks_are_left_alone_and_counted() -> None:
         *(f"model.layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("gate", "up", "down")),
     ]
     assert blocks.notes == [
-        "6 matrices keep their type, not being made of whole 128×128 blocks, "
-        "as model.layers.0.mlp.gate_proj of [200, 256]"
+        "6 matrices keep their type because they are not made of whole 128×128 blocks, "
+        "e.g. model.layers.0.mlp.gate_proj of shape [200, 256]"
     ]
     odd_experts = replace(WHOLE_BLOCKS[MOE], vocab_size=VOCAB_SIZE, moe_ffn_hidden_size=192)
     assert "model.layers.1.mlp.experts" in BlockFp8(odd_experts, Scales.fp32).untouched

@@ -185,7 +185,7 @@ def scribble(folder: Path) -> None:
         (truncate, "model.safetensors has"),
         (scribble, "model.safetensors.index.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has neither model.safetensors"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"{}"), "no readable safetensors file"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"{}"), "not a readable safetensors file"),
     ],
     ids=["missing", "truncated", "index", "file", "no file of the format"],
 )
