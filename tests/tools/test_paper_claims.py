@@ -90,5 +90,5 @@ def test_the_claims_hold_all_that_the_paper_says() -> None:
         for other in (SAME_RATE, BEST_RATE):
             for measure, higher in (("entropy", True), ("kl", False), ("self_bleu", False), ("rep_4", False)):
                 assert (arm, other, measure, higher) in compared
-    assert any("AIME" in one.says and not one.is_testable for one in found)
-    assert len({one.says for one in found}) == len(found)
+    assert any("AIME" in one.text and not one.is_testable for one in found)
+    assert len({one.text for one in found}) == len(found)
