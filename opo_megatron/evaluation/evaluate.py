@@ -74,7 +74,7 @@ def evaluation_problems(task: Task, count: int) -> list[Prompt]:
 def kl_to_reference(
     generation: Generation, responses: Rollouts, stats: BatchStats, reference: WeightSource
 ) -> MetricsRow:
-    """KL(π ‖ π_0) of the policy to the weights that OPO began with, over the tokens that it sampled.
+    """KL(π ‖ π_0) of the policy to OPO's initial weights, over the tokens that it sampled.
 
     Each token gives exp(δ) − 1 − δ with δ = log π_0 − log π: never negative, and unbiased because the
     token was sampled from π.  log π is what the engine recorded, log π_0 a full forward pass.

@@ -32,7 +32,7 @@ from opo_megatron.observe.metrics_file import MetricsRow
 from opo_megatron.rollout.engine import Sampling
 
 CORRECT = 1.0
-"""Least reward of a correct response, for pass@k."""
+"""Minimum reward of a correct response, for pass@k."""
 REPETITION_ORDER = 4
 
 
@@ -51,7 +51,7 @@ class ResponseMetrics:
     self_bleu: float | None
     """Mean over problems; None with one sample each."""
     entropy: float | None
-    """Nats per token; None where top_p or top_k cut the distribution, or nothing was recorded."""
+    """Nats per token; None where top_p or top_k truncate the distribution, or nothing was recorded."""
 
     @property
     def problems(self) -> int:
@@ -128,10 +128,10 @@ def _nll(rollouts: Rollouts) -> Tensor | None:
 def _self_bleu(parallel: Parallel, responses: Sequence[list[int]], total: int, samples: int) -> float:
     """Mean over problems, each computed by the rank that has the problem's first response."""
     blocks = [rank_range(total, rank, parallel.world_size) for rank in range(parallel.world_size)]
-    mine = blocks[parallel.rank]
+    own_indices = blocks[parallel.rank]
     send_chunks: list[list[list[int]]] = [[] for _ in blocks]
-    for place, response in zip(mine, responses, strict=True):
-        first = place - place % samples
+    for index, response in zip(own_indices, responses, strict=True):
+        first = index - index % samples
         send_chunks[next(rank for rank, block in enumerate(blocks) if first in block)].append(response)
     # Blocks are contiguous, so concatenation by rank is in order.
     received = [response for part in all_to_all_objects(parallel, send_chunks) for response in part]

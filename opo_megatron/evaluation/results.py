@@ -15,7 +15,7 @@ from opo_megatron.evaluation.metrics import ResponseMetrics
 from opo_megatron.tasks import Prompt, Task
 
 COLUMNS_WITH_MEANING = 2
-"""Tasks up to which a terminal has room for what each line means."""
+"""Maximum number of tasks for which the table has a column that explains each line."""
 
 
 def to_json(measures: ResponseMetrics) -> dict[str, Any]:
@@ -85,8 +85,8 @@ def results_table(
         return (what, *("" if value is None else shape.format(value) for value in values), meaning)
 
     def pass_at(k: str) -> tuple[str, ...]:
-        found = [result["pass@k"][k] for result in results.values()]
-        values = [f"{one['value']:.1%} [{one['low']:.1%}, {one['high']:.1%}]" for one in found]
+        intervals = [result["pass@k"][k] for result in results.values()]
+        values = [f"{one['value']:.1%} [{one['low']:.1%}, {one['high']:.1%}]" for one in intervals]
         meaning = "a response is correct" if k == "1" else f"one of {k} responses is"
         return (f"pass@{k}", *values, f"probability that {meaning}, with its 95 % interval")
 

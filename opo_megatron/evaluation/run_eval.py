@@ -157,10 +157,10 @@ def _checkpoint(config: Config, source: Source, parallel: Parallel, display: Dis
     if source.run is None:
         return None
     newest = replace(config, resume="auto", run=replace(config.run, dir=str(source.run)))
-    found = find_checkpoint(newest, parallel, display.log)
-    if found is None:
+    checkpoint = find_checkpoint(newest, parallel, display.log)
+    if checkpoint is None:
         raise UserError(f"the run {source.run} has no checkpoint yet; wait for one, or name another run")
-    return found
+    return checkpoint
 
 
 @contextmanager

@@ -13,7 +13,7 @@ OVERRIDES = ("resume=never", "observe.kl=off", "observe.wandb_project=null")
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights come from; neither `run` nor `checkpoint` where they are a recipe's first ones."""
+    """Where weights come from; neither `run` nor `checkpoint` where they are a recipe's initial ones."""
 
     recipe: Path
     run: Path | None = None
@@ -21,8 +21,8 @@ class Source:
 
     @property
     def overrides(self) -> list[str]:
-        """Of what the recipe says."""
-        # A checkpoint's recipe is resolved: it holds the architecture even where the first folder is gone.
+        """Overrides of the recipe's settings."""
+        # A checkpoint's recipe is resolved: it has the architecture even if the initial folder is gone.
         return [*OVERRIDES, *(["policy.init_from=null"] if self.run or self.checkpoint else [])]
 
 
@@ -30,7 +30,7 @@ def find_source(path: Path, out: Path | None) -> Source:
     """What the command's first argument names.
 
     Raises:
-        UserError: where it is none of the three, or a recipe without a place for the results.
+        UserError: where it is none of the three, or a recipe without a folder for results.
     """
     if path.is_dir():
         if (path / "run_state.json").exists():

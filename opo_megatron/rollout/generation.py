@@ -1,9 +1,9 @@
 """What generates: the engine, its weights, the memory it shares with the policy, recovery from failures.
 
-Failures do not select.  Where any rank's engine dies, hangs or closes a connection, all ranks discard every
-response of the step, the engine is restarted and given the current weights, and all responses are generated
-again: keeping those that had finished would favour short answers.  All ranks decide alike, because the weight
-stream is a collective.
+Failures must not select responses.  Where any rank's engine dies, hangs or closes a connection, all ranks
+discard every response of the step, restart the engine, send it the current weights, and generate all
+responses again: keeping the finished ones would favour short responses.  All ranks decide together, because
+the weight stream is a collective.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Generation:
 
         def show(done: int, total: int, tokens: int) -> None:
             nonlocal last
-            if (done, tokens) != last:  # an engine that only reports that it waits makes no progress
+            if (done, tokens) != last:  # unchanged numbers are not progress
                 last = (done, tokens)
                 self.watchdog.progress()
             rate = tokens / max(1e-9, time.monotonic() - started)

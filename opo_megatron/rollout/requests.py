@@ -23,7 +23,7 @@ def requests_for(
 ) -> list[GenerationRequest]:
     """This rank's share of prompts × samples.
 
-    A prompt that stands in the batch twice goes on counting its samples, so that none is drawn twice.
+    Sample indices of a prompt that occurs more than once in the batch continue, so that no sample repeats.
 
     Raises:
         UserError: for a prompt without tokens.
@@ -59,6 +59,6 @@ def training_sampling(config: Config, task: Task, step: int) -> Sampling:
 
 
 def compute_rewards(task: Task, prompts: Sequence[Prompt], rollouts: Rollouts) -> Tensor:
-    """[n] float64: the task's reward of each response; `gather_stats` checks them on all ranks alike."""
-    asked = [prompts[group] for group in rollouts.groups.tolist()]
-    return torch.tensor(task.rewards(asked, rollouts.responses()), dtype=torch.float64)
+    """[n] float64: the task's reward of each response; `gather_stats` checks them on all ranks."""
+    prompt_of = [prompts[group] for group in rollouts.groups.tolist()]
+    return torch.tensor(task.rewards(prompt_of, rollouts.responses()), dtype=torch.float64)

@@ -184,8 +184,8 @@ class _Batch:
         batch = list(range(self.admitted, min(self.admitted + self.slots - running, len(self.requests))))
         self.admitted += len(batch)
         unique = list(dict.fromkeys(self.requests[i].tokens for i in batch))
-        place = {prompt: i for i, prompt in enumerate(unique)}
-        prompt_of = [place[self.requests[i].tokens] for i in batch]
+        index_of = {prompt: i for i, prompt in enumerate(unique)}
+        prompt_of = [index_of[self.requests[i].tokens] for i in batch]
         last_hidden = torch.empty(
             len(unique), self.decoder.model.hidden_size, dtype=self.decoder.dtype, device=self.device
         )

@@ -77,8 +77,8 @@ def versions_of(meta_info: dict[str, Any], length: int) -> list[int]:
         return [_number(meta_info.get("weight_version"))] * length
     versions = [UNKNOWN_VERSION] * length
     for span in spans:
-        for place in range(span["start"], min(span["end"], length)):
-            versions[place] = _number(span["version"])
+        for position in range(span["start"], min(span["end"], length)):
+            versions[position] = _number(span["version"])
     return versions
 
 

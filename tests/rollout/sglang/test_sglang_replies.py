@@ -156,7 +156,10 @@ def test_http_answers_are_read_or_named() -> None:
 
 
 def test_silence_and_refusal_are_failures() -> None:
-    with web(200, "{}", delay=1.0) as url, pytest.raises(EngineFailure, match=r"did not reply for 0\.1 seconds"):
+    with (
+        web(200, "{}", delay=1.0) as url,
+        pytest.raises(EngineFailure, match=r"did not reply for 0\.1 seconds"),
+    ):
         Client(url, 0.1).post("/x")
     with pytest.raises(EngineFailure, match="closed the connection"):
         Client(url, 1.0).post("/x")  # the server is gone
