@@ -229,7 +229,7 @@ def hf_shapes(model: ModelConfig, vocab_size: int) -> dict[str, Shape]:
 def _layer(
     model: ModelConfig, layer: int, stages: Stages, ep_size: int, spec: LayerSpec
 ) -> Iterator[Parameter]:
-    stage, chunk, layer_of_chunk = stages.place(layer)
+    stage, chunk, index = stages.place(layer)
     sizes, local_experts = _dimensions(model), (model.num_moe_experts or 0) // ep_size
     for entry in (entry for entry in PARAM_SPECS if entry.when(model)):
         name = (
@@ -247,5 +247,5 @@ def _layer(
                 tuple((f"model.layers.{layer}.{n.format(e=e)}", shape) for n, shape in shapes.items())
                 for e in experts
             )
-            mcore_name = f"decoder.layers.{layer_of_chunk}.{name.format(j=j)}"
+            mcore_name = f"decoder.layers.{index}.{name.format(j=j)}"
             yield Parameter(mcore_name, entry.sharding(model), tensors, stage, chunk, entry.is_expert)

@@ -48,16 +48,16 @@ class StoredTensor:
         """
         rows, columns = index if isinstance(index, tuple) else (index, slice(None))
         first, last, _ = rows.indices(self.shape[0])
-        row_elements, last = math.prod(self.shape[1:]), max(first, last)
+        row_numel, last = math.prod(self.shape[1:]), max(first, last)
         with self.path.open("rb", buffering=0) as file:
             if columns == slice(None):
-                return self._read(file, first * row_elements, (last - first, *self.shape[1:]))
+                return self._read(file, first * row_numel, (last - first, *self.shape[1:]))
             left, right, _ = columns.indices(self.shape[1])
             part = torch.empty(last - first, right - left, dtype=self.dtype)
-            block = max(1, SCRATCH_BYTES // (row_elements * self.dtype.itemsize))
+            block = max(1, SCRATCH_BYTES // (row_numel * self.dtype.itemsize))
             for begin in range(first, last, block):
                 end = min(begin + block, last)
-                whole = self._read(file, begin * row_elements, (end - begin, row_elements))
+                whole = self._read(file, begin * row_numel, (end - begin, row_numel))
                 part[begin - first : end - first] = whole[:, left:right]
             return part
 
