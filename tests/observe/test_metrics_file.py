@@ -1,4 +1,4 @@
-"""The row file: whole rows in order, whatever was torn, and JSON that every reader accepts."""
+"""metrics.jsonl: complete rows in order, a partial last line ignored, and strict JSON."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def test_rows_are_read_back_as_they_were_appended(rows: MetricsFile) -> None:
     assert len(rows.path.read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step": 4}', "{", "\x00\x00"])
-def test_a_partial_last_line_is_not_a_row(rows: MetricsFile, torn: str) -> None:
-    """A line without its end was not written whole, even where it happens to be JSON."""
+@pytest.mark.parametrize("partial", ['{"step": 4, "lo', '{"step": 4}', "{", "\x00\x00"])
+def test_a_partial_last_line_is_not_a_row(rows: MetricsFile, partial: str) -> None:
+    """A line without a newline is partial, even where it happens to be valid JSON."""
     fill(rows, 4)
     with rows.path.open("a") as file:
-        file.write(torn)
+        file.write(partial)
     assert [row["step"] for row in rows.read()] == [0, 1, 2, 3]
     rows.truncate_after(3)
     rows.append({"step": 4})
@@ -42,7 +42,7 @@ def test_a_partial_last_line_is_not_a_row(rows: MetricsFile, torn: str) -> None:
 
 
 @pytest.mark.parametrize(("step", "kept"), [(-1, []), (0, [0]), (2, [0, 1, 2]), (99, [0, 1, 2, 3])])
-def test_truncating_drops_later_rows_and_keeps_the_rest_to_the_byte(
+def test_truncating_drops_later_rows_and_keeps_the_rest_bytewise(
     rows: MetricsFile, step: int, kept: list[int]
 ) -> None:
     fill(rows, 4)
@@ -59,11 +59,11 @@ def test_truncating_a_missing_file_leaves_no_rows(rows: MetricsFile) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_values_that_json_has_not_are_null(rows: MetricsFile, value: float) -> None:
+def test_non_finite_values_are_written_as_null(rows: MetricsFile, value: float) -> None:
     rows.append({"step": 1, "loss": value, "fine": 0.1})
 
-    def refuse(name: str) -> None:
+    def reject(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
 
     line = rows.path.read_text()
-    assert json.loads(line, parse_constant=refuse) == {"step": 1, "loss": None, "fine": 0.1}
+    assert json.loads(line, parse_constant=reject) == {"step": 1, "loss": None, "fine": 0.1}

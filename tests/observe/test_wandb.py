@@ -1,4 +1,4 @@
-"""Weights & Biases, offline with the real package: its own reader must show what metrics.jsonl holds."""
+"""Weights & Biases, offline with the real package: its own reader shows the rows of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ TINY = (
     "checkpoint.every_steps=1",
     "observe.kl=off",
 )
-OWN = ("_runtime", "_step", "_timestamp")
-"""What W&B adds to a row."""
+WANDB_COLUMNS = ("_runtime", "_step", "_timestamp")
+"""Columns that W&B adds to a row."""
 
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
-    """The package, without anybody's settings and credentials."""
+    """The package, without the user's settings and credentials."""
     package = require("wandb", "make setup-dev")
     for name in ("WANDB_API_KEY", "WANDB_DIR", "WANDB_PROJECT", "WANDB_RUN_ID", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -57,11 +57,11 @@ def read_back(run_dir: Path) -> list[list[dict]]:
     """The records of each attempt, oldest first, as `wandb leet inspect` prints them."""
     files = sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
-    printed = [
+    outputs = [
         subprocess.run([*command, str(path)], capture_output=True, text=True, timeout=60, check=True).stdout
         for path in files
     ]
-    return [[json.loads(line) for line in text.splitlines()] for text in printed]
+    return [[json.loads(line) for line in text.splitlines()] for text in outputs]
 
 
 def of_type(records: list[dict], kind: str) -> list[dict]:
@@ -78,27 +78,27 @@ def test_wandb_has_two_axes_and_a_resumed_run_continues(
     assert train(run_dir, "observe.wandb_project=lift", "resume=auto", "train.steps=3") == 0
 
     attempts = read_back(run_dir)
-    begun = [of_type(records, "run")[0] for records in attempts]
-    assert [run["project"] for run in begun] == ["lift", "lift"]
-    assert {run["run_id"] for run in begun} == {(run_dir / "wandb_run_id").read_text().strip()}
-    assert all(run["resume"] for run in begun)
-    assert begun[1]["config"]["update"]["train"]["steps"] == 3
-    assert begun[1]["config"]["update"]["policy"]["dtype"] == load_config(RECIPE).policy.dtype.value
+    runs = [of_type(records, "run")[0] for records in attempts]
+    assert [run["project"] for run in runs] == ["lift", "lift"]
+    assert {run["run_id"] for run in runs} == {(run_dir / "wandb_run_id").read_text().strip()}
+    assert all(run["resume"] for run in runs)
+    assert runs[1]["config"]["update"]["train"]["steps"] == 3
+    assert runs[1]["config"]["update"]["policy"]["dtype"] == load_config(RECIPE).policy.dtype.value
 
-    drawn = [row["item"] for records in attempts for row in of_type(records, "history")]
-    drawn = [{name: value for name, value in row.items() if name not in OWN} for row in drawn]
+    logged = [row["item"] for records in attempts for row in of_type(records, "history")]
+    logged = [{name: value for name, value in row.items() if name not in WANDB_COLUMNS} for row in logged]
     warm = [
         {"warm_start/" + name: value for name, value in row.items()}
         for row in rows(run_dir, "warm_start.jsonl")
     ]
-    written = [*warm, *rows(run_dir, "metrics.jsonl")]
-    assert len(drawn) == len(written) == 2 + 4
-    for seen, row in zip(drawn, written, strict=True):
+    expected_rows = [*warm, *rows(run_dir, "metrics.jsonl")]
+    assert len(logged) == len(expected_rows) == 2 + 4
+    for actual, row in zip(logged, expected_rows, strict=True):
         expected = {name: value for name, value in row.items() if not name.endswith("run/attempt")}
-        assert seen == pytest.approx(expected)
+        assert actual == pytest.approx(expected)
 
     axes = {metric["name"]: metric.get("step_metric") for r in attempts for metric in of_type(r, "metric")}
-    for name in {name for row in drawn for name in row} - {"step", "warm_start/step"}:
+    for name in {name for row in logged for name in row} - {"step", "warm_start/step"}:
         assert axes[name] == ("warm_start/step" if name.startswith("warm_start/") else "step"), name
     assert [end["exit_code"] for end in of_type(attempts[0], "exit")] == [0]
 
@@ -110,20 +110,20 @@ def test_a_run_that_fails_is_marked_failed(
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     overrides = ("observe.wandb_project=lift", "warm_start.lr=1e36")
     assert train(tmp_path / "run", *overrides) == 2
-    assert not (tmp_path / "run" / "wandb").exists(), "WANDB_DIR says where its files go"
+    assert not (tmp_path / "run" / "wandb").exists(), "WANDB_DIR sets the folder of its files"
     (records,) = read_back(tmp_path)
     assert [end["exit_code"] for end in of_type(records, "exit")] == [1]
 
 
 @pytest.mark.parametrize("key", [None, "short"])
-def test_no_login_is_one_sentence_and_asks_nobody(
+def test_a_missing_login_is_one_sentence_and_no_prompt(
     wandb: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     key: str | None,
 ) -> None:
-    # As in a terminal, where W&B would ask for a key and wait.
+    # As in a terminal, where W&B would prompt for a key and wait.
     monkeypatch.setattr("wandb.errors.term.can_use_terminput", lambda: True)
     if key is not None:
         monkeypatch.setenv("WANDB_API_KEY", key)
@@ -134,7 +134,7 @@ def test_no_login_is_one_sentence_and_asks_nobody(
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_package_is_one_sentence_with_the_command(
+def test_a_missing_package_is_one_sentence_with_the_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -144,13 +144,13 @@ def test_missing_package_is_one_sentence_with_the_command(
     assert not (tmp_path / "run").exists()
 
 
-def test_off_never_imports_it(tmp_path: Path) -> None:
+def test_wandb_is_not_imported_when_it_is_off(tmp_path: Path) -> None:
     code = (
         "import sys; from opo_megatron.cli.main import main; code = main(sys.argv[1:]); "
         "print(code, 'wandb' in sys.modules, 'torch' in sys.modules)"
     )
     arguments = ["train", str(RECIPE), f"run.dir={tmp_path / 'run'}", *TINY, "train.steps=0"]
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=True
     )
-    assert done.stdout.splitlines()[-1] == "0 False True"
+    assert result.stdout.splitlines()[-1] == "0 False True"

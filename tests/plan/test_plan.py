@@ -1,6 +1,6 @@
-"""The planner: totals do not depend on the layout, bytes are those of hand arithmetic, mistakes are answered.
+"""`opo plan`: totals independent of the layout, bytes from hand arithmetic, errors for wrong arguments.
 
-The meta device is for a whole process, so whatever builds a policy runs in a child.
+The meta device is set per process, so whatever builds a policy runs in a child process.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def count(gpus: int, needs: str, model: tuple[str, ...], *layouts: str) -> list[
     command = [sys.executable, "-W", "ignore", str(WORKER), str(RECIPE), str(gpus), needs]
     command += [f"policy.model.{key}" for key in model]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    result = subprocess.run(
         [*command, *layouts], env=environment, capture_output=True, text=True, timeout=280, check=False
     )
-    assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    assert result.returncode == 0, result.stderr
+    report: list[dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +85,15 @@ def small_model() -> dict[str, tuple[int, ...]]:
 
 
 def elements(*parts: str) -> int:
-    """Of all tensors whose names have one of these parts."""
+    """Elements of all tensors whose names contain one of these parts."""
     shapes = small_model().items()
     return sum(math.prod(shape) for name, shape in shapes if any(part in name for part in parts))
 
 
-def test_the_total_is_the_models_own_under_every_layout(small: list[dict[str, Any]]) -> None:
+def test_parameters_over_ranks_sum_to_the_model_under_every_layout(small: list[dict[str, Any]]) -> None:
     expected = sum(math.prod(shape) for shape in small_model().values())
-    for found in small:
-        assert sum(rank["own_parameters"] for rank in found["ranks"]) == expected
+    for report in small:
+        assert sum(rank["own_parameters"] for rank in report["ranks"]) == expected
 
 
 def test_bytes_per_rank_are_those_of_hand_arithmetic(small: list[dict[str, Any]]) -> None:
@@ -101,33 +101,33 @@ def test_bytes_per_rank_are_those_of_hand_arithmetic(small: list[dict[str, Any]]
     layers = elements(".layers.") // 2  # two stages
     norms = elements("layernorm") // 2
     rows = -(-101 // 2)  # per tensor-parallel rank, one of them padding
-    cut = (layers - norms) // 2 + norms + rows * 64
+    sharded = (layers - norms) // 2 + norms + rows * 64
     for rank in tp_pp["ranks"]:
         last = 64 if rank["pp_rank"] == 1 else 0
-        # fp32: no master weights of their own; Megatron's buckets are padded to 128 elements.
-        padded = -(-(cut + last) // 128) * 128
+        # fp32: no separate master weights; Megatron pads its buckets to 128 elements.
+        padded = -(-(sharded + last) // 128) * 128
         assert rank["parameters"] == rank["gradients"] == 4 * padded
-        assert rank["optimizer"] == 2 * 4 * (cut + last)
+        assert rank["optimizer"] == 2 * 4 * (sharded + last)
     for rank in interleaved["ranks"]:
         whole = layers + 101 * 64 + (64 if rank["pp_rank"] == 1 else 0)
-        # bf16, two chunks with a buffer each; fp32 gradients; master and two moments over two replicas.
+        # bf16, one buffer per chunk; fp32 gradients; master weights and two moments over two replicas.
         assert rank["parameters"] >= 2 * whole and rank["parameters"] < 2 * (whole + 2 * 256)
         assert rank["gradients"] == 2 * rank["parameters"]
         assert abs(rank["optimizer"] - 12 * whole // 2) <= 12 * 2 * 128
 
 
-def test_every_tensor_arrives_once_on_every_rank(small: list[dict[str, Any]]) -> None:
-    for found, itemsize in zip(small, (4, 2, 2, 2, 2), strict=True):
-        assert found["tensors"] == len(small_model())
-        assert found["bytes"] == itemsize * sum(math.prod(shape) for shape in small_model().values())
+def test_every_rank_receives_every_tensor_once(small: list[dict[str, Any]]) -> None:
+    for report, itemsize in zip(small, (4, 2, 2, 2, 2), strict=True):
+        assert report["tensors"] == len(small_model())
+        assert report["bytes"] == itemsize * sum(math.prod(shape) for shape in small_model().values())
 
 
-def test_bytes_of_the_sync_go_by_the_link_that_the_ranks_share(small: list[dict[str, Any]]) -> None:
-    """Nodes of two ranks: tensor-parallel ranks share one, pipeline ranks do not."""
+def test_sync_bytes_are_split_by_the_link_between_ranks(small: list[dict[str, Any]]) -> None:
+    """Two ranks per node: tensor-parallel ranks share a node, pipeline ranks do not."""
     matrices = elements(".layers.") - elements("layernorm")
     for rank, (nvlink, network) in enumerate(small[0]["received"]):
-        vocabulary = 2 * 51 * 64  # with padding, on either stage
-        norms = 2 * (elements("layernorm") // 2)  # each of two ranks brings its copy
+        vocabulary = 2 * 51 * 64  # padded, on both stages
+        norms = 2 * (elements("layernorm") // 2)  # each of two ranks sends its copy
         own = matrices // 2 + vocabulary + norms + (2 * 64 if rank >= 2 else 0)
         other = matrices // 2 + vocabulary + norms + (2 * 64 if rank < 2 else 0)
         assert nvlink == 4 * own // 2
@@ -140,32 +140,32 @@ def test_a_stage_with_more_micro_batches_in_flight_holds_more(small: list[dict[s
     assert by_stage[0] > by_stage[1]
 
 
-def test_packed_micro_batches_of_the_same_tokens_hold_the_same(small: list[dict[str, Any]]) -> None:
-    """Two micro-batches of four samples on every rank, in four rows or in one."""
-    padded, packed = ([rank["activations"] for rank in found["ranks"]] for found in small[2:4])
+def test_packed_and_padded_micro_batches_of_equal_tokens_hold_the_same(small: list[dict[str, Any]]) -> None:
+    """Two micro-batches of four samples per rank, as four rows or as one."""
+    padded, packed = ([rank["activations"] for rank in report["ranks"]] for report in small[2:4])
     assert packed == pytest.approx(padded, rel=0.02)
 
 
-def test_a_context_parallel_rank_has_its_share_of_the_same_micro_batches(small: list[dict[str, Any]]) -> None:
-    """And of the optimizer, as a data-parallel rank would; the gradient of one weight is there in whole."""
-    whole, half = ([rank["activations"] for rank in found["ranks"]] for found in small[3:])
+def test_a_context_parallel_rank_holds_its_share_of_each_micro_batch(small: list[dict[str, Any]]) -> None:
+    """And of the optimizer state, like a data-parallel rank; the gradient of one weight is not split."""
+    whole, half = ([rank["activations"] for rank in report["ranks"]] for report in small[3:])
     largest = 2 * (2 * 96 * 64)  # gate and up projection, bf16
-    for all_of_it, one in zip(whole, half, strict=True):
-        assert -1024 < one - all_of_it / 2 < largest + 1024
+    for full, sharded in zip(whole, half, strict=True):
+        assert -1024 < sharded - full / 2 < largest + 1024
     for data, context in zip(small[3]["ranks"], small[4]["ranks"], strict=True):
         assert context["optimizer"] == data["optimizer"] and context["gradients"] == data["gradients"]
 
 
 @pytest.mark.parametrize("packing", ["padded", "thd"])
-def test_padding_is_that_of_the_micro_batches_that_a_run_would_have(packing: str) -> None:
+def test_padding_equals_that_of_the_schedule_of_a_run(packing: str) -> None:
     interleaved = [f"policy.{PIPELINE}=2", f"policy.virtual_{PIPELINE}=2", "policy.model.num_layers=4"]
     job = load_job(str(RECIPE), [*interleaved, f"policy.packing={packing}"], 4, GPUS["h100"], 8)
-    count, places, padding = _micro_batches(job)
+    count, padded_tokens, padding = _micro_batches(job)
     lengths = [round(job.lengths.prompt) + response for response in job.lengths.responses()]
-    plan = schedule_for(job.config.policy, lengths, 2)
-    assert count == plan.count and count % 2 == 0 and plan.shape is not None
-    assert places == 2 * count * math.prod(plan.shape)
-    assert padding == pytest.approx(1 - (sum(lengths) - len(lengths)) / places)
+    schedule = schedule_for(job.config.policy, lengths, 2)
+    assert count == schedule.count and count % 2 == 0 and schedule.shape is not None
+    assert padded_tokens == 2 * count * math.prod(schedule.shape)
+    assert padding == pytest.approx(1 - (sum(lengths) - len(lengths)) / padded_tokens)
     assert padding < 0.01 if packing == "thd" else padding > 0.3
 
 
@@ -176,44 +176,44 @@ def test_the_longest_packed_samples_fill_their_micro_batches(budget: int, contex
     overrides += [f"policy.context_parallel_size={context}"]
     job = load_job(str(RECIPE), overrides, 2 * context, GPUS["h100"], None)
     samples = longest_samples(job)
-    plan = schedule_for(job.config.policy, [sum(one) for one in samples], 2)
-    places = plan.padded_tokens([sum(one) for one in samples])
+    schedule = schedule_for(job.config.policy, [sum(one) for one in samples], 2)
+    padded_tokens = schedule.padded_tokens([sum(one) for one in samples])
     assert min(response for _, response in samples) > 0 < min(prompt for prompt, _ in samples)
     longest = job.lengths.longest_prompt + job.lengths.longest_response
     assert (
-        places
-        == [plan.count * max(budget, padded_length(longest, sequence_alignment(job.config.policy)))] * 2
+        padded_tokens
+        == [schedule.count * max(budget, padded_length(longest, sequence_alignment(job.config.policy)))] * 2
     )
 
 
-def test_an_offloaded_share_of_the_optimizer_is_on_the_host() -> None:
+def test_the_offloaded_fraction_of_the_optimizer_is_host_memory() -> None:
     rank = RankBytes(0, 0, 0, 0, 0, parameters=20, gradients=40, optimizer=120, own_parameters=10)
     assert offloaded(rank, 0.0) == rank
     half = offloaded(rank, 0.5)
     assert (half.static, half.optimizer, half.host_optimizer) == (120, 60, 60)
     assert offloaded(rank, 1.0).static == 60
     billion = host_step_seconds(12 * 10**9)
-    # 8 GB over PCIe at 50 GB/s, 28 GB in and out of 76.75 GB/s of memory.
+    # 8 GB over PCIe at 50 GB/s, 28 GB read and written at 76.75 GB/s of memory bandwidth.
     assert billion == pytest.approx(8 / 50 + 28 / 76.75)
     job = load_job(str(RECIPE), ["policy.dtype=bf16", "policy.optimizer_offload=0.5"], 2, GPUS["h100"], None)
     assert counted_config(job).policy.optimizer_offload == 0 != job.config.policy.optimizer_offload
 
 
-def test_storages_are_followed_until_they_are_freed() -> None:
+def test_live_bytes_count_storages_until_they_are_freed() -> None:
     with LiveBytes() as live:
-        made = torch.empty(1000, device="meta")
-        view, other = made.view(10, 100), made + 1
+        base = torch.empty(1000, device="meta")
+        view, other = base.view(10, 100), base + 1
         assert live.held == 8000
         del other
-        made.add_(1)
+        base.add_(1)
         assert live.held == 4000 and live.peak == 8000
-        del made
+        del base
         assert live.held == 4000 and view.numel() == 1000
         del view
     assert live.held == 0 and live.peak == 8000
 
 
-def test_llama_3_70b_has_its_parameters_under_two_layouts() -> None:
+def test_llama_3_70b_has_the_same_parameters_under_two_layouts() -> None:
     tall, wide = count(
         32,
         "bytes",
@@ -221,22 +221,22 @@ def test_llama_3_70b_has_its_parameters_under_two_layouts() -> None:
         f"dtype=bf16,{TENSOR}=8,sequence_parallel=true,{PIPELINE}=4",
         f"dtype=bf16,{TENSOR}=4,sequence_parallel=true,{PIPELINE}=8,virtual_{PIPELINE}=5",
     )
-    for found in (tall, wide):
-        assert sum(rank["own_parameters"] for rank in found["ranks"]) == 70_553_706_496
+    for report in (tall, wide):
+        assert sum(rank["own_parameters"] for rank in report["ranks"]) == 70_553_706_496
     assert tall["ranks"][0]["parameters"] != wide["ranks"][0]["parameters"]
 
 
 @pytest.mark.slow
 def test_experts_are_counted_once_over_expert_parallel_ranks() -> None:
     experts = ("num_moe_experts=8", "moe_ffn_hidden_size=48")
-    (found,) = count(4, "bytes", (*SMALL, *experts), "expert_model_parallel_size=2")
+    (report,) = count(4, "bytes", (*SMALL, *experts), "expert_model_parallel_size=2")
     model = ModelConfig(4, 64, 96, 4, 2, 16, vocab_size=101, num_moe_experts=8, moe_ffn_hidden_size=48)
     expected = sum(math.prod(shape) for shape in hf_shapes(model, 101).values())
-    assert sum(rank["own_parameters"] for rank in found["ranks"]) == expected
+    assert sum(rank["own_parameters"] for rank in report["ranks"]) == expected
 
 
-def test_published_sizes_follow_from_the_known_models() -> None:
-    """Those that the models' own cards give."""
+def test_model_configs_reproduce_the_published_parameter_counts() -> None:
+    """Sizes as stated in the model cards."""
     sizes = {"Llama-3.1-8B": 8_030_261_248, "Qwen3-32B": 32_762_123_264, "Llama-3-70B": 70_553_706_496}
     for name, size in sizes.items():
         model = MODELS[name]
@@ -245,12 +245,12 @@ def test_published_sizes_follow_from_the_known_models() -> None:
         assert active_parameters(model, model.vocab_size) < size - model.vocab_size * model.hidden_size
 
 
-def test_lengths_have_the_mean_that_was_asked_for() -> None:
+def test_response_lengths_have_the_requested_mean() -> None:
     for mean in (10.0, 300.0, 900.0, 1000.0):
         lengths = Lengths(5000, 20, mean, 20, 1000)
-        drawn = lengths.responses()
-        assert sum(drawn) / len(drawn) == pytest.approx(mean, rel=5e-3)
-        assert max(drawn) <= 1000
+        sampled = lengths.responses()
+        assert sum(sampled) / len(sampled) == pytest.approx(mean, rel=5e-3)
+        assert max(sampled) <= 1000
 
 
 def test_every_constant_has_a_source() -> None:
@@ -266,7 +266,7 @@ def test_every_constant_has_a_source() -> None:
         (["--mean-response", "90"], ("--mean-response 90", "rollout.max_response_tokens=24")),
     ],
 )
-def test_a_mistake_is_answered_in_one_sentence(
+def test_wrong_arguments_are_one_sentence(
     arguments: list[str], parts: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", str(RECIPE), *arguments]) == 2
@@ -274,7 +274,7 @@ def test_a_mistake_is_answered_in_one_sentence(
     assert error.count("\n") == 1 and all(part in error for part in parts)
 
 
-def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--help"]) == 0
     text = capsys.readouterr().out
     assert "--mean-response" in text and "opo plan my.yaml --gpus 64" in text
@@ -306,32 +306,32 @@ policy:
   model: {max_sequence_length: 4096}
 rollout: {engine: sglang, max_response_tokens: 2048}
 """
-"""Each of 4 GPUs holds a whole Llama 3.1 8B and all of Adam's state: 144 GB."""
+"""Each of 4 GPUs holds all of Llama 3.1 8B and of Adam's state: 144 GB."""
 
 
-def test_the_phase_that_does_not_fit_is_named_with_its_rank() -> None:
+def test_the_phase_that_does_not_fit_is_reported_with_its_rank() -> None:
     job = load_job(str(RECIPE), [], None, GPUS["h100"], None)
     engine = EnginePlan(1, 1, weights=0, token=0, cache=0, working=0, running=1)
     fits, too_large = Phases(10**9, 10**9, 80 * 10**9), Phases(10**9, 10**9, 90 * 10**9)
     assert problem_of(job, [fits, fits], engine) is None
-    said = problem_of(job, [fits, too_large], engine)
-    assert said == "training takes 90.0 GB on rank 1, and an H100 has 80 GB"
+    message = problem_of(job, [fits, too_large], engine)
+    assert message == "training takes 90.0 GB on rank 1, and an H100 has 80 GB"
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_reported_with_what_does(tmp_path: Path) -> None:
+def test_a_job_that_does_not_fit_is_reported_with_one_that_does(tmp_path: Path) -> None:
     recipe = tmp_path / "large.yaml"
     recipe.write_text(TOO_LARGE)
-    done = plan(recipe, "--gpus", "4")
-    assert done.returncode == 2 and done.stdout, done.stderr
-    found = json.loads(done.stdout)
-    assert found["fits"] is False and found["parameters"] == 8_030_261_248
-    assert "GB on rank 0, and an H100 has 80 GB" in done.stderr
-    changes = found["nearest"]
-    assert changes and " ".join(changes) in done.stderr
-    again = plan(recipe, "--gpus", "4", *changes)
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout)["fits"] is True
+    result = plan(recipe, "--gpus", "4")
+    assert result.returncode == 2 and result.stdout, result.stderr
+    report = json.loads(result.stdout)
+    assert report["fits"] is False and report["parameters"] == 8_030_261_248
+    assert "GB on rank 0, and an H100 has 80 GB" in result.stderr
+    changes = report["nearest"]
+    assert changes and " ".join(changes) in result.stderr
+    rerun = plan(recipe, "--gpus", "4", *changes)
+    assert rerun.returncode == 0, rerun.stderr
+    assert json.loads(rerun.stdout)["fits"] is True
 
 
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
@@ -340,20 +340,22 @@ RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_can_be_planned(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without its model, its data and its GPUs."""
+    """Needs neither its model, nor its data, nor its GPUs."""
     monkeypatch.setenv("OPO_TEST_DATA", str(tmp_path))
-    done = plan(ROOT / "recipes" / name)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["fits"] and found["times"]["step"] > 0
-    assert sum(rank["own_parameters"] for rank in found["ranks"]) == found["parameters"] > 0
+    result = plan(ROOT / "recipes" / name)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["fits"] and report["times"]["step"] > 0
+    assert sum(rank["own_parameters"] for rank in report["ranks"]) == report["parameters"] > 0
     if "70b" in name:
-        assert found["parameters"] == 70_553_706_496
+        assert report["parameters"] == 70_553_706_496
 
 
 @pytest.mark.slow
 def test_counted_memory_is_what_cpu_ranks_allocate() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "bench_plan.py"), "--memory"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=1200, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -1,4 +1,4 @@
-"""GroupStepAdam against torch's AdamW, and the layout of its state."""
+"""GroupStepAdam against torch's AdamW, and the format of its state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def parameters(seed: int = 0) -> list[Tensor]:
 
 
 def groups_of(params: list[Tensor]) -> list[dict[str, object]]:
-    """Matrices decay, vectors do not, and each group has its own rate."""
+    """Matrices decay, vectors do not; each group has its own learning rate."""
     matrices = [p for p in params if p.dim() > 1]
     return [
         {"params": matrices, "weight_decay": 0.1, "lr": 3e-3},
@@ -26,23 +26,23 @@ def groups_of(params: list[Tensor]) -> list[dict[str, object]]:
 
 
 def set_gradients(params: list[Tensor], step: int) -> None:
-    """Of sizes from 1e-6 to 1e3, so that ε and the bias correction matter."""
+    """Gradients of 1e-6 to 1e3, so that ε and the bias correction matter."""
     generator = torch.Generator().manual_seed(100 + step)
     for p in params:
-        sizes = 10 ** (9 * torch.rand(p.shape, generator=generator) - 6)
-        p.grad = torch.randn(p.shape, generator=generator) * sizes
+        scales = 10 ** (9 * torch.rand(p.shape, generator=generator) - 6)
+        p.grad = torch.randn(p.shape, generator=generator) * scales
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999), (0.0, 0.0)])
 @pytest.mark.parametrize("eps", [1e-8, 1e-3])
 def test_ten_steps_equal_torchs_adamw(betas: tuple[float, float], eps: float) -> None:
     ours, theirs = parameters(), parameters()
-    mine = GroupStepAdam(groups_of(ours), betas=betas, eps=eps)
-    torchs = torch.optim.AdamW(groups_of(theirs), betas=betas, eps=eps)
+    our_adam = GroupStepAdam(groups_of(ours), betas=betas, eps=eps)
+    torch_adamw = torch.optim.AdamW(groups_of(theirs), betas=betas, eps=eps)
     for step in range(10):
         set_gradients(ours, step)
         set_gradients(theirs, step)
-        for optimizer in (mine, torchs):
+        for optimizer in (our_adam, torch_adamw):
             for group in optimizer.param_groups:
                 group["lr"] *= 0.9
             optimizer.step()
@@ -59,7 +59,7 @@ def test_the_first_step_moves_every_element_by_the_learning_rate() -> None:
     torch.testing.assert_close(p.detach(), torch.tensor([-0.25, 0.25, -0.25, 0.25]))
 
 
-def test_the_step_is_kept_per_group_and_the_state_holds_two_moments() -> None:
+def test_the_step_is_stored_per_group_and_the_state_is_two_moments() -> None:
     params = parameters()
     optimizer = GroupStepAdam(groups_of(params))
     optimizer.add_param_group({"params": []})
@@ -70,7 +70,7 @@ def test_the_step_is_kept_per_group_and_the_state_holds_two_moments() -> None:
     assert all(set(optimizer.state[p]) == {"exp_avg", "exp_avg_sq"} for p in params)
 
 
-def test_a_parameter_without_gradient_stays_and_has_no_state() -> None:
+def test_a_parameter_without_gradient_is_unchanged_and_has_no_state() -> None:
     params = parameters()
     optimizer = GroupStepAdam(params, weight_decay=0.5)
     set_gradients(params[1:], 0)
@@ -80,11 +80,11 @@ def test_a_parameter_without_gradient_stays_and_has_no_state() -> None:
 
 
 def test_an_optimizer_restored_from_its_state_takes_the_same_steps() -> None:
-    through, first = parameters(), parameters()
-    whole, before = GroupStepAdam(groups_of(through)), GroupStepAdam(groups_of(first))
+    straight, first = parameters(), parameters()
+    uninterrupted, before = GroupStepAdam(groups_of(straight)), GroupStepAdam(groups_of(first))
     for step in range(4):
-        set_gradients(through, step)
-        whole.step()
+        set_gradients(straight, step)
+        uninterrupted.step()
     for step in range(2):
         set_gradients(first, step)
         before.step()
@@ -94,9 +94,9 @@ def test_an_optimizer_restored_from_its_state_takes_the_same_steps() -> None:
     for step in range(2, 4):
         set_gradients(second, step)
         after.step()
-    assert all(torch.equal(p, q) for p, q in zip(through, second, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(straight, second, strict=True))
 
 
-def test_only_decoupled_weight_decay_is_offered() -> None:
+def test_only_decoupled_weight_decay_is_supported() -> None:
     with pytest.raises(ValueError, match="AdamW"):
         GroupStepAdam(parameters(), adam_w_mode=False)

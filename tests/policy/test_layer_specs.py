@@ -1,10 +1,10 @@
-"""The table's names in both of Megatron's layer specs.
+"""Names of the parameter mapping in both of Megatron's layer specs.
 
-The local names are those of a model that is built.  Transformer Engine is not needed for the others:
-Megatron's own provider names the class of every place, and its layers' attributes are the fields of
-their submodules, so parameter names follow from the provider's tree.  What one such class calls its
-parameters is taken from what Megatron itself reads: `layer_norm_weight` beside `weight` where a norm
-is fused, and `weight0, weight1, …` in grouped experts.
+The local spec's names are those of a built model.  The other spec needs no Transformer Engine: Megatron's
+provider gives the class of every submodule, and attribute names are the fields of the submodules, so
+parameter names follow from the provider's tree.  The parameter names within such a class are those that
+Megatron itself reads: `layer_norm_weight` next to `weight` where a norm is fused, and `weight0, weight1, …`
+in grouped experts.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from tests.support.hf_models import FAMILIES, VOCAB_SIZE
 EXPERTS_PER_RANK = 2
 
 
-def names_of_class(kind: type, place: str, model: ModelConfig) -> list[str]:
-    """What a class of Transformer Engine's provider holds at a place of the layer."""
-    has_bias = model.add_qkv_bias and place.endswith("linear_qkv")
+def names_of_class(kind: type, path: str, model: ModelConfig) -> list[str]:
+    """Parameter names of a class of Transformer Engine's provider at a path in the layer."""
+    has_bias = model.add_qkv_bias and path.endswith("linear_qkv")
     names = {
         "TENorm": ["weight"],
         "TELayerNormColumnParallelLinear": ["layer_norm_weight", "weight"],
@@ -39,23 +39,23 @@ def names_of_class(kind: type, place: str, model: ModelConfig) -> list[str]:
     return names + ["bias"] * has_bias
 
 
-def walk(spec: Any, place: str, model: ModelConfig) -> Iterator[str]:
+def walk(spec: Any, path: str, model: ModelConfig) -> Iterator[str]:
     if isinstance(spec, ModuleSpec):
         if spec.module.__name__ == "MoELayer":
-            yield f"{place}.router.weight"
+            yield f"{path}.router.weight"
         if spec.module.__name__ == "SharedExpertMLP":  # built only for models with shared experts
             return
-        yield from walk(spec.submodules, place, model)
+        yield from walk(spec.submodules, path, model)
     elif is_dataclass(spec):
         for field in fields(spec):
-            yield from walk(getattr(spec, field.name), f"{place}.{field.name}".lstrip("."), model)
+            yield from walk(getattr(spec, field.name), f"{path}.{field.name}".lstrip("."), model)
     elif isinstance(spec, type) and spec is not IdentityOp:
-        yield from (f"{place}.{name}" for name in names_of_class(spec, place, model))
+        yield from (f"{path}.{name}" for name in names_of_class(spec, path, model))
 
 
 @pytest.fixture
 def provider(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron's provider, with stand-ins of the same names for the classes that need the package."""
+    """Megatron's provider, with stubs of the same names for the classes that need Transformer Engine."""
     from megatron.core.extensions import transformer_engine_spec_provider as module
 
     for name in [name for name in vars(module) if name.startswith("TE") and name != "TESpecProvider"]:
@@ -65,32 +65,32 @@ def provider(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", module.TESpecProvider, raising=False)
 
 
-def table_of(model: ModelConfig, ep_size: int = 1) -> list[Parameter]:
+def mapping_of(model: ModelConfig, ep_size: int = 1) -> list[Parameter]:
     stages = Stages(model.num_layers)
     return parameters(model, VOCAB_SIZE, stages, ep_size, spec="transformer_engine")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformer_engine_names_are_those_of_megatrons_spec(family: str, provider: None) -> None:
+def test_transformer_engine_names_equal_those_of_megatrons_spec(family: str, provider: None) -> None:
     model = FAMILIES[family]
     spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
         num_experts=model.num_moe_experts, moe_grouped_gemm=True, qk_layernorm=model.qk_layernorm
     )
     ep_size = 1 if model.num_moe_experts is None else model.num_moe_experts // EXPERTS_PER_RANK
     prefix = "decoder.layers.1."
-    ours = [p.mcore_name for p in table_of(model, ep_size) if p.mcore_name.startswith(prefix)]
+    ours = [p.mcore_name for p in mapping_of(model, ep_size) if p.mcore_name.startswith(prefix)]
     assert sorted(ours) == sorted(prefix + name for name in walk(spec, "", model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_tensor_is_covered_once_under_transformer_engine_names(family: str) -> None:
+def test_transformer_engine_names_map_every_tensor_once(family: str) -> None:
     model = replace(FAMILIES[family], num_layers=4)
     for ep_size in (1,) if model.num_moe_experts is None else (1, 2, 4):
-        table = table_of(model, ep_size)
-        names = [name for p in table for rank in p.tensors for name, _ in rank]
+        mapping = mapping_of(model, ep_size)
+        names = [name for p in mapping for rank in p.tensors for name, _ in rank]
         assert len(names) == len(set(names))
         assert set(names) == set(hf_shapes(model, VOCAB_SIZE))
-        assert len({p.mcore_name for p in table}) == len(table)
+        assert len({p.mcore_name for p in mapping}) == len(mapping)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -98,5 +98,5 @@ def test_both_specs_shard_the_same_tensors_the_same_way(family: str) -> None:
     model = FAMILIES[family]
     local = parameters(model, VOCAB_SIZE, Stages(model.num_layers))
     assert [(p.tensors, p.sharding, p.stage) for p in local] == [
-        (p.tensors, p.sharding, p.stage) for p in table_of(model)
+        (p.tensors, p.sharding, p.stage) for p in mapping_of(model)
     ]

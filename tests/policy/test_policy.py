@@ -1,4 +1,4 @@
-"""One Megatron policy in this process, held to a dense float64 implementation of the objective."""
+"""One Megatron policy in this process against a dense float64 reference of the objective."""
 
 from __future__ import annotations
 
@@ -42,12 +42,16 @@ def test_gradient_equals_float64_gradient_of_the_objective(parallel: Parallel, t
     objective = PolicyGradient(float(lengths.sum()), TEMPERATURE)
     metrics = policy.checked_gradients(rollouts.select(schedule.samples_of(0)), schedule, objective)
 
-    truth = {name: t.double().requires_grad_() for name, t in weights_of(policy).items()}
+    reference = {name: t.double().requires_grad_() for name, t in weights_of(policy).items()}
     loss = torch.zeros((), dtype=torch.float64)
     for i in range(len(rollouts)):
         one = rollouts.select([i])
         per_token = dense_reference.log_probs(
-            config.policy.model, truth, one.prompt_tokens.tolist(), one.response_tokens.tolist(), TEMPERATURE
+            config.policy.model,
+            reference,
+            one.prompt_tokens.tolist(),
+            one.response_tokens.tolist(),
+            TEMPERATURE,
         )
         # DESIGN: b = Σ l r / Σ l over the group, A = r − b, loss = −(1/N) Σ A Σ log π.
         group = rollouts.groups == rollouts.groups[i]
@@ -56,31 +60,33 @@ def test_gradient_equals_float64_gradient_of_the_objective(parallel: Parallel, t
     loss.backward()
     assert metrics.loss == pytest.approx(loss.item(), abs=1e-6)
     gradients = gradients_of(policy)
-    assert gradients.keys() == truth.keys()
+    assert gradients.keys() == reference.keys()
     for name, gradient in gradients.items():
-        error = (gradient.double() - truth[name].grad).norm() / truth[name].grad.norm()
+        error = (gradient.double() - reference[name].grad).norm() / reference[name].grad.norm()
         assert error <= 1e-5, f"{name}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("share", [0.25, 0.75, 1.0])
-def test_skipping_what_has_no_gradient_changes_nothing_but_the_time(parallel: Parallel, share: float) -> None:
+@pytest.mark.parametrize("fraction", [0.25, 0.75, 1.0])
+def test_forward_only_for_zero_advantage_changes_nothing_but_the_time(
+    parallel: Parallel, fraction: float
+) -> None:
     policy, _ = make_policy(parallel)
     rollouts = ragged_rollouts()
     generator = torch.Generator().manual_seed(1)
     rollouts.advantages = torch.randn(len(rollouts), generator=generator, dtype=torch.float64)
-    rollouts.advantages[: round(share * len(rollouts))] = 0
+    rollouts.advantages[: round(fraction * len(rollouts))] = 0
     rollouts.engine_log_prob = torch.randn(rollouts.response_tokens.numel(), generator=generator)
     zero_advantage = rollouts.advantages == 0
     objective = PolicyGradient(100.0, TEMPERATURE)
-    found = []
+    results = []
     for schedule in (
         policy.schedule(rollouts.sequence_lengths),
         policy.schedule(rollouts.sequence_lengths, zero_advantage),
     ):
         batch = rollouts.select(schedule.samples_of(0))
         metrics = policy.checked_gradients(batch, schedule, objective)
-        found.append((metrics, {name: gradient.clone() for name, gradient in gradients_of(policy).items()}))
-    (full, gradients), (skipped, others) = found
+        results.append((metrics, {name: gradient.clone() for name, gradient in gradients_of(policy).items()}))
+    (full, gradients), (skipped, others) = results
     assert schedule.forward_only is not None
     assert sorted(schedule.forward_only.samples_of(0)) == zero_advantage.nonzero()[:, 0].tolist()
     assert skipped.tokens == full.tokens and skipped.mismatch is not None and full.mismatch is not None
@@ -90,10 +96,10 @@ def test_skipping_what_has_no_gradient_changes_nothing_but_the_time(parallel: Pa
     assert skipped.mismatch.mean == pytest.approx(full.mismatch.mean, rel=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
-        assert share < 1 or not others[name].any()
+        assert fraction < 1 or not others[name].any()
 
 
-def test_only_what_has_a_gradient_runs_backward(parallel: Parallel) -> None:
+def test_zero_advantage_samples_run_no_backward(parallel: Parallel) -> None:
     policy, _ = make_policy(parallel)
     rollouts = ragged_rollouts()
     rollouts.advantages = torch.ones(len(rollouts), dtype=torch.float64)
@@ -111,14 +117,14 @@ def test_only_what_has_a_gradient_runs_backward(parallel: Parallel) -> None:
 
 
 @pytest.mark.parametrize("form", ["policy.packing=padded", PACKED])
-def test_entropy_and_log_probs_equal_the_dense_ones(parallel: Parallel, form: str) -> None:
+def test_log_probs_equal_the_dense_reference(parallel: Parallel, form: str) -> None:
     policy, config = make_policy(parallel, form)
     rollouts = ragged_rollouts(8)
     schedule = policy.schedule(rollouts.sequence_lengths)
     batch = rollouts.select(schedule.samples_of(0))
-    truth = {name: tensor.double() for name, tensor in weights_of(policy).items()}
+    reference = {name: tensor.double() for name, tensor in weights_of(policy).items()}
     expected = [
-        dense_reference.log_probs(config.policy.model, truth, s[:p].tolist(), s[p:].tolist(), TEMPERATURE)
+        dense_reference.log_probs(config.policy.model, reference, s[:p].tolist(), s[p:].tolist(), TEMPERATURE)
         for s, p in zip(batch.sequences(), batch.prompt_lengths.tolist(), strict=True)
     ]
     measured = policy.log_probs(batch, schedule, TEMPERATURE)
@@ -139,7 +145,7 @@ def test_supervised_gradient_is_the_policy_gradient_with_advantage_one(parallel:
         assert torch.equal(gradient, expected[name]), name
 
 
-def test_demonstrations_are_refused_by_the_policy_gradient(parallel: Parallel) -> None:
+def test_the_policy_gradient_rejects_demonstrations(parallel: Parallel) -> None:
     policy, _ = make_policy(parallel)
     rollouts = ragged_rollouts(4)
     rollouts.is_demonstration = True
@@ -148,8 +154,8 @@ def test_demonstrations_are_refused_by_the_policy_gradient(parallel: Parallel) -
         policy.train_step(rollouts, schedule, PolicyGradient(1.0, 1.0), lr=1e-3)
 
 
-def draw(policy: Policy, config: Config, parallel: Parallel) -> Rollouts:
-    """Rollouts of the policy's own engine."""
+def generate(policy: Policy, config: Config, parallel: Parallel) -> Rollouts:
+    """Rollouts sampled by the local engine from the policy's weights."""
     dtype = policy.megatron_config.params_dtype
     engine = LocalEngine(config.policy.model, VOCAB_SIZE, dtype, parallel.device, slots=5)
     engine.update_weights(policy.stream_weights(), policy.version)
@@ -164,7 +170,7 @@ def draw(policy: Policy, config: Config, parallel: Parallel) -> Rollouts:
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_engine_agrees_with_the_policys_full_forward(parallel: Parallel, tied: str, form: str) -> None:
     policy, config = make_policy(parallel, f"policy.model.tie_embeddings={tied}", form)
-    rollouts = draw(policy, config, parallel)
+    rollouts = generate(policy, config, parallel)
     schedule = policy.schedule(rollouts.sequence_lengths)
     batch = rollouts.select(schedule.samples_of(0))
     assert (policy.log_probs(batch, schedule, TEMPERATURE) - batch.engine_log_prob).abs().max() <= 2e-5
@@ -177,7 +183,7 @@ def test_mixture_of_experts_engine_agrees_with_the_policys_full_forward(
     policy, config = make_policy(
         parallel, "policy.model.num_moe_experts=4", "policy.model.moe_ffn_hidden_size=24", form
     )
-    rollouts = draw(policy, config, parallel)
+    rollouts = generate(policy, config, parallel)
     schedule = policy.schedule(rollouts.sequence_lengths)
     batch = rollouts.select(schedule.samples_of(0))
     assert (policy.log_probs(batch, schedule, TEMPERATURE) - batch.engine_log_prob).abs().max() <= 2e-5
@@ -185,21 +191,21 @@ def test_mixture_of_experts_engine_agrees_with_the_policys_full_forward(
 
 def test_bf16_policy_trains_and_agrees_with_its_engine_to_bf16_rounding(parallel: Parallel) -> None:
     policy, config = make_policy(parallel, "policy.dtype=bf16")
-    rollouts = draw(policy, config, parallel)
+    rollouts = generate(policy, config, parallel)
     assert next(iter(weights_of(policy).values())).dtype == torch.bfloat16
     for _ in range(2):
         schedule = policy.schedule(rollouts.sequence_lengths)
         batch = rollouts.select(schedule.samples_of(0))
         metrics = policy.train_step(batch, schedule, PolicyGradient(100.0, TEMPERATURE), lr=1e-2)
         assert metrics.mismatch.max < 0.05 and metrics.grad_norm > 0
-        rollouts = draw(policy, config, parallel)
+        rollouts = generate(policy, config, parallel)
 
 
-def test_rollouts_of_other_weights_are_refused_before_the_optimizer(
+def test_rollouts_of_stale_weights_are_rejected_before_the_optimizer(
     parallel: Parallel,
 ) -> None:
     policy, config = make_policy(parallel)
-    rollouts = draw(policy, config, parallel)
+    rollouts = generate(policy, config, parallel)
     stale = copy.deepcopy(rollouts)
     before = weights_of(policy)
     schedule = policy.schedule(rollouts.sequence_lengths)
@@ -223,7 +229,7 @@ def test_rollouts_of_other_weights_are_refused_before_the_optimizer(
 
 
 def test_new_optimizer_starts_from_zero_moments(parallel: Parallel) -> None:
-    """AdamW's first step moves every weight that has a gradient by lr, whatever went before."""
+    """AdamW's first step moves every weight that has a gradient by lr, whatever the steps before."""
     policy, config = make_policy(parallel, "optimizer.clip=0")
     rollouts = ragged_rollouts()
     schedule = policy.schedule(rollouts.sequence_lengths)
@@ -234,5 +240,5 @@ def test_new_optimizer_starts_from_zero_moments(parallel: Parallel) -> None:
     policy.start_optimizer(config.optimizer)
     before = weights_of(policy)
     policy.train_step(batch, schedule, PolicyGradient(10.0, 1.0), lr=1e-3)
-    moved = (weights_of(policy)["lm_head.weight"] - before["lm_head.weight"]).abs()
-    assert moved.median() == pytest.approx(1e-3, rel=1e-3)
+    change = (weights_of(policy)["lm_head.weight"] - before["lm_head.weight"]).abs()
+    assert change.median() == pytest.approx(1e-3, rel=1e-3)

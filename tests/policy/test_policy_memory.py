@@ -1,4 +1,4 @@
-"""Memory that the policy lends to an engine comes back bit for bit."""
+"""Memory that the policy offloads for an engine is restored bit for bit."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ def weights(policy: Policy) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("distributed", ["true", "false"])
-def test_lending_memory_changes_nothing(parallel: Parallel, dtype: str, distributed: str) -> None:
+def test_offloading_memory_changes_nothing(parallel: Parallel, dtype: str, distributed: str) -> None:
     config = small_config(f"policy.dtype={dtype}", f"policy.distributed_optimizer={distributed}")
-    plain, lending = small_policy(config, parallel), small_policy(config, parallel)
+    plain, offloading = small_policy(config, parallel), small_policy(config, parallel)
     for seed in range(3):
         train(plain, seed)
-        train(lending, seed)
-        before = sum(storage.nbytes() for storage in lending.memory._optimizer_storages())
-        lending.memory.free_gradients()
-        lending.memory.offload_optimizer()
-        assert before > 0 and sum(s.nbytes() for s in lending.memory._optimizer_storages()) == 0
-        buffers = [b.grad_data for chunk in lending.ddp_chunks for b in chunk.buffers]
+        train(offloading, seed)
+        before = sum(storage.nbytes() for storage in offloading.memory._optimizer_storages())
+        offloading.memory.free_gradients()
+        offloading.memory.offload_optimizer()
+        assert before > 0 and sum(s.nbytes() for s in offloading.memory._optimizer_storages()) == 0
+        buffers = [b.grad_data for chunk in offloading.ddp_chunks for b in chunk.buffers]
         assert all(buffer.untyped_storage().nbytes() == 0 for buffer in buffers)
-        found, expected = weights(lending), weights(plain)  # while the memory is away
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        actual, expected = weights(offloading), weights(plain)  # while offloaded
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
         if seed == 1:
-            lending.memory.reload()
-            assert lending.memory.is_complete
+            offloading.memory.reload()
+            assert offloading.memory.is_complete
 
 
-def test_training_takes_the_memory_back_by_itself(parallel: Parallel) -> None:
+def test_training_reloads_offloaded_memory(parallel: Parallel) -> None:
     policy = small_policy(small_config(), parallel)
     policy.memory.free_gradients()
     policy.memory.offload_optimizer()
@@ -66,15 +66,14 @@ def test_a_frozen_policy_computes_the_same_and_releases_nothing(parallel: Parall
     config = small_config(f"policy.dtype={dtype}")
     training = small_policy(config, parallel)
     source = random_weights(config.policy.model, VOCAB_SIZE, config.run.seed)
-    drawing = Policy(config, VOCAB_SIZE, parallel, None, source)
-    drawing.memory.free_gradients()
-    drawing.memory.offload_optimizer()
-    assert drawing.optimizer is None and drawing.memory.is_complete
+    frozen = Policy(config, VOCAB_SIZE, parallel, None, source)
+    frozen.memory.free_gradients()
+    frozen.memory.offload_optimizer()
+    assert frozen.optimizer is None and frozen.memory.is_complete
     batch = ragged_rollouts()
     schedule = training.schedule(batch.sequence_lengths)
-    found, expected = (
-        policy.log_probs(batch.select(schedule.samples_of(0)), schedule, 1.0)
-        for policy in (drawing, training)
+    actual, expected = (
+        policy.log_probs(batch.select(schedule.samples_of(0)), schedule, 1.0) for policy in (frozen, training)
     )
-    assert torch.equal(found, expected)
-    assert not any(parameter.grad is not None for parameter in drawing.chunks[0].parameters())
+    assert torch.equal(actual, expected)
+    assert not any(parameter.grad is not None for parameter in frozen.chunks[0].parameters())
