@@ -1,4 +1,4 @@
-"""The report: arms, bands and results against numpy, a page with all its parts, nothing hostile in it."""
+"""The report: arms, bands and results against numpy; a complete page; hostile text is escaped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EXTRA = "pip install -e '.[report]'"
 
 
 def four_runs(folder: Path) -> list[Path]:
-    """Two arms of two seeds, the seeds of an arm not side by side."""
+    """Two arms of two seeds, with the seeds of an arm not adjacent."""
     return [
         make_run(folder / f"{baseline}-{seed}", f"algorithm.baseline={baseline}", f"run.seed={seed}")
         for seed in (1, 2)
@@ -35,14 +35,14 @@ def four_runs(folder: Path) -> list[Path]:
 
 
 def report(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The page of a report that must succeed, with the `--out` that the arguments name last."""
+    """The page of a report that must succeed; the last argument is its path, after `--out`."""
     code = main(["report", *map(str, arguments)])
     assert code == 0, capsys.readouterr().err
     return Path(arguments[-1]).read_text()
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The one sentence that a refused report prints."""
+def rejected(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one sentence that a rejected report prints."""
     assert main(["report", *map(str, arguments)]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
@@ -56,7 +56,7 @@ def test_runs_that_differ_in_seed_and_folder_are_one_arm(tmp_path: Path) -> None
     assert differing_keys(arms) == ["algorithm.baseline", "algorithm.weight", "algorithm.leave_one_out"]
 
 
-def test_an_arm_is_named_by_the_fewest_settings_that_tell_it_apart(tmp_path: Path) -> None:
+def test_an_arm_is_named_by_the_fewest_settings_that_distinguish_it(tmp_path: Path) -> None:
     changes = (("optimizer.lr=1e-4",), ("warm_start.lr=1e-4",), ("optimizer.lr=1e-4", "warm_start.lr=1e-4"))
     folders = [make_run(tmp_path / f"{i}", *change) for i, change in enumerate(changes)]
     assert [arm.name for arm in group_runs(read_runs(folders))] == [
@@ -66,12 +66,12 @@ def test_an_arm_is_named_by_the_fewest_settings_that_tell_it_apart(tmp_path: Pat
     ]
 
 
-def test_names_are_as_short_as_they_can_be() -> None:
+def test_run_names_are_the_shortest_unique_paths() -> None:
     assert short_names([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
     assert short_names([Path("/x/a/run"), Path("/x/b/run")]) == ["a/run", "b/run"]
 
 
-def test_a_band_is_mean_least_and_greatest_at_the_steps_that_all_runs_have(tmp_path: Path) -> None:
+def test_a_band_is_mean_min_and_max_at_the_steps_that_all_runs_have(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / f"{seed}", f"run.seed={seed}") for seed in (1, 2)]
     folders.append(make_run(tmp_path / "3", "run.seed=3", steps=3))
     runs = read_runs(folders)
@@ -102,7 +102,7 @@ def test_long_curves_are_means_of_bins_and_maxima_stay_maxima() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 8, 31])
-def test_the_half_width_is_that_of_students_interval(count: int) -> None:
+def test_the_half_width_is_that_of_students_t_interval(count: int) -> None:
     scipy_stats = require("scipy.stats", "pip install -e '.[dev]'")
     values = np.random.default_rng(count).normal(size=count)
     found = mean_of(values.tolist())
@@ -112,7 +112,7 @@ def test_the_half_width_is_that_of_students_interval(count: int) -> None:
     assert mean_of([0.25]) == (0.25, None, 1)
 
 
-def test_groups_come_from_all_runs_and_their_first_middle_last_step() -> None:
+def test_shown_groups_come_from_first_middle_and_last_step_of_all_runs() -> None:
     assert shares(64, 3) == [22, 21, 21] and shares(1, 3) == [1, 0, 0]
     assert choose_steps(range(10, 60, 10), 22) == {10: 7, 30: 7, 50: 8}
     assert choose_steps([10, 20, 30], 1) == {30: 1}
@@ -120,14 +120,14 @@ def test_groups_come_from_all_runs_and_their_first_middle_last_step() -> None:
     assert choose_steps([], 5) == choose_steps([10], 0) == {}
 
 
-def test_texts_of_tokens_join_to_the_whole_text_and_split_no_character() -> None:
+def test_token_texts_join_to_the_text_and_split_no_character() -> None:
     text = "π = 3.14 🙂 ok"
     texts = token_texts([*text.encode(), 256], decoder("text", "bytes"))
     assert "".join(texts) == text and "🙂" in texts and texts[-1] == ""
     assert token_texts([*"π".encode()][:1], decoder("text", "bytes")) == ["\ufffd"]
 
 
-def test_a_token_keeps_the_space_that_a_decoder_drops_at_the_beginning() -> None:
+def test_a_token_keeps_the_leading_space_that_a_decoder_strips() -> None:
     pieces = ["▁one", "▁two", "!"]
 
     def decode(tokens: list[int]) -> str:
@@ -137,7 +137,7 @@ def test_a_token_keeps_the_space_that_a_decoder_drops_at_the_beginning() -> None
 
 
 class Page(HTMLParser):
-    """What a parser finds in a page: tags, attributes, text outside scripts."""
+    """A parsed page: tags, attributes, text outside scripts."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Page(HTMLParser):
         self._inside = None
 
 
-def test_a_page_has_all_its_parts_and_the_pictures_are_the_same_figures(
+def test_a_page_has_all_its_sections_and_one_picture_per_figure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     require("matplotlib", EXTRA)
@@ -175,18 +175,18 @@ def test_a_page_has_all_its_parts_and_the_pictures_are_the_same_figures(
         "runs", "results", "held-out-problems", "training-batches", "on-policyness", "time", "settings",
         "rollouts",
     ]  # fmt: skip
-    drawn = sum(tag == "svg" for tag, _ in page.tags)
+    figures = sum(tag == "svg" for tag, _ in page.tags)
     pictures = sorted(path.name for path in (tmp_path / "png").iterdir())
-    assert drawn == len(pictures) and {"eval_accuracy.png", "time_by_phase.png"} <= set(pictures)
+    assert figures == len(pictures) and {"eval_accuracy.png", "time_by_phase.png"} <= set(pictures)
     assert len(page.data["groups"]) == 12 and {group["run"] for group in page.data["groups"]} == {0, 1, 2, 3}
     assert "algorithm.leave_one_out" in page.text and "6 of 6" in page.text
-    # Start of opo's reward: both seeds' first step, computed here.
+    # OPO's reward at the start: the first step of both seeds.
     first = [run.series("reward/mean")[1] for run in read_runs([tmp_path / "opo-1", tmp_path / "opo-2"])]
     half = 12.706 * np.std(first, ddof=1) / np.sqrt(2)
     assert f"{np.mean(first):.3f} ± {half:.3f}" in page.text
 
 
-def test_a_page_asks_for_nothing_from_outside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_loads_no_external_resource(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     require("matplotlib", EXTRA)
     html = report(capsys, make_run(tmp_path / "a"), "--out", tmp_path / "page.html")
     for tag, attributes in Page(html).tags:
@@ -195,7 +195,9 @@ def test_a_page_asks_for_nothing_from_outside(tmp_path: Path, capsys: pytest.Cap
     assert not re.search(r"url\((?!#)|@import", html)
 
 
-def test_every_reference_of_a_page_has_its_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_internal_reference_of_a_page_has_its_target(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     require("matplotlib", EXTRA)
     html = report(capsys, make_run(tmp_path / "a"), "--out", tmp_path / "page.html")
     ids = {attributes.get("id") for _, attributes in Page(html).tags}
@@ -210,7 +212,9 @@ def test_the_same_runs_give_the_same_page(tmp_path: Path, capsys: pytest.Capture
     assert pages[0] == pages[1]
 
 
-def test_hostile_text_is_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hostile_text_is_shown_and_not_interpreted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     require("matplotlib", EXTRA)
     runs = [
         make_run(tmp_path / f"<b>{template[:2]}", *BYTES, f"task.template='{template}'", texts=texts)
@@ -232,34 +236,34 @@ def test_script_data_cannot_end_its_element() -> None:
     assert not set("<>&\u2028") & set(text) and json.loads(text) == {"a": HOSTILE, "b": "\u2028"}
 
 
-def test_runs_that_lack_something_can_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_incomplete_runs_can_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     require("matplotlib", EXTRA)
     whole = make_run(tmp_path / "whole")
-    young = make_run(tmp_path / "young", "run.seed=2", steps=1, evaluated=False)
-    for path in (young / "rollouts").iterdir():
+    unfinished = make_run(tmp_path / "young", "run.seed=2", steps=1, evaluated=False)
+    for path in (unfinished / "rollouts").iterdir():
         path.unlink()
-    with (young / "metrics.jsonl").open("a") as file:
+    with (unfinished / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "reward/me')  # a partial line
     (resumed := make_run(tmp_path / "resumed", "run.seed=3")).joinpath("metrics.jsonl").write_text(
         (whole / "metrics.jsonl").read_text().replace('"run/attempt": 1', '"run/attempt": 4')
     )
-    html = report(capsys, whole, young, resumed, "--out", tmp_path / "page.html")
+    html = report(capsys, whole, unfinished, resumed, "--out", tmp_path / "page.html")
     text = Page(html).text
     assert "1 of 6, unfinished" in text and "young has no rollouts" in text and "2 of 3 runs" in text
-    lone = Page(report(capsys, young, "--rollouts", "0", "--out", tmp_path / "lone.html"))
+    lone = Page(report(capsys, unfinished, "--rollouts", "0", "--out", tmp_path / "lone.html"))
     assert lone.data["groups"] == [] and "There is one arm" in lone.text
 
 
-def test_what_is_no_run_is_refused_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_no_run_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "a")
     (tmp_path / "empty").mkdir()
-    assert "is not the folder of a run" in refused(capsys, tmp_path / "none")
-    assert "is not the folder of a run" in refused(capsys, run, tmp_path / "empty")
-    assert "is named twice" in refused(capsys, run, run.parent / "." / "a")
-    assert "does not end with .html" in refused(capsys, run, "--out", tmp_path / "page.pdf")
-    assert "is a folder" in refused(capsys, run, "--out", tmp_path)
-    assert "is not a number of prompts" in refused(capsys, run, "--rollouts", "-1")
-    assert "examples" in refused(capsys)
+    assert "is not the folder of a run" in rejected(capsys, tmp_path / "none")
+    assert "is not the folder of a run" in rejected(capsys, run, tmp_path / "empty")
+    assert "is named twice" in rejected(capsys, run, run.parent / "." / "a")
+    assert "does not end with .html" in rejected(capsys, run, "--out", tmp_path / "page.pdf")
+    assert "is a folder" in rejected(capsys, run, "--out", tmp_path)
+    assert "is not a number of prompts" in rejected(capsys, run, "--rollouts", "-1")
+    assert "examples" in rejected(capsys)
 
 
 def test_broken_files_are_named_with_their_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,25 +273,25 @@ def test_broken_files_are_named_with_their_line(tmp_path: Path, capsys: pytest.C
     whole = metrics.read_text()
     lines = whole.splitlines(keepends=True)
     metrics.write_text("".join([*lines[:2], '{"step": 2, "rew\n', *lines[3:]]))
-    assert f"{metrics} line 3 is not JSON" in refused(capsys, run)
+    assert f"{metrics} line 3 is not JSON" in rejected(capsys, run)
     metrics.write_text(whole + "[1, 2]\n")
-    assert f"{metrics} line 8 has no step" in refused(capsys, run)
+    assert f"{metrics} line 8 has no step" in rejected(capsys, run)
     metrics.write_text('{"step": 0')
-    assert "has no metrics yet" in refused(capsys, run)
+    assert "has no metrics yet" in rejected(capsys, run)
     metrics.write_text(whole)
     broken = run / "rollouts" / "step_00000006.safetensors"
     broken.write_bytes(broken.read_bytes()[:100])
-    assert f"{broken} is not a complete rollout file" in refused(capsys, run, "--out", tmp_path / "p.html")
+    assert f"{broken} is not a complete rollout file" in rejected(capsys, run, "--out", tmp_path / "p.html")
     (run / "config.yaml").write_text("a: [")
-    assert "config.yaml is not YAML" in refused(capsys, run)
+    assert "config.yaml is not YAML" in rejected(capsys, run)
 
 
-def test_without_matplotlib_a_sentence_says_what_installs_it(
+def test_without_matplotlib_one_sentence_names_the_install_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    said = refused(capsys, make_run(tmp_path / "a"), "--out", tmp_path / "p.html")
-    assert "opo report needs matplotlib" in said and "opo-megatron[report]" in said
+    message = rejected(capsys, make_run(tmp_path / "a"), "--out", tmp_path / "p.html")
+    assert "opo report needs matplotlib" in message and "opo-megatron[report]" in message
 
 
 def test_training_does_not_import_the_report() -> None:
@@ -298,12 +302,12 @@ def test_training_does_not_import_the_report() -> None:
         if "opo_megatron.report" in path.read_text() and path.parent.name != "report"
     }
     assert importing == {"cli/report.py"}
-    program = "import sys, opo_megatron.cli.main; print({'torch', 'matplotlib', 'numpy'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    code = "import sys, opo_megatron.cli.main; print({'torch', 'matplotlib', 'numpy'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
 
 
-def test_an_installation_holds_the_parts_of_the_page(tmp_path: Path) -> None:
+def test_an_installation_has_the_page_template_files(tmp_path: Path) -> None:
     require("setuptools", EXTRA)
     root = Path(opo_megatron.__file__).parents[1]
     command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]

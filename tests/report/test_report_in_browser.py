@@ -1,4 +1,4 @@
-"""The page in a real browser: drawn, filtered, opened, printed; nothing hostile runs."""
+"""The page in a real browser: rendered, filtered, opened, printed; no hostile script runs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("browser") / "profile") as found:
-        yield found
+    with browser(tmp_path_factory.mktemp("browser") / "profile") as chromium_browser:
+        yield chromium_browser
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Two runs: of OPO, and of RLOO with hostile texts; the token `~` is hostile by itself."""
+    """Two runs: OPO, and RLOO with hostile texts; the token `~` decodes to hostile text."""
     require("matplotlib", "pip install -e '.[report]'")
 
     def decode(tokens: list[int]) -> str:
@@ -69,21 +69,21 @@ def test_the_page_renders_without_console_messages(opened: Browser, tmp_path: Pa
         "[...document.querySelectorAll('figure svg')].map(svg => Math.max("
         "...[...svg.querySelectorAll('path')].map(path => path.getBoundingClientRect().width)))"
     )
-    assert all(width > 100 for width in curves), "something is drawn in every figure"
-    assert opened.run("document.documentElement.scrollWidth") <= 1440, "nothing sticks out"
+    assert all(width > 100 for width in curves), "every figure has a curve"
+    assert opened.run("document.documentElement.scrollWidth") <= 1440, "nothing overflows"
     assert opened.picture(tmp_path / "page.png").startswith(b"\x89PNG")
     assert opened.complaints() == []
 
 
 @pytest.mark.parametrize("width", [1024, 400])
-def test_nothing_sticks_out_of_a_small_window(chromium: Browser, page: Path, width: int) -> None:
+def test_the_page_does_not_overflow_a_small_window(chromium: Browser, page: Path, width: int) -> None:
     chromium.open(page, width=width)
     assert chromium.run("document.documentElement.scrollWidth") <= width
 
 
-def test_filters_narrow_the_list(opened: Browser) -> None:
-    every = samples(opened)
-    assert every == 12 * 3 + 12 * 2
+def test_filters_reduce_the_list(opened: Browser) -> None:
+    total = samples(opened)
+    assert total == 12 * 3 + 12 * 2
     choose(opened, "run", "0")
     assert samples(opened) == 12 * 3
     choose(opened, "step", "6")
@@ -121,7 +121,7 @@ def test_a_click_opens_a_sample_with_coloured_tokens(opened: Browser) -> None:
     assert opened.complaints() == []
 
 
-def test_hostile_text_is_text(opened: Browser) -> None:
+def test_hostile_text_is_shown_as_text(opened: Browser) -> None:
     choose(opened, "run", "1")
     opened.run("document.querySelector('#list .chip').click()")
     texts = opened.run("[...document.querySelectorAll('#sample .text')].slice(0, 2).map(e => e.textContent)")
@@ -130,14 +130,14 @@ def test_hostile_text_is_text(opened: Browser) -> None:
     assert opened.complaints() == []
 
 
-def test_no_other_script_may_run(opened: Browser) -> None:
-    opened.run("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.struck = 1\">')")
+def test_injected_scripts_do_not_run(opened: Browser) -> None:
+    opened.run("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.executed = 1\">')")
     opened.run("new Promise(done => setTimeout(done, 200))")
-    assert opened.run("window.struck") is None
+    assert opened.run("window.executed") is None
     assert any("Content Security Policy" in complaint for complaint in opened.complaints())
 
 
-def test_settings_that_agree_are_shown_on_demand(opened: Browser) -> None:
+def test_equal_settings_are_shown_on_demand(opened: Browser) -> None:
     rows = "[...document.querySelectorAll('.settings tbody tr')]"
     visible = f"{rows}.filter(row => row.offsetHeight > 0).length"
     differing = opened.run(visible)

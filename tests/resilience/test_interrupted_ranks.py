@@ -1,4 +1,4 @@
-"""Ranks of which one is struck end together, and the run goes on as if nothing had happened."""
+"""When one rank is interrupted all ranks end, and the resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ LAUNCH += "sys.exit(run_ranks(command, int(n)))"
 
 def attempt(run_dir: Path, nproc: int, schedule: list[Any] | None, *overrides: str) -> int:
     """The launcher's exit code."""
-    done = start(run_dir, nproc, schedule, *overrides)
-    assert done.returncode in (0, EXIT_PREEMPTED, 128 + SIGKILL), done.stderr
-    return done.returncode
+    result = start(run_dir, nproc, schedule, *overrides)
+    assert result.returncode in (0, EXIT_PREEMPTED, 128 + SIGKILL), result.stderr
+    return result.returncode
 
 
 def start(
@@ -35,17 +35,17 @@ def start(
 ) -> subprocess.CompletedProcess[str]:
     arguments = ["train", str(RECIPE), f"run.dir={run_dir}", *COMMAND, *overrides]
     command = [sys.executable, str(STRUCK_RUN), json.dumps([schedule]), *arguments]
-    line = [sys.executable, "-c", LAUNCH, str(nproc), *command]
-    return subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+    launcher = [sys.executable, "-c", LAUNCH, str(nproc), *command]
+    return subprocess.run(launcher, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_four_ranks_with_one_killed_in_every_phase_end_as_one_run(
+def test_four_ranks_interrupted_in_every_phase_equal_an_uninterrupted_run(
     tmp_path: Path,
 ) -> None:
-    calm, interrupted = tmp_path / "calm", tmp_path / "struck"
-    assert attempt(calm, 4, None, TP2) == 0
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    assert attempt(uninterrupted, 4, None, TP2) == 0
     schedules = (
         (["warm start", int(SIGKILL), 3], 128 + SIGKILL),
         (["generation", int(SIGUSR1), 2], EXIT_PREEMPTED),
@@ -57,7 +57,7 @@ def test_four_ranks_with_one_killed_in_every_phase_end_as_one_run(
     for schedule, code in schedules:
         assert attempt(interrupted, 4, schedule, TP2) == code, schedule
     assert attempt(interrupted, 4, None, TP2) == 0
-    assert_same_run(interrupted, calm)
+    assert_same_run(interrupted, uninterrupted)
 
 
 @pytest.mark.slow
@@ -65,39 +65,39 @@ def test_four_ranks_with_one_killed_in_every_phase_end_as_one_run(
 @pytest.mark.parametrize(
     ("layout", "recipe"), [((TP2,), ()), (CP2, ()), (CP2, CLIPPED)], ids=["tensor", "context", "clipped"]
 )
-def test_a_run_resumes_under_another_layout_within_rounding(
+def test_a_run_resumes_under_another_layout_up_to_rounding(
     tmp_path: Path, layout: tuple[str, ...], recipe: tuple[str, ...]
 ) -> None:
-    calm, interrupted = tmp_path / "calm", tmp_path / "struck"
-    assert attempt(calm, 1, None, *recipe) == 0
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    assert attempt(uninterrupted, 1, None, *recipe) == 0
     assert attempt(interrupted, 2, ["training", int(SIGTERM), 1], *layout, *recipe) == EXIT_PREEMPTED
     assert attempt(interrupted, 1, None, *recipe) == 0
     assert [row["run/attempt"] for row in rows(interrupted)] == [1, 1, 2, 2, 2, 2, 2]
     for name in ("metrics.jsonl", "warm_start.jsonl"):
-        for row, expected in zip(lasting(interrupted, name), lasting(calm, name), strict=True):
+        for row, expected in zip(lasting(interrupted, name), lasting(uninterrupted, name), strict=True):
             assert row.keys() == expected.keys()
             for key in expected.keys() & {"loss", "grad_norm", "reward/mean", "eval/accuracy", "entropy"}:
-                close = pytest.approx(expected[key], rel=1e-3, abs=1e-6)
-                assert row[key] == close, (row["step"], key)
+                target = pytest.approx(expected[key], rel=1e-3, abs=1e-6)
+                assert row[key] == target, (row["step"], key)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("stopped", "answers"), [(1, 0), (0, 1)])
+@pytest.mark.parametrize(("stopped", "responsive"), [(1, 0), (0, 1)])
 def test_a_stopped_rank_is_named_with_its_phase_and_all_stacks(
-    tmp_path: Path, stopped: int, answers: int
+    tmp_path: Path, stopped: int, responsive: int
 ) -> None:
     minutes = 0.2
-    interrupted = tmp_path / "struck"
-    done = start(interrupted, 2, ["training", int(SIGSTOP), stopped], TP2, f"run.hang_minutes={minutes}")
-    assert done.returncode == EXIT_HUNG, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr
+    interrupted = tmp_path / "interrupted"
+    result = start(interrupted, 2, ["training", int(SIGSTOP), stopped], TP2, f"run.hang_minutes={minutes}")
+    assert result.returncode == EXIT_HUNG, result.stderr
+    lines = [line for line in result.stderr.splitlines() if launcher.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
     assert f"rank {stopped} is stopped or gone in phase train of step 1 (process " in lines[0]
-    assert f"rank {answers} " not in lines[0]
-    waited = float(lines[0].split("since ")[1].split(" s")[0])
-    assert 60 * minutes <= waited < 2 * 60 * minutes
+    assert f"rank {responsive} " not in lines[0]
+    hang_seconds = float(lines[0].split("since ")[1].split(" s")[0])
+    assert 60 * minutes <= hang_seconds < 2 * 60 * minutes
     stacks = [(interrupted / "stacks" / f"rank_{rank:05d}.txt").read_text() for rank in (0, 1)]
     assert all("in opo_step" in one and "in train_step" in one for one in stacks)
-    assert "strike" in stacks[stopped] or "struck" in stacks[stopped], "where it was when it was stopped"
+    assert "strike" in stacks[stopped] or "struck" in stacks[stopped], "the stack shows where it was stopped"
     assert attempt(interrupted, 2, None, TP2) == 0

@@ -1,6 +1,6 @@
-"""A run that is struck at any moment and started again by the same command is the run that never was.
+"""A run interrupted at any moment and restarted by the same command equals an uninterrupted run.
 
-Moments are watched from inside (struck_run.py), never by the clock.
+The worker (interrupted_run.py) detects the moments itself; nothing depends on the clock.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ from tests.support.workers.interrupted_run import MOMENTS
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Started once, struck by nothing."""
-    run_dir = tmp_path_factory.mktemp("runs") / "calm"
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is not interrupted."""
+    run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
     assert attempts(run_dir) == [0]
     assert [row["step"] for row in rows(run_dir)] == list(range(STEPS + 1))
     assert [step for step, _ in curves(run_dir)["tensorboard/reward/mean"]] == list(range(1, STEPS + 1))
     return run_dir
 
 
-def test_a_run_killed_in_every_phase_equals_an_uninterrupted_one(calm: Path, tmp_path: Path) -> None:
+def test_a_run_killed_in_every_phase_equals_an_uninterrupted_one(uninterrupted: Path, tmp_path: Path) -> None:
     schedules = [[moment, int(SIGKILL)] for moment in MOMENTS]
     assert attempts(tmp_path / "run", *schedules) == [-SIGKILL] * len(schedules) + [0]
-    assert_same_run(tmp_path / "run", calm)
+    assert_same_run(tmp_path / "run", uninterrupted)
     assert rows(tmp_path / "run")[-1]["run/attempt"] == len(schedules) + 1
 
 
-def test_a_run_stopped_in_every_phase_equals_an_uninterrupted_one(calm: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_in_every_phase_equals_an_uninterrupted_one(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
     schedules = [
         ["saving", int(SIGTERM)],
         ["warm start", int(SIGTERM)],
@@ -43,12 +45,12 @@ def test_a_run_stopped_in_every_phase_equals_an_uninterrupted_one(calm: Path, tm
     ]
     codes = attempts(tmp_path / "run", *schedules)
     assert codes == [EXIT_PREEMPTED] * len(schedules) + [0]
-    assert_same_run(tmp_path / "run", calm)
+    assert_same_run(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.slow
-def test_minutes_that_are_over_end_the_run_like_a_signal(tmp_path: Path) -> None:
-    """Each attempt has time for one step and no more."""
+def test_max_minutes_stops_the_run_like_a_signal(tmp_path: Path) -> None:
+    """Each attempt has time for exactly one step."""
     command = (*COMMAND, "run.max_minutes=1e-9", "warm_start.steps=1", "train.steps=2")
     codes = attempts(tmp_path / "run", None, command=command)
     assert codes == [EXIT_PREEMPTED] * 2
@@ -58,12 +60,12 @@ def test_minutes_that_are_over_end_the_run_like_a_signal(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_quickstart_of_30_steps_is_the_same_with_and_without_five_kills(tmp_path: Path) -> None:
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
+def test_thirty_quickstart_steps_are_the_same_with_and_without_kills(tmp_path: Path) -> None:
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     command = ("resume=auto", "train.steps=30", "eval.every_steps=10", "eval.problems=256")
     command = (*command, "checkpoint.every_steps=10")
-    assert attempts(calm, command=command, reward=("--real",)) == [0]
+    assert attempts(uninterrupted, command=command, reward=("--real",)) == [0]
     schedules = [[moment, int(SIGKILL)] for moment in MOMENTS]
     codes = attempts(killed, *schedules, command=command, reward=("--real",))
     assert codes == [-SIGKILL] * len(schedules) + [0]
-    assert_same_run(killed, calm)
+    assert_same_run(killed, uninterrupted)

@@ -1,4 +1,4 @@
-"""A process that hangs is ended with its phase, its stacks and the documented code; one that works is not."""
+"""A process that hangs exits with the documented code, naming its phase and stacks; others are left alone."""
 
 from __future__ import annotations
 
@@ -31,18 +31,20 @@ stuck_in_here()
 """
 
 
-def test_a_process_that_hangs_is_ended_and_says_where(tmp_path: Path) -> None:
-    line = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+def test_a_process_that_hangs_exits_and_reports_its_phase_and_stack(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     environment = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == EXIT_HUNG, done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "rank 0 makes no progress in phase reward of step 7 (process " in done.stderr
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == EXIT_HUNG, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "rank 0 makes no progress in phase reward of step 7 (process " in result.stderr
     assert "stuck_in_here" in (tmp_path / "stacks" / "rank_00000.txt").read_text()
     assert json.loads((tmp_path / "status" / "rank_00000.json").read_text())["phase"] == "reward"
 
 
-def test_a_process_with_progress_is_left_alone_and_leaves_no_files(tmp_path: Path) -> None:
+def test_a_process_that_makes_progress_runs_on_and_leaves_no_files(tmp_path: Path) -> None:
     watchdog = Watchdog(parallel_of(), tmp_path, minutes=0.3 / 60)
     watchdog.start()
     for step in range(4):
@@ -56,7 +58,7 @@ def test_a_process_with_progress_is_left_alone_and_leaves_no_files(tmp_path: Pat
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_0_turns_it_off(tmp_path: Path) -> None:
+def test_zero_minutes_disable_the_watchdog(tmp_path: Path) -> None:
     watchdog = Watchdog(parallel_of(), tmp_path, minutes=0)
     watchdog.start()
     watchdog.enter("train", 1)
@@ -65,15 +67,17 @@ def test_0_turns_it_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("places", "blamed"),
+    ("phases", "outliers"),
     [
         ([(3, "train"), (3, "train"), (3, "reward"), (3, "train")], [2]),
         ([(3, "train"), (2, "sync"), (3, "train")], [1]),
         ([(3, "train"), (3, "train")], [0, 1]),
     ],
 )
-def test_who_is_elsewhere_than_most_is_to_blame(places: list[tuple[int, str]], blamed: list[int]) -> None:
+def test_ranks_in_another_phase_than_most_are_reported(
+    phases: list[tuple[int, str]], outliers: list[int]
+) -> None:
     ranks: list[dict[str, Any]] = [
-        {"rank": rank, "step": step, "phase": phase} for rank, (step, phase) in enumerate(places)
+        {"rank": rank, "step": step, "phase": phase} for rank, (step, phase) in enumerate(phases)
     ]
-    assert _outliers(ranks) == blamed
+    assert _outliers(ranks) == outliers

@@ -1,4 +1,4 @@
-"""Exact mode: what was recorded while sampling equals the training pass in every bit."""
+"""Exact mode: log-probabilities recorded while sampling equal those of the training pass bit for bit."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from tests.support.fixtures import VOCAB_SIZE, small_config
 
 EXACT = "rollout.local.exact=true"
 MODELS = {
-    "grouped queries, norms of queries and keys": (),
-    "one key per query": ("num_query_groups=4", "qk_layernorm=false"),
-    "biases": ("add_qkv_bias=true", "qk_layernorm=false"),
-    "tied": ("tie_embeddings=true",),
-    "scaled rotation": (
+    "grouped-query attention, QK-norm": (),
+    "multi-head attention": ("num_query_groups=4", "qk_layernorm=false"),
+    "QKV biases": ("add_qkv_bias=true", "qk_layernorm=false"),
+    "tied embeddings": ("tie_embeddings=true",),
+    "RoPE scaling": (
         "rope_scaling.type=llama3",
         "rope_scaling.factor=4",
         "rope_scaling.original_max_sequence_length=16",
     ),
-    "odd widths": ("hidden_size=36", "ffn_hidden_size=50", "kv_channels=10", "num_query_groups=1"),
+    "odd sizes": ("hidden_size=36", "ffn_hidden_size=50", "kv_channels=10", "num_query_groups=1"),
 }
 
 
@@ -46,8 +46,8 @@ def parallel() -> Iterator[Parallel]:
     shutdown()
 
 
-def make(parallel: Parallel, *overrides: str, exact: bool = True) -> tuple[Config, Policy]:
-    """A policy whose distributions are far from uniform."""
+def make_exact(parallel: Parallel, *overrides: str, exact: bool = True) -> tuple[Config, Policy]:
+    """A policy whose next-token distributions are far from uniform."""
     config = small_config(f"rollout.local.exact={exact}", *(f"policy.model.{o}" for o in overrides))
     source = random_weights(config.policy.model, VOCAB_SIZE, config.run.seed)
     generator = torch.Generator().manual_seed(4)
@@ -61,10 +61,10 @@ def make(parallel: Parallel, *overrides: str, exact: bool = True) -> tuple[Confi
     return config, Policy(config, VOCAB_SIZE, parallel, config.optimizer, weights)
 
 
-def draw(
-    policy: Policy, config: Config, slots: int, temperature: float, count: int = 36, longest: int = 12
+def generate(
+    policy: Policy, config: Config, slots: int, temperature: float, count: int = 36, longest_prompt: int = 12
 ) -> Rollouts:
-    """Ragged prompts and responses by the policy's weights."""
+    """Responses to prompts of various lengths, sampled with the policy's weights."""
     engine = LocalEngine(
         config.policy.model,
         VOCAB_SIZE,
@@ -75,7 +75,9 @@ def draw(
     )
     engine.update_weights(policy.stream_weights(), policy.version)
     rng = random.Random(slots)
-    prompts = [tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, longest))) for _ in range(count)]
+    prompts = [
+        tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, longest_prompt))) for _ in range(count)
+    ]
     requests = [GenerationRequest(i, i, 0, prompt) for i, prompt in enumerate(prompts)]
     sampling = Sampling(max_tokens=20, stop_tokens=(0, 1), seed=(1,), temperature=temperature)
     rollouts = engine.generate(requests, sampling)
@@ -84,7 +86,7 @@ def draw(
 
 
 def difference(policy: Policy, rollouts: Rollouts, budget: int, temperature: float) -> float:
-    """max |Δ log π| of a training pass, a third of it forward only, in micro-batches of `budget` tokens."""
+    """max |Δ log π| of a training pass, a third of it forward-only, in micro-batches of `budget` tokens."""
     policy.config.max_tokens_per_micro_batch = budget
     schedule = policy.schedule(rollouts.sequence_lengths, rollouts.advantages == 0)
     batch = rollouts.select(schedule.samples_of(0))
@@ -94,51 +96,49 @@ def difference(policy: Policy, rollouts: Rollouts, budget: int, temperature: flo
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_recorded_log_probs_are_those_of_the_training_pass_in_every_bit(
-    parallel: Parallel, model: str
-) -> None:
-    config, policy = make(parallel, *MODELS[model])
+def test_recorded_log_probs_equal_the_training_pass_bit_for_bit(parallel: Parallel, model: str) -> None:
+    config, policy = make_exact(parallel, *MODELS[model])
     for slots, temperature in ((1, 1.0), (3, 0.7), (5, 1.0), (30, 1.3)):
-        rollouts = draw(policy, config, slots, temperature)
+        rollouts = generate(policy, config, slots, temperature)
         assert rollouts.response_lengths.unique().numel() > 5
         for budget in (1, 100, 5000) if slots == 5 else (150,):
             assert difference(policy, rollouts, budget, temperature) == 0.0, (slots, budget)
 
 
-def test_exact_beyond_one_block_of_keys(parallel: Parallel) -> None:
-    config, policy = make(parallel, "max_sequence_length=400")
-    rollouts = draw(policy, config, 3, 1.0, count=8, longest=380)
+def test_log_probs_are_exact_beyond_one_block_of_keys(parallel: Parallel) -> None:
+    config, policy = make_exact(parallel, "max_sequence_length=400")
+    rollouts = generate(policy, config, 3, 1.0, count=8, longest_prompt=380)
     assert rollouts.prompt_lengths.max() > 2 * exact.KEY_BLOCK
     assert difference(policy, rollouts, 1000, 1.0) == difference(policy, rollouts, 4000, 1.0) == 0.0
 
 
-def test_without_exact_mode_the_same_comparison_finds_rounding(parallel: Parallel) -> None:
-    config, policy = make(parallel, exact=False)
-    assert difference(policy, draw(policy, config, 3, 1.0), 150, 1.0) > 0
+def test_without_exact_mode_log_probs_differ_by_rounding(parallel: Parallel) -> None:
+    config, policy = make_exact(parallel, exact=False)
+    assert difference(policy, generate(policy, config, 3, 1.0), 150, 1.0) > 0
 
 
 def test_exact_mode_generates_the_same_responses(parallel: Parallel) -> None:
-    """Same uniform numbers and the same probabilities but for rounding: the same distribution."""
-    drawn = []
+    """The same uniforms and, up to rounding, the same probabilities: the same distribution."""
+    results = []
     for is_exact in (True, False):
-        config, policy = make(parallel, exact=is_exact)
-        drawn.append(draw(policy, config, 16, 1.0, count=200))
-    assert drawn[0].responses() == drawn[1].responses()
-    torch.testing.assert_close(drawn[0].engine_log_prob, drawn[1].engine_log_prob, rtol=0, atol=5e-5)
+        config, policy = make_exact(parallel, exact=is_exact)
+        results.append(generate(policy, config, 16, 1.0, count=200))
+    assert results[0].responses() == results[1].responses()
+    torch.testing.assert_close(results[0].engine_log_prob, results[1].engine_log_prob, rtol=0, atol=5e-5)
 
 
-def test_parameters_and_log_probs_are_those_of_the_usual_model(parallel: Parallel) -> None:
-    (config, policy), (_, usual) = make(parallel), make(parallel, exact=False)
-    shapes = [{n: p.shape for n, p in one.chunks[0].named_parameters()} for one in (policy, usual)]
+def test_parameters_and_log_probs_are_those_of_the_standard_model(parallel: Parallel) -> None:
+    (config, policy), (_, standard) = make_exact(parallel), make_exact(parallel, exact=False)
+    shapes = [{n: p.shape for n, p in one.chunks[0].named_parameters()} for one in (policy, standard)]
     assert shapes[0] == shapes[1]
-    rollouts = draw(policy, config, 16, 1.0)
+    rollouts = generate(policy, config, 16, 1.0)
     schedule = policy.schedule(rollouts.sequence_lengths)
     batch = rollouts.select(schedule.samples_of(0))
-    found = policy.log_probs(batch, schedule, 1.0), usual.log_probs(batch, schedule, 1.0)
-    torch.testing.assert_close(*found, rtol=0, atol=5e-5)
+    log_probs = policy.log_probs(batch, schedule, 1.0), standard.log_probs(batch, schedule, 1.0)
+    torch.testing.assert_close(*log_probs, rtol=0, atol=5e-5)
 
 
-# ---------------------------------------------------------------------- the test before a run
+# ---------------------------------------------------------------------- the check before a run
 
 
 def engine_for(config: Config) -> LocalEngine:
@@ -146,17 +146,17 @@ def engine_for(config: Config) -> LocalEngine:
 
 
 def test_the_check_passes_and_leaves_no_gradient(parallel: Parallel) -> None:
-    config, policy = make(parallel)
+    config, policy = make_exact(parallel)
     engine = engine_for(config)
     assert check_exact(config, policy, engine, parallel) > 300
     assert engine.slots == 24 and engine.version == policy.version
     assert not any(parameter.main_grad.any() for parameter in policy.chunks[0].parameters())
 
 
-def one_bit_more(log_softmax: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def off_by_one_bit(log_softmax: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def perturbed(logits: Tensor, temperature: float) -> Tensor:
         log_probs = log_softmax(logits, temperature)
-        if log_probs.shape[0] == 1:  # only where one response runs alone
+        if log_probs.shape[0] == 1:  # only where a single response is decoded
             log_probs = torch.nextafter(log_probs, torch.tensor(-torch.inf))
         return log_probs
 
@@ -164,20 +164,20 @@ def one_bit_more(log_softmax: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 PERTURBATIONS: dict[str, tuple[object, str, object]] = {
-    "linear layers of the decoder without tiles": (
+    "decoder with untiled linear layers": (
         Decoder,
         "_linear",
         lambda self, x, name: x @ self._tensors[name].t(),
     ),
-    "one query per product": (exact, "QUERY_ROWS", 1),
-    "one bit of one log-probability": (sampler, "log_softmax", one_bit_more(exact.log_softmax)),
+    "one query per matrix product": (exact, "QUERY_ROWS", 1),
+    "log-probabilities off by one bit": (sampler, "log_softmax", off_by_one_bit(exact.log_softmax)),
 }
 
 
-@pytest.mark.parametrize("what", PERTURBATIONS)
-def test_the_check_catches(what: str, parallel: Parallel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(*PERTURBATIONS[what])
-    config, policy = make(parallel)
+@pytest.mark.parametrize("perturbation", PERTURBATIONS)
+def test_the_check_detects(perturbation: str, parallel: Parallel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*PERTURBATIONS[perturbation])
+    config, policy = make_exact(parallel)
     with pytest.raises(
         OnPolicyError, match=r"with 1 slots engine and policy differ by .* set rollout\.local"
     ):
@@ -195,7 +195,7 @@ def test_the_check_catches(what: str, parallel: Parallel, monkeypatch: pytest.Mo
         "rollout.engine=sglang",
     ],
 )
-def test_settings_that_cannot_be_exact_are_refused(override: str) -> None:
+def test_settings_that_cannot_be_exact_are_rejected(override: str) -> None:
     key = override.split("=")[0]
     with pytest.raises(UserError, match=rf"rollout\.local\.exact=true needs {key}="):
         small_config(EXACT, override)
@@ -205,36 +205,36 @@ def test_settings_that_cannot_be_exact_are_refused(override: str) -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 2, 10, 33])
-def test_rows_of_a_linear_layer_do_not_depend_on_their_number(columns: int) -> None:
+def test_rows_of_a_linear_layer_do_not_depend_on_their_count(columns: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(200, 31, generator=generator), torch.randn(columns, 31, generator=generator)
-    whole = exact.linear(x, weight)
-    torch.testing.assert_close(whole, (x.double() @ weight.double().t()).float())
+    full = exact.linear(x, weight)
+    torch.testing.assert_close(full, (x.double() @ weight.double().t()).float())
     for rows in (1, 2, 3, 63, 64, 65, 130):
-        assert torch.equal(exact.linear(x[70 - rows // 2 :][:rows], weight), whole[70 - rows // 2 :][:rows])
+        assert torch.equal(exact.linear(x[70 - rows // 2 :][:rows], weight), full[70 - rows // 2 :][:rows])
 
 
-def test_gradient_of_a_linear_layer_is_the_usual_one() -> None:
+def test_the_gradient_of_a_linear_layer_is_the_standard_one() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 7, 20, generator=generator, requires_grad=True)
     weight = torch.randn(12, 20, generator=generator, requires_grad=True)
-    got = torch.autograd.grad(exact.linear(x, weight).square().sum(), (x, weight))
+    actual = torch.autograd.grad(exact.linear(x, weight).square().sum(), (x, weight))
     expected = torch.autograd.grad(F.linear(x, weight).square().sum(), (x, weight))
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("length", [1, 7, 16, 130, 300])
-def test_attention_is_the_usual_one_and_its_gradient_too(length: int) -> None:
+def test_attention_and_its_gradient_equal_the_standard_ones(length: int) -> None:
     generator = torch.Generator().manual_seed(0)
     query, keys, values = (
         torch.randn(2, length, heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)
     )
     mask = exact.causal_mask(length, torch.device("cpu"))
-    got = exact.attention(query, keys.transpose(1, 2), values.transpose(1, 2), mask)
+    actual = exact.attention(query, keys.transpose(1, 2), values.transpose(1, 2), mask)
     expected = F.scaled_dot_product_attention(
         query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), is_causal=True, enable_gqa=True
     ).transpose(1, 2)
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(actual, expected)
     inputs = (query, keys, values)
-    gradients = [torch.autograd.grad(output.square().sum(), inputs) for output in (got, expected)]
+    gradients = [torch.autograd.grad(output.square().sum(), inputs) for output in (actual, expected)]
     torch.testing.assert_close(*gradients)

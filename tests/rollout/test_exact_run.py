@@ -1,4 +1,4 @@
-"""The quickstart in exact mode, by the real command: not one bit between drawing and training."""
+"""The quickstart in exact mode, by the real command: sampling and training agree bit for bit."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def test_every_step_of_a_run_is_exact(tmp_path: Path, layout: tuple[str, ...]) -
     settings = ("warm_start.steps=60", "train.steps=20", "eval.problems=64", "eval.every_steps=10")
     command = [sys.executable, "-m", "opo_megatron", "train", str(RECIPE), f"run.dir={tmp_path / 'run'}"]
     command += ["rollout.local.exact=true", "on_policy.tolerance=0", *settings, *layout]
-    done = subprocess.run(command, timeout=240, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert "are equal bit for bit" in done.stdout
+    result = subprocess.run(command, timeout=240, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    assert "are equal bit for bit" in result.stdout
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(21))
     assert all(row["on_policy/sync_diff_max"] == 0.0 for row in rows)

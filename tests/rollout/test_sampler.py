@@ -1,4 +1,4 @@
-"""Drawing tokens: the hash against big integers and published numbers, the choice against brute force."""
+"""Sampling tokens: the hash against big integers and published outputs, the tokens against brute force."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MASK = (1 << 64) - 1
 
 
 def splitmix64(state: int) -> int:
-    """Output of the state after `state` (Steele, Lea & Flood 2014), in Python's integers."""
+    """SplitMix64's output for the state after `state` (Steele, Lea & Flood 2014), in Python integers."""
     z = (state + 0x9E3779B97F4A7C15) & MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
@@ -30,15 +30,15 @@ def signed(x: int) -> int:
     return x - (1 << 64) if x >> 63 else x
 
 
-def plain(**changes: object) -> Sampling:
+def params(**changes: object) -> Sampling:
     return Sampling(**{"max_tokens": 1, "stop_tokens": (), "seed": (0,), **changes})  # type: ignore[arg-type]
 
 
-# ---------------------------------------------------------------------- uniform numbers
+# ---------------------------------------------------------------------- uniforms
 
 
 def test_uniforms_of_a_key_are_the_published_outputs_of_splitmix64() -> None:
-    """Seed 1234567 gives these numbers in every implementation."""
+    """The outputs of seed 1234567 in every implementation."""
     published = [
         6457827717110365317,
         3203168211198807973,
@@ -46,8 +46,8 @@ def test_uniforms_of_a_key_are_the_published_outputs_of_splitmix64() -> None:
         4593380528125082431,
         16408922859458223821,
     ]
-    got = uniforms(torch.full((5,), 1234567), torch.arange(5))
-    assert got.tolist() == [(x >> 11) * 2.0**-53 for x in published]
+    actual = uniforms(torch.full((5,), 1234567), torch.arange(5))
+    assert actual.tolist() == [(x >> 11) * 2.0**-53 for x in published]
 
 
 def test_uniforms_equal_big_integer_arithmetic_bit_by_bit() -> None:
@@ -61,7 +61,7 @@ def test_uniforms_equal_big_integer_arithmetic_bit_by_bit() -> None:
     assert uniforms(torch.tensor(keys), torch.tensor(positions)).tolist() == expected
 
 
-def test_the_number_of_a_token_does_not_depend_on_its_batch() -> None:
+def test_the_uniform_of_a_token_does_not_depend_on_its_batch() -> None:
     keys, positions = torch.arange(100) * 7919 - 300, torch.arange(100) % 9
     together = uniforms(keys, positions)
     order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
@@ -71,19 +71,19 @@ def test_the_number_of_a_token_does_not_depend_on_its_batch() -> None:
 
 
 @pytest.mark.parametrize("along", ["positions", "samples"])
-def test_neighbouring_numbers_are_uniform_and_uncorrelated(along: str) -> None:
+def test_neighbouring_uniforms_are_uniform_and_uncorrelated(along: str) -> None:
     """Kolmogorov–Smirnov at p = 0.001, and the correlation of neighbours within four standard errors."""
     count = 100_000
     if along == "positions":
-        got = uniforms(torch.full((count,), hash_of((1, 2, 3, 4))), torch.arange(count))
+        actual = uniforms(torch.full((count,), hash_of((1, 2, 3, 4))), torch.arange(count))
     else:
         keys = [hash_of((1, 2, prompt, sample)) for prompt in range(count // 8) for sample in range(8)]
-        got = uniforms(torch.tensor(keys), torch.zeros(count, dtype=torch.int64))
-    assert bool((got >= 0).all()) and bool((got < 1).all())
-    ordered, grid = got.sort().values, torch.arange(count + 1, dtype=torch.float64) / count
+        actual = uniforms(torch.tensor(keys), torch.zeros(count, dtype=torch.int64))
+    assert bool((actual >= 0).all()) and bool((actual < 1).all())
+    ordered, grid = actual.sort().values, torch.arange(count + 1, dtype=torch.float64) / count
     distance = torch.maximum((ordered - grid[:-1]).max(), (grid[1:] - ordered).max())
     assert float(distance) * math.sqrt(count) < 1.95
-    centred = got - 0.5
+    centred = actual - 0.5
     correlation = float((centred[1:] * centred[:-1]).mean() * 12)
     assert abs(correlation) * math.sqrt(count) < 4
 
@@ -108,15 +108,15 @@ def test_keys_of_neighbouring_requests_are_distinct() -> None:
     assert len({hash_of((1, 2)), hash_of((2, 1)), hash_of((1, 2, 0)), hash_of((3,))}) == 4
 
 
-# ---------------------------------------------------------------------- drawing
+# ---------------------------------------------------------------------- sampling
 
 
 def some_logits(rows: int, vocabulary: int, seed: int = 0) -> Tensor:
     return 2 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
 
 
-def by_brute_force(logits: list[float], uniform: float, sampling: Sampling) -> int:
-    """Scale, sort, cut to top_k, cut to top_p of what is left, and walk up the cumulative sum."""
+def brute_force_sample(logits: list[float], uniform: float, sampling: Sampling) -> int:
+    """Scale, sort, truncate to top_k, then to top_p of the rest, and invert the cumulative sum."""
     scaled = [z / sampling.temperature for z in logits]
     probabilities = [math.exp(z - max(scaled)) for z in scaled]
     ranked = sorted(range(len(logits)), key=lambda v: -probabilities[v])
@@ -129,12 +129,12 @@ def by_brute_force(logits: list[float], uniform: float, sampling: Sampling) -> i
         nucleus.append(v)
         mass += probabilities[v]
     nucleus.sort()
-    levels = list(accumulate(probabilities[v] for v in nucleus))
-    return next(v for v, level in zip(nucleus, levels, strict=True) if level > uniform * levels[-1])
+    cumulative = list(accumulate(probabilities[v] for v in nucleus))
+    return next(v for v, bound in zip(nucleus, cumulative, strict=True) if bound > uniform * cumulative[-1])
 
 
 @pytest.mark.parametrize(
-    "cut",
+    "truncation",
     [
         {},
         {"temperature": 0.5},
@@ -146,58 +146,58 @@ def by_brute_force(logits: list[float], uniform: float, sampling: Sampling) -> i
         {"top_k": 5, "top_p": 0.7, "temperature": 1.5},
     ],
 )
-def test_samples_equal_brute_force_over_the_range_of_uniforms(cut: dict[str, float]) -> None:
+def test_samples_equal_brute_force_over_the_range_of_uniforms(truncation: dict[str, float]) -> None:
     logits, grid = some_logits(8, 13), torch.linspace(0, ALMOST_ONE, 101, dtype=torch.float64)
-    sampling = plain(**cut)
+    sampling = params(**truncation)
     for row in logits:
         tokens, *_ = sample(row.expand(101, 13), grid, sampling)
-        assert tokens.tolist() == [by_brute_force(row.tolist(), u, sampling) for u in grid.tolist()]
+        assert tokens.tolist() == [brute_force_sample(row.tolist(), u, sampling) for u in grid.tolist()]
 
 
 def test_greedy_takes_the_argmax_whatever_the_uniform() -> None:
     logits = some_logits(50, 13)
     for u in (0.0, 0.5, ALMOST_ONE):
-        tokens, *_ = sample(logits, torch.full((50,), u, dtype=torch.float64), plain(greedy=True))
+        tokens, *_ = sample(logits, torch.full((50,), u, dtype=torch.float64), params(greedy=True))
         assert torch.equal(tokens, logits.argmax(1))
 
 
-@pytest.mark.parametrize("cut", [{}, {"top_k": 2}, {"top_p": 0.3}, {"greedy": True}])
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 2}, {"top_p": 0.3}, {"greedy": True}])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_are_those_of_the_policy_under_any_truncation(
-    cut: dict[str, int], temperature: float
+    truncation: dict[str, int], temperature: float
 ) -> None:
     logits, uniform = some_logits(50, 13), torch.rand(50, dtype=torch.float64)
-    tokens, log_prob, _ = sample(logits, uniform, plain(temperature=temperature, **cut))
+    tokens, log_prob, _ = sample(logits, uniform, params(temperature=temperature, **truncation))
     expected = (logits.double() / temperature).log_softmax(1)[torch.arange(50), tokens]
     torch.testing.assert_close(log_prob.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_token_of_probability_zero_is_never_sampled_at_the_ends() -> None:
-    """First, last and inner tokens without probability: masked, or so unlikely that fp32 has no number."""
-    for never in (-math.inf, -1000.0):
-        logits = torch.tensor([[never, 0.0, never, 1.0, never]])
+def test_tokens_of_probability_zero_are_never_sampled() -> None:
+    """First, last and inner tokens of probability zero: masked, or underflowing in fp32."""
+    for impossible in (-math.inf, -1000.0):
+        logits = torch.tensor([[impossible, 0.0, impossible, 1.0, impossible]])
         for u, token in ((0.0, 1), (ALMOST_ONE, 3)):
-            assert sample(logits, torch.tensor([u], dtype=torch.float64), plain())[0].tolist() == [token]
+            assert sample(logits, torch.tensor([u], dtype=torch.float64), params())[0].tolist() == [token]
         grid = torch.linspace(0, ALMOST_ONE, 1001, dtype=torch.float64)
-        drawn, log_prob, _ = sample(logits.expand(1001, 5), grid, plain())
-        assert set(drawn.tolist()) == {1, 3}
+        sampled, log_prob, _ = sample(logits.expand(1001, 5), grid, params())
+        assert set(sampled.tolist()) == {1, 3}
         assert bool(torch.isfinite(log_prob).all())
 
 
 @pytest.mark.parametrize("vocabulary", [3, 21, 5000])
-def test_the_ends_of_the_unit_interval_sample_the_outermost_tokens(vocabulary: int) -> None:
-    """Whatever the cumulative sum rounds to: 1 − 2⁻⁵³ is the largest number that there is."""
+def test_the_ends_of_the_unit_interval_sample_first_and_last_token(vocabulary: int) -> None:
+    """Whatever the cumulative sum rounds to: 1 − 2⁻⁵³ is the largest uniform."""
     logits = some_logits(200, vocabulary)
     logits[:, 0] = logits[:, -1] = -math.inf
     for u, token in ((0.0, 1), (ALMOST_ONE, vocabulary - 2)):
-        drawn, *_ = sample(logits, torch.full((200,), u, dtype=torch.float64), plain())
-        assert drawn.tolist() == [token] * 200
+        sampled, *_ = sample(logits, torch.full((200,), u, dtype=torch.float64), params())
+        assert sampled.tolist() == [token] * 200
 
 
 def test_frequencies_are_the_probabilities_on_an_even_grid() -> None:
-    """With u at the midpoints of n cells, each token's count is n·π up to one at each end of its interval."""
+    """With u at the midpoints of n cells, each token's count is n·π up to one per end of its interval."""
     logits, n = some_logits(1, 21), 100_000
     grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    tokens, *_ = sample(logits.expand(n, 21), grid, plain(temperature=0.8))
+    tokens, *_ = sample(logits.expand(n, 21), grid, params(temperature=0.8))
     expected = n * (logits[0].double() / 0.8).softmax(0)
     assert float((torch.bincount(tokens, minlength=21) - expected).abs().max()) <= 1.05

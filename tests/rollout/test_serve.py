@@ -1,4 +1,4 @@
-"""What a server is lent where there is no GPU, whatever torch and torchvision are built for."""
+"""Stubs that a server gets where there is no GPU, whatever torch and torchvision are built for."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ assert torch.ops.torchvision.nms and torch.ops.torchvision.qnms
 
 @pytest.fixture
 def torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The library of a package of that name, which loads it and needs its operators as the real one does."""
+    """Library path of a fake torchvision, which loads it and needs its operators like the real one."""
     (tmp_path / "torchvision").mkdir()
     package = tmp_path / "torchvision" / "__init__.py"
     package.write_text(PACKAGE)
     monkeypatch.syspath_prepend(tmp_path)
     before = dict(sys.modules)
     yield package.with_name("_C.so")
-    for name in ("torchvision", "vllm", "vllm._custom_ops"):  # transformers would take them for the real ones
+    # transformers would take the fakes for the real packages.
+    for name in ("torchvision", "vllm", "vllm._custom_ops"):
         if name in before:
             sys.modules[name] = before[name]
         else:
@@ -41,7 +42,7 @@ def torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, built_for: str | None, has_gpu: bool) -> dict[str, Any]:
-    """What serve.py holds after it was imported, as a worker of SGLang does it."""
+    """The globals of serve.py after it is run, as in a worker of SGLang."""
     monkeypatch.setattr(torch.version, "cuda", built_for)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     return runpy.run_path(str(SERVE))
@@ -49,11 +50,11 @@ def serve(monkeypatch: pytest.MonkeyPatch, built_for: str | None, has_gpu: bool)
 
 @pytest.mark.parametrize("built_for", [None, "13.0"])
 @pytest.mark.parametrize("loads", [False, True])
-def test_without_a_gpu_the_names_are_lent_whatever_torch_is_built_for(
+def test_without_a_gpu_imports_are_stubbed_for_every_torch_build(
     torchvision: Path, monkeypatch: pytest.MonkeyPatch, built_for: str | None, loads: bool
 ) -> None:
-    """`loads`: torchvision's own library does, and then its operators must not be defined twice."""
-    own, loaded = torch.library.Library("torchvision", "FRAGMENT"), []
+    """`loads`: torchvision's own library loads, and its operators must not be defined twice."""
+    torchvision_library, loaded = torch.library.Library("torchvision", "FRAGMENT"), []
 
     def load_library(path: Path) -> None:
         assert path == torchvision
@@ -61,35 +62,35 @@ def test_without_a_gpu_the_names_are_lent_whatever_torch_is_built_for(
             raise OSError("libtorch_cuda.so: cannot open shared object file")
         if not loaded:
             for operator in ("nms", "qnms"):
-                own.define(operator + SCHEMA)
+                torchvision_library.define(operator + SCHEMA)
         loaded.append(path)
 
     monkeypatch.setattr(torch.ops, "load_library", load_library)
-    held = serve(monkeypatch, built_for, has_gpu=False)
+    module = serve(monkeypatch, built_for, has_gpu=False)
     try:
         importlib.import_module("torchvision")
         operators = importlib.import_module("vllm._custom_ops")
         with pytest.raises(RuntimeError, match="has no CPU kernel"):
             operators.rms_norm()
     finally:
-        own._destroy()
-        if lent := getattr(held["stub_cpu_imports"], "library", None):
-            lent._destroy()
+        torchvision_library._destroy()
+        if library := getattr(module["stub_cpu_imports"], "library", None):
+            library._destroy()
 
 
 @pytest.mark.parametrize("built_for", [None, "13.0"])
-def test_with_a_gpu_nothing_is_lent(
+def test_with_a_gpu_nothing_is_stubbed(
     torchvision: Path, monkeypatch: pytest.MonkeyPatch, built_for: str | None
 ) -> None:
-    held = serve(monkeypatch, built_for, has_gpu=True)
-    assert "vllm" not in sys.modules and not hasattr(held["stub_cpu_imports"], "library")
+    module = serve(monkeypatch, built_for, has_gpu=True)
+    assert "vllm" not in sys.modules and not hasattr(module["stub_cpu_imports"], "library")
 
 
 def test_a_server_on_the_cpu_sees_no_gpu(tmp_path: Path) -> None:
-    """SGLang asks torch whether there is one, not its own option `--device cpu`."""
+    """SGLang checks torch for a GPU, not its own option `--device cpu`."""
     config = small_config("rollout.engine=sglang", f"run.dir={tmp_path / 'run'}")
-    seen = [
+    visible_devices = [
         Server(config, tmp_path, tmp_path / "log", "server", gpus).environment()["CUDA_VISIBLE_DEVICES"]
         for gpus in (None, ["2", "3"])
     ]
-    assert seen == ["", "2,3"]
+    assert visible_devices == ["", "2,3"]
