@@ -233,7 +233,7 @@ def test_a_weight_modified_during_the_run_is_named(
 def test_a_batch_with_a_non_finite_reward_is_replayed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A verifier that always returns NaN for a response does so in the replay; a single NaN does not recur."""
+    """A verifier that always returns NaN for a response does so in the replay; a single NaN does not."""
 
     def reward(self: LiftTask, prompt: Any, response: list[int]) -> float:
         is_nan = prompt.id == nan_prompt and response == nan_response

@@ -91,7 +91,7 @@ def test_a_stopped_rank_is_named_with_its_phase_and_all_stacks(
     interrupted = tmp_path / "interrupted"
     result = start(interrupted, 2, ["training", int(SIGSTOP), stopped], TP2, f"run.hang_minutes={minutes}")
     assert result.returncode == EXIT_HUNG, result.stderr
-    lines = [line for line in result.stderr.splitlines() if launcher.startswith("error: ")]
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, result.stderr
     assert f"rank {stopped} is stopped or gone in phase train of step 1 (process " in lines[0]
     assert f"rank {responsive} " not in lines[0]

@@ -1,4 +1,4 @@
-"""The batch scripts without a cluster: `srun` and `scontrol` are stand-ins, all else is the real thing."""
+"""The batch scripts without a cluster: `srun`, `curl` and `scontrol` are fakes, the rest is real."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.support.requirements import program
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 FAKES = {
-    # Answers as the test says, by the module that is launched; keeps its words and what it was given.
+    # Prints and exits as the test sets for the launched module; records its arguments.
     "srun": """
-        printf '%s\\n' "$*" >>"$FAKE/srun.words"
+        printf '%s\\n' "$*" >>"$FAKE/srun.arguments"
         for word; do case $word in --output=*) log=${word#--output=} ;; esac; done
-        leave() {
+        finish() {
             code=$(cat "$FAKE/$which.code" 2>/dev/null || echo 0)
             case $code in 75 | 76) echo "$code" >"$OPO_AGAIN" ;; esac  # as node.sh does
             [ "$code" != 75 ] || code=0
@@ -32,16 +32,16 @@ FAKES = {
         *"opo_megatron serve"*) which=engine ;;
         *) which=train ;;
         esac
-        cat "$FAKE/$which.says" >"${log/\\%n/0}" 2>/dev/null
+        cat "$FAKE/$which.output" >"${log/\\%n/0}" 2>/dev/null
         [ ! -e "$FAKE/$which.waits" ] || {
-            trap 'sleep 0.2; leave' USR1
+            trap 'sleep 0.2; finish' USR1
             touch "$FAKE/$which.waiting"
             while :; do sleep 0.05; done
         }
-        leave""",
-    # The engine's node answers once the engine runs.
+        finish""",
+    # The engine's node is healthy once the engine runs.
     "curl": """
-        printf '%s\\n' "$*" >>"$FAKE/curl.words"
+        printf '%s\\n' "$*" >>"$FAKE/curl.arguments"
         [ -e "$FAKE/engine.waiting" ]""",
     "scontrol": """
         case $1 in
@@ -52,7 +52,7 @@ FAKES = {
 
 
 class Job:
-    """A run of opo_70b.sh with stand-ins."""
+    """A run of opo_70b.sh with fake programs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.logs = folder, folder / "logs"
@@ -62,8 +62,8 @@ class Job:
             program.write_text("#!/bin/bash\n" + text)
             program.chmod(0o755)
 
-    def says(self, which: str, text: str = "", code: int = 0) -> None:
-        (self.folder / f"{which}.says").write_text(text)
+    def set_result(self, which: str, text: str = "", code: int = 0) -> None:
+        (self.folder / f"{which}.output").write_text(text)
         (self.folder / f"{which}.code").write_text(str(code))
 
     def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
@@ -86,12 +86,12 @@ class Job:
     def run(self, *arguments: str, **variables: str) -> tuple[int, str]:
         """Exit code and final status."""
         process = self.start(*arguments, **variables)
-        self.printed, _ = process.communicate(timeout=30)
+        self.output, _ = process.communicate(timeout=30)
         return process.returncode, (self.logs / "status").read_text().strip()
 
     @property
-    def words(self) -> list[str]:
-        return (self.folder / "srun.words").read_text().splitlines()
+    def calls(self) -> list[str]:
+        return (self.folder / "srun.arguments").read_text().splitlines()
 
 
 @pytest.fixture
@@ -103,11 +103,11 @@ def job(tmp_path: Path) -> Job:
 def test_scripts_are_clean(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     shellcheck = program("shellcheck", "pip install 'opo-megatron[dev]'")
-    done = subprocess.run([shellcheck, "-x", f"slurm/{script.name}"], cwd=ROOT, capture_output=True)
-    assert done.returncode == 0, done.stdout.decode()
+    result = subprocess.run([shellcheck, "-x", f"slurm/{script.name}"], cwd=ROOT, capture_output=True)
+    assert result.returncode == 0, result.stdout.decode()
 
 
-def test_the_scripts_stay_short_and_print_no_environment() -> None:
+def test_the_scripts_are_short_and_print_no_environment() -> None:
     text = {path.name: path.read_text() for path in SCRIPTS}
     assert sum(len(text[name].splitlines()) for name in ("opo_70b.sh", "common.sh")) < 150
     for name, lines in text.items():
@@ -117,45 +117,45 @@ def test_the_scripts_stay_short_and_print_no_environment() -> None:
             assert "pkill" not in code and "killall" not in code, name
 
 
-def test_setup_system_looks_for_every_program_that_tests_need() -> None:
-    found = re.search(r"^SYSTEM_PROGRAMS := (.*)$", (ROOT / "Makefile").read_text(), re.M)
-    assert found is not None and set(found[1].split()) == {*PROGRAMS, "chromium"}
+def test_setup_system_checks_every_program_that_tests_need() -> None:
+    match = re.search(r"^SYSTEM_PROGRAMS := (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert match is not None and set(match[1].split()) == {*PROGRAMS, "chromium"}
 
 
-def test_a_job_outside_the_project_is_refused(tmp_path: Path) -> None:
+def test_a_job_outside_the_project_is_rejected(tmp_path: Path) -> None:
     environment = {**os.environ, "SLURM_SUBMIT_DIR": str(tmp_path)}
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", str(ROOT / "slurm/opo_70b.sh")], capture_output=True, text=True, env=environment
     )
-    assert done.returncode == 2 and "submit from the project's folder" in done.stderr
+    assert result.returncode == 2 and "submit from the project's folder" in result.stderr
 
 
 def test_preflight_then_training_on_all_nodes_with_one_task_each(job: Job) -> None:
     code, status = job.run("recipes/quickstart.yaml", "run.seed=2", FAKE_NODES="1 2")
     assert (code, status) == (0, "completed")
-    preflight, train = job.words
+    preflight, train = job.calls
     assert preflight.endswith(
         "bash slurm/node.sh opo_megatron preflight recipes/quickstart.yaml resume=auto run.seed=2"
     )
     assert train.endswith(
         "bash slurm/node.sh opo_megatron train recipes/quickstart.yaml resume=auto run.seed=2"
     )
-    for words in job.words:
-        assert "--nodelist=node1,node2 --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=16" in words
+    for call in job.calls:
+        assert "--nodelist=node1,node2 --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=16" in call
     assert f"--output={job.logs}/attempt_0/train-%n.log" in train
-    assert "running" in job.printed and "completed" in job.printed
+    assert "running" in job.output and "completed" in job.output
 
 
 def test_a_failed_preflight_stops_the_job_with_its_reason(job: Job) -> None:
-    job.says("preflight", "noise\nerror: node7: GPU 3 counts 2 uncorrected ECC errors\nmore", 2)
+    job.set_result("preflight", "noise\nerror: node7: GPU 3 counts 2 uncorrected ECC errors\nmore", 2)
     code, status = job.run()
     assert code == 1
     assert status.startswith("failed: preflight: error: node7: GPU 3 counts 2 uncorrected ECC errors; see ")
-    assert len(job.words) == 1
+    assert len(job.calls) == 1
 
 
 @pytest.mark.parametrize(
-    ("says", "code", "status"),
+    ("output", "code", "status"),
     [
         ("error: run.dir is full\n", 2, "failed: error: run.dir is full; see "),
         ("Traceback\nValueError: no\n", 1, "failed: ValueError: no; see "),
@@ -165,14 +165,14 @@ def test_a_failed_preflight_stops_the_job_with_its_reason(job: Job) -> None:
         ("slurmstepd: error: Detected 1 oom_kill event\n", 9, "oom: "),
     ],
 )
-def test_every_end_has_its_status(job: Job, says: str, code: int, status: str) -> None:
-    job.says("train", says, code)
+def test_every_outcome_has_its_status(job: Job, output: str, code: int, status: str) -> None:
+    job.set_result("train", output, code)
     assert job.run()[0] == 1
     assert (job.logs / "status").read_text().startswith(status)
 
 
 def test_preempted_ranks_requeue_the_job_up_to_the_cap(job: Job) -> None:
-    job.says("train", code=75)
+    job.set_result("train", code=75)
     assert job.run(SLURM_RESTART_COUNT="1", OPO_MAX_RESTARTS="2")[1] == "preempted"
     assert (job.folder / "status.requeued").read_text() == "preempted\n"
     (job.folder / "status.requeued").unlink()
@@ -183,7 +183,7 @@ def test_preempted_ranks_requeue_the_job_up_to_the_cap(job: Job) -> None:
 
 
 def test_hung_ranks_requeue_the_job_up_to_the_cap(job: Job) -> None:
-    job.says("train", "error: rank 3 hangs in step 7, rollout\n", code=76)
+    job.set_result("train", "error: rank 3 hangs in step 7, rollout\n", code=76)
     assert job.run(OPO_MAX_RESTARTS="1")[0] != 1
     status = "preempted: hung; error: rank 3 hangs in step 7, rollout; see "
     assert (job.folder / "status.requeued").read_text().startswith(status)
@@ -196,77 +196,77 @@ def test_hung_ranks_requeue_the_job_up_to_the_cap(job: Job) -> None:
 @pytest.mark.parametrize(
     ("code", "status"), [(75, "preempted"), (0, "completed"), (1, "timeout: the ranks did not save before")]
 )
-def test_the_signal_before_the_limit_is_forwarded_and_recognised(job: Job, code: int, status: str) -> None:
-    job.says("train", code=code)
+def test_the_signal_before_the_time_limit_is_forwarded(job: Job, code: int, status: str) -> None:
+    job.set_result("train", code=code)
     (job.folder / "train.waits").touch()
     process = job.start()
-    _until(lambda: (job.folder / "train.waiting").exists())
+    _wait_until(lambda: (job.folder / "train.waiting").exists())
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=20)
     assert (job.logs / "status").read_text().startswith(status)
 
 
 def test_a_signal_during_preflight_requeues_without_training(job: Job) -> None:
-    job.says("preflight", code=0)
+    job.set_result("preflight", code=0)
     (job.folder / "preflight.waits").touch()
     process = job.start()
-    _until(lambda: (job.folder / "preflight.waiting").exists())
+    _wait_until(lambda: (job.folder / "preflight.waiting").exists())
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=20)
-    assert (job.logs / "status").read_text() == "preempted\n" and len(job.words) == 1
+    assert (job.logs / "status").read_text() == "preempted\n" and len(job.calls) == 1
 
 
-def test_the_last_nodes_serve_where_asked_for(job: Job) -> None:
+def test_the_last_nodes_serve_where_engine_nodes_are_set(job: Job) -> None:
     (job.folder / "engine.waits").touch()
     assert job.run(FAKE_NODES="1 2 3", OPO_ENGINE_NODES="1") == (0, "completed")
-    preflight, *rest = job.words
-    engine = next(words for words in rest if "opo_megatron serve" in words)
-    train = next(words for words in rest if "opo_megatron serve" not in words)
+    preflight, *rest = job.calls
+    engine = next(call for call in rest if "opo_megatron serve" in call)
+    train = next(call for call in rest if "opo_megatron serve" not in call)
     assert "--nodelist=node3 --nodes=1" in engine and engine.endswith("--port 10123")
     assert "--nodelist=node1,node2 --nodes=2" in train and "--nodelist=node1,node2" in preflight
     assert "rollout.sglang.urls=[http://node3:10123] rollout.sglang.transport=distributed" in train
-    assert (job.folder / "curl.words").read_text().endswith("http://node3:10123/health\n")
+    assert (job.folder / "curl.arguments").read_text().endswith("http://node3:10123/health\n")
 
 
-def test_servers_that_do_not_start_end_the_job(job: Job) -> None:
-    job.says("engine", "error: rollout.engine is local\n", 2)
+def test_servers_that_do_not_start_fail_the_job(job: Job) -> None:
+    job.set_result("engine", "error: rollout.engine is local\n", 2)
     code, status = job.run(FAKE_NODES="1 2", OPO_ENGINE_NODES="1")
     assert code == 1 and status.startswith("failed: error: rollout.engine is local")
-    assert not any("opo_megatron train" in words for words in job.words)
+    assert not any("opo_megatron train" in call for call in job.calls)
 
 
 def test_containers_of_pyxis_and_apptainer(job: Job) -> None:
     job.run(OPO_CONTAINER="pyxis:/images/opo.sqsh")
-    assert f"--container-image=/images/opo.sqsh --container-mounts={ROOT}:{ROOT}" in job.words[0]
+    assert f"--container-image=/images/opo.sqsh --container-mounts={ROOT}:{ROOT}" in job.calls[0]
     job.run(OPO_CONTAINER="apptainer:/images/opo.sif")
-    assert "--container" not in job.words[-1]
+    assert "--container" not in job.calls[-1]
 
 
 def test_secrets_are_not_printed(job: Job) -> None:
     secret = "hunter2-of-the-test"
     job.run(WANDB_API_KEY=secret, HF_TOKEN=secret, OPO_SGLANG_KEY=secret)
     files = [path for path in job.folder.rglob("*") if path.is_file()]
-    assert secret not in job.printed + "".join(path.read_text() for path in files)
+    assert secret not in job.output + "".join(path.read_text() for path in files)
 
 
 RANK = """
 import os, signal, sys, time
 folder = sys.argv[1]
 name = os.path.join(folder, "rank" + os.environ["RANK"])
-def heard(number, frame):
-    open(name + ".heard", "a").write(signal.Signals(number).name)
+def on_signal(number, frame):
+    open(name + ".signal", "a").write(signal.Signals(number).name)
     time.sleep(0.3 * int(os.environ["RANK"]))  # not all at once
     sys.exit(75)
-signal.signal(signal.SIGUSR1, heard)
+signal.signal(signal.SIGUSR1, on_signal)
 open(name + ".ready", "w").write(str(os.getppid()))
 while True:
     time.sleep(0.05)
 """
 
 
-@pytest.mark.parametrize("everyone", [False, True])
-def test_the_signal_reaches_the_ranks_and_torchrun_lives_on(tmp_path: Path, everyone: bool) -> None:
-    """By cgroup SLURM signals the task alone, by other plugins every process of the step: both end alike."""
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_the_signal_reaches_the_ranks_and_not_torchrun(tmp_path: Path, whole_group: bool) -> None:
+    """With cgroups SLURM signals the task alone, with other plugins every process of the step."""
     (tmp_path / "a_rank.py").write_text(RANK)
     environment = {
         **os.environ,
@@ -283,8 +283,8 @@ def test_the_signal_reaches_the_ranks_and_torchrun_lives_on(tmp_path: Path, ever
         cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        _until(lambda: len(list(tmp_path.glob("*.ready"))) == 2, 60)
-        if everyone:
+        _wait_until(lambda: len(list(tmp_path.glob("*.ready"))) == 2, 60)
+        if whole_group:
             os.killpg(process.pid, signal.SIGUSR1)
         else:
             process.send_signal(signal.SIGUSR1)
@@ -292,11 +292,11 @@ def test_the_signal_reaches_the_ranks_and_torchrun_lives_on(tmp_path: Path, ever
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert [path.read_text() for path in sorted(tmp_path.glob("*.heard"))] == ["SIGUSR1", "SIGUSR1"]
+    assert [path.read_text() for path in sorted(tmp_path.glob("*.signal"))] == ["SIGUSR1", "SIGUSR1"]
 
 
-def _until(condition, seconds: float = 15) -> None:  # type: ignore[no-untyped-def]
+def _wait_until(condition, seconds: float = 15) -> None:  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""The launcher on a real SLURM of one node, with a CPU recipe: two ranks, real scripts, real signals."""
+"""The batch scripts on a real one-node SLURM, with a CPU recipe: two ranks, real signals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TINY = (
     "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "eval.every_steps=0",
     "checkpoint.every_steps=0", "optimizer.lr=1e-4", "observe.kl=off", "observe.tensorboard=false",
 )  # fmt: skip
-OUTSIDE = ("time/", "memory/", "throughput/", "run/")
+UNSTABLE = ("time/", "memory/", "throughput/", "run/")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def train_through(cluster: Cluster, run: Path, *overrides: str) -> list[dict]:
-    """The rows of a run that is not interrupted."""
+    """The rows of an uninterrupted run."""
     job = cluster.submit(
         "--time=20", "slurm/opo_70b.sh", *TINY, *overrides, f"run.dir={run}",
         variables=variables(run.with_suffix(".job")),
@@ -38,42 +38,44 @@ def train_through(cluster: Cluster, run: Path, *overrides: str) -> list[dict]:
 
 def curve(run: Path) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith(OUTSIDE)} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith(UNSTABLE)} for row in rows]
 
 
-def test_slurm_takes_the_job(cluster: Cluster) -> None:
-    done = cluster.attempt("sbatch", "--test-only", "--nodes=1", "--gpus-per-node=0", "slurm/opo_70b.sh")
-    assert done.returncode == 0 and "to start at" in done.stderr, done.stderr
-    done = cluster.attempt("sbatch", "--test-only", "--gpus-per-node=0", "slurm/opo_70b.sh")
-    assert done.returncode != 0, "eight nodes on a cluster of one"
+def test_slurm_accepts_the_job(cluster: Cluster) -> None:
+    result = cluster.attempt("sbatch", "--test-only", "--nodes=1", "--gpus-per-node=0", "slurm/opo_70b.sh")
+    assert result.returncode == 0 and "to start at" in result.stderr, result.stderr
+    result = cluster.attempt("sbatch", "--test-only", "--gpus-per-node=0", "slurm/opo_70b.sh")
+    assert result.returncode != 0, "needs eight nodes, the cluster has one"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_requeued_job_ends_with_the_curve_of_an_uninterrupted_one(cluster: Cluster, tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    uninterrupted, requeued = tmp_path / "uninterrupted", tmp_path / "requeued"
     measured = train_through(cluster, tmp_path / "measured", "train.steps=40")
-    # Long enough that the signal, 45 to 75 seconds before the end of three minutes, comes in between.
+    # Long enough that the signal, 45 to 75 seconds before the end of three minutes, arrives during training.
     steps = round(150 / statistics.median(row["time/step"] for row in measured[1:]))
-    train_through(cluster, whole, f"train.steps={steps}")
-    logs = variables(cut.with_suffix(".job"))
+    train_through(cluster, uninterrupted, f"train.steps={steps}")
+    logs = variables(requeued.with_suffix(".job"))
     job = cluster.submit(
         "--time=3",
         "--signal=B:USR1@45",
         "slurm/opo_70b.sh",
         *TINY,
         f"train.steps={steps}",
-        f"run.dir={cut}",
+        f"run.dir={requeued}",
         variables=logs,
     )
     assert cluster.wait(job, 900) == "COMPLETED"
     folder = Path(logs["OPO_LOGS"])
     assert (folder / "status").read_text() == "completed\n"
-    said = Path(f"{folder}.out").read_text()
-    assert "attempt 0: preempted" in said and "completed" in said.splitlines()[-1]
+    output = Path(f"{folder}.out").read_text()
+    assert "attempt 0: preempted" in output and "completed" in output.splitlines()[-1]
     assert len(list(folder.glob("attempt_*"))) > 1
-    assert curve(cut) == curve(whole)
-    assert sum(row.get("grad_norm", 0) > 0 for row in curve(whole)) > 20, "a curve that says something"
+    assert curve(requeued) == curve(uninterrupted)
+    assert sum(row.get("grad_norm", 0) > 0 for row in curve(uninterrupted)) > 20, (
+        "training must have gradients"
+    )
 
 
 @pytest.mark.slow
@@ -89,7 +91,7 @@ def test_a_preflight_failure_stops_before_a_model_is_loaded(cluster: Cluster, tm
 
 
 @pytest.mark.slow
-def test_the_cap_on_restarts_holds(cluster: Cluster, tmp_path: Path) -> None:
+def test_restarts_are_capped(cluster: Cluster, tmp_path: Path) -> None:
     logs = variables(tmp_path, OPO_MAX_RESTARTS="1")
     job = cluster.submit(
         "--time=30",
@@ -101,9 +103,9 @@ def test_the_cap_on_restarts_holds(cluster: Cluster, tmp_path: Path) -> None:
     )
     for attempt in range(2):
         log = tmp_path / "logs" / f"attempt_{attempt}" / "train-0.log"
-        _until(lambda log=log: log.exists() and "  reward " in log.read_text(), 180)
+        _wait_until(lambda log=log: log.exists() and "  reward " in log.read_text(), 180)
         cluster.run("scancel", "--batch", "--signal=USR1", job)
-        _until(lambda: cluster.state(job) != "RUNNING", 60)
+        _wait_until(lambda: cluster.state(job) != "RUNNING", 60)
         cluster.attempt("scontrol", "update", f"JobId={job}", "StartTime=now")
     assert cluster.wait(job, 120) == "FAILED"
     status = (tmp_path / "logs/status").read_text()
@@ -112,12 +114,12 @@ def test_the_cap_on_restarts_holds(cluster: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_hang_is_started_again_up_to_the_cap(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_hung_job_is_restarted_up_to_the_cap(cluster: Cluster, tmp_path: Path) -> None:
     """Nothing can make progress in 60 ms, so every attempt hangs."""
     logs = variables(tmp_path, OPO_MAX_RESTARTS="1")
-    words = (*TINY, "run.hang_minutes=0.001", f"run.dir={tmp_path}/run")
-    job = cluster.submit("--time=30", "slurm/opo_70b.sh", *words, variables=logs)
-    _until(lambda: (tmp_path / "logs/attempt_0").exists() and cluster.state(job) != "RUNNING", 180)
+    arguments = (*TINY, "run.hang_minutes=0.001", f"run.dir={tmp_path}/run")
+    job = cluster.submit("--time=30", "slurm/opo_70b.sh", *arguments, variables=logs)
+    _wait_until(lambda: (tmp_path / "logs/attempt_0").exists() and cluster.state(job) != "RUNNING", 180)
     cluster.attempt("scontrol", "update", f"JobId={job}", "StartTime=now")
     assert cluster.wait(job, 180) == "FAILED"
     status = (tmp_path / "logs/status").read_text()
@@ -125,8 +127,8 @@ def test_a_hang_is_started_again_up_to_the_cap(cluster: Cluster, tmp_path: Path)
     assert (tmp_path / "logs/attempt_1").exists() and not (tmp_path / "logs/attempt_2").exists()
 
 
-def _until(condition, seconds: float) -> None:  # type: ignore[no-untyped-def]
+def _wait_until(condition, seconds: float) -> None:  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.5)

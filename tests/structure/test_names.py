@@ -1,4 +1,4 @@
-"""One word per thing: names that gave way to the field's are gone from the modules where they stood."""
+"""One word per thing: private names that were replaced by the field's do not come back."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def identifiers(tree: ast.Module) -> set[str]:
 
 
 def files(where: str) -> list[Path]:
-    """The Python files of some files and folders, which commas separate."""
+    """The Python files of comma-separated files and folders."""
     paths = [ROOT / place.strip() for place in where.split(",")]
     assert all(path.exists() for path in paths), where
     return [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
 
 
 @pytest.mark.parametrize("where", sorted({where for _, _, where in entries()}))
-def test_private_words_are_no_identifiers(where: str) -> None:
+def test_replaced_names_are_no_identifiers(where: str) -> None:
     kept = tomllib.loads(TABLE.read_text(encoding="utf-8"))["kept"]
     old_names = {old: new for old, new, place in entries() if place == where}
     for path in files(where):
         name = path.relative_to(ROOT).as_posix()
-        found = identifiers(ast.parse(path.read_text(encoding="utf-8"))) | {path.stem}
-        for old in sorted(found & set(old_names) - set(kept.get(name, {}))):
+        names = identifiers(ast.parse(path.read_text(encoding="utf-8"))) | {path.stem}
+        for old in sorted(names & set(old_names) - set(kept.get(name, {}))):
             pytest.fail(f"{name} has {old!r}; the word is {old_names[old]!r}")
 
 
-def test_every_name_that_stays_has_a_reason_and_is_there() -> None:
+def test_every_kept_name_has_a_reason_and_exists() -> None:
     for name, reasons in tomllib.loads(TABLE.read_text(encoding="utf-8"))["kept"].items():
-        found = identifiers(ast.parse((ROOT / name).read_text(encoding="utf-8")))
+        names = identifiers(ast.parse((ROOT / name).read_text(encoding="utf-8")))
         for kept, reason in reasons.items():
-            assert len(reason) > 10 and kept in found, f"{name}: {kept}"
+            assert len(reason) > 10 and kept in names, f"{name}: {kept}"

@@ -1,4 +1,4 @@
-"""The rooms of the package: who imports whom, how long a file may be, and what tests may import."""
+"""Structure of the package: imports between its subpackages, file lengths, and what tests may import."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.paths import ROOT
 
 PACKAGE = ROOT / "opo_megatron"
 TOP = {"__init__", "__main__", "train", "run", "build", "errors"}
-"""Modules that are not in a room."""
+"""Modules outside of subpackages."""
 LONGEST_FILE, LONGEST_NAME = 500, 70
 WITHOUT_TORCH = ("config", "algorithm/config.py", "algorithm/presets.py", "errors.py")
 
@@ -25,7 +25,7 @@ def modules(folder: Path) -> Iterator[tuple[Path, ast.Module]]:
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
-    """Every imported module, those inside functions included."""
+    """Every imported module, including those inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -37,23 +37,27 @@ def imports(tree: ast.Module) -> Iterator[str]:
                 yield node.module
 
 
-def room_of(module: str) -> str:
-    """The room of `opo_megatron.ROOM.…`, or the top-level module itself."""
+def package_of(module: str) -> str:
+    """The subpackage of `opo_megatron.SUBPACKAGE.…`, or the top-level module itself."""
     return module.split(".")[1] if "." in module else "__init__"
 
 
-def room_imports() -> dict[str, set[str]]:
+def package_imports() -> dict[str, set[str]]:
     graph: dict[str, set[str]] = defaultdict(set)
     for path, tree in modules(PACKAGE):
         own = path.relative_to(PACKAGE).with_suffix("").parts[0]
         for module in imports(tree):
-            if module.startswith("opo_megatron") and room_of(module) not in (own, "__version__", "__init__"):
-                graph[own].add(room_of(module))
+            if module.startswith("opo_megatron") and package_of(module) not in (
+                own,
+                "__version__",
+                "__init__",
+            ):
+                graph[own].add(package_of(module))
     return graph
 
 
-def test_no_room_imports_another_in_a_cycle() -> None:
-    graph = room_imports()
+def test_subpackages_import_each_other_without_cycles() -> None:
+    graph = package_imports()
     assert {"train", "policy", "rollout", "config"} <= set(graph)
     try:
         tuple(TopologicalSorter(graph).static_order())
@@ -61,11 +65,11 @@ def test_no_room_imports_another_in_a_cycle() -> None:
         pytest.fail(f"these import each other in a cycle: {' → '.join(error.args[1])}")
 
 
-def test_only_named_modules_are_outside_of_rooms() -> None:
+def test_only_listed_modules_are_outside_of_subpackages() -> None:
     assert {path.stem for path in PACKAGE.glob("*.py")} == TOP
 
 
-def test_algorithm_imports_torch_and_errors_alone() -> None:
+def test_algorithm_imports_only_torch_and_errors() -> None:
     allowed = {"torch", "opo_megatron.errors", "opo_megatron.algorithm"}
     standard = {
         "__future__",
@@ -84,12 +88,12 @@ def test_algorithm_imports_torch_and_errors_alone() -> None:
             assert is_allowed, f"{path.name} imports {module}"
 
 
-@pytest.mark.parametrize("place", WITHOUT_TORCH)
-def test_configuration_imports_no_torch(place: str) -> None:
-    paths = [PACKAGE / place] if place.endswith(".py") else sorted((PACKAGE / place).rglob("*.py"))
+@pytest.mark.parametrize("location", WITHOUT_TORCH)
+def test_configuration_imports_no_torch(location: str) -> None:
+    paths = [PACKAGE / location] if location.endswith(".py") else sorted((PACKAGE / location).rglob("*.py"))
     for path in paths:
-        found = {module.split(".")[0] for module in imports(ast.parse(path.read_text(encoding="utf-8")))}
-        assert not {"torch", "megatron"} & found, path
+        packages = {module.split(".")[0] for module in imports(ast.parse(path.read_text(encoding="utf-8")))}
+        assert not {"torch", "megatron"} & packages, path
 
 
 def test_a_file_is_at_most_500_lines() -> None:
@@ -99,7 +103,7 @@ def test_a_file_is_at_most_500_lines() -> None:
             assert lines <= LONGEST_FILE, f"{path.relative_to(ROOT)} has {lines} lines"
 
 
-def test_tests_import_no_test_and_change_no_path() -> None:
+def test_tests_import_no_test_and_do_not_change_sys_path() -> None:
     for path, tree in modules(ROOT / "tests"):
         for module in imports(tree):
             assert not module.split(".")[-1].startswith("test_"), f"{path} imports {module}"
@@ -115,9 +119,9 @@ def test_names_of_tests_are_short_and_state_a_law() -> None:
 
 
 def test_folders_of_tests_mirror_the_package() -> None:
-    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    subpackages = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     others = {"data", "docs", "slurm", "structure", "support", "tools"}
     folders = {
         path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"
     }
-    assert folders <= rooms | others
+    assert folders <= subpackages | others

@@ -1,4 +1,4 @@
-"""What must be caught is provoked on a real server, and caught in the step in which it happens."""
+"""Violations of on-policyness, provoked on a real server, are detected in the step in which they happen."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         f"rollout.sglang.python={sglang_python()}",
         "rollout.sglang.max_running_requests=32",
         "rollout.sglang.timeout_seconds=60",
-        "rollout.sglang.share_memory=true",  # the order is the same on a CPU, where nothing is gained
+        "rollout.sglang.share_memory=true",  # the order of calls is the same on a CPU, which saves no memory
         "rollout.prompts_per_step=4",
         "rollout.sglang.restarts=1",
         "warm_start.steps=0",
@@ -49,8 +49,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 @pytest.fixture(autouse=True)
-def in_step(run: Run) -> None:
-    """Each test begins with an engine that holds the policy's weights."""
+def synchronized(run: Run) -> None:
+    """Each test starts with an engine that holds the policy's weights."""
     run.generation.synchronize()
     assert run.generation.sync_difference < 1e-4
 
@@ -61,7 +61,7 @@ def engine_of(run: Run) -> SglangEngine:
 
 
 def change_policy(run: Run, name: str = "decoder.layers.1.mlp.linear_fc1.weight") -> None:
-    """As an optimizer step would: other weights, the next version."""
+    """Like an optimizer step: new weights, the next version."""
     weight = run.policy.chunks[0].get_parameter(name)
     generator = torch.Generator().manual_seed(run.policy.version)
     with torch.no_grad():
@@ -73,14 +73,14 @@ def requests(count: int, length: int = 8) -> list[GenerationRequest]:
     return [GenerationRequest(i, i, 0, tuple((i + 3 * j) % 17 for j in range(length))) for i in range(count)]
 
 
-def test_a_sync_that_did_not_happen_is_caught_by_the_version(run: Run) -> None:
+def test_a_missing_sync_is_detected_by_the_version(run: Run) -> None:
     change_policy(run)
     rollouts = run.generation.generate(requests(4), Sampling(6, (), (1,)), "test")
     with pytest.raises(OnPolicyError, match=rf"version {run.policy.version} but 24 of 24 sampled tokens"):
         check_versions(rollouts.weight_versions, run.policy.version)
 
 
-def test_weights_that_did_not_arrive_are_caught_by_the_probe(
+def test_weights_that_did_not_arrive_are_detected_by_the_probe(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_policy(run)
@@ -90,7 +90,7 @@ def test_weights_that_did_not_arrive_are_caught_by_the_probe(
             run.generation.synchronize()
 
 
-def test_an_altered_layer_is_caught_by_the_probe(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_altered_layer_is_detected_by_the_probe(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     send = Sender.send
 
     def altered(self: Sender, bucket: list[tuple[str, torch.Tensor]]) -> None:
@@ -103,7 +103,7 @@ def test_an_altered_layer_is_caught_by_the_probe(run: Run, monkeypatch: pytest.M
             run.generation.synchronize()
 
 
-def test_a_cache_that_was_not_flushed_is_caught_by_the_probe(
+def test_a_cache_that_was_not_flushed_is_detected_by_the_probe(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     post = Client.post
@@ -118,19 +118,19 @@ def test_a_cache_that_was_not_flushed_is_caught_by_the_probe(
             run.generation.synchronize()
 
 
-def test_a_response_that_two_versions_drew_is_caught(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_response_sampled_by_two_versions_is_detected(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, post = engine_of(run), Client.post
 
     def in_place(self: Client, path: str, *args: object, **body: object) -> object:
         if path.startswith("/flush_cache"):
             return None
         if path == "/pause_generation":
-            body["mode"] = "in_place"  # leaves what is running to go on with the new weights
+            body["mode"] = "in_place"  # running requests continue with the new weights
         return post(self, path, *args, **body)  # type: ignore[arg-type]
 
-    before, drawn = run.policy.version, []
+    before, results = run.policy.version, []
     sampling = Sampling(900, (), (1,))
-    thread = threading.Thread(target=lambda: drawn.append(engine.generate(requests(1), sampling)))
+    thread = threading.Thread(target=lambda: results.append(engine.generate(requests(1), sampling)))
     thread.start()
     time.sleep(1.0)
     change_policy(run)
@@ -138,20 +138,20 @@ def test_a_response_that_two_versions_drew_is_caught(run: Run, monkeypatch: pyte
         patch.setattr(Client, "post", in_place)
         engine.update_weights(run.policy.stream_weights(), run.policy.version)
     thread.join()
-    assert drawn[0].weight_versions.unique().tolist() == [before, before + 1]
+    assert results[0].weight_versions.unique().tolist() == [before, before + 1]
     with pytest.raises(OnPolicyError, match=rf"\(\d+ of version {before}\)"):
-        check_versions(drawn[0].weight_versions, run.policy.version)
+        check_versions(results[0].weight_versions, run.policy.version)
 
 
-def test_weights_read_back_from_the_server_are_the_policys(run: Run) -> None:
+def test_weights_read_back_from_the_server_equal_the_policys(run: Run) -> None:
     change_policy(run)
     run.generation.synchronize()
     client = engine_of(run)._clients[0]
     streamed = {name: tensor.clone() for bucket in run.policy.stream_weights() for name, tensor in bucket}
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
         name = f"model.layers.1.{name}.weight"
-        found = torch.tensor(client.post("/get_weights_by_name", name=name, truncate_size=8))
-        torch.testing.assert_close(found, streamed[name][: len(found)], rtol=0, atol=0)
+        values = torch.tensor(client.post("/get_weights_by_name", name=name, truncate_size=8))
+        torch.testing.assert_close(values, streamed[name][: len(values)], rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -169,44 +169,44 @@ def test_a_dead_server_is_restarted_and_the_whole_step_regenerated(run: Run) -> 
 def test_a_stop_request_aborts_the_generation_of_the_servers(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers: list[str] = []
+    finish_reasons: list[str] = []
     post = Client.post
 
-    def listening(self: Client, path: str, **words: object) -> object:
-        answer = post(self, path, **words)
+    def recording(self: Client, path: str, **body: object) -> object:
+        replies = post(self, path, **body)
         if path == "/generate":
-            answers.extend(one["meta_info"]["finish_reason"]["type"] for one in answer)
-        return answer
+            finish_reasons.extend(one["meta_info"]["finish_reason"]["type"] for one in replies)
+        return replies
 
-    monkeypatch.setattr(Client, "post", listening)
+    monkeypatch.setattr(Client, "post", recording)
     monkeypatch.setattr(run.saver.stop, "_signal", signal.SIGUSR1)
     with pytest.raises(Preempted, match="SIGUSR1"):
         run.generation.generate(requests(32), Sampling(1000, (), (1,)), "test", interruptible=True)
-    assert len(answers) == 32 and "abort" in answers
+    assert len(finish_reasons) == 32 and "abort" in finish_reasons
     monkeypatch.setattr(run.saver.stop, "_signal", 0)
     assert len(run.generation.generate(requests(2), Sampling(5, (), (1,)), "test")) == 2
 
 
-def test_policy_and_engine_take_turns_with_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_policy_and_engine_share_memory_in_turns(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     post, memory = Client.post, run.policy.memory
 
-    def watched(self: Client, path: str, *args: object, **body: object) -> object:
+    def recorded(self: Client, path: str, *args: object, **body: object) -> object:
         tags = " ".join(body.get("tags", []))  # type: ignore[arg-type]
-        about_memory = path.endswith("_memory_occupation")
-        events.append(f"{path[1:].split('_')[0]} {tags}" if about_memory else path.split("?")[0])
+        is_memory_call = path.endswith("_memory_occupation")
+        events.append(f"{path[1:].split('_')[0]} {tags}" if is_memory_call else path.split("?")[0])
         return post(self, path, *args, **body)  # type: ignore[arg-type]
 
     for name in ("free_gradients", "offload_optimizer", "reload"):
-        done = getattr(memory, name)
-        monkeypatch.setattr(memory, name, lambda name=name, done=done: (events.append(name), done()))
-    monkeypatch.setattr(Client, "post", watched)
+        method = getattr(memory, name)
+        monkeypatch.setattr(memory, name, lambda name=name, method=method: (events.append(name), method()))
+    monkeypatch.setattr(Client, "post", recorded)
     run.generation.memory.before_training()
     assert memory.is_complete and events == ["release kv_cache weights", "reload"]
     events.clear()
     run.generation.synchronize()
-    kept = [event for event in events if "pause" not in event and "flush" not in event]
-    assert kept == [
+    calls = [event for event in events if "pause" not in event and "flush" not in event]
+    assert calls == [
         "free_gradients",
         "resume weights",
         "/begin_weight_update",
@@ -227,7 +227,9 @@ def test_policy_and_engine_take_turns_with_memory(run: Run, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_a_server_that_keeps_its_memory_is_ended(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_release_its_memory_is_stopped(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     post, server = Client.post, engine_of(run)._server
 
     def refusing(self: Client, path: str, *args: object, **body: object) -> object:
@@ -243,7 +245,7 @@ def test_a_server_that_keeps_its_memory_is_ended(run: Run, monkeypatch: pytest.M
     assert server.is_alive() and run.generation.sync_difference < 1e-4
 
 
-def test_an_engine_without_whole_weights_does_not_generate(run: Run) -> None:
+def test_an_engine_without_complete_weights_does_not_generate(run: Run) -> None:
     engine = engine_of(run)
     engine.version = None
     with pytest.raises(EngineFailure, match="no complete weights"):

@@ -1,4 +1,4 @@
-"""A server that is killed or hangs: the run goes on, and what is drawn does not depend on it."""
+"""A server that is killed or hangs: the run continues, and the samples do not depend on it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def settings(run_dir: Path, *overrides: str) -> tuple[str, ...]:
 
 
 def kill(run_dir: Path, number: int = signal.SIGKILL) -> None:
-    """The server's whole group would die; here only its main process, as the kernel's OOM killer does."""
+    """Signals the server's main process alone, as the OOM killer does; SIGSTOP goes to its process group."""
     pid = int((run_dir / "sglang" / "server_0.pid").read_text())
     if number == signal.SIGSTOP:
         os.killpg(pid, number)
@@ -54,28 +54,28 @@ def kill(run_dir: Path, number: int = signal.SIGKILL) -> None:
 
 
 @contextmanager
-def while_asked(path: str, times: tuple[int, ...], act: Callable[[], None]) -> Iterator[list[int]]:
-    """Calls `act` while the n-th request of a path is with the server, for every n of `times`."""
-    post, lock, count, done = Client.post, threading.Lock(), [0], list[int]()
+def during_request(path: str, indices: tuple[int, ...], act: Callable[[], None]) -> Iterator[list[int]]:
+    """Calls `act` while the n-th request of a path is in flight, for every n in `indices`."""
+    post, lock, count, triggered = Client.post, threading.Lock(), [0], list[int]()
 
-    def watched(self: Client, asked: str, *args: object, **body: object) -> object:
-        if asked == path:
+    def counted(self: Client, requested_path: str, *args: object, **body: object) -> object:
+        if requested_path == path:
             with lock:
                 count[0] += 1
                 number = count[0]
-            if number in times:
-                done.append(number)
+            if number in indices:
+                triggered.append(number)
                 threading.Timer(0.02, act).start()
-        return post(self, asked, *args, **body)  # type: ignore[arg-type]
+        return post(self, requested_path, *args, **body)  # type: ignore[arg-type]
 
-    Client.post = watched  # type: ignore[method-assign,assignment]
+    Client.post = counted  # type: ignore[method-assign,assignment]
     try:
-        yield done
+        yield triggered
     finally:
         Client.post = post  # type: ignore[method-assign]
 
 
-def drawn(run_dir: Path) -> list[tuple[list[int], list[int]]]:
+def sampled(run_dir: Path) -> list[tuple[list[int], list[int]]]:
     """Prompt ids and sample indices of every step."""
     files = sorted((run_dir / "rollouts").glob("step_*.safetensors"))
     steps = [Rollouts.load(file) for file in files]
@@ -83,73 +83,73 @@ def drawn(run_dir: Path) -> list[tuple[list[int], list[int]]]:
 
 
 def test_a_run_with_a_server_killed_three_times_has_unbiased_lengths(tmp_path: Path) -> None:
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    train(small_config(*settings(undisturbed)))
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    train(small_config(*settings(uninterrupted)))
     with (
-        # Posts of /generate: probe, 16 of the evaluation, probe, 16 of a step, …
-        while_asked("/generate", (25, 70), lambda: kill(killed)) as generating,
-        while_asked("/update_weights_from_tensor", (4,), lambda: kill(killed)) as updating,
+        # Requests to /generate: probe, 16 of the evaluation, probe, 16 of a step, …
+        during_request("/generate", (25, 70), lambda: kill(killed)) as generating,
+        during_request("/update_weights_from_tensor", (4,), lambda: kill(killed)) as updating,
     ):
         train(small_config(*settings(killed)))
     assert generating == [25, 70] and updating == [4]
-    assert len(drawn(undisturbed)) == STEPS
-    assert drawn(killed) == drawn(undisturbed)
-    assert processes_of(undisturbed) == [] and processes_of(killed) == []
+    assert len(sampled(uninterrupted)) == STEPS
+    assert sampled(killed) == sampled(uninterrupted)
+    assert processes_of(uninterrupted) == [] and processes_of(killed) == []
 
 
 def lengths_of(run: Run, kills: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
-    """Response lengths of SAMPLES draws, and of those that had ended when the server was killed."""
-    run_dir, kept, ended = Path(run.config.run.dir), list[int](), list[int]()
-    draws = max(1, kills)
-    post, alive = Client.post, threading.Event()
+    """Lengths of SAMPLES responses, and of those that had finished when the server was killed."""
+    run_dir, lengths, finished_lengths = Path(run.config.run.dir), list[int](), list[int]()
+    rounds = max(1, kills)
+    post, recording = Client.post, threading.Event()
 
-    def watched(self: Client, path: str, *args: object, **body: object) -> object:
-        answer = post(self, path, *args, **body)  # type: ignore[arg-type]
-        if path == "/generate" and alive.is_set():
-            ended.extend(len(one["output_ids"]) for one in answer)  # type: ignore[attr-defined]
-            if kills and len(ended) >= SAMPLES // draws // 3:
-                alive.clear()
+    def counted(self: Client, path: str, *args: object, **body: object) -> object:
+        replies = post(self, path, *args, **body)  # type: ignore[arg-type]
+        if path == "/generate" and recording.is_set():
+            finished_lengths.extend(len(one["output_ids"]) for one in replies)  # type: ignore[attr-defined]
+            if kills and len(finished_lengths) >= SAMPLES // rounds // 3:
+                recording.clear()
                 kill(run_dir)
-        return answer
+        return replies
 
     with monkeypatch.context() as patch:
-        patch.setattr(Client, "post", watched)
-        # One request a post, so that short answers come back first.
-        patch.setattr(sglang_engine, "POSTS_PER_CALL", SAMPLES // draws)
-        for draw in range(draws):
-            count = SAMPLES // draws
+        patch.setattr(Client, "post", counted)
+        # One prompt per request, so that short responses return first.
+        patch.setattr(sglang_engine, "POSTS_PER_CALL", SAMPLES // rounds)
+        for round_index in range(rounds):
+            count = SAMPLES // rounds
             requests = [GenerationRequest(i, i, 0, (1 + i % 7, 3, 5)) for i in range(count)]
-            before = len(ended)
-            alive.set()
-            rollouts = run.generation.generate(requests, Sampling(200, (4,), (draw,)), "test")
-            alive.clear()
-            assert len(ended) > before or not kills
-            kept.extend(rollouts.response_lengths.tolist())
-    return kept, ended
+            before = len(finished_lengths)
+            recording.set()
+            rollouts = run.generation.generate(requests, Sampling(200, (4,), (round_index,)), "test")
+            recording.clear()
+            assert len(finished_lengths) > before or not kills
+            lengths.extend(rollouts.response_lengths.tolist())
+    return lengths, finished_lengths
 
 
 @pytest.mark.timeout(600)
-def test_lengths_do_not_depend_on_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    roomy = ("policy.model.max_sequence_length=256", "rollout.sglang.max_running_requests=1024")
-    config = small_config(*settings(tmp_path / "run", *roomy))
+def test_response_lengths_do_not_depend_on_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = ("policy.model.max_sequence_length=256", "rollout.sglang.max_running_requests=1024")
+    config = small_config(*settings(tmp_path / "run", *large))
     with open_run(config) as run:
         run.generation.synchronize()
-        undisturbed, _ = lengths_of(run, 0, monkeypatch)
-        killed, ended = lengths_of(run, 2, monkeypatch)
+        uninterrupted, _ = lengths_of(run, 0, monkeypatch)
+        killed, finished_lengths = lengths_of(run, 2, monkeypatch)
         assert run.generation.failures == 2
-    assert len(undisturbed) == len(killed) == SAMPLES
-    assert ks_2samp(undisturbed, killed).pvalue > 1e-3
-    # What had ended before the kills is another distribution: keeping it would have been found out.
-    assert len(ended) > 500 and ks_2samp(undisturbed, ended).pvalue < 1e-9
+    assert len(uninterrupted) == len(killed) == SAMPLES
+    assert ks_2samp(uninterrupted, killed).pvalue > 1e-3
+    # Responses that finished before the kills are biased: the test would detect it if they were kept.
+    assert len(finished_lengths) > 500 and ks_2samp(uninterrupted, finished_lengths).pvalue < 1e-9
 
 
-def test_a_server_that_hangs_is_started_again(tmp_path: Path) -> None:
+def test_a_server_that_hangs_is_restarted(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with open_run(small_config(*settings(run_dir, "rollout.sglang.timeout_seconds=15"))) as run:
         run.generation.synchronize()
         requests = [GenerationRequest(i, i, 0, (1, 3, 5)) for i in range(32)]
         started = time.monotonic()
-        with while_asked("/generate", (1,), lambda: kill(run_dir, signal.SIGSTOP)) as hung:
+        with during_request("/generate", (1,), lambda: kill(run_dir, signal.SIGSTOP)) as hung:
             rollouts = run.generation.generate(requests, Sampling(60, (), (1,)), "test")
         assert hung == [1] and run.generation.failures == 1 and len(rollouts) == 32
         assert time.monotonic() - started > 15

@@ -1,4 +1,4 @@
-"""The loop over a real server: three steps from a saved warm start, through the real command."""
+"""The training loop with a real server: three steps from an SFT checkpoint, by the real command."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SMALL = (
 
 def opo_train(run_dir: Path, *overrides: str) -> None:
     command = [sys.executable, "-m", "opo_megatron", "train", str(RECIPE), f"run.dir={run_dir}", *overrides]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +53,14 @@ def rows_of(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_every_token_carries_the_version_that_the_policy_had(run_dir: Path) -> None:
+def test_every_token_carries_the_policys_weight_version(run_dir: Path) -> None:
     for step in range(1, STEPS + 1):
         rollouts = Rollouts.load(run_dir / "rollouts" / f"step_{step:08d}.safetensors")
         assert rollouts.weight_versions is not None and len(rollouts) == 48 * 8
         assert rollouts.weight_versions.unique().tolist() == [WARM_STEPS + step - 1]
 
 
-def test_probe_and_rollouts_agree_with_the_policy_within_rounding(run_dir: Path) -> None:
+def test_probe_and_rollouts_agree_with_the_policy_up_to_rounding(run_dir: Path) -> None:
     rows = rows_of(run_dir)
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
     assert all(0 <= row["on_policy/sync_diff_max"] < 1e-4 for row in rows)
@@ -71,7 +71,7 @@ def test_probe_and_rollouts_agree_with_the_policy_within_rounding(run_dir: Path)
         assert all(math.isfinite(value) for value in row.values())
 
 
-def test_responses_end_by_the_tasks_stop_token_or_the_limit(run_dir: Path) -> None:
+def test_responses_end_with_the_tasks_stop_token_or_are_truncated(run_dir: Path) -> None:
     rollouts = Rollouts.load(run_dir / "rollouts" / "step_00000001.safetensors")
     stopped = [
         r[-1] for r, end in zip(rollouts.responses(), rollouts.finish_reasons, strict=True) if end == 0
@@ -80,13 +80,13 @@ def test_responses_end_by_the_tasks_stop_token_or_the_limit(run_dir: Path) -> No
     assert int(rollouts.response_lengths.max()) <= 24
 
 
-def test_energies_that_the_server_does_not_return_come_from_a_forward_pass(run_dir: Path) -> None:
-    """The report measures them once more: both must give the same advantages."""
+def test_energies_of_sglang_rollouts_come_from_a_forward_pass(run_dir: Path) -> None:
+    """The variance report computes them again: both must give the same advantages."""
     assert Rollouts.load(run_dir / "rollouts" / "step_00000001.safetensors").energy is None
     row = rows_of(run_dir)[1]
     assert row["variance/this_run"] == pytest.approx(row["variance/energy_loo"], rel=1e-4)
     assert row["variance/this_run"] != pytest.approx(row["variance/opo_loo"], rel=1e-3)
 
 
-def test_nothing_is_left_running(run_dir: Path) -> None:
+def test_no_server_process_is_left(run_dir: Path) -> None:
     assert processes_of(run_dir) == []

@@ -1,4 +1,4 @@
-"""The whole SGLang quickstart: it learns, and no step leaves the policy."""
+"""The whole SGLang quickstart: it learns, and every step is on-policy."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def test_sixty_steps_reach_the_accuracy_of_the_quickstart(tmp_path: Path) -> Non
     recipe, run_dir = ROOT / "recipes" / "quickstart_sglang.yaml", tmp_path / "run"
     command = [sys.executable, "-m", "opo_megatron", "train", str(recipe), f"run.dir={run_dir}"]
     command.append(f"rollout.sglang.python={sglang_python()}")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(61))
     assert rows[-1]["eval/accuracy"] >= 0.85 > 0.6 > rows[0]["eval/accuracy"]

@@ -1,4 +1,4 @@
-"""One server, fed under every layout and by every transport: it must hold the same bits each time."""
+"""One server, updated under every layout and by every transport: its weights are the same bit for bit."""
 
 from __future__ import annotations
 
@@ -77,10 +77,12 @@ def probe_after_sync(url: str, folder: Path, case: str) -> dict:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_server_answers_bit_for_bit_the_same(case: str, url: str, expected: dict, tmp_path: Path) -> None:
-    found = probe_after_sync(url, tmp_path, case)
-    assert found["tokens"] == expected["tokens"] and found["log_probs"] == expected["log_probs"]
-    assert found["versions"] == [41] and found["difference"] < 1e-4
+def test_the_servers_replies_are_the_same_bit_for_bit(
+    case: str, url: str, expected: dict, tmp_path: Path
+) -> None:
+    actual = probe_after_sync(url, tmp_path, case)
+    assert actual["tokens"] == expected["tokens"] and actual["log_probs"] == expected["log_probs"]
+    assert actual["versions"] == [41] and actual["difference"] < 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +101,8 @@ def test_three_steps_run_under_every_layout_and_transport(case: str, lift_url: s
     command += [*SMALL_MODEL, *overrides, "rollout.engine=sglang", f"rollout.sglang.urls=[{lift_url}]"]
     command += ["warm_start.steps=3", "train.steps=3", "rollout.prompts_per_step=6", "eval.problems=8"]
     command += ["observe.kl=off", "observe.tensorboard=false", "--nproc", str(ranks)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert all(row["on_policy/sync_diff_max"] < 1e-4 for row in rows)

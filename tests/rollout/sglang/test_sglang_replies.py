@@ -1,4 +1,4 @@
-"""What SGLang says, read as rollouts; which ranks share a server; what its HTTP failures mean."""
+"""SGLang's replies as rollouts; which ranks share a server; what HTTP failures become."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ SAMPLING = Sampling(max_tokens=3, stop_tokens=(STOP,), seed=(1,), temperature=0.
 REQUESTS = [GenerationRequest(11, 0, 0, (1, 2)), GenerationRequest(12, 1, 0, (3,))]
 
 
-def answer(ids: list[int], finish: dict[str, Any], **about: Any) -> dict[str, Any]:
+def reply(ids: list[int], finish: dict[str, Any], **meta_info: Any) -> dict[str, Any]:
     log_probs = [[-0.5 - i, token, None] for i, token in enumerate(ids)]
-    meta = {"finish_reason": finish, "output_token_logprobs": log_probs, "weight_version": "4"}
-    return {"output_ids": ids, "meta_info": meta | about}
+    defaults = {"finish_reason": finish, "output_token_logprobs": log_probs, "weight_version": "4"}
+    return {"output_ids": ids, "meta_info": defaults | meta_info}
 
 
-def test_answers_become_rollouts_token_by_token() -> None:
-    answers = [
-        answer([5, STOP], {"type": "stop", "matched": STOP}),
-        answer([5, 6, 5], {"type": "length", "length": 3}),
+def test_replies_become_rollouts_token_by_token() -> None:
+    replies = [
+        reply([5, STOP], {"type": "stop", "matched": STOP}),
+        reply([5, 6, 5], {"type": "length", "length": 3}),
     ]
-    rollouts = rollouts_of(REQUESTS, answers, SAMPLING)
+    rollouts = rollouts_of(REQUESTS, replies, SAMPLING)
     assert rollouts.responses() == [[5, STOP], [5, 6, 5]]
     assert rollouts.finish_reasons.tolist() == [FINISH_STOP, FINISH_LENGTH]
     assert rollouts.prompt_ids.tolist() == [11, 12] and rollouts.prompt_tokens.tolist() == [1, 2, 3]
@@ -54,34 +54,34 @@ def test_answers_become_rollouts_token_by_token() -> None:
     assert rollouts.weight_versions.tolist() == [4] * 5
 
 
-def test_a_response_that_two_versions_drew_shows_both() -> None:
+def test_a_response_sampled_by_two_versions_has_both() -> None:
     spans = [{"version": "4", "start": 0, "end": 2}, {"version": "5", "start": 2, "end": 3}]
-    one = answer([5, 6, 5], {"type": "length"}, weight_versions=spans)
+    one = reply([5, 6, 5], {"type": "length"}, weight_versions=spans)
     versions = rollouts_of(REQUESTS[:1], [one], SAMPLING).weight_versions
     assert versions is not None and versions.tolist() == [4, 4, 5]
 
 
 @pytest.mark.parametrize("version", ["default", None, "-3", "4.0"])
-def test_a_version_that_is_no_number_is_unknown(version: str | None) -> None:
-    one = answer([5], {"type": "length"}, weight_version=version)
+def test_a_version_that_is_not_a_number_is_unknown(version: str | None) -> None:
+    one = reply([5], {"type": "length"}, weight_version=version)
     versions = rollouts_of(REQUESTS[:1], [one], SAMPLING).weight_versions
     assert versions is not None and versions.tolist() == [UNKNOWN_VERSION]
 
 
 @pytest.mark.parametrize("finish", [{"type": "stop", "matched": 6}, {"type": "stop", "matched": "words"}])
-def test_a_stop_that_the_task_does_not_know_is_refused(finish: dict[str, Any]) -> None:
+def test_a_stop_token_unknown_to_the_task_is_rejected(finish: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"none of the task's stop tokens \[7\]"):
-        rollouts_of(REQUESTS[:1], [answer([5, 6], finish)], SAMPLING)
+        rollouts_of(REQUESTS[:1], [reply([5, 6], finish)], SAMPLING)
 
 
-def test_an_aborted_response_or_one_without_log_probs_is_a_failure() -> None:
+def test_an_aborted_reply_or_one_without_log_probs_is_a_failure() -> None:
     with pytest.raises(EngineFailure, match="ended by abort: gone"):
-        rollouts_of(REQUESTS[:1], [answer([5], {"type": "abort", "message": "gone"})], SAMPLING)
+        rollouts_of(REQUESTS[:1], [reply([5], {"type": "abort", "message": "gone"})], SAMPLING)
     with pytest.raises(EngineFailure, match="0 log-probabilities came with the 1 tokens"):
-        rollouts_of(REQUESTS[:1], [answer([5], {"type": "length"}, output_token_logprobs=[])], SAMPLING)
+        rollouts_of(REQUESTS[:1], [reply([5], {"type": "length"}, output_token_logprobs=[])], SAMPLING)
 
 
-def test_sampling_parameters_have_no_truncation_and_stop_by_token_id() -> None:
+def test_sampling_params_have_no_truncation_and_stop_by_token_id() -> None:
     assert sampling_params(SAMPLING) == {
         "max_new_tokens": 3,
         "temperature": 0.7,
@@ -108,14 +108,14 @@ def test_ranks_of_a_node_share_its_servers_in_equal_parts(
     assert [server_group(hosts, rank, servers) for rank in range(len(hosts))] == groups
 
 
-def test_servers_that_do_not_divide_the_ranks_are_refused() -> None:
+def test_servers_that_do_not_divide_the_ranks_are_rejected() -> None:
     with pytest.raises(UserError, match=r"rollout\.sglang\.servers=2 does not divide the 3 ranks"):
         server_group("aaa", 0, 2)
 
 
 @contextmanager
-def web(status: int, body: str, delay: float = 0.0) -> Iterator[str]:
-    """A web server that gives one answer to everything."""
+def web_server(status: int, body: str, delay: float = 0.0) -> Iterator[str]:
+    """A web server that gives the same reply to every request."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -139,25 +139,25 @@ def web(status: int, body: str, delay: float = 0.0) -> Iterator[str]:
         server.server_close()
 
 
-def test_http_answers_are_read_or_named() -> None:
-    with web(200, json.dumps({"a": 1})) as url:
+def test_http_replies_are_parsed_or_raise() -> None:
+    with web_server(200, json.dumps({"a": 1})) as url:
         assert Client(url, 5.0).post("/x") == {"a": 1} and Client(url, 5.0).is_healthy()
-    with web(200, "done") as url:
+    with web_server(200, "done") as url:
         assert Client(url, 5.0).post("/x") == "done"
-    refused = pytest.raises(UserError, match=r"/x refuses the request \(400\): too long")
-    with web(400, json.dumps({"error": {"message": "too long"}})) as url, refused:
+    bad_request = pytest.raises(UserError, match=r"/x refuses the request \(400\): too long")
+    with web_server(400, json.dumps({"error": {"message": "too long"}})) as url, bad_request:
         Client(url, 5.0).post("/x")
-    with web(401, "no") as url, pytest.raises(UserError, match=r"set rollout\.sglang\.api_key"):
+    with web_server(401, "no") as url, pytest.raises(UserError, match=r"set rollout\.sglang\.api_key"):
         Client(url, 5.0).post("/x")
-    with web(500, "boom") as url:
+    with web_server(500, "boom") as url:
         assert not Client(url, 5.0).is_healthy()
         with pytest.raises(EngineFailure, match=r"/x failed \(500\): boom"):
             Client(url, 5.0).post("/x")
 
 
-def test_silence_and_refusal_are_failures() -> None:
+def test_timeouts_and_refused_connections_are_failures() -> None:
     with (
-        web(200, "{}", delay=1.0) as url,
+        web_server(200, "{}", delay=1.0) as url,
         pytest.raises(EngineFailure, match=r"did not reply for 0\.1 seconds"),
     ):
         Client(url, 0.1).post("/x")
@@ -166,12 +166,12 @@ def test_silence_and_refusal_are_failures() -> None:
 
 
 @pytest.mark.parametrize("url", ["localhost:3000", "https://host:1", "http://host", ""])
-def test_what_is_no_address_is_refused(url: str) -> None:
+def test_a_malformed_url_is_rejected(url: str) -> None:
     with pytest.raises(UserError, match="http://host:port"):
         Client(url, 1.0)
 
 
-def test_a_missing_environment_is_refused_before_any_write(
+def test_a_missing_environment_is_an_error_before_any_write(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     recipe = RECIPES / "quickstart_sglang.yaml"
@@ -182,7 +182,7 @@ def test_a_missing_environment_is_refused_before_any_write(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_gpu_is_named_by_its_uuid_in_a_handle(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_handle_identifies_its_gpu_by_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
     class Properties:
         uuid = "0123-4567"
 
@@ -199,16 +199,16 @@ def test_a_gpu_is_named_by_its_uuid_in_a_handle(monkeypatch: pytest.MonkeyPatch)
     assert arguments == handle
 
 
-def test_shared_tensors_travel_by_name_of_their_memory() -> None:
+def test_shared_tensors_are_sent_as_shared_memory_handles() -> None:
     torch.multiprocessing.set_sharing_strategy("file_system")
     shared = torch.arange(4.0).share_memory_()
-    ((name, found),) = pickle.loads(base64.b64decode(_pickled([("weight", shared.view(2, 2))])))
-    assert name == "weight" and found.shape == (2, 2)
+    ((name, received),) = pickle.loads(base64.b64decode(_pickled([("weight", shared.view(2, 2))])))
+    assert name == "weight" and received.shape == (2, 2)
     shared[0] = 9
-    assert found[0, 0] == 9  # the same memory
+    assert received[0, 0] == 9  # the same memory
 
 
-LATECOMER = """#!{python}
+PORT_TAKEN_ONCE = """#!{python}
 import http.server, pathlib, sys, time
 first = pathlib.Path({marker!r})
 if not first.exists():
@@ -224,9 +224,9 @@ http.server.HTTPServer(("127.0.0.1", port), Healthy).serve_forever()
 """
 
 
-def test_a_server_whose_port_was_taken_starts_on_another(tmp_path: Path) -> None:
+def test_a_server_whose_port_is_taken_starts_on_another(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text(LATECOMER.format(python=sys.executable, marker=str(tmp_path / "started")))
+    python.write_text(PORT_TAKEN_ONCE.format(python=sys.executable, marker=str(tmp_path / "started")))
     python.chmod(0o755)
     config = small_config("rollout.engine=sglang", f"rollout.sglang.python={python}")
     server = Server(config, tmp_path, tmp_path / "server.log", "server", None)
@@ -238,7 +238,7 @@ def test_a_server_whose_port_was_taken_starts_on_another(tmp_path: Path) -> None
         server.stop()
 
 
-def test_memory_that_cannot_be_shared_is_refused() -> None:
+def test_an_allocator_without_shareable_memory_is_rejected() -> None:
     check_allocator({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"})
     with pytest.raises(UserError, match="expandable_segments"):
         check_allocator({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64,expandable_segments: True"})
