@@ -1,4 +1,4 @@
-"""Real text through the whole loop: bytes for tokens, a random policy, counts checked by hand."""
+"""Real text through the whole loop: byte tokens, a random policy, metrics recomputed here."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ def steps(run_dir: Path) -> Iterator[list[tuple[dict, Rollouts]]]:
     ]
 
 
-def test_nothing_is_nan_or_zero_for_not_measured(run_dir: Path) -> None:
+def test_every_metric_is_finite(run_dir: Path) -> None:
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         for name, value in json.loads(line).items():
             assert value is not None and math.isfinite(value), name
 
 
-def test_metrics_are_those_of_a_count_by_hand(steps: list[tuple[dict, Rollouts]]) -> None:
+def test_metrics_equal_a_count_by_hand(steps: list[tuple[dict, Rollouts]]) -> None:
     for row, rollouts in steps:
         responses = rollouts.responses()
         lengths = [len(response) for response in responses]
         assert row["response_length/mean"] == pytest.approx(sum(lengths) / len(lengths))
         assert row["response_length/max"] == max(lengths)
         assert row["tokens/response"] == sum(lengths)
-        cut = [response[-1] != 256 for response in responses]
-        assert row["response_length/truncated"] == sum(cut) / len(cut)
-        assert cut == [reason == FINISH_LENGTH for reason in rollouts.finish_reasons.tolist()]
+        truncated = [response[-1] != 256 for response in responses]
+        assert row["response_length/truncated"] == sum(truncated) / len(truncated)
+        assert truncated == [reason == FINISH_LENGTH for reason in rollouts.finish_reasons.tolist()]
         rewards = rollouts.rewards.tolist()
         assert row["reward/mean"] == sum(rewards) / len(rewards)
         groups = [rewards[i : i + 4] for i in range(0, len(rewards), 4)]
@@ -68,7 +68,7 @@ def test_metrics_are_those_of_a_count_by_hand(steps: list[tuple[dict, Rollouts]]
         assert row["advantage/mean"] == pytest.approx(sum(advantages) / len(advantages), abs=1e-12)
 
 
-def test_prompts_are_the_files_and_differ_widely_in_length(
+def test_prompts_are_those_of_the_file_and_vary_in_length(
     steps: list[tuple[dict, Rollouts]], data: Path
 ) -> None:
     questions = {
@@ -82,7 +82,7 @@ def test_prompts_are_the_files_and_differ_widely_in_length(
     assert max(lengths) <= 400 and max(lengths) > 2 * min(lengths)
 
 
-def test_rewards_are_those_of_the_last_numbers(steps: list[tuple[dict, Rollouts]], data: Path) -> None:
+def test_rewards_compare_the_last_numbers(steps: list[tuple[dict, Rollouts]], data: Path) -> None:
     answers = {}
     for line in (data / "train.jsonl").open(encoding="utf-8"):
         row = json.loads(line)
@@ -91,9 +91,9 @@ def test_rewards_are_those_of_the_last_numbers(steps: list[tuple[dict, Rollouts]
         prompts = rollouts.prompt_tokens.split(rollouts.prompt_lengths.tolist())
         for prompt, response, reward in zip(prompts, rollouts.responses(), rollouts.rewards, strict=True):
             text = bytes(t for t in response if t < 256).decode(errors="replace")
-            found = re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+", text)
-            wanted = answers[bytes(prompt.tolist()).decode()]
-            assert float(reward) == float(bool(found) and float(found[-1].replace(",", "")) == wanted)
+            numbers = re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+", text)
+            gold = answers[bytes(prompt.tolist()).decode()]
+            assert float(reward) == float(bool(numbers) and float(numbers[-1].replace(",", "")) == gold)
 
 
 def test_reasoning_gym_runs_through_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The lift: rewards by hand, splits, and demonstrations as flawed as they are meant to be."""
+"""The lift task: rewards by hand, splits, and the documented flaws of its demonstrations."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def encode(text: str) -> list[int]:
 
 
 def prompt_of(task: LiftTask, text: str) -> Prompt:
-    """The prompt with this text, in whichever split it is."""
+    """The prompt with this text, from either split."""
     for split in ("train", "held_out"):
         low, high = 0, task.size(split)
         number = number_of(text)
-        while low < high:  # prompts of a split stand in the order of their ids
+        while low < high:  # prompts of a split are ordered by id
             middle = (low + high) // 2
-            found = task.prompt(split, middle)
-            if found.id == number:
-                return found
-            low, high = (middle + 1, high) if found.id < number else (low, middle)
+            prompt = task.prompt(split, middle)
+            if prompt.id == number:
+                return prompt
+            low, high = (middle + 1, high) if prompt.id < number else (low, middle)
     raise AssertionError(f"no prompt {text}")
 
 
 def number_of(text: str) -> int:
-    """Texts counted up with the last move fastest: moves are +1 … +4, −1 … −4."""
+    """Index of a text, with the last move varying fastest; moves are +1 … +4, −1 … −4."""
     number = int(text[0])
     for i in range(1, 11, 2):
         number = number * 8 + (4 if text[i] == "-" else 0) + int(text[i + 1]) - 1
@@ -88,14 +88,14 @@ def test_answers_are_right_where_the_lift_stops_at_its_ends(task: LiftTask, text
         ("#5?", 0.0),
     ],
 )
-def test_a_response_is_rewarded_for_one_right_answer_before_the_stop_token(
+def test_one_right_answer_before_the_stop_token_is_rewarded(
     task: LiftTask, response: str, reward: float
 ) -> None:
     assert task.reward(prompt_of(task, "9-4+2+1+4-4="), encode(response)) == reward
 
 
-def test_splits_are_disjoint_and_together_every_problem(task: LiftTask) -> None:
-    """A held-out prompt can therefore not stand in any order of training prompts."""
+def test_splits_are_disjoint_and_cover_every_problem(task: LiftTask) -> None:
+    """Hence no order of training prompts has a held-out prompt."""
     ids = {split: list(task._indices[split]) for split in ("train", "held_out")}
     assert sorted(ids["train"] + ids["held_out"]) == list(range(10 * 8**5))
     assert [task.size("train"), task.size("held_out")] == [len(ids["train"]), len(ids["held_out"])]
@@ -114,7 +114,7 @@ def test_training_prompts_in_order_are_never_held_out(task: LiftTask) -> None:
 # ---------------------------------------------------------------------- demonstrations
 
 
-def ride(floor: int, move: str) -> int:
+def move_floor(floor: int, move: str) -> int:
     return sorted((0, floor + int(move), 9))[1]
 
 
@@ -132,22 +132,22 @@ def demonstrations(task: LiftTask) -> list[tuple[Prompt, str]]:
     return [(prompt, task.decode(task.demonstration(prompt, rng))) for prompt in prompts]
 
 
-def test_styles_have_their_documented_shares(demonstrations: list[tuple[Prompt, str]]) -> None:
+def test_styles_have_their_documented_frequencies(demonstrations: list[tuple[Prompt, str]]) -> None:
     counts = Counter(style_of(text) for _, text in demonstrations)
-    for style, share in (("direct", 0.55), ("every_other", 0.15), ("all", 0.25), ("twice", 0.05)):
-        error = (share * (1 - share) / len(demonstrations)) ** 0.5
-        assert counts[style] / len(demonstrations) == pytest.approx(share, abs=4 * error)
+    for style, frequency in (("direct", 0.55), ("every_other", 0.15), ("all", 0.25), ("twice", 0.05)):
+        error = (frequency * (1 - frequency) / len(demonstrations)) ** 0.5
+        assert counts[style] / len(demonstrations) == pytest.approx(frequency, abs=4 * error)
 
 
-def test_one_floor_in_ten_is_a_random_one_and_is_carried_on(demonstrations: list[tuple[Prompt, str]]) -> None:
-    """A random floor of ten is the right one once in ten, so nine in a hundred are seen to be wrong."""
+def test_one_floor_in_ten_is_random_and_propagates(demonstrations: list[tuple[Prompt, str]]) -> None:
+    """One of ten random floors is right, so nine in a hundred written floors are wrong."""
     floors = wrong = 0
     for prompt, text in demonstrations:
         if style_of(text) not in ("all", "twice"):
             continue
         floor = int(prompt.text[0])
         for i, written in enumerate(text[:9].split(",")):
-            wrong += ride(floor, prompt.text[1 + 2 * i : 3 + 2 * i]) != int(written)
+            wrong += move_floor(floor, prompt.text[1 + 2 * i : 3 + 2 * i]) != int(written)
             floor, floors = int(written), floors + 1
         assert text.endswith(f"#{floor}$")
     error = (0.09 * 0.91 / floors) ** 0.5
@@ -157,11 +157,11 @@ def test_one_floor_in_ten_is_a_random_one_and_is_carried_on(demonstrations: list
 def test_clean_and_direct_demonstrations_are_rewarded(
     task: LiftTask, demonstrations: list[tuple[Prompt, str]]
 ) -> None:
-    sound = 0
+    correct = 0
     for prompt, text in demonstrations[:4000]:
         floor, right = int(prompt.text[0]), []
         for i in range(1, 11, 2):
-            floor = ride(floor, prompt.text[i : i + 2])
+            floor = move_floor(floor, prompt.text[i : i + 2])
             right.append(str(floor))
         complete = ",".join(right)
         answers = {
@@ -173,9 +173,9 @@ def test_clean_and_direct_demonstrations_are_rewarded(
         if style_of(text) == "direct":
             assert text == answers["direct"]
         if text in answers.values():
-            sound += 1
+            correct += 1
             assert task.reward(prompt, encode(text)) == 1.0
-    assert sound > 2500
+    assert correct > 2500
 
 
 def test_demonstrations_have_the_documented_lengths(
@@ -186,8 +186,8 @@ def test_demonstrations_have_the_documented_lengths(
         lengths.setdefault(style_of(text), set()).add(len(text))
     assert lengths == {"direct": {3}, "every_other": {8}, "all": {12}, "twice": {22}}
     prompt = demonstrations[0][0]
-    same = [task.demonstration(prompt, random.Random(7)) for _ in range(2)]
-    assert same[0] == same[1]
+    repeated = [task.demonstration(prompt, random.Random(7)) for _ in range(2)]
+    assert repeated[0] == repeated[1]
     assert len({tuple(task.demonstration(prompt, random.Random(s))) for s in range(50)}) > 5
 
 
@@ -208,20 +208,20 @@ def test_orders_differ_between_epochs_seeds_and_streams() -> None:
     assert len({epoch(s, t, e) for s in range(3) for t in range(3) for e in range(3)}) == 27
 
 
-def test_any_place_of_the_order_can_be_read_at_any_time() -> None:
+def test_prompt_orders_have_random_access() -> None:
     forwards = [PromptOrder(7, 3, 1)[i] for i in range(40)]
     order = PromptOrder(7, 3, 1)
     assert [order[i] for i in reversed(range(40))] == forwards[::-1]
 
 
-def test_batches_are_consecutive_places_also_across_epochs() -> None:
+def test_batches_are_consecutive_also_across_epochs() -> None:
     order = PromptOrder(10, seed=2, stream=5)
-    taken = [index for step in range(5) for index in order.batch(step, 4)]
-    assert taken == [order[i] for i in range(20)]
-    assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10))
+    batches = [index for step in range(5) for index in order.batch(step, 4)]
+    assert batches == [order[i] for i in range(20)]
+    assert sorted(batches[:10]) == sorted(batches[10:]) == list(range(10))
 
 
-def test_a_token_that_is_no_symbol_makes_an_answer_wrong_and_nothing_else() -> None:
+def test_a_token_that_is_no_symbol_has_reward_zero() -> None:
     task = LiftTask()
     prompt = task.prompt("train", 0)
     assert task.reward(prompt, [LiftTask.vocab_size + 3, 1, 7, 0]) == 0.0

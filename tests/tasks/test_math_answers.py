@@ -1,4 +1,4 @@
-"""What counts as the right answer: pairs by hand, then all of MATH and GSM8K, right and wrong."""
+"""Equivalence of math answers: pairs by hand, then all of MATH and GSM8K, right and wrong."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def workers() -> Iterator[WorkerPool]:
     pool.close()
 
 
-def test_pairs_that_agree_and_pairs_that_do_not(workers: WorkerPool) -> None:
+def test_equivalent_answers_are_accepted_and_others_rejected(workers: WorkerPool) -> None:
     pairs = [(boxed(ours), gold) for ours, gold in RIGHT + WRONG]
-    found = workers.grade(pairs)
-    wanted = [1.0] * len(RIGHT) + [0.0] * len(WRONG)
-    wrong = [pair for pair, got, want in zip(pairs, found, wanted, strict=True) if got != want]
+    rewards = workers.grade(pairs)
+    expected = [1.0] * len(RIGHT) + [0.0] * len(WRONG)
+    wrong = [pair for pair, reward, target in zip(pairs, rewards, expected, strict=True) if reward != target]
     assert wrong == []
 
 
@@ -89,30 +89,30 @@ def test_pairs_that_agree_and_pairs_that_do_not(workers: WorkerPool) -> None:
         (r"\boxed{}", ""),
     ],
 )
-def test_the_last_whole_box_is_the_answer(text: str, content: str | None) -> None:
+def test_the_last_complete_box_is_the_answer(text: str, content: str | None) -> None:
     assert last_boxed(text) == content
 
 
-def test_references_of_three_data_sets() -> None:
+def test_gold_answers_of_three_data_sets_are_parsed() -> None:
     assert reference("6 of them.\n#### 1,234") == "1,234"
     assert reference(r"so $\boxed{\sqrt2}$.") == r"\sqrt2"
     assert reference(r" \frac{1}{2} ") == r"\frac{1}{2}"
 
 
-def test_what_hangs_or_fails_costs_one_sample_and_no_other(workers: WorkerPool) -> None:
+def test_a_hang_or_failure_affects_one_sample_alone(workers: WorkerPool) -> None:
     pool = WorkerPool(2, 1.0, 2048)
-    hangs = boxed("100000000!")
+    hanging = boxed("100000000!")
     hostile = [boxed("(" * 4000), boxed("9^{" * 300 + "9" + "}" * 300), "\ud800" * 9]
-    jobs = [(boxed("x+1"), "1+x"), (hangs, "3"), *[(text, "7") for text in hostile], (boxed("7"), "7")]
-    found = pool.grade(jobs)
-    assert found[0] == found[-1] == 1.0 and found[1] is None and pool.timeouts >= 1
-    assert all(not reward for reward in found[2:-1])
-    # What was interrupted does not grade again: the next answers are right.
+    jobs = [(boxed("x+1"), "1+x"), (hanging, "3"), *[(text, "7") for text in hostile], (boxed("7"), "7")]
+    rewards = pool.grade(jobs)
+    assert rewards[0] == rewards[-1] == 1.0 and rewards[1] is None and pool.timeouts >= 1
+    assert all(not reward for reward in rewards[2:-1])
+    # An interrupted worker grades nothing more: the next rewards are right.
     assert pool.grade([(boxed("x+1"), "1+x")] * 4) == [1.0] * 4
     pool.close()
 
 
-def test_a_killed_worker_costs_one_sample(workers: WorkerPool) -> None:
+def test_a_killed_worker_is_replaced(workers: WorkerPool) -> None:
     pool = WorkerPool(1, 20.0, 2048)
     assert pool.grade([(boxed("1"), "1")]) == [1.0]
     pool._workers[0].process.kill()
@@ -133,11 +133,11 @@ def data() -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_gold_answers_of_math_and_gsm8k_are_accepted(workers: WorkerPool) -> None:
-    every = solutions(data())
-    assert len(every) == MATH_SIZE + GSM8K_SIZE
-    found = workers.grade([(text, reference(text)) for text, _ in every])
-    wrong = [text for (text, _), reward in zip(every, found, strict=True) if reward != 1]
-    assert len(wrong) <= 0.005 * len(every), wrong[:20]
+    all_solutions = solutions(data())
+    assert len(all_solutions) == MATH_SIZE + GSM8K_SIZE
+    rewards = workers.grade([(text, reference(text)) for text, _ in all_solutions])
+    wrong = [text for (text, _), reward in zip(all_solutions, rewards, strict=True) if reward != 1]
+    assert len(wrong) <= 0.005 * len(all_solutions), wrong[:20]
     answers = json.loads((data() / "math500" / "math500.json").read_text())
     of_test = {row["problem"]: row["solution"] for row in rows_of(data(), "math/test.jsonl")}
     pairs = [(of_test[row["problem"]], row["answer"]) for row in answers if row["problem"] in of_test]
@@ -148,8 +148,8 @@ def test_gold_answers_of_math_and_gsm8k_are_accepted(workers: WorkerPool) -> Non
 @pytest.mark.timeout(1800)
 def test_wrong_answers_to_math_and_gsm8k_are_rejected(workers: WorkerPool) -> None:
     wrong = wrong_answers(solutions(data()), 6000)
-    found = workers.grade([(boxed(one.answer), one.gold) for one in wrong])
-    accepted = [one for one, reward in zip(wrong, found, strict=True) if reward]
+    rewards = workers.grade([(boxed(one.answer), one.gold) for one in wrong])
+    accepted = [one for one, reward in zip(wrong, rewards, strict=True) if reward]
     assert len(wrong) > 15_000 and len(accepted) <= 0.005 * len(wrong), accepted[:20]
 
 
@@ -167,7 +167,7 @@ def test_ten_thousand_hostile_answers_crash_nothing(workers: WorkerPool) -> None
     answers += ["9^" * rng.randint(1, 2000) + "9" for _ in range(40)]
     answers += ["x" * 10**6] * 10 + [f"{rng.randint(10**3, 10**9)}!" for _ in range(10)]
     pool = WorkerPool(2, 1.0, 2048)
-    found = pool.grade([(boxed(answer), "17") for answer in answers])
-    assert len(found) == 10_000 and pool.grade([(boxed("17"), "17")]) == [1.0]
-    assert found.count(None) == pool.timeouts + pool.crashes
+    rewards = pool.grade([(boxed(answer), "17") for answer in answers])
+    assert len(rewards) == 10_000 and pool.grade([(boxed("17"), "17")]) == [1.0]
+    assert rewards.count(None) == pool.timeouts + pool.crashes
     pool.close()

@@ -1,4 +1,4 @@
-"""Mathematical problems through the task and the whole loop, graded in processes of their own."""
+"""Math problems through the task and the whole loop, graded in worker processes."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def task(tmp_path: Path) -> TextTask:
 def test_responses_are_graded_by_value_and_in_order(task: TextTask) -> None:
     prompts = [task.prompt("train", i) for i in range(8)]
     assert all(prompt.answer.startswith(r"\frac") for prompt in prompts)
-    top = [int(prompt.answer.split("{")[1].split("}")[0]) for prompt in prompts]
-    right = [list(rf"so \boxed{{{n / 2}}}".encode()) for n in top]
-    wrong = [list(rf"so \boxed{{{n / 2 + 1}}}".encode()) for n in top]
+    numerators = [int(prompt.answer.split("{")[1].split("}")[0]) for prompt in prompts]
+    right = [list(rf"so \boxed{{{n / 2}}}".encode()) for n in numerators]
+    wrong = [list(rf"so \boxed{{{n / 2 + 1}}}".encode()) for n in numerators]
     mixed = [(right if i % 3 else wrong)[i] for i in range(8)]
     assert task.rewards(prompts, mixed) == [float(bool(i % 3)) for i in range(8)]
     assert task.reward(prompts[0], list(b"no box")) == 0.0
@@ -53,12 +53,12 @@ def test_responses_are_graded_by_value_and_in_order(task: TextTask) -> None:
     task.close()
 
 
-def test_what_no_verifier_can_judge_gets_the_default_and_is_counted(task: TextTask) -> None:
+def test_verifier_failures_get_the_default_reward_and_are_counted(task: TextTask) -> None:
     assert isinstance(task._workers, WorkerPool)
     task._workers.seconds = 1.0
     prompts = [task.prompt("train", 0)] * 2
-    hangs = list(rb"\boxed{100000000!}")
-    assert task.rewards(prompts, [hangs, list(rf"\boxed{{{prompts[0].answer}}}".encode())]) == [0.25, 1.0]
+    hanging = list(rb"\boxed{100000000!}")
+    assert task.rewards(prompts, [hanging, list(rf"\boxed{{{prompts[0].answer}}}".encode())]) == [0.25, 1.0]
     assert task.failures == 1
     task.close()
 
@@ -74,25 +74,27 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_gsm8k_goes_through_the_whole_loop(run_dir: Path) -> None:
+def test_gsm8k_runs_through_the_whole_loop(run_dir: Path) -> None:
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert all(row["run/verifier_failures"] == 0 for row in rows)
     for row in (rows[0], rows[3]):
         assert row["eval/problems"] == 16 and 0 <= row["eval/pass@1"] <= row["eval/pass@2"] <= 1
-        # A random policy over 257 bytes: nearly uniform, nothing repeated, nothing alike.
+        # A random policy over 257 byte tokens: nearly uniform, few repetitions, dissimilar responses.
         assert 4.5 < row["eval/entropy"] < 5.56 and row["eval/rep_4"] < 0.01 and row["eval/self_bleu"] < 0.2
 
 
 @torch.no_grad()
-def test_what_was_trained_opens_in_transformers_and_answers_alike(run_dir: Path, tmp_path: Path) -> None:
+def test_trained_weights_generate_the_same_in_transformers(run_dir: Path, tmp_path: Path) -> None:
     transformers = require("transformers", "make setup-dev")
     checkpoint, folder = run_dir / "checkpoints" / "step_00000003", tmp_path / "model"
     assert main(["export", str(checkpoint), str(folder)]) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert type(theirs).__name__ == "Qwen3ForCausalLM"
 
-    config = load_config(checkpoint / "config.yaml", [f"run.dir={tmp_path / 'draw'}", "observe.kl=off"], 1)
+    config = load_config(
+        checkpoint / "config.yaml", [f"run.dir={tmp_path / 'generation'}", "observe.kl=off"], 1
+    )
     task, parallel = TextTask(config.task), initialize(config)
     try:
         policy = frozen_policy(config, parallel, 257, checkpoint)
@@ -109,8 +111,8 @@ def test_what_was_trained_opens_in_transformers_and_answers_alike(run_dir: Path,
         task.close()
         shutdown()
     log_probs = ours.engine_log_prob.split(ours.response_lengths.tolist())
-    for prompt, answer, found in zip(prompts, ours.responses(), log_probs, strict=True):
-        logits = theirs(torch.tensor([[*prompt.tokens, *answer]])).logits[0, len(prompt.tokens) - 1 : -1]
-        assert logits.argmax(-1).tolist() == answer
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
-        assert float((found - expected).abs().max()) < 2e-5
+    for prompt, response, log_prob in zip(prompts, ours.responses(), log_probs, strict=True):
+        logits = theirs(torch.tensor([[*prompt.tokens, *response]])).logits[0, len(prompt.tokens) - 1 : -1]
+        assert logits.argmax(-1).tolist() == response
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+        assert float((log_prob - expected).abs().max()) < 2e-5

@@ -1,4 +1,4 @@
-"""Problems from files: reading, tokenising, splitting, verifying, and what is said about bad data."""
+"""Problems from files: reading, tokenizing, splitting, verifying, and errors for bad data."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_exact_and_regex_verifiers() -> None:
     assert last_number("no digits") is None
 
 
-def test_bytes_survive_any_text_and_stop_is_no_text() -> None:
+def test_byte_tokens_round_trip_any_text_and_stop_decodes_to_nothing() -> None:
     tokenizer = ByteTokenizer()
     for text in ("plain", "Größe π ≈ 3", "数"):
         assert tokenizer.decode([*tokenizer.encode(text), 256]) == text
@@ -73,14 +73,14 @@ def test_bytes_survive_any_text_and_stop_is_no_text() -> None:
 
 def test_rows_become_prompts_in_the_template_with_their_answers(tmp_path: Path) -> None:
     task = task_of(write_jsonl(tmp_path / "d.jsonl", ROWS), template="Q: {prompt} A:")
-    seen = {}
+    prompts = {}
     for split in ("train", "held_out"):
         for i in range(task.size(split)):
             prompt = task.prompt(split, i)
             assert task.decode(list(prompt.tokens)) == f"Q: {prompt.text} A:"
-            seen[prompt.text] = prompt
-    assert {text: p.answer for text, p in seen.items()} == {r["question"]: r["answer"][17:] for r in ROWS}
-    assert len({p.id for p in seen.values()}) == len(ROWS) == task.size("train") + task.size("held_out")
+            prompts[prompt.text] = prompt
+    assert {text: p.answer for text, p in prompts.items()} == {r["question"]: r["answer"][17:] for r in ROWS}
+    assert len({p.id for p in prompts.values()}) == len(ROWS) == task.size("train") + task.size("held_out")
     assert 0.3 < HELD_OUT_IN * task.size("held_out") / len(ROWS) < 2
     prompt = task.prompt("train", 3)
     assert task.reward(prompt, [*prompt.answer.encode(), 256]) == 1.0
@@ -94,13 +94,13 @@ def test_long_prompts_are_dropped_and_counted(tmp_path: Path) -> None:
     assert "7 dropped as too long" in task.notes[0]
 
 
-def test_held_out_file_is_held_out_and_nothing_else_is(tmp_path: Path) -> None:
+def test_a_held_out_file_is_the_whole_held_out_split(tmp_path: Path) -> None:
     held_out = write_jsonl(tmp_path / "h.jsonl", ROWS[:20])
     task = task_of(write_jsonl(tmp_path / "d.jsonl", ROWS[20:]), held_out_data=held_out)
     assert (task.size("train"), task.size("held_out")) == (180, 20)
 
 
-def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
+def test_parquet_reads_the_same_as_jsonl(tmp_path: Path) -> None:
     parquet, arrow = require("pyarrow.parquet", "make setup-dev"), require("pyarrow", "make setup-dev")
     parquet.write_table(arrow.Table.from_pylist(ROWS), tmp_path / "d.parquet")
     ours = task_of(str(tmp_path / "d.parquet"))
@@ -108,7 +108,7 @@ def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
     assert [ours.prompt("train", i) for i in range(100)] == [theirs.prompt("train", i) for i in range(100)]
 
 
-def test_ones_own_verifier_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_verifier_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text("def length(prompt, response, answer): return len(response) / 10\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     path = write_jsonl(tmp_path / "d.jsonl", ROWS)
@@ -127,7 +127,7 @@ def test_tokenizer_of_a_folder_with_stop_tokens_and_chat(tmp_path: Path) -> None
     assert tokenizer.decode([2, 3, 1]) == "What is"
 
 
-def test_reasoning_gym_problems_are_rewarded_by_its_own_scores() -> None:
+def test_reasoning_gym_rewards_are_its_own_scores() -> None:
     require("reasoning_gym", "make setup-dev")
     config = TaskConfig(name="reasoning_gym", generator="chain_sum", generator_size=50)
     task = ReasoningGymTask(config)
@@ -142,7 +142,7 @@ def test_reasoning_gym_problems_are_rewarded_by_its_own_scores() -> None:
     assert strict.reward(strict.prompt("train", 0), list(b"not a number")) == 0.0
 
 
-def test_reasoning_gym_answers_that_its_scorer_raises_on_are_wrong() -> None:
+def test_an_answer_on_which_the_scorer_raises_is_wrong() -> None:
     require("reasoning_gym", "make setup-dev")
     task = ReasoningGymTask(
         TaskConfig(name="reasoning_gym", generator="prime_factorization", generator_size=5)
@@ -150,7 +150,7 @@ def test_reasoning_gym_answers_that_its_scorer_raises_on_are_wrong() -> None:
     assert task.reward(task.prompt("train", 0), list(b"x * y")) == 0.0
 
 
-def test_a_scorer_that_fails_on_its_own_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scorer_that_fails_on_the_gold_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     require("reasoning_gym", "make setup-dev")
     task = ReasoningGymTask(TaskConfig(name="reasoning_gym", generator="chain_sum", generator_size=5))
 
@@ -175,18 +175,18 @@ def test_a_scorer_that_fails_on_its_own_answer_is_named(monkeypatch: pytest.Monk
         ("hub:a/b:main:test[5:10]", ("a/b", "main", "test[5:10]")),
     ],
 )
-def test_a_data_set_of_the_hub_is_named_with_configuration_and_split(source: str, parts: tuple) -> None:
+def test_a_hub_source_has_repository_configuration_and_split(source: str, parts: tuple) -> None:
     assert parse_hub(source) == parts
 
 
 @pytest.mark.parametrize("source", ["hub:", "hub:a/b:c:d:e"])
-def test_what_names_no_data_set_is_one_sentence(source: str) -> None:
+def test_a_malformed_hub_source_is_one_sentence(source: str) -> None:
     with pytest.raises(UserError, match="write it like hub:owner/name:config:split") as error:
         parse_hub(source)
     one_sentence(error)
 
 
-def test_without_the_library_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_datasets_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError) as error:
         task_of("hub:openai/gsm8k:main:train")
@@ -194,7 +194,7 @@ def test_without_the_library_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyP
     assert "pip install 'opo-megatron[data]'" in str(error.value)
 
 
-def test_a_local_folder_is_read_as_a_data_set_of_the_hub(
+def test_a_local_folder_reads_like_a_data_set_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require("datasets", "make setup-dev")

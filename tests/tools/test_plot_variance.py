@@ -1,4 +1,4 @@
-"""The figure of a run's variance reports, from rows as a run writes them."""
+"""The figure of a run's variance reports, from rows in the format of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOOL = TOOLS / "plot_variance.py"
 
 
 def report(step: int, scale: float) -> dict[str, float]:
-    noise = {f"variance/{name}": scale * (place + 2) for place, name in enumerate(UNBIASED)}
+    noise = {f"variance/{name}": scale * (i + 2) for i, name in enumerate(UNBIASED)}
     return {"step": step, "variance/between_prompts": scale, "variance/correlation_length": 0.1} | noise
 
 
@@ -26,29 +26,29 @@ def plot(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_noise_is_a_ratio_of_sums_without_the_prompts_part() -> None:
-    found = relative_noise([report(1, 1.0), report(3, 5.0)])
+def test_noise_is_a_ratio_of_sums_without_the_variance_between_prompts() -> None:
+    noise = relative_noise([report(1, 1.0), report(3, 5.0)])
     assert UNBIASED[:2] == ("none", "rloo")
-    assert found["none"] == 0.5 and found["rloo"] == 1 and found["opo_loo"] == 1.5
+    assert noise["none"] == 0.5 and noise["rloo"] == 1 and noise["opo_loo"] == 1.5
     assert relative_noise([report(1, 0.0)]) == {}
 
 
 @pytest.mark.slow
-def test_a_run_with_reports_becomes_a_picture(tmp_path: Path) -> None:
+def test_a_run_with_reports_gives_a_picture(tmp_path: Path) -> None:
     require("matplotlib", "pip install -e '.[report]'")
     rows = [{"step": 0}, report(1, 1.0), {"step": 2}, report(3, 2.0)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = plot(str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    result = plot(str(tmp_path))
+    assert result.returncode == 0, result.stderr
     picture = (tmp_path / "variance.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
 
 @pytest.mark.slow
-def test_a_run_without_reports_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_a_run_without_reports_is_one_sentence(tmp_path: Path) -> None:
     require("matplotlib", "pip install -e '.[report]'")
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
     reasons = {tmp_path: "holds no variance report", tmp_path / "none": "is no folder of a run"}
     for folder, reason in reasons.items():
-        done = plot(str(folder))
-        assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1
+        result = plot(str(folder))
+        assert result.returncode == 2 and reason in result.stderr and result.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Whole runs under other estimators than the paper's: energies, the variance report, `auto`, clipping."""
+"""Whole runs with other estimators than the paper's: energies, variance reports, `auto`, clipping."""
 
 from __future__ import annotations
 
@@ -55,25 +55,25 @@ def rollouts_of(run_dir: Path, step: int) -> Rollouts:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_energies_of_the_engine_are_those_of_a_forward_pass(temperature: float) -> None:
+def test_energies_of_the_engine_equal_those_of_a_forward_pass(temperature: float) -> None:
     config = small_config()
     parallel = initialize(config)
     policy = small_policy(config, parallel)
     engine = LocalEngine(config.policy.model, VOCAB_SIZE, torch.float32, parallel.device, slots=5)
     engine.update_weights(policy.stream_weights(), policy.version)
     requests = [GenerationRequest(i // 3, i // 3, i % 3, tuple(range(1, 2 + i // 3 % 7))) for i in range(24)]
-    drawn = [
-        engine.generate(requests, Sampling(12, (0,), (1,), temperature, energies=wanted))
-        for wanted in (True, False)
+    sampled = [
+        engine.generate(requests, Sampling(12, (0,), (1,), temperature, energies=with_energies))
+        for with_energies in (True, False)
     ]
-    assert torch.equal(drawn[0].response_tokens, drawn[1].response_tokens) and drawn[1].energy is None
-    schedule = policy.schedule(drawn[0].sequence_lengths)
-    found = measure_energies(policy, drawn[0].select(schedule.samples_of(0)), schedule, 24, temperature)
+    assert torch.equal(sampled[0].response_tokens, sampled[1].response_tokens) and sampled[1].energy is None
+    schedule = policy.schedule(sampled[0].sequence_lengths)
+    measured = measure_energies(policy, sampled[0].select(schedule.samples_of(0)), schedule, 24, temperature)
     shutdown()
-    assert drawn[0].energy is not None and drawn[0].energy_hidden is not None
-    torch.testing.assert_close(drawn[0].energy, found.energy, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(drawn[0].energy_hidden, found.energy_hidden, rtol=1e-5, atol=1e-6)
-    assert float(found.energy.std()) > 0.1
+    assert sampled[0].energy is not None and sampled[0].energy_hidden is not None
+    torch.testing.assert_close(sampled[0].energy, measured.energy, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sampled[0].energy_hidden, measured.energy_hidden, rtol=1e-5, atol=1e-6)
+    assert float(measured.energy.std()) > 0.1
 
 
 @pytest.mark.parametrize("weight", ["energy", "energy_hidden"])
@@ -92,13 +92,13 @@ def test_advantages_of_a_run_are_weighted_by_its_energies(tmp_path: Path, weight
     )
 
 
-def test_a_run_that_needs_no_energies_keeps_none(tmp_path: Path) -> None:
+def test_a_run_without_an_energy_baseline_stores_no_energies(tmp_path: Path) -> None:
     train(tmp_path / "run", "train.steps=1")
     assert rollouts_of(tmp_path / "run", 1).energy is None
 
 
 @pytest.mark.slow
-def test_reports_come_when_they_are_due_and_change_nothing_else(
+def test_variance_reports_are_periodic_and_change_nothing_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = train(tmp_path / "plain")
@@ -106,11 +106,11 @@ def test_reports_come_when_they_are_due_and_change_nothing_else(
         capsys.readouterr()
         every = ("algorithm.variance_every=2", "algorithm.variance_prompts=4")
         rows = train(tmp_path / gradients, *every, f"algorithm.variance_of={gradients}")
-        said = " ".join(capsys.readouterr().out.split())
-        assert said.count("gradient's noise") == 2 and "rloo 1.00" in said
+        output = " ".join(capsys.readouterr().out.split())
+        assert output.count("gradient's noise") == 2 and "rloo 1.00" in output
         assert [("variance/rloo" in row) for row in rows] == [False, True, False, True]
         for row in rows[1::2]:
-            # Without its own reward in the baseline an estimate is larger by K/(K − 1).
+            # Leaving its own reward out of the baseline scales an estimate by K/(K − 1).
             assert row["variance/group_mean"] == pytest.approx(0.75**2 * row["variance/rloo"], rel=1e-9)
             assert row["signal/group_mean"] == pytest.approx(0.75**2 * row["signal/rloo"], rel=1e-9)
             assert row["variance/this_run"] == row["variance/opo"] > 0
@@ -121,7 +121,7 @@ def test_reports_come_when_they_are_due_and_change_nothing_else(
             assert shared == {k: other[k] for k in shared} and shared.keys() >= {"step"}
 
 
-def test_auto_learns_from_every_report_and_uses_it_from_the_next_step_on(tmp_path: Path) -> None:
+def test_auto_fits_every_report_and_applies_it_from_the_next_step(tmp_path: Path) -> None:
     rows = train(tmp_path / "run", "algorithm.baseline=auto", "algorithm.variance_every=1")
     mixtures = [[row[f"baseline/auto_{name}"] for name in FEATURES] for row in rows[1:]]
     assert all(sum(mixture) == 1 for mixture in mixtures)
@@ -129,9 +129,9 @@ def test_auto_learns_from_every_report_and_uses_it_from_the_next_step_on(tmp_pat
     assert rows[1]["variance/auto"] == rows[1]["variance/opo_loo"]
     for row in rows[1:]:
         assert row["variance/this_run"] == pytest.approx(row["variance/auto"], rel=1e-9)
-    pure = {(1.0, 0.0, 0.0): "rloo", (0.0, 1.0, 0.0): "opo_loo", (0.0, 0.0, 1.0): "energy_loo"}
+    single_feature = {(1.0, 0.0, 0.0): "rloo", (0.0, 1.0, 0.0): "opo_loo", (0.0, 0.0, 1.0): "energy_loo"}
     for before, row in zip(mixtures, rows[2:], strict=False):
-        same_as = pure.get(tuple(before))
+        same_as = single_feature.get(tuple(before))
         assert same_as is None or row["variance/auto"] == pytest.approx(row[f"variance/{same_as}"])
 
 
@@ -150,14 +150,16 @@ def test_several_clipped_updates_with_a_kl_take_as_many_optimizer_steps(tmp_path
     settings = ("algorithm.objective=clipped", "algorithm.updates_per_batch=3", "algorithm.baseline=grpo")
     rows = train(tmp_path / "run", *settings, "algorithm.kl_coefficient=0.5")
     for step in (1, 2, 3):
-        # The warm start's 6 steps, then 3 per batch; drawn before the first of them.
+        # 6 warm-start steps, then 3 per batch; sampled before the first of the three.
         assert set(rollouts_of(tmp_path / "run", step).weight_versions.tolist()) == {6 + 3 * (step - 1)}
-    free = train(tmp_path / "free", *settings)
-    assert free[1]["grad_norm"] != rows[1]["grad_norm"] and (tmp_path / "run" / "start_weights").is_dir()
+    without_kl = train(tmp_path / "without_kl", *settings)
+    assert (
+        without_kl[1]["grad_norm"] != rows[1]["grad_norm"] and (tmp_path / "run" / "start_weights").is_dir()
+    )
     assert all(row["on_policy/logprob_diff_max"] < 2e-5 for row in rows[1:])
 
 
-def test_correction_by_importance_weights_reaches_the_objective() -> None:
+def test_the_importance_weight_cap_reaches_the_objective() -> None:
     settings = [
         OnPolicyConfig(action=action, max_importance_weight=1.5)
         for action in (MismatchAction.refuse, MismatchAction.correct)

@@ -1,4 +1,4 @@
-"""NaN and infinite rewards, losses and gradients: the batch is kept, the step skipped or the run ended."""
+"""NaN and infinite rewards, losses and gradients: the batch is saved, the step skipped or the run stopped."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from opo_megatron.tasks.lift import LiftTask
 from tests.support.tiny_run import lasting, rows, train
 
 SMALL = ("warm_start.steps=2", "train.steps=4", "checkpoint.every_steps=1", "eval.greedy=false")
-BAD_STEP = 2
-BAD_VERSION = 2 + BAD_STEP - 1
-"""Of the weights that draw it."""
+FAULT_STEP = 2
+FAULT_VERSION = 2 + FAULT_STEP - 1
+"""Version of the weights that sample it."""
 
 
 @pytest.fixture
-def bad_reward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One reward of step 2 is NaN: that of the 30th response that is rewarded in training."""
+def nan_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reward of step 2 is NaN: that of the 30th response rewarded in training."""
     calls = 0
 
     def reward(self: LiftTask, prompt: object, response: list[int]) -> float:
@@ -32,27 +32,27 @@ def bad_reward(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def bad_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradient of step 2 holds an infinity."""
+def infinite_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of step 2 has an infinite element."""
     monkeypatch.setattr(LiftTask, "reward", lambda self, prompt, response: float(sum(response) % 2))
     run_schedule = Policy._run
-    times = 0
+    faults = 0
 
     def run(self: Policy, *arguments: object, **options: object) -> None:
-        nonlocal times
+        nonlocal faults
         run_schedule(self, *arguments, **options)
-        if self.version == BAD_VERSION and not options.get("forward_only") and not times:
-            times += 1
+        if self.version == FAULT_VERSION and not options.get("forward_only") and not faults:
+            faults += 1
             self.ddp_chunks[0].buffers[0].grad_data[7] = float("inf")
 
     monkeypatch.setattr(Policy, "_run", run)
 
 
-FAULTS = {"bad_reward": "is nan", "bad_gradient": "the gradient is not finite"}
+FAULTS = {"nan_reward": "is nan", "infinite_gradient": "the gradient is not finite"}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_non_finite_step_is_skipped_and_its_batch_is_kept(
+def test_a_non_finite_step_is_skipped_and_its_batch_is_saved(
     request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str
 ) -> None:
     request.getfixturevalue(fault)
@@ -62,31 +62,31 @@ def test_a_non_finite_step_is_skipped_and_its_batch_is_kept(
     assert [row["step"] for row in metrics] == [0, 1, 2, 3, 4]
     assert [row.get("skipped") for row in metrics] == [None, None, 1, None, None]
     assert "reward/mean" not in metrics[2] and "eval/accuracy" in metrics[2], "step 2 is evaluated"
-    dump = run_dir / "bad_batches" / f"step_{BAD_STEP:08d}.safetensors"
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"warning: step 2: the {'reward' if fault == 'bad_reward' else 'loss'}" in said
-    assert FAULTS[fault] in said and f"its rollouts are in {dump}; the step is skipped" in said
-    kept = Rollouts.load(dump)
-    assert len(kept) == 24 and kept.rewards is not None
-    assert int((~torch.isfinite(kept.rewards)).sum()) == (fault == "bad_reward")
-    # The weights of step 2 drew step 3 as well: a skipped step makes none.
+    dump = run_dir / "bad_batches" / f"step_{FAULT_STEP:08d}.safetensors"
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"warning: step 2: the {'reward' if fault == 'nan_reward' else 'loss'}" in output
+    assert FAULTS[fault] in output and f"its rollouts are in {dump}; the step is skipped" in output
+    saved = Rollouts.load(dump)
+    assert len(saved) == 24 and saved.rewards is not None
+    assert int((~torch.isfinite(saved.rewards)).sum()) == (fault == "nan_reward")
+    # The weights of step 2 also sample step 3: a skipped step does not update them.
     after = Rollouts.load(run_dir / "rollouts" / "step_00000003.safetensors")
-    assert set(kept.weight_versions.tolist()) == set(after.weight_versions.tolist()) == {BAD_VERSION}
+    assert set(saved.weight_versions.tolist()) == set(after.weight_versions.tolist()) == {FAULT_VERSION}
 
 
-def test_by_default_a_non_finite_number_stops_the_run(
-    bad_reward: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_by_default_a_non_finite_value_stops_the_run(
+    nan_reward: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
     assert train(run_dir, *SMALL) == 2
     error = capsys.readouterr().err
-    dump = run_dir / "bad_batches" / f"step_{BAD_STEP:08d}.safetensors"
+    dump = run_dir / "bad_batches" / f"step_{FAULT_STEP:08d}.safetensors"
     assert error.count("\n") == 1 and f"its rollouts are in {dump}; a verifier must" in error
     assert len(Rollouts.load(dump)) == 24
     assert [row["step"] for row in lasting(run_dir)] == [0, 1]
 
 
-def test_a_bad_reward_in_an_evaluation_always_stops(
+def test_a_non_finite_reward_in_an_evaluation_stops_the_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(LiftTask, "reward", lambda self, prompt, response: float("inf"))

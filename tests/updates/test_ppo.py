@@ -1,4 +1,4 @@
-"""The clipped objective: against autograd of its definition, and as the policy gradient where it is one."""
+"""The clipped objective: against autograd of its definition, and equal to the policy gradient at ratio 1."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ def columns() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_loss_and_slope_are_those_of_the_definition(beta: float) -> None:
-    policy, known = columns()
+def test_loss_and_gradient_are_those_of_the_definition(beta: float) -> None:
+    policy, batch = columns()
     policy.requires_grad_()
-    ratio = (policy - known["old_log_prob"]).exp()
-    advantages, delta = known["advantages"], known["reference_log_prob"] - policy
+    ratio = (policy - batch["old_log_prob"]).exp()
+    advantages, delta = batch["advantages"], batch["reference_log_prob"] - policy
     objective = torch.min(ratio * advantages, ratio.clamp(0.8, 1.3) * advantages)
     expected = (-objective + beta * (delta.exp() - 1 - delta)) / 7.0
-    (slope,) = torch.autograd.grad(expected.sum(), policy)
-    loss, coefficient = Clipped(7.0, 1.0, 0.2, 0.3, beta)(policy.detach(), known)
+    (gradient,) = torch.autograd.grad(expected.sum(), policy)
+    loss, coefficient = Clipped(7.0, 1.0, 0.2, 0.3, beta)(policy.detach(), batch)
     torch.testing.assert_close(loss, expected.detach())
-    torch.testing.assert_close(coefficient, slope)
-    cut = ((ratio > 1.3) & (advantages > 0)) | ((ratio < 0.8) & (advantages < 0))
-    assert int(cut.sum()) > 50 and (beta > 0 or not coefficient[cut].any())
+    torch.testing.assert_close(coefficient, gradient)
+    clipped = ((ratio > 1.3) & (advantages > 0)) | ((ratio < 0.8) & (advantages < 0))
+    assert int(clipped.sum()) > 50 and (beta > 0 or not coefficient[clipped].any())
 
 
-def test_at_the_policy_that_drew_the_samples_it_is_the_policy_gradient() -> None:
-    policy, known = columns()
-    known["old_log_prob"] = policy
-    _, clipped = Clipped(7.0, 1.0, 0.2, 0.2)(policy, known)
-    _, plain = PolicyGradient(7.0, 1.0)(policy, known)
+def test_at_the_sampling_policy_it_is_the_policy_gradient() -> None:
+    policy, batch = columns()
+    batch["old_log_prob"] = policy
+    _, clipped = Clipped(7.0, 1.0, 0.2, 0.2)(policy, batch)
+    _, plain = PolicyGradient(7.0, 1.0)(policy, batch)
     assert torch.equal(clipped, plain)
 
 
-def test_only_columns_that_are_needed_are_asked_for() -> None:
+def test_reference_log_probs_are_required_only_with_a_kl() -> None:
     assert "reference_log_prob" not in Clipped(1.0, 1.0, 0.2, 0.2).columns
     assert "reference_log_prob" in Clipped(1.0, 1.0, 0.2, 0.2, 0.1).columns
 
