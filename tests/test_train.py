@@ -1,4 +1,4 @@
-"""Whole runs of a tiny recipe: what they write, and that a resumed one is the same run."""
+"""Whole runs of a tiny recipe: their files, and that a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.support.tiny_run import STEPS, lasting, rows, train
 
 
 @pytest.fixture(autouse=True, scope="module")
-def some_reward() -> Iterator[None]:
-    """A tiny policy never answers a lift's question: reward something that it does half of the time."""
+def use_easy_reward() -> Iterator[None]:
+    """A tiny policy never solves a lift problem: reward something that it does half of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LiftTask, "reward", lambda self, prompt, response: float(sum(response) % 2))
         yield
@@ -28,7 +28,7 @@ def some_reward() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run from start to end, nobody interrupting."""
+    """An uninterrupted run."""
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
     assert train(run_dir) == 0
     return run_dir
@@ -38,7 +38,7 @@ def test_metrics_hold_one_row_per_step_with_the_public_names(finished: Path) -> 
     metrics = rows(finished)
     assert [row["step"] for row in metrics] == list(range(STEPS + 1))
     assert [row["step"] for row in rows(finished, "warm_start.jsonl")] == list(range(1, 7))
-    assert "reward/mean" not in metrics[0], "nothing was trained on before step 1"
+    assert "reward/mean" not in metrics[0], "no rollouts before step 1"
     for row in metrics[1:]:
         assert row["grad_norm"] > 0 and 0 < row["reward/mean"] < 1
         for name in (
@@ -60,23 +60,23 @@ def test_metrics_hold_one_row_per_step_with_the_public_names(finished: Path) -> 
     assert evaluated == [0, 2, 4] == [row["step"] for row in metrics if "eval/greedy_accuracy" in row]
 
 
-def test_rollouts_hold_what_the_metrics_say(finished: Path) -> None:
+def test_metrics_are_those_of_the_rollout_files(finished: Path) -> None:
     for row in rows(finished)[1:]:
         rollouts = Rollouts.load(finished / "rollouts" / f"step_{row['step']:08d}.safetensors")
         assert len(rollouts) == 24
         assert float(rollouts.rewards.mean()) == row["reward/mean"]
         lengths = rollouts.response_lengths.double()
         assert float(lengths.mean()) == row["response_length/mean"]
-        # One optimizer step per batch: the weights of step k were made by warm start + k − 1 steps.
+        # One optimizer step per batch: step k samples with the weights of warm start + k − 1 steps.
         assert set(rollouts.weight_versions.tolist()) == {6 + row["step"] - 1}
-        # Σ l A = 0 in every group is what makes the baseline OPO's.
+        # OPO's baseline: Σ l A = 0 in every group.
         sums = torch.zeros(6, dtype=torch.float64).scatter_add(
             0, rollouts.groups, lengths * rollouts.advantages
         )
         assert sums.abs().max() < 1e-12
 
 
-def test_checkpoints_config_and_summary_are_there(finished: Path) -> None:
+def test_a_run_writes_checkpoints_config_and_summary(finished: Path) -> None:
     names = sorted(path.name for path in (finished / "checkpoints").iterdir())
     assert names == [
         "step_00000002",
@@ -91,13 +91,13 @@ def test_checkpoints_config_and_summary_are_there(finished: Path) -> None:
     assert summary["start"]["eval/accuracy"] == rows(finished)[0]["eval/accuracy"]
 
 
-def test_tensorboard_reads_its_files(finished: Path) -> None:
+def test_tensorboard_shows_the_metrics(finished: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(finished / "tensorboard"))
-    board.Reload()
-    shown = {event.step: event.value for event in board.Scalars("reward/mean")}
-    assert shown == pytest.approx({row["step"]: row["reward/mean"] for row in rows(finished)[1:]})
+    accumulator = EventAccumulator(str(finished / "tensorboard"))
+    accumulator.Reload()
+    values = {event.step: event.value for event in accumulator.Scalars("reward/mean")}
+    assert values == pytest.approx({row["step"]: row["reward/mean"] for row in rows(finished)[1:]})
 
 
 @pytest.mark.parametrize(
@@ -109,13 +109,17 @@ def test_tensorboard_reads_its_files(finished: Path) -> None:
         pytest.param(None, marks=pytest.mark.slow),
     ],
 )
-def test_resumed_run_is_the_uninterrupted_one(finished: Path, tmp_path: Path, newest: str | None) -> None:
-    """Cut behind a checkpoint (or before the first), with rows that got further and a torn last line."""
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    finished: Path, tmp_path: Path, newest: str | None
+) -> None:
+    """Interrupted after a checkpoint (or before the first), with later rows and a partial last line."""
     run_dir = tmp_path / "resumed"
     shutil.copytree(finished, run_dir)
-    kept = sorted((run_dir / "checkpoints").iterdir(), key=lambda p: (p.name.startswith("step"), p.name))
-    position = [path.name for path in kept].index(newest) + 1 if newest else 0
-    for path in kept[position:]:
+    checkpoints = sorted(
+        (run_dir / "checkpoints").iterdir(), key=lambda p: (p.name.startswith("step"), p.name)
+    )
+    position = [path.name for path in checkpoints].index(newest) + 1 if newest else 0
+    for path in checkpoints[position:]:
         shutil.rmtree(path)
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "reward/me')
@@ -129,7 +133,7 @@ def test_resumed_run_is_the_uninterrupted_one(finished: Path, tmp_path: Path, ne
         assert path.read_bytes() == (run_dir / "rollouts" / path.name).read_bytes()
 
 
-def test_a_finished_run_started_again_keeps_its_summary(
+def test_a_finished_run_that_is_restarted_keeps_its_summary(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "again"
@@ -142,12 +146,12 @@ def test_a_finished_run_started_again_keeps_its_summary(
     assert (run_dir / "summary.json").read_bytes() == summary
 
 
-def test_resume_auto_in_a_new_folder_starts_afresh(tmp_path: Path, finished: Path) -> None:
+def test_resume_auto_in_a_new_folder_starts_a_new_run(tmp_path: Path, finished: Path) -> None:
     assert train(tmp_path / "new", "resume=auto", "train.steps=1", "checkpoint.every_steps=0") == 0
     assert lasting(tmp_path / "new")[0] == lasting(finished)[0]
 
 
-def test_going_back_to_an_older_checkpoint_abandons_the_newer_ones(finished: Path, tmp_path: Path) -> None:
+def test_resuming_from_an_older_checkpoint_abandons_newer_ones(finished: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "back"
     shutil.copytree(finished, run_dir)
     older = run_dir / "checkpoints" / "step_00000002"
@@ -162,14 +166,14 @@ def test_going_back_to_an_older_checkpoint_abandons_the_newer_ones(finished: Pat
 
 
 @pytest.mark.slow
-def test_a_new_run_from_another_ones_checkpoint_begins_with_its_rows(finished: Path, tmp_path: Path) -> None:
+def test_a_new_run_from_the_checkpoint_of_another_has_its_rows(finished: Path, tmp_path: Path) -> None:
     checkpoint = finished / "checkpoints" / "step_00000002"
     assert train(tmp_path / "new", f"resume={checkpoint}") == 0
     assert lasting(tmp_path / "new") == lasting(finished)
     assert lasting(tmp_path / "new", "warm_start.jsonl") == lasting(finished, "warm_start.jsonl")
 
 
-def test_weights_that_are_not_finite_stop_the_run_in_one_sentence(
+def test_non_finite_weights_stop_the_run_with_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(tmp_path / "run", "warm_start.steps=0", "optimizer.lr=1e36") == 2
@@ -190,7 +194,7 @@ def test_quickstart_learns_under_two_tensor_parallel_ranks(tmp_path: Path) -> No
 EXACT = ("rollout.local.exact=true", "rollout.local.slots=5", "on_policy.tolerance=0")
 
 
-def test_in_exact_mode_the_tolerance_may_be_0(tmp_path: Path) -> None:
+def test_exact_mode_runs_with_tolerance_zero(tmp_path: Path) -> None:
     assert train(tmp_path / "run", *EXACT) == 0
     steps = rows(tmp_path / "run")
     assert len(steps) == 1 + STEPS
@@ -198,7 +202,7 @@ def test_in_exact_mode_the_tolerance_may_be_0(tmp_path: Path) -> None:
     assert all(row["on_policy/logprob_diff_max"] == 0.0 for row in steps[1:])
 
 
-def test_a_machine_that_is_not_exact_ends_the_run_in_one_sentence(
+def test_a_machine_that_is_not_exact_stops_the_run_with_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("opo_megatron.kernels.exact.QUERY_ROWS", 1)

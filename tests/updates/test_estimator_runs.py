@@ -39,7 +39,7 @@ TINY = (
 
 
 @pytest.fixture(autouse=True, scope="module")
-def some_reward() -> Iterator[None]:
+def use_easy_reward() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LiftTask, "reward", lambda self, prompt, response: float(sum(response) % 2))
         yield

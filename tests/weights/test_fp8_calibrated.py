@@ -1,4 +1,4 @@
-"""FP8 calibrated by nvidia-modelopt: scales against maxima found without it, mistakes, no leftovers.
+"""FP8 calibrated by nvidia-modelopt: scales against independent maxima, errors, no files left behind.
 
 transformers does not read modelopt's format, and SGLang's linear layers for it need a GPU: the files are
 checked against the format's definition, weight = fp8 · weight_scale and input_scale = max |input| / 448.
@@ -25,21 +25,21 @@ PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [20, 0, 19, 7, 7, 7, 2]]
 
 def largest_inputs(model: Any) -> dict[str, float]:
     """max |input| of every linear module over PROMPTS."""
-    found: dict[str, float] = {}
+    maxima: dict[str, float] = {}
 
-    def watch(name: str) -> Any:
+    def hook_of(name: str) -> Any:
         def hook(module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
-            found[name] = max(found.get(name, 0.0), float(arguments[0].abs().max()))
+            maxima[name] = max(maxima.get(name, 0.0), float(arguments[0].abs().max()))
 
         return hook
 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(watch(name))
+            module.register_forward_pre_hook(hook_of(name))
     with torch.no_grad():
         for prompt in PROMPTS:
             model(torch.tensor([prompt]))
-    return found
+    return maxima
 
 
 def quantize(family: str, work: Path) -> tuple[Any, Path]:
@@ -54,20 +54,22 @@ def quantize(family: str, work: Path) -> tuple[Any, Path]:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2, tied"])
-def test_scales_are_maxima_and_weights_are_rounded_by_them(family: str, tmp_path: Path) -> None:
+def test_scales_are_from_maxima_and_weights_are_rounded_with_them(family: str, tmp_path: Path) -> None:
     model, folder = quantize(family, tmp_path)
-    inputs, found, weights = largest_inputs(model), tensors_of(folder), tensors_of(tmp_path / "model")
-    linear = [name for name in inputs if name != "lm_head"]
-    assert {n.removesuffix(".weight") for n, t in found.items() if t.dtype is torch.float8_e4m3fn} == set(
-        linear
+    inputs, quantized, weights = largest_inputs(model), tensors_of(folder), tensors_of(tmp_path / "model")
+    linear_layers = [name for name in inputs if name != "lm_head"]
+    assert {n.removesuffix(".weight") for n, t in quantized.items() if t.dtype is torch.float8_e4m3fn} == set(
+        linear_layers
     )
-    for name in linear:
-        weight, scale = weights[f"{name}.weight"], found[f"{name}.weight_scale"]
+    for name in linear_layers:
+        weight, scale = weights[f"{name}.weight"], quantized[f"{name}.weight_scale"]
         assert float(scale) == pytest.approx(float(weight.abs().max()) / 448, rel=1e-6)
-        assert torch.equal(found[f"{name}.weight"].float(), (weight / scale).to(torch.float8_e4m3fn).float())
-        assert float(found[f"{name}.input_scale"]) == pytest.approx(inputs[name] / 448, rel=1e-5)
-    untouched = weights.keys() - {f"{name}.weight" for name in linear}
-    assert all(torch.equal(found[name], weights[name]) for name in untouched)
+        assert torch.equal(
+            quantized[f"{name}.weight"].float(), (weight / scale).to(torch.float8_e4m3fn).float()
+        )
+        assert float(quantized[f"{name}.input_scale"]) == pytest.approx(inputs[name] / 448, rel=1e-5)
+    unquantized = weights.keys() - {f"{name}.weight" for name in linear_layers}
+    assert all(torch.equal(quantized[name], weights[name]) for name in unquantized)
     assert {p.name for p in folder.iterdir()} >= {"hf_quant_config.json", "config.json", "tokenizer.json"}
     quantization = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
     assert quantization["quant_algo"] == "FP8" and "lm_head" in quantization["exclude_modules"]
@@ -78,20 +80,20 @@ def test_scales_are_maxima_and_weights_are_rounded_by_them(family: str, tmp_path
 
 def test_experts_are_quantized_one_by_one_and_the_router_is_not(tmp_path: Path) -> None:
     _, folder = quantize("qwen3_moe", tmp_path)
-    found, weights = tensors_of(folder), tensors_of(tmp_path / "model")
-    assert weights.keys() <= found.keys()
+    quantized, weights = tensors_of(folder), tensors_of(tmp_path / "model")
+    assert weights.keys() <= quantized.keys()
     for name, weight in weights.items():
         if ".experts." in name:
-            assert found[name].dtype is torch.float8_e4m3fn
-            scale = found[f"{name}_scale"]  # gate and up share one, being one matrix to engines
-            error = (found[name].float() * scale - weight).abs()
+            assert quantized[name].dtype is torch.float8_e4m3fn
+            scale = quantized[f"{name}_scale"]  # gate and up share one scale: engines fuse them
+            error = (quantized[name].float() * scale - weight).abs()
             assert bool((error <= torch.maximum(2.0**-4 * weight.abs(), 2.0**-10 * scale) * (1 + 1e-6)).all())
             assert float(weight.abs().max()) / 448 <= float(scale) * (1 + 1e-6)
     router = "model.layers.1.mlp.gate.weight"
-    assert torch.equal(found[router], weights[router])
+    assert torch.equal(quantized[router], weights[router])
 
 
-def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+def test_non_finite_weights_are_rejected(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     from opo_megatron.weights.fp8_calibrated import quantize_calibrated
@@ -134,7 +136,7 @@ def test_the_command_calibrates_with_a_recipes_prompts(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- prompts
 
 
-def test_prompts_of_a_recipe_are_its_tasks(tmp_path: Path) -> None:
+def test_prompts_of_a_recipe_are_those_of_its_task(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     prompts = calibration.recipe_prompts(tmp_path / "recipe.yaml", [], 5)
     assert len(prompts) == 5 and all(
@@ -155,12 +157,12 @@ def test_texts_of_a_file_are_tokenized_by_the_models_tokenizer(tmp_path: Path) -
         assert len(calibration.file_prompts(tmp_path / name, [folder], 1)) == 1
 
 
-def test_prompts_are_truncated_to_the_models_length() -> None:
+def test_prompts_are_truncated_to_the_models_maximum_length() -> None:
     assert calibration.usable([[1, 2, 3], [], [4]], 5, 2) == [[1, 2], [4]]
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ("{\n", "line 1 of .* is not JSON"),
         ('{"a": 1}\n', "no text in the field text, prompt, question"),
@@ -169,15 +171,15 @@ def test_prompts_are_truncated_to_the_models_length() -> None:
         ('{"text": "a"}\n', "needs the model's tokenizer"),
     ],
 )
-def test_a_file_that_is_no_use_is_refused(content: str | None, words: str, tmp_path: Path) -> None:
+def test_an_unusable_file_is_rejected(content: str | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         calibration.file_prompts(path, [tmp_path], 3)
 
 
-def test_prompts_of_another_vocabulary_are_refused() -> None:
+def test_prompts_of_another_vocabulary_are_rejected() -> None:
     with pytest.raises(UserError, match=r"token 21, but the model's vocabulary has 21"):
         calibration.usable([[1, 21]], 21, 10)
     with pytest.raises(UserError, match="no prompt"):

@@ -1,8 +1,8 @@
-"""Block FP8 folders: every tensor by its definition, loaded by transformers, refused in one sentence.
+"""Block FP8 folders: every tensor by its definition, loading by transformers, errors in one sentence.
 
-transformers loads them on a CPU by dequantizing.  What it loads on a GPU, FP8 as it is, is compared by
-name, shape and type with the modules that it would build.  A CPU server of SGLang wants AMX for these
-weights, so what its `Fp8LinearMethod.create_fp8_weight_` allocates is checked here from its source:
+transformers loads them on a CPU by dequantizing.  What it loads on a GPU, without dequantizing, is compared
+by name, shape and dtype with the modules that it would build.  A CPU server of SGLang needs AMX for these
+weights, so what its `Fp8LinearMethod.create_fp8_weight_` allocates is checked from its source:
 float8_e4m3fn [out, in], float32 `weight_scale_inv` [⌈out/128⌉, ⌈in/128⌉].
 """
 
@@ -42,7 +42,7 @@ SCALE = "_scale_inv"
 
 
 @pytest.fixture(autouse=True)
-def leave_groups() -> Iterator[None]:
+def shut_down_groups() -> Iterator[None]:
     yield
     shutdown()
 
@@ -54,7 +54,7 @@ def quantized_folder(
     dtype: torch.dtype = torch.float32,
     **change: Tensor,
 ) -> tuple[dict[str, Tensor], Path]:
-    """A random model's weights, and the folder in FP8 that its checkpoint became."""
+    """A random model's weights, and the FP8 folder exported from its checkpoint."""
     folder = work / "model"
     save_random_model(family, folder)
     weights = {name: tensor.to(dtype) for name, tensor in tensors_of(folder).items()} | change
@@ -69,7 +69,7 @@ def quantized_folder(
 
 
 def is_quantized(name: str, tensor: Tensor) -> bool:
-    """Written down once more: matrices of whole blocks inside the layers, but for the router."""
+    """Independent definition: matrices of whole blocks in the layers, except the router."""
     whole = tensor.dim() == 2 and all(size % 128 == 0 for size in tensor.shape)
     return whole and ".layers." in name and ".mlp.gate." not in name
 
@@ -87,15 +87,15 @@ def test_every_tensor_is_quantized_or_untouched(
             expected[name], expected[name + SCALE] = quantize_blocks(name, tensor, scales)
         else:
             expected[name] = tensor
-    found = tensors_of(folder)
+    exported = tensors_of(folder)
     as_bytes = lambda tensors: {n: t.view(torch.uint8) if t.dim() else t for n, t in tensors.items()}  # noqa: E731
-    assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in expected.items()}
-    assert_same_tensors(as_bytes(found), as_bytes(expected))
-    assert any(t.dtype is torch.float8_e4m3fn for t in found.values())
+    assert {n: t.dtype for n, t in exported.items()} == {n: t.dtype for n, t in expected.items()}
+    assert_same_tensors(as_bytes(exported), as_bytes(expected))
+    assert any(t.dtype is torch.float8_e4m3fn for t in exported.values())
     assert len(list(folder.glob("*.safetensors"))) > 1
 
 
-def test_config_json_is_the_models_with_what_loaders_ask_for(tmp_path: Path) -> None:
+def test_config_json_is_the_models_plus_the_quantization_config(tmp_path: Path) -> None:
     _, folder = quantized_folder(MOE, tmp_path, Scales.power_of_two)
     config = json.loads((folder / "config.json").read_text())
     quantization = config.pop("quantization_config")
@@ -113,7 +113,7 @@ def test_config_json_is_the_models_with_what_loaders_ask_for(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("scales", Scales)
 @pytest.mark.parametrize("family", WHOLE_BLOCKS)
-def test_transformers_loads_the_folder_on_a_cpu_by_dequantizing_it(
+def test_transformers_loads_the_folder_on_a_cpu_by_dequantizing(
     family: str, scales: Scales, tmp_path: Path
 ) -> None:
     transformers = require("transformers", "make setup-dev")
@@ -123,7 +123,7 @@ def test_transformers_loads_the_folder_on_a_cpu_by_dequantizing_it(
         folder, dtype=torch.float32, output_loading_info=True
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
-    exact = {
+    dequantized = {
         name: dequantize_blocks(*quantize_blocks(name, tensor, scales))
         if is_quantized(name, tensor)
         else tensor
@@ -131,18 +131,20 @@ def test_transformers_loads_the_folder_on_a_cpu_by_dequantizing_it(
     }
     plain = tmp_path / "plain"
     transformers_config(family).save_pretrained(plain)
-    save_file(exact, plain / "model.safetensors", metadata={"format": "pt"})
-    same = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
-    for (name, got), want in zip(model.state_dict().items(), same.state_dict().values(), strict=True):
-        assert torch.equal(got, want), name
-    assert log_probs_of(model.eval()) == log_probs_of(same.eval())
+    save_file(dequantized, plain / "model.safetensors", metadata={"format": "pt"})
+    loaded_dequantized = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    for (name, actual), expected in zip(
+        model.state_dict().items(), loaded_dequantized.state_dict().values(), strict=True
+    ):
+        assert torch.equal(actual, expected), name
+    assert log_probs_of(model.eval()) == log_probs_of(loaded_dequantized.eval())
     unquantized = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     difference = torch.tensor(log_probs_of(model)) - torch.tensor(log_probs_of(unquantized.eval()))
     assert 1e-4 < float(difference.abs().mean()) < 0.5
 
 
 @pytest.mark.parametrize("family", [QWEN3, QWEN2])
-def test_the_folder_has_the_tensors_that_transformers_allocates_on_a_gpu(family: str, tmp_path: Path) -> None:
+def test_the_folder_has_the_tensors_transformers_allocates_on_a_gpu(family: str, tmp_path: Path) -> None:
     """Without dequantizing: its FP8 modules on the meta device against the files."""
     transformers = require("transformers", "make setup-dev")
     fp8 = require("transformers.integrations.finegrained_fp8", "make setup-dev")
@@ -158,7 +160,7 @@ def test_the_folder_has_the_tensors_that_transformers_allocates_on_a_gpu(family:
     assert allocated == {name: (tuple(t.shape), t.dtype) for name, t in tensors_of(folder).items()}
 
 
-def test_matrices_of_broken_blocks_are_left_alone_and_counted() -> None:
+def test_matrices_of_partial_blocks_are_not_quantized_but_counted() -> None:
     blocks = BlockFp8(replace(WHOLE_BLOCKS[QWEN2], vocab_size=VOCAB_SIZE), Scales.fp32)
     assert blocks.untouched == [
         "lm_head",
@@ -172,15 +174,15 @@ def test_matrices_of_broken_blocks_are_left_alone_and_counted() -> None:
     assert "model.layers.1.mlp.experts" in BlockFp8(odd_experts, Scales.fp32).untouched
 
 
-def test_a_model_without_a_whole_block_is_refused() -> None:
-    with pytest.raises(UserError, match=r"whole 128×128 blocks .* is \[32, 32\].*--quantize fp8") as refusal:
+def test_a_model_without_a_whole_block_is_rejected() -> None:
+    with pytest.raises(UserError, match=r"whole 128×128 blocks .* is \[32, 32\].*--quantize fp8") as error:
         BlockFp8(replace(LLAMA, vocab_size=VOCAB_SIZE), Scales.fp32)
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_refused_and_nothing_is_left(bad: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_weights_are_rejected_and_no_file_is_left(value: float, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     with pytest.raises(UserError, match=f"{name} holds NaN or infinite weights"):
-        quantized_folder(QWEN3, tmp_path, **{name: torch.full((128, 384), bad)})
+        quantized_folder(QWEN3, tmp_path, **{name: torch.full((128, 384), value)})
     assert not list(tmp_path.glob("fp8*"))

@@ -1,4 +1,4 @@
-"""Hugging Face folders: slices, checks before anything is loaded, nothing half-written."""
+"""Hugging Face folders: slices, checks before loading, no partial folders."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
-    """Replace tensors of an unsharded folder; None takes one away."""
+    """Replaces tensors of an unsharded folder; None removes one."""
     tensors = load_file(folder / WEIGHTS) | change
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / WEIGHTS)
 
@@ -74,7 +74,7 @@ def test_slices_of_a_file_are_slices_of_its_tensor(
         assert torch.equal(stored[index], full[index])
 
 
-def test_what_is_written_is_read_by_the_library_and_by_ourselves(tmp_path: Path) -> None:
+def test_written_files_are_read_by_safetensors_and_by_read_header(tmp_path: Path) -> None:
     tensors = {
         "x": torch.randn(5, 3),
         "y": torch.randn(7).bfloat16(),
@@ -90,7 +90,7 @@ def test_what_is_written_is_read_by_the_library_and_by_ourselves(tmp_path: Path)
     assert_same_tensors({n: t[:] for n, t in read_header(tmp_path / "x.safetensors").items()}, tensors)
 
 
-def test_a_tensor_that_was_not_announced_is_an_error(tmp_path: Path) -> None:
+def test_an_unannounced_tensor_is_an_error(tmp_path: Path) -> None:
     writer = FileWriter(tmp_path / "x", [TensorInfo("a", (2,), torch.float32)])
     with pytest.raises(ValueError, match="announced"):
         writer.write("b", torch.ones(2))
@@ -99,7 +99,7 @@ def test_a_tensor_that_was_not_announced_is_an_error(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- reading
 
 
-def test_all_tensors_of_a_sharded_folder_are_found(sharded: Path) -> None:
+def test_all_tensors_of_a_sharded_folder_are_read(sharded: Path) -> None:
     assert_same_tensors({n: t[:] for n, t in read_weights(sharded, MODEL).items()}, tensors_of(sharded))
 
 
@@ -124,7 +124,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder: Path) -> No
         read_weights(folder, MODEL)
 
 
-def test_missing_and_superfluous_tensors_are_named(folder: Path) -> None:
+def test_missing_and_unexpected_tensors_are_named(folder: Path) -> None:
     rewrite(folder, {NORM: None})
     with pytest.raises(UserError, match=r"lacks model\.norm\.weight"):
         read_weights(folder, MODEL)
@@ -133,13 +133,13 @@ def test_missing_and_superfluous_tensors_are_named(folder: Path) -> None:
         read_weights(folder, MODEL)
 
 
-def test_an_unknown_type_is_named(folder: Path) -> None:
+def test_an_unsupported_dtype_is_named(folder: Path) -> None:
     rewrite(folder, {NORM: torch.ones(32).to(torch.float8_e4m3fn)})
     with pytest.raises(UserError, match=r"model\.norm\.weight as F8_E4M3; supported are F32, BF16, F16"):
         read_weights(folder, MODEL)
 
 
-def test_an_index_that_lies_is_found_out(sharded: Path) -> None:
+def test_a_wrong_index_is_detected(sharded: Path) -> None:
     index = json.loads((sharded / INDEX).read_text())
     first, second = sorted(set(index["weight_map"].values()))[:2]
     name = next(name for name, file in index["weight_map"].items() if file == first)
@@ -152,20 +152,20 @@ def test_an_index_that_lies_is_found_out(sharded: Path) -> None:
         read_weights(sharded, MODEL)
 
 
-def test_a_folder_without_safetensors_says_what_it_has(tmp_path: Path) -> None:
+def test_a_folder_without_safetensors_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(UserError, match="other formats are not read"):
         read_weights(tmp_path, MODEL)
 
 
-def test_a_tied_head_and_old_frequencies_may_lie_in_the_file(tmp_path: Path) -> None:
+def test_a_tied_head_and_rotary_frequencies_in_the_file_are_ignored(tmp_path: Path) -> None:
     save_random_model("qwen3, tied", tmp_path)
-    idle = {
+    ignored = {
         "lm_head.weight": torch.ones(VOCAB_SIZE, 32),
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
     }
-    rewrite(tmp_path, dict(idle))
-    assert not idle.keys() & read_weights(tmp_path, TIED).keys()
+    rewrite(tmp_path, dict(ignored))
+    assert not ignored.keys() & read_weights(tmp_path, TIED).keys()
     with pytest.raises(UserError, match=r"lacks lm_head\.weight"):
         rewrite(tmp_path, {"lm_head.weight": None})
         read_weights(tmp_path, replace(TIED, tie_embeddings=False))
@@ -199,21 +199,21 @@ def test_shards_hold_at_most_their_size_and_all_tensors(shard_bytes: int, tmp_pa
         assert all(name in load_file(tmp_path / file) for name, file in index["weight_map"].items())
 
 
-def test_a_folder_has_its_name_only_when_it_is_complete(tmp_path: Path) -> None:
+def test_a_folder_gets_its_name_only_when_complete(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with new_folder(target) as partial:
         assert partial.is_dir() and not target.exists()
     assert target.is_dir() and not partial.exists()
 
 
-def test_an_interrupted_folder_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_an_interrupted_write_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out") as partial:
         (partial / "half").touch()
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+def test_a_non_empty_folder_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
     with pytest.raises(UserError, match="choose another name"), new_folder(tmp_path / "out"):
@@ -233,6 +233,6 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
         file.write(data)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(safetensors_file, "write_bytes", write)
-    with pytest.raises(UserError, match="is full") as refusal, new_folder(tmp_path / "out") as partial:
+    with pytest.raises(UserError, match="is full") as error, new_folder(tmp_path / "out") as partial:
         write_all(partial, {f"t{i}": torch.randn(20, 3) for i in range(40)}, 1000)
-    assert "\n" not in str(refusal.value) and list(tmp_path.iterdir()) == []
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []

@@ -1,5 +1,5 @@
 """Hugging Face folders under every layout: read, streamed, saved under one layout and exported under
-another, all bit by bit, and log-probabilities against transformers."""
+another, all bit for bit, and log-probabilities against transformers."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ EXPERTS = {
 def check(family: str, ranks: int, layouts: tuple[str, ...], work: Path) -> None:
     folder = work / "model"
     model = save_random_model(family, folder, num_layers=4, shard_size="40KB")
-    write_recipe(work)  # before the ranks, which would race for it
+    write_recipe(work)  # before the ranks start, which would race to write it
     run_ranks_of(WORKER, ranks, str(folder), str(work), *layouts)
     results, expected = json.loads((work / "results.json").read_text()), tensors_of(folder)
-    truth = torch.tensor(log_probs_of(model))
+    reference = torch.tensor(log_probs_of(model))
     for i, layout in enumerate(layouts):
-        difference = (torch.tensor(results[i]["log_probs"]) - truth).abs().max()
+        difference = (torch.tensor(results[i]["log_probs"]) - reference).abs().max()
         assert float(difference) <= 1e-5, layout
         assert_same_tensors(tensors_of(work / f"exported{i}"), expected)
 
@@ -42,6 +42,6 @@ def check(family: str, ranks: int, layouts: tuple[str, ...], work: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_under_every_layout(family: str, ranks: int, tmp_path: Path) -> None:
+def test_every_family_round_trips_under_every_layout(family: str, ranks: int, tmp_path: Path) -> None:
     layouts = DENSE if FAMILIES[family].num_moe_experts is None else EXPERTS
     check(family, ranks, layouts[ranks], tmp_path)
