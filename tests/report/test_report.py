@@ -76,15 +76,15 @@ def test_a_band_is_mean_min_and_max_at_the_steps_that_all_runs_have(tmp_path: Pa
     folders.append(make_run(tmp_path / "3", "run.seed=3", steps=3))
     runs = read_runs(folders)
     (arm,) = group_runs(runs)
-    found = band(arm, "reward/mean")
-    assert found is not None and found.runs == 3
+    curve_band = band(arm, "reward/mean")
+    assert curve_band is not None and curve_band.runs == 3
     series = [run.series("reward/mean") for run in runs]
     values = np.array([[one[step] for step in (1, 2, 3)] for one in series])
-    assert found.steps.tolist() == [1, 2, 3]
-    np.testing.assert_allclose(found.mean, np.mean(values, axis=0), rtol=1e-15)
-    np.testing.assert_array_equal(found.low, np.amin(values, axis=0))
-    np.testing.assert_array_equal(found.high, np.amax(values, axis=0))
-    for (steps, tail), one in zip(found.tails, series[:2], strict=True):
+    assert curve_band.steps.tolist() == [1, 2, 3]
+    np.testing.assert_allclose(curve_band.mean, np.mean(values, axis=0), rtol=1e-15)
+    np.testing.assert_array_equal(curve_band.low, np.amin(values, axis=0))
+    np.testing.assert_array_equal(curve_band.high, np.amax(values, axis=0))
+    for (steps, tail), one in zip(curve_band.tails, series[:2], strict=True):
         assert steps.tolist() == [3, 4, 5, 6] and tail.tolist() == [one[step] for step in (3, 4, 5, 6)]
     assert band(arm, "eval/none") is None
 
@@ -105,10 +105,10 @@ def test_long_curves_are_means_of_bins_and_maxima_stay_maxima() -> None:
 def test_the_half_width_is_that_of_students_t_interval(count: int) -> None:
     scipy_stats = require("scipy.stats", "pip install -e '.[dev]'")
     values = np.random.default_rng(count).normal(size=count)
-    found = mean_of(values.tolist())
+    interval = mean_of(values.tolist())
     half = scipy_stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count)
-    assert found.half_width == pytest.approx(half, rel=2e-4)  # the table has three decimals
-    assert found.value == pytest.approx(values.mean()) and found.runs == count
+    assert interval.half_width == pytest.approx(half, rel=2e-4)  # the table has three decimals
+    assert interval.value == pytest.approx(values.mean()) and interval.runs == count
     assert mean_of([0.25]) == (0.25, None, 1)
 
 
