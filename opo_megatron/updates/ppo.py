@@ -1,8 +1,8 @@
 """Updates of PPO and GRPO, with a clipped ratio, on the same policy, for comparison with OPO.
 
-Beyond OPO's one update they take a forward pass for old log-probabilities, one for reference log-probabilities
-where the objective has a KL, and several optimizer steps, each on its own mini-batch of prompts; after the
-first one the samples are off-policy.
+Beyond OPO's one update they take a forward pass for old log-probabilities, one for reference log-probs where
+the objective has a KL, and several optimizer steps, each on its own mini-batch of prompts; after the first
+one the samples are off-policy.
 """
 
 from __future__ import annotations
