@@ -107,7 +107,7 @@ def during_saving(inject: Callable[[], None]) -> None:
     checkpoint.PendingCheckpoint._finish = interrupted
 
 
-FAULT_POINTS = {
+MOMENTS = {
     "warm start": during_warm_start,
     "generation": during_generation,
     "training": during_training,
@@ -126,7 +126,7 @@ def attempt(fault: list[Any] | None, arguments: list[str]) -> int:
     if fault is not None and (len(fault) < 3 or str(fault[2]) == os.environ.get("RANK", "0")):
         point, signal_number = fault[:2]
         rank = os.getpid()  # also where a child process reaches the point
-        FAULT_POINTS[point](lambda: os.kill(rank, signal_number))
+        MOMENTS[point](lambda: os.kill(rank, signal_number))
     return main(arguments)
 
 
