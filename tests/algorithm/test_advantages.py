@@ -174,7 +174,7 @@ def test_a_sample_with_all_the_weight_is_its_own_baseline() -> None:
 
 
 @pytest.mark.parametrize("preset", Baseline)
-def test_rewards_that_agree_give_exactly_zero_although_sums_round(preset: Baseline) -> None:
+def test_equal_rewards_give_exactly_zero_despite_rounding(preset: Baseline) -> None:
     lengths = torch.arange(21) * 13 % 17
     for reward in (0.0, 0.1, 1 / 3, -0.7, 1e-300, 1e15 + 0.3):
         rewards = torch.full((21,), reward, dtype=torch.float64)
@@ -184,16 +184,16 @@ def test_rewards_that_agree_give_exactly_zero_although_sums_round(preset: Baseli
         assert not result.any()
 
 
-def test_without_signal_are_those_whose_rewards_agree() -> None:
+def test_zero_variance_groups_are_those_with_equal_rewards() -> None:
     rewards = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.2, 5.0])
     groups = torch.tensor([3, 8, 3, 8, 8, 1])
-    in_groups = zero_variance(config_of(Baseline.opo), rewards, groups)
-    assert in_groups.tolist() == [True, False, True, False, False, True]
+    is_zero_variance = zero_variance(config_of(Baseline.opo), rewards, groups)
+    assert is_zero_variance.tolist() == [True, False, True, False, False, True]
     assert not zero_variance(config_of(Baseline.batch_length), rewards, groups).any()
 
 
 def test_standard_deviation_has_the_baselines_scope() -> None:
-    """A group that agrees has a spread of 0, which must not divide a difference from the batch's mean."""
+    """The standard deviation of a zero-variance group, 0, must not divide deviations from the batch's mean."""
     rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
     config = config_of(Baseline.grpo, scope=Scope.batch)
     got = compute_advantages(config, rewards, torch.ones(6), torch.arange(6) // 2)

@@ -182,7 +182,7 @@ def test_a_missing_package_is_named_with_its_install_command(
         ("none", "the verifier graders:none returned None"),
     ],
 )
-def test_a_verifier_without_a_finite_number_is_named_with_its_arguments(capsys, name, words):
+def test_a_verifier_without_a_finite_reward_is_named_with_its_arguments(capsys, name, words):
     error = refused(capsys, "train", "text.yaml", f"task.verifier=graders:{name}")
     assert words in error and "for the answer " in error and "it must return a " in error
 

@@ -149,7 +149,7 @@ def test_no_tokens_launch_nothing(launches: tuple[Counted, Counted]) -> None:
     assert output.log_prob.shape == (0,) and (d_weight == 1).all()
 
 
-def test_large_logits_give_finite_exact_results() -> None:
+def test_large_logits_give_finite_accurate_results() -> None:
     hidden = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, 1.0]])
     weight = torch.tensor([[80.0, 5000.0], [-80.0, 5000.0], [0.0, 5000.0]])
     inputs = Inputs(hidden, weight, torch.tensor([1, 1, 0]), torch.ones(3))
@@ -165,7 +165,7 @@ def test_a_nan_logit_affects_only_its_tokens_log_prob() -> None:
     assert output.log_prob.isnan().tolist() == [False, False, False, True, False]
 
 
-def test_bf16_is_exact_up_to_rounding() -> None:
+def test_bf16_is_accurate_up_to_rounding() -> None:
     inputs = Inputs.random(40, 16, 130)
     inputs = Inputs(inputs.hidden.bfloat16(), inputs.weight.bfloat16(), inputs.targets, inputs.advantages)
     d_weight = torch.zeros(130, 16)

@@ -73,7 +73,7 @@ def test_without_an_objective_only_the_distribution_is_computed() -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 5000.0])
-def test_large_logits_give_finite_exact_results(offset: float) -> None:
+def test_large_logits_give_finite_accurate_results(offset: float) -> None:
     """Logits of ±80 around an offset; probabilities of e⁻¹⁶⁰ underflow in fp32, log-probabilities do not."""
     hidden = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, 1.0]])
     weight = torch.tensor([[80.0, offset], [-80.0, offset], [0.0, offset]])
