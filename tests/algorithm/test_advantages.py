@@ -193,7 +193,7 @@ def test_zero_variance_groups_are_those_with_equal_rewards() -> None:
 
 
 def test_standard_deviation_has_the_baselines_scope() -> None:
-    """The standard deviation of a zero-variance group, 0, must not divide deviations from the batch's mean."""
+    """A zero-variance group's standard deviation, 0, must not divide deviations from the batch's mean."""
     rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
     config = config_of(Baseline.grpo, scope=Scope.batch)
     got = compute_advantages(config, rewards, torch.ones(6), torch.arange(6) // 2)
