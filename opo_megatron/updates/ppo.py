@@ -1,8 +1,8 @@
-"""The other arm of the comparison: updates of PPO and GRPO, with a clipped ratio, on the same policy.
+"""Updates of PPO and GRPO, with a clipped ratio, on the same policy, for comparison with OPO.
 
-What it takes more than OPO's one update: a forward pass for old log-probabilities, one for those of the
-start weights where the KL to them counts, and several optimizer steps, each on its own part of the
-prompts, after the first of which the samples are no longer the policy's.
+Beyond OPO's one update they take a forward pass for old log-probabilities, one for reference log-probs where
+the objective has a KL, and several optimizer steps, each on its own mini-batch of prompts; after the first
+one the samples are off-policy.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from opo_megatron.run import Run
 def ppo_updates(
     run: Run, step: int, rollouts: Rollouts, stats: BatchStats, advantages: Tensor, lr: float
 ) -> StepMetrics:
-    """`algorithm.updates_per_batch` optimizer steps; means of what they report.
+    """`algorithm.updates_per_batch` optimizer steps; returns the means of their metrics.
 
-    That engine and policy agree is proven by the old log-probabilities, before the first of them.
+    The old log-probabilities prove, before the first step, that engine and policy agree.
     """
     config, policy, algorithm = run.config, run.policy, run.config.algorithm
     mini_batches = split_prompts(stats.groups, algorithm.updates_per_batch, f"{config.run.seed}/{step}")
@@ -42,8 +42,8 @@ def ppo_updates(
     for part, schedule in zip(parts, schedules, strict=True):
         part.old_log_prob = policy.log_probs(part, schedule, temperature)
     mismatch = _mismatch(run.parallel, parts)
-    nothing_yet = StepMetrics(0.0, int(stats.response_lengths.sum()), None, mismatch)
-    run.check_on_policy(nothing_yet)
+    before_update = StepMetrics(0.0, int(stats.response_lengths.sum()), None, mismatch)
+    run.check_on_policy(before_update)
     if algorithm.kl_coefficient:
         _measure_reference(run, parts, schedules, temperature)
     found = []
@@ -57,7 +57,7 @@ def ppo_updates(
         found.append(policy.train_step(part, schedule, objective, lr))
     entropies = [one.entropy for one in found if one.entropy is not None]
     return replace(
-        nothing_yet,
+        before_update,
         loss=fmean(one.loss for one in found),
         entropy=fmean(entropies) if entropies else None,
         grad_norm=fmean(one.grad_norm for one in found),
@@ -70,8 +70,8 @@ def split_prompts(groups: Tensor, parts: int, seed: str) -> list[list[int]]:
     if parts > 1:
         random.Random(seed).shuffle(prompts)
     size = len(prompts) // parts
-    hands = [set(prompts[i * size : (i + 1) * size]) for i in range(parts)]
-    return [[i for i, group in enumerate(groups.tolist()) if group in hand] for hand in hands]
+    mini_batches = [set(prompts[i * size : (i + 1) * size]) for i in range(parts)]
+    return [[i for i, group in enumerate(groups.tolist()) if group in chosen] for chosen in mini_batches]
 
 
 def _mismatch(parallel: Parallel, parts: list[Rollouts]) -> Mismatch | None:
@@ -92,7 +92,7 @@ def _mismatch(parallel: Parallel, parts: list[Rollouts]) -> Mismatch | None:
 def _measure_reference(
     run: Run, parts: list[Rollouts], schedules: list[MicroBatchPlan], temperature: float
 ) -> None:
-    """Log-probabilities under the start weights, of which this rank keeps its part on the host."""
+    """Log-probabilities under the reference weights, of which this rank keeps its part on the host."""
     assert run.reference_weights is not None
     if run.reference_params is None:
         run.reference_params = run.policy.shards_of(run.reference_weights)

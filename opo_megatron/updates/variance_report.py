@@ -1,8 +1,8 @@
-"""Which baseline would have had the least noise?  Measured on the run's own policy, every now and then.
+"""The gradient's variance under every baseline, measured on the run's own policy every few steps.
 
-A bounded number of the step's prompts is looked at, before the update, while the policy is still the
-one that drew them.  `variance/*` and `signal/*` of every estimator go to the metrics, a line to the
-console; `tools/plot_variance.py` draws them.  With `baseline=auto` the report is also what it learns from.
+A bounded number of the step's prompts is measured, before the update, while the policy is still the one that
+sampled them.  `variance/*` and `signal/*` of every estimator go to the metrics, one line to the console;
+`tools/plot_variance.py` plots them.  With `baseline=auto` the fitted weights are updated from the report.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from opo_megatron.policy import per_sample
 from opo_megatron.run import Run
 
 UNBIASED = ("none", "rloo", "opo_loo", "energy_loo", "auto", "true_norm_loo")
-"""Estimators of one expectation, whose variances can be compared as they are."""
+"""Unbiased estimators, whose variances can be compared directly."""
 
 
 def report_is_due(config: Config, step: int) -> bool:
-    """Whether OPO step `step` is looked at: the first one, and every so often after it."""
+    """Whether OPO step `step` has a report: the first one, and every `algorithm.variance_every` after it."""
     every = config.algorithm.variance_every or 0
     return every > 0 and (step - 1) % every == 0
 
@@ -45,7 +45,7 @@ def report_is_due(config: Config, step: int) -> bool:
 def variance_report(
     run: Run, step: int, rollouts: Rollouts, stats: BatchStats, advantages: Tensor
 ) -> MetricsRow:
-    """Measure, learn where the baseline does, and say it; a collective of all ranks.
+    """Measure, update the fitted weights where the baseline uses them, and log; a collective of all ranks.
 
     Args:
         rollouts: this rank's part of the step's samples.

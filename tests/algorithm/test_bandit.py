@@ -1,7 +1,7 @@
-"""The estimators on a bandit, where every expectation is a finite sum: biases to the last digit.
+"""The gradient estimators on a bandit, where every expectation is a finite sum: exact biases.
 
-An action is a whole response: it has a probability softmax(θ), a length and a reward.  One batch is
-K independent actions of one prompt.  The gradient of `PolicyGradient`, with the project's own
+An action is a response with a probability softmax(θ), a length and a reward.  A batch is
+K independent actions of one prompt.  The gradient of `PolicyGradient`, with the project's
 advantages and normaliser, is averaged over all K-tuples of actions in float64.
 """
 
@@ -28,14 +28,16 @@ PROBABILITIES = THETA.softmax(0)
 SCORES = torch.eye(4, dtype=torch.float64) - PROBABILITIES
 """[a, 4]: ∇θ log π(a)."""
 ENERGIES = 1 - 2 * PROBABILITIES + PROBABILITIES.square().sum()
-"""[4] of each action, as the only token of its response."""
+"""[4]: energy of each action as a response of one token."""
 TRUE_GRADIENT = (PROBABILITIES * REWARDS) @ SCORES
 """∇θ E[r]."""
-LEFT_OUT = [baseline for baseline, preset in PRESETS.items() if preset.leave_one_out]
-"""`auto` among them, with a mixture as earlier steps may have left it."""
+LEAVE_ONE_OUT = [baseline for baseline, preset in PRESETS.items() if preset.leave_one_out]
+"""With `auto`, whose fitted weights are a mixture."""
 
 
-def setting(baseline: Baseline, normalizer: LossNormalizer, constant: float | None = None) -> AlgorithmConfig:
+def config_of(
+    baseline: Baseline, normalizer: LossNormalizer, constant: float | None = None
+) -> AlgorithmConfig:
     return AlgorithmConfig(
         baseline, **PRESETS[baseline]._asdict(), loss_normalizer=normalizer, loss_constant=constant
     )
@@ -49,78 +51,80 @@ def expected_estimate(
 ) -> Tensor:
     """E[−∇loss] over batches of one prompt and K samples.
 
-    The order of a batch does not change its gradient, so multisets of actions are enumerated, each
+    The order of a batch does not affect its gradient, so multisets of actions are enumerated, each
     with its multinomial probability.
     """
-    config = setting(baseline, normalizer, constant=float(samples))
+    config = config_of(baseline, normalizer, constant=float(samples))
     batches = torch.tensor(list(combinations_with_replacement(range(4), samples)))
     counts = (batches.unsqueeze(-1) == torch.arange(4)).sum(1)
     orders = [math.factorial(samples) // math.prod(map(math.factorial, row)) for row in counts.tolist()]
-    chances = torch.tensor(orders).double() * PROBABILITIES[batches].prod(1)
-    assert float(chances.sum()) == pytest.approx(1, abs=1e-12)
-    return _weighted_gradients(config, batches, chances, lengths)
+    probabilities = torch.tensor(orders).double() * PROBABILITIES[batches].prod(1)
+    assert float(probabilities.sum()) == pytest.approx(1, abs=1e-12)
+    return _weighted_gradients(config, batches, probabilities, lengths)
 
 
-def _weighted_gradients(config: AlgorithmConfig, batches: Tensor, chances: Tensor, lengths: Tensor) -> Tensor:
+def _weighted_gradients(
+    config: AlgorithmConfig, batches: Tensor, probabilities: Tensor, lengths: Tensor
+) -> Tensor:
     groups = torch.arange(len(batches)).unsqueeze(1).expand_as(batches)
     fitted = FittedWeights()
     fitted.restore({"means": [1, 11.25, 0.7], "noise": [0] * 15, "coefficients": [0.25, 0.25, 0.5]})
-    every = compute_advantages(
+    advantages = compute_advantages(
         config, REWARDS[batches].flatten(), lengths[batches].flatten(), groups.flatten(),
         energies=EnergySums(ENERGIES[batches].flatten(), ENERGIES[batches].flatten()), fitted=fitted,
     ).view_as(batches)  # fmt: skip
     total = torch.zeros(4, dtype=torch.float64)
-    for actions, advantage, chance in zip(batches, every, chances, strict=True):
+    for actions, advantage, probability in zip(batches, advantages, probabilities, strict=True):
         objective = PolicyGradient(loss_normalizer(config, lengths[actions]), temperature=1.0)
         _, d_log_prob = objective(PROBABILITIES.log()[actions], {"advantages": advantage})
-        total -= chance * (d_log_prob @ SCORES[actions])
+        total -= probability * (d_log_prob @ SCORES[actions])
     return total
 
 
-@pytest.mark.parametrize("baseline", LEFT_OUT)
+@pytest.mark.parametrize("baseline", LEAVE_ONE_OUT)
 @pytest.mark.parametrize("samples", [2, 3, 4])
 def test_leave_one_out_estimators_are_unbiased(baseline: Baseline, samples: int) -> None:
-    """By plain enumeration of all ordered K-tuples, each with the product of its probabilities."""
+    """By enumeration of all ordered K-tuples, each with the product of its probabilities."""
     batches = torch.tensor(list(product(range(4), repeat=samples)))
-    chances = PROBABILITIES[batches].prod(1)
-    config = setting(baseline, LossNormalizer.constant, constant=float(samples))
-    expectation = _weighted_gradients(config, batches, chances, LENGTHS)
+    probabilities = PROBABILITIES[batches].prod(1)
+    config = config_of(baseline, LossNormalizer.constant, constant=float(samples))
+    expectation = _weighted_gradients(config, batches, probabilities, LENGTHS)
     torch.testing.assert_close(expectation, TRUE_GRADIENT, rtol=0, atol=1e-12)
     torch.testing.assert_close(expected_estimate(baseline, samples), expectation, rtol=0, atol=1e-12)
 
 
-def test_dividing_by_the_number_of_sequences_is_unbiased_too() -> None:
+def test_normalizing_by_the_number_of_sequences_is_unbiased() -> None:
     got = expected_estimate(Baseline.opo_loo, 4, LossNormalizer.sequences)
     torch.testing.assert_close(got, expected_estimate(Baseline.opo_loo, 4), rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("samples", [2, 3, 4, 8])
-def test_group_mean_estimates_one_minus_one_over_k_of_the_gradient(samples: int) -> None:
+def test_group_mean_estimates_one_minus_one_over_k_times_the_gradient(samples: int) -> None:
     got = expected_estimate(Baseline.group_mean, samples)
     torch.testing.assert_close(got, (1 - 1 / samples) * TRUE_GRADIENT, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("samples", [2, 3, 4])
 def test_the_expectation_of_opo_is_its_closed_form(samples: int) -> None:
-    """E[(1 − w₁/W)(r₁ − b₋₁) ∇log π₁], written out with loops and without the project's code."""
+    """E[(1 − w₁/W)(r₁ − b₋₁) ∇log π₁] by loops, without the project's code."""
     expected = [0.0] * 4
     pi, rewards, lengths = PROBABILITIES.tolist(), REWARDS.tolist(), LENGTHS.tolist()
     for actions in product(range(4), repeat=samples):
-        chance = math.prod(pi[a] for a in actions)
+        probability = math.prod(pi[a] for a in actions)
         first, others = actions[0], actions[1:]
         rest = sum(lengths[a] for a in others)
         baseline = sum(lengths[a] * rewards[a] for a in others) / rest
         factor = (1 - lengths[first] / (lengths[first] + rest)) * (rewards[first] - baseline)
         for k in range(4):
-            expected[k] += chance * factor * (float(k == first) - pi[k])
+            expected[k] += probability * factor * (float(k == first) - pi[k])
     got = expected_estimate(Baseline.opo, samples)
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-def test_the_bias_of_opo_falls_like_one_over_k_to_a_known_limit() -> None:
+def test_k_times_the_bias_of_opo_converges_to_its_limit() -> None:
     """K·(E[ĝ] − g) → −E[l(r − b*)∇log π]/E[l] with b* = E[lr]/E[l]: w₁/W → l/(K·E[l]) and b₋₁ → b*.
 
-    What is left after K times the bias is of order 1/K, so doubling K halves it.
+    The distance of K times the bias to the limit is O(1/K), so doubling K halves it.
     """
     mean_length = PROBABILITIES @ LENGTHS.double()
     best = PROBABILITIES @ (LENGTHS * REWARDS) / mean_length
@@ -134,14 +138,14 @@ def test_the_bias_of_opo_falls_like_one_over_k_to_a_known_limit() -> None:
     assert [distances[i + 1] / distances[i] for i in range(2)] == pytest.approx([0.5, 0.5], abs=0.1)
 
 
-def test_with_equal_lengths_opo_is_the_group_mean() -> None:
+def test_opo_with_equal_lengths_is_the_group_mean() -> None:
     equal = torch.full((4,), 7)
     got = expected_estimate(Baseline.opo, 4, lengths=equal)
     torch.testing.assert_close(got, 0.75 * TRUE_GRADIENT, rtol=0, atol=1e-12)
 
 
-def test_dividing_by_the_tokens_of_the_batch_biases_even_the_direction() -> None:
-    """N is random and depends on the actions, so no constant makes the estimate right; equal lengths do."""
+def test_normalizing_by_the_batchs_tokens_biases_the_direction() -> None:
+    """N depends on the actions, so no constant factor makes the estimate unbiased; equal lengths do."""
 
     def cosine(lengths: Tensor) -> float:
         estimate = expected_estimate(Baseline.opo_loo, 4, LossNormalizer.tokens, lengths)
@@ -151,8 +155,8 @@ def test_dividing_by_the_tokens_of_the_batch_biases_even_the_direction() -> None
     assert cosine(torch.full((4,), 7)) == pytest.approx(1, abs=1e-12)
 
 
-def test_squared_score_weights_give_the_constant_of_least_variance() -> None:
-    """Var[(r − b)∇log π] at b* = E[‖∇log π‖² r]/E[‖∇log π‖²] is least; away from it, δ²·E‖∇log π‖² more."""
+def test_squared_score_weights_give_the_minimum_variance_constant_baseline() -> None:
+    """Var[(r − b)∇log π] is minimal at b* = E[‖∇log π‖² r]/E[‖∇log π‖²], δ²·E‖∇log π‖² more at b* + δ."""
     squares = SCORES.square().sum(1)
     best = float(PROBABILITIES @ (squares * REWARDS) / (PROBABILITIES @ squares))
 
@@ -167,24 +171,24 @@ def test_squared_score_weights_give_the_constant_of_least_variance() -> None:
     assert variance(float(PROBABILITIES @ REWARDS)) > variance(best)
 
 
-def test_no_baseline_beats_the_mean_weighted_by_squared_scores() -> None:
-    """A group in which actions stand in the policy's own proportions (2 : 1 : 4 : 1 of 8)."""
+def test_opo_with_squared_score_weights_is_the_optimal_baseline() -> None:
+    """A group whose action frequencies equal the policy's probabilities (2 : 1 : 4 : 1 of 8)."""
     group = torch.tensor([2, 0, 2, 3, 0, 2, 1, 2])
     policy = torch.bincount(group).double() / 8
     squares = (torch.eye(4, dtype=torch.float64) - policy).square().sum(1)
     best = policy @ (squares * REWARDS) / (policy @ squares)
-    config = setting(Baseline.opo, LossNormalizer.tokens)
+    config = config_of(Baseline.opo, LossNormalizer.tokens)
     got = compute_advantages(config, REWARDS[group], squares[group], torch.zeros(8, dtype=torch.int64))
     torch.testing.assert_close(got, REWARDS[group] - best, rtol=0, atol=1e-14)
 
 
-def test_normalizers_count_tokens_sequences_or_what_the_recipe_says() -> None:
+def test_normalizers_are_tokens_sequences_or_the_recipes_constant() -> None:
     lengths = torch.tensor([4, 0, 9])
     for normalizer, constant, expected in (
         (LossNormalizer.tokens, None, 13.0),
         (LossNormalizer.sequences, None, 3.0),
         (LossNormalizer.constant, 2.5, 2.5),
     ):
-        assert loss_normalizer(setting(Baseline.opo, normalizer, constant), lengths) == expected
+        assert loss_normalizer(config_of(Baseline.opo, normalizer, constant), lengths) == expected
     empty = torch.zeros(3, dtype=torch.int64)
-    assert loss_normalizer(setting(Baseline.opo, LossNormalizer.tokens), empty) == 1.0
+    assert loss_normalizer(config_of(Baseline.opo, LossNormalizer.tokens), empty) == 1.0

@@ -1,4 +1,4 @@
-"""Digests of weights and rollouts: against big-integer arithmetic, under every cut, and what changes them."""
+"""Digests of weights and rollouts: definition, sharding, and sensitivity to every element."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ MOE = ("policy.model.num_moe_experts=4", "policy.model.moe_ffn_hidden_size=24")
 BIASED = ("policy.model.add_qkv_bias=true", "policy.model.tie_embeddings=true")
 
 
-def by_big_integers(name: str, tensor: Tensor) -> int:
-    """The definition, element by element."""
+def reference_digest(name: str, tensor: Tensor) -> int:
+    """Reference implementation: the definition, element by element."""
     bits = tensor.flatten().view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32).tolist()
     seed = hash_of_text(name) & MASK
     return sum(mix((value * FACTORS[0] ^ (i + 1) * GOLDEN ^ seed) & MASK) for i, value in enumerate(bits)) % (
@@ -36,10 +36,10 @@ def by_big_integers(name: str, tensor: Tensor) -> int:
 def all_digests(
     model: ModelConfig, source: Callable[[str], Tensor], tp: int, pp: int, ep: int, dp: int
 ) -> dict[str, tuple[int, float]]:
-    """What the ranks of a layout find, added up."""
+    """The digests of all ranks of a parallel layout, summed."""
     padded = -(-VOCAB_SIZE // tp) * tp + 2 * tp
-    table = parameters(model, VOCAB_SIZE, Stages(model.num_layers, pp), ep, padded)
-    found: dict[str, tuple[int, float]] = {}
+    mapping = parameters(model, VOCAB_SIZE, Stages(model.num_layers, pp), ep, padded)
+    digests: dict[str, tuple[int, float]] = {}
     for rank in range(tp * pp * dp):
         tp_rank, dp_rank, pp_rank = rank % tp, rank // tp % dp, rank // tp // dp
         ep_rank = rank % (tp * dp) % ep if ep > 1 else 0
@@ -48,76 +48,78 @@ def all_digests(
             ep_rank=ep_rank, ep_size=ep, edp_rank=rank % (tp * dp) // ep if ep > 1 else dp_rank,
             etp_rank=0 if ep > 1 else tp_rank, etp_size=1 if ep > 1 else tp,
         )  # fmt: skip
-        for turn, parameter in enumerate(table):
-            if owns_digest(parameter, parallel, turn):
+        for order, parameter in enumerate(mapping):
+            if owns_digest(parameter, parallel, order):
                 tensors = parameter.tensors[ep_rank if parameter.is_expert else 0]
-                places = {
+                positions_of = {
                     name: Positions(shape, label, parallel.device)
                     for label, (name, shape) in enumerate(tensors)
                 }
-                positions = read_shard(parameter, parallel, places.__getitem__)
+                positions = read_shard(parameter, parallel, positions_of.__getitem__)
                 sums, squares = digest_shard(
                     read_shard(parameter, parallel, source), positions, [name for name, _ in tensors]
                 )
                 for (name, _), total, square in zip(tensors, sums, squares, strict=True):
-                    before = found.get(name, (0, 0.0))
-                    found[name] = ((before[0] + total) % (1 << 64), before[1] + square)
-    return found
+                    before = digests.get(name, (0, 0.0))
+                    digests[name] = ((before[0] + total) % (1 << 64), before[1] + square)
+    return digests
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [(), BIASED, MOE], ids=["dense", "tied, biases", "experts"])
-def test_a_digest_is_its_definition_under_every_layout(options: tuple[str, ...], dtype: torch.dtype) -> None:
+def test_a_digest_equals_its_definition_under_every_layout(
+    options: tuple[str, ...], dtype: torch.dtype
+) -> None:
     model = small_config(*options).policy.model
     make = random_weights(model, VOCAB_SIZE, seed=3)
-    kept: dict[str, Tensor] = {}
+    cached: dict[str, Tensor] = {}
 
     def source(name: str) -> Tensor:
-        if name not in kept:
-            # Norms and biases are all alike at first; an element's place must count.
-            kept[name] = (make(name)[:] + 0.01 * torch.randn(make(name).shape)).to(dtype)
-        return kept[name]
+        if name not in cached:
+            # Norms and biases start constant; the digest must depend on an element's position.
+            cached[name] = (make(name)[:] + 0.01 * torch.randn(make(name).shape)).to(dtype)
+        return cached[name]
 
     torch.manual_seed(1)
     layouts = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 4, 1, 1), (2, 2, 1, 3)]
     if options == MOE:
         layouts = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 2, 2)]
     for layout in layouts:
-        found = all_digests(model, source, *layout)
+        digests = all_digests(model, source, *layout)
         expected = {
-            name: (by_big_integers(name, tensor), float(tensor.double().square().sum()))
-            for name, tensor in kept.items()
+            name: (reference_digest(name, tensor), float(tensor.double().square().sum()))
+            for name, tensor in cached.items()
         }
-        assert found.keys() == expected.keys() and len(found) > 10
+        assert digests.keys() == expected.keys() and len(digests) > 10
         for name, (total, square) in expected.items():
-            assert found[name][0] == total, (layout, name)
-            assert found[name][1] == pytest.approx(square, rel=1e-12), (layout, name)
+            assert digests[name][0] == total, (layout, name)
+            assert digests[name][1] == pytest.approx(square, rel=1e-12), (layout, name)
 
 
-def test_two_elements_that_change_places_change_the_digest() -> None:
+def test_swapping_two_elements_changes_the_digest() -> None:
     values = torch.arange(6, dtype=torch.float32).view(2, 3)
-    places = Positions((2, 3), 0, torch.device("cpu"))[:]
-    before = digest_shard(values, places, ["w"])
-    assert digest_shard(values.flip(1), places, ["w"])[0] != before[0]
-    assert digest_shard(values.flip(1), places.flip(1), ["w"]) == before
-    assert digest_shard(values, places, ["v"])[0] != before[0]
-    # 0.0 and −0.0 are equal numbers and other bits.
-    assert digest_shard(-0.0 * values, places, ["w"])[0] != digest_shard(0.0 * values, places, ["w"])[0]
+    positions = Positions((2, 3), 0, torch.device("cpu"))[:]
+    before = digest_shard(values, positions, ["w"])
+    assert digest_shard(values.flip(1), positions, ["w"])[0] != before[0]
+    assert digest_shard(values.flip(1), positions.flip(1), ["w"]) == before
+    assert digest_shard(values, positions, ["v"])[0] != before[0]
+    # 0.0 and −0.0 are equal but differ in their bits.
+    assert digest_shard(-0.0 * values, positions, ["w"])[0] != digest_shard(0.0 * values, positions, ["w"])[0]
 
 
-def test_a_digest_ignores_the_split_over_ranks_and_sees_every_value() -> None:
+def test_a_digest_ignores_the_split_over_ranks_and_covers_every_value() -> None:
     rollouts = ragged_rollouts()
     rollouts.sample_indices = torch.arange(len(rollouts)) % 4
     whole = digest_rollouts(parallel_of(), rollouts)
     parts = [list(range(0, 5)), list(range(23, 11, -1)), list(range(5, 12))]
-    spread = [digest_rollouts(parallel_of(), rollouts.select(part)) for part in parts]
-    assert {name: sum(one[name] for one in spread) & MASK for name in whole} == {
+    per_rank = [digest_rollouts(parallel_of(), rollouts.select(part)) for part in parts]
+    assert {name: sum(part[name] for part in per_rank) & MASK for name in whole} == {
         name: value & MASK for name, value in whole.items()
     }
 
-    def changed(name: str, place: int) -> Rollouts:
+    def changed(name: str, index: int) -> Rollouts:
         column = getattr(rollouts, name).clone()
-        column[place] += 1
+        column[index] += 1
         return replace(rollouts, **{name: column})
 
     for name in ("rewards", "response_tokens", "prompt_tokens", "finish_reasons"):

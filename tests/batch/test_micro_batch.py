@@ -1,4 +1,4 @@
-"""Micro-batches: every sample once, within the budget, even over ranks, and every token in its place."""
+"""Micro-batches: every sample once, within the token budget, balanced over ranks; loss positions."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ CPU = torch.device("cpu")
 
 
 def some_lengths(count: int, seed: int = 0) -> list[int]:
-    """Long-tailed, as responses are."""
+    """Long-tailed, like responses."""
     rng = random.Random(seed)
     return [min(2048, 20 + int(rng.lognormvariate(4.5, 0.8))) for _ in range(count)]
 
 
 def assert_complete(schedule: MicroBatchPlan, count: int, dp_size: int) -> None:
-    dealt = [sample for rank in range(dp_size) for sample in schedule.samples_of(rank)]
-    assert sorted(dealt) == list(range(count))
+    assigned = [sample for rank in range(dp_size) for sample in schedule.samples_of(rank)]
+    assert sorted(assigned) == list(range(count))
     assert [len(micro_batches) for micro_batches in schedule.assignment] == [schedule.count] * dp_size
 
 
 def assert_within(schedule: MicroBatchPlan, lengths: list[int], budget: int) -> None:
     for micro_batches in schedule.assignment:
-        for rows in micro_batches:
-            padded = len(rows) * max((lengths[i] for i in rows), default=0)
-            assert padded <= budget or len(rows) == 1
+        for samples in micro_batches:
+            padded = len(samples) * max((lengths[i] for i in samples), default=0)
+            assert padded <= budget or len(samples) == 1
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 8])
@@ -60,25 +60,25 @@ def test_every_sample_is_assigned_once_within_the_token_budget(count: int, dp_si
 
 @pytest.mark.parametrize("dp_size", [2, 4, 8])
 @pytest.mark.parametrize("seed", range(5))
-def test_data_parallel_ranks_get_nearly_the_same_tokens(dp_size: int, seed: int) -> None:
+def test_data_parallel_ranks_get_nearly_equal_token_counts(dp_size: int, seed: int) -> None:
     lengths = some_lengths(384, seed)
     schedule = schedule_micro_batches(lengths, dp_size, 4096)
     tokens = [sum(lengths[i] for i in schedule.samples_of(rank)) for rank in range(dp_size)]
     assert max(tokens) / min(tokens) < 1.02
 
 
-def test_padding_is_a_fraction_of_that_in_order_of_arrival() -> None:
+def test_sorting_saves_most_of_the_padding_of_unsorted_samples() -> None:
     lengths = some_lengths(384)
     schedule = schedule_micro_batches(lengths, 2, 4096)
     padded = sum(
         len(rows) * max(lengths[i] for i in rows) for batches in schedule.assignment for rows in batches
     )
-    arrival: list[list[int]] = [[]]
+    unsorted_batches: list[list[int]] = [[]]
     for length in lengths:
-        if max([*arrival[-1], length]) * (len(arrival[-1]) + 1) > 4096:
-            arrival.append([])
-        arrival[-1].append(length)
-    unsorted = sum(len(batch) * max(batch) for batch in arrival)
+        if max([*unsorted_batches[-1], length]) * (len(unsorted_batches[-1]) + 1) > 4096:
+            unsorted_batches.append([])
+        unsorted_batches[-1].append(length)
+    unsorted = sum(len(batch) * max(batch) for batch in unsorted_batches)
     assert padded - sum(lengths) < 0.2 * (unsorted - sum(lengths))
 
 
@@ -88,15 +88,15 @@ def test_no_other_partition_of_the_sorted_samples_costs_less(seed: int) -> None:
     lengths = sorted((rng.choice((30, 35, 90, 200, 260)) for _ in range(9)), reverse=True)
 
     def cost(bounds: tuple[int, ...]) -> float:
-        pieces = [lengths[a:b] for a, b in zip((0, *bounds), (*bounds, len(lengths)), strict=True)]
-        if any(len(piece) * piece[0] > 600 for piece in pieces):
+        batches = [lengths[a:b] for a, b in zip((0, *bounds), (*bounds, len(lengths)), strict=True)]
+        if any(len(batch) * batch[0] > 600 for batch in batches):
             return math.inf
-        return sum(len(piece) * piece[0] + MICRO_BATCH_TOKENS for piece in pieces)
+        return sum(len(batch) * batch[0] + MICRO_BATCH_TOKENS for batch in batches)
 
-    cuts = range(1, len(lengths))
-    least = min(cost(bounds) for k in range(len(lengths)) for bounds in combinations(cuts, k))
-    rows = schedule_micro_batches(lengths, 1, 600).assignment[0]
-    assert sum(len(batch) * lengths[batch[0]] + MICRO_BATCH_TOKENS for batch in rows) == least
+    positions = range(1, len(lengths))
+    least = min(cost(bounds) for k in range(len(lengths)) for bounds in combinations(positions, k))
+    micro_batches = schedule_micro_batches(lengths, 1, 600).assignment[0]
+    assert sum(len(batch) * lengths[batch[0]] + MICRO_BATCH_TOKENS for batch in micro_batches) == least
 
 
 def test_fewer_samples_than_ranks_leave_empty_micro_batches() -> None:
@@ -105,11 +105,11 @@ def test_fewer_samples_than_ranks_leave_empty_micro_batches() -> None:
     assert schedule.assignment == [[[1]], [[0]], [[]], [[]]]
 
 
-def test_no_samples_still_make_a_micro_batch_for_everyone() -> None:
+def test_without_samples_every_rank_gets_empty_micro_batches() -> None:
     assert schedule_micro_batches([], 2, 100, multiple=3).assignment == [[[]] * 3] * 2
 
 
-def test_a_sequence_above_the_budget_is_alone_and_the_others_keep_to_it() -> None:
+def test_a_sequence_above_the_budget_gets_its_own_micro_batch() -> None:
     lengths = [10] * 20 + [5000]
     schedule = schedule_micro_batches(lengths, 2, 100)
     assert_complete(schedule, 21, 2)
@@ -117,7 +117,7 @@ def test_a_sequence_above_the_budget_is_alone_and_the_others_keep_to_it() -> Non
     assert [20] in schedule.assignment[0] + schedule.assignment[1]
 
 
-def test_the_plan_depends_on_the_lengths_only() -> None:
+def test_the_schedule_depends_only_on_the_lengths() -> None:
     lengths = some_lengths(100)
     assert schedule_micro_batches(lengths, 3, 1000) == schedule_micro_batches(list(lengths), 3, 1000)
 
@@ -126,12 +126,12 @@ def test_the_plan_depends_on_the_lengths_only() -> None:
 
 
 def batch_of(count: int, seed: int = 0, empty: bool = False) -> Rollouts:
-    """Every token has another number, so that a token is known wherever it goes."""
+    """Every token id is unique, so that each token can be traced."""
     rng = random.Random(seed)
-    numbers = iter(range(1, 100_000))
-    prompts = [[next(numbers) for _ in range(rng.randint(1, 6))] for _ in range(count)]
+    token_ids = iter(range(1, 100_000))
+    prompts = [[next(token_ids) for _ in range(rng.randint(1, 6))] for _ in range(count)]
     shortest = 0 if empty else 1
-    responses = [[next(numbers) for _ in range(rng.randint(shortest, 9))] for _ in range(count)]
+    responses = [[next(token_ids) for _ in range(rng.randint(shortest, 9))] for _ in range(count)]
     return Rollouts.from_demonstrations(prompts, responses)
 
 
@@ -146,9 +146,7 @@ def build(
 @pytest.mark.parametrize("fixed_shape", [False, True])
 @pytest.mark.parametrize("multiple", [1, 4])
 @pytest.mark.parametrize("seed", range(3))
-def test_places_point_at_the_token_before_each_response_token(
-    seed: int, multiple: int, fixed_shape: bool
-) -> None:
+def test_loss_positions_precede_each_response_token(seed: int, multiple: int, fixed_shape: bool) -> None:
     batch = batch_of(23, seed, empty=seed == 1)
     sequences = batch.sequences()
     schedule = schedule_micro_batches(batch.sequence_lengths.tolist(), 2, 40, fixed_shape)
@@ -158,14 +156,14 @@ def test_places_point_at_the_token_before_each_response_token(
         for rows, micro in zip(schedule.assignment[rank], micro_batches, strict=True):
             height, width = micro.tokens.shape
             assert width % multiple == 0
-            expected_places, expected_targets = [], []
+            expected_positions, expected_targets = [], []
             for row, i in enumerate(rows):
                 inputs = sequences[i][:-1].tolist()
                 assert micro.tokens[row].tolist() == inputs + [0] * (width - len(inputs))
-                for place in range(int(batch.prompt_lengths[i]) - 1, len(inputs)):
-                    expected_places.append(row * width + place)
-                    expected_targets.append(int(sequences[i][place + 1]))
-            assert micro.loss_positions.tolist() == expected_places
+                for position in range(int(batch.prompt_lengths[i]) - 1, len(inputs)):
+                    expected_positions.append(row * width + position)
+                    expected_targets.append(int(sequences[i][position + 1]))
+            assert micro.loss_positions.tolist() == expected_positions
             assert micro.targets.tolist() == expected_targets
             assert micro.columns["number"].tolist() == expected_targets
             assert micro.columns["half"].tolist() == [target / 2 for target in expected_targets]
@@ -173,7 +171,7 @@ def test_places_point_at_the_token_before_each_response_token(
             assert not micro.tokens[len(rows) :].any()
 
 
-def test_all_response_tokens_of_a_batch_are_targets_once() -> None:
+def test_every_response_token_of_a_batch_is_a_target_once() -> None:
     batch = batch_of(50)
     schedule = schedule_micro_batches(batch.sequence_lengths.tolist(), 3, 60)
     built = [micro for rank in range(3) for micro in build(batch, schedule, rank, 2)[1]]
@@ -181,15 +179,15 @@ def test_all_response_tokens_of_a_batch_are_targets_once() -> None:
     assert sorted(targets) == batch.response_tokens.tolist()
 
 
-def test_padded_lengths_are_no_longer_than_they_must_be() -> None:
-    """The last token of a sequence is no input: 9 tokens need 8 places, with multiple 4 as well as with 1."""
+def test_padded_lengths_are_minimal() -> None:
+    """The last token of a sequence is not an input: 9 tokens need 8 positions, with multiple 4 as with 1."""
     batch = Rollouts.from_demonstrations([[1, 2, 3], [1]], [[4, 5, 6, 7, 8, 9], [2]])
     schedule = schedule_micro_batches([9, 2], 1, 100)
     for multiple, width in ((1, 8), (4, 8), (5, 10)):
         assert build(batch, schedule, 0, multiple)[1][0].tokens.shape == (2, width)
 
 
-def test_micro_batches_of_a_fixed_shape_all_have_it() -> None:
+def test_with_fixed_shape_all_micro_batches_have_the_same_shape() -> None:
     batch = batch_of(23)
     schedule = schedule_micro_batches(batch.sequence_lengths.tolist(), 3, 45, fixed_shape=True, multiple=2)
     shapes = {tuple(m.tokens.shape) for rank in range(3) for m in build(batch, schedule, rank, 4)[1]}
@@ -206,7 +204,7 @@ def test_a_micro_batch_without_rows_has_a_shape_and_no_loss() -> None:
     assert micro.loss_positions.numel() == micro.targets.numel() == micro.columns["number"].numel() == 0
 
 
-def test_empty_responses_have_no_places() -> None:
+def test_empty_responses_have_no_loss_positions() -> None:
     batch = Rollouts.from_demonstrations([[1, 2], [3], [4, 5]], [[], [6, 7], []])
     schedule = schedule_micro_batches([2, 3, 2], 1, 100)
     _, (micro,) = build(batch, schedule, 0, 1)
@@ -214,7 +212,7 @@ def test_empty_responses_have_no_places() -> None:
     assert micro.targets.tolist() == [6, 7] and micro.loss_positions.tolist() == [0, 1]
 
 
-def test_with_one_shape_for_all_ranks_get_the_same_rows() -> None:
-    """A micro-batch of a fixed shape costs the same whatever stands in it."""
+def test_with_fixed_shape_ranks_get_equally_many_samples() -> None:
+    """A micro-batch of a fixed shape costs the same whatever it holds."""
     schedule = schedule_micro_batches([1000] + [10] * 40, 2, 2000, fixed_shape=True)
     assert sorted(len(schedule.samples_of(rank)) for rank in range(2)) == [20, 21]

@@ -1,4 +1,4 @@
-"""Packed micro-batches: every sequence once and whole, bins within the budget and even, none sees another."""
+"""Packed micro-batches: whole sequences, balanced bins within the token budget, no cross-attention."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def some_lengths(count: int, seed: int = 0) -> list[int]:
-    """Long-tailed, as responses are."""
+    """Long-tailed, like responses."""
     rng = random.Random(seed)
     return [min(2048, 20 + int(rng.lognormvariate(4.5, 0.8))) for _ in range(count)]
 
@@ -29,48 +29,48 @@ def some_lengths(count: int, seed: int = 0) -> list[int]:
 def test_every_sequence_is_in_one_bin_within_the_token_budget(count: int, dp_size: int) -> None:
     lengths = some_lengths(count, seed=count)
     for multiple, budget in product((1, 2, 3), (100, 1000, 4096)):
-        dealt, fullest = bin_pack(lengths, dp_size, budget, multiple)
-        assert sorted(i for hand in dealt for one in hand for i in one) == list(range(count))
-        assert {len(hand) for hand in dealt} == {len(dealt[0])} and len(dealt) == dp_size
-        assert len(dealt[0]) % multiple == 0 and dealt[0]
-        loads = [sum(lengths[i] for i in one) for hand in dealt for one in hand]
+        bins, fullest = bin_pack(lengths, dp_size, budget, multiple)
+        assert sorted(i for per_rank in bins for packed in per_rank for i in packed) == list(range(count))
+        assert {len(per_rank) for per_rank in bins} == {len(bins[0])} and len(bins) == dp_size
+        assert len(bins[0]) % multiple == 0 and bins[0]
+        loads = [sum(lengths[i] for i in packed) for per_rank in bins for packed in per_rank]
         assert max([1, *loads]) == fullest
-        for hand in dealt:
-            for one in hand:
-                assert sum(lengths[i] for i in one) <= budget or len(one) == 1
+        for per_rank in bins:
+            for packed in per_rank:
+                assert sum(lengths[i] for i in packed) <= budget or len(packed) == 1
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_bins_are_as_few_as_can_be_told_and_nearly_equal(seed: int) -> None:
+def test_bins_are_as_few_as_possible_and_nearly_equal(seed: int) -> None:
     lengths = some_lengths(384, seed)
-    dealt, fullest = bin_pack(lengths, 2, 4096, 1)
+    bins, fullest = bin_pack(lengths, 2, 4096, 1)
     least = -(-sum(lengths) // 4096)
-    assert len(dealt[0]) == -(-least // 2)  # no packing has fewer
-    assert fullest * 2 * len(dealt[0]) < 1.01 * sum(lengths)
+    assert len(bins[0]) == -(-least // 2)  # no packing has fewer
+    assert fullest * 2 * len(bins[0]) < 1.01 * sum(lengths)
 
 
-def test_long_sequences_of_which_two_hardly_fit_waste_little() -> None:
-    """As in the 70B recipe: a budget of one longest sequence, half a budget on average."""
+def test_packing_wastes_little_where_few_sequences_fit_a_bin() -> None:
+    """As in the 70B recipe: the budget is one longest sequence, the mean length about half of it."""
     rng = random.Random(0)
     lengths = [512 + min(8192, max(1, int(rng.expovariate(1 / 6000)))) for _ in range(1024)]
     padded, packed = (
         schedule_micro_batches(lengths, 2, 9216, fixed_shape=True, multiple=4, packed=packed)
         for packed in (False, True)
     )
-    wanted = sum(lengths) - len(lengths)
-    shares = [1 - wanted / sum(schedule.padded_tokens(lengths)) for schedule in (padded, packed)]
-    assert shares[0] > 0.3 and shares[1] < 0.05
+    needed = sum(lengths) - len(lengths)
+    padding = [1 - needed / sum(schedule.padded_tokens(lengths)) for schedule in (padded, packed)]
+    assert padding[0] > 0.3 and padding[1] < 0.05
 
 
-def test_with_one_shape_a_longest_sequence_above_the_budget_sets_it() -> None:
+def test_a_longest_sequence_above_the_budget_sets_the_fixed_shape() -> None:
     lengths = [5000, 10, 10, 10, 4000]
     schedule = schedule_micro_batches(lengths, 1, 100, fixed_shape=True, packed=True)
     assert schedule.shape == (1, 4999) and schedule.count == 2
-    loose = schedule_micro_batches(lengths, 1, 100, packed=True)
-    assert loose.shape is None and sorted(map(sorted, loose.assignment[0])) == [[0], [1, 2, 3], [4]]
+    variable = schedule_micro_batches(lengths, 1, 100, packed=True)
+    assert variable.shape is None and sorted(map(sorted, variable.assignment[0])) == [[0], [1, 2, 3], [4]]
 
 
-def test_places_are_those_of_the_micro_batches_that_are_built() -> None:
+def test_padded_tokens_are_those_of_the_built_micro_batches() -> None:
     batch = ragged_rollouts(24)
     lengths = batch.sequence_lengths.tolist()
     for fixed_shape, packed in product((False, True), repeat=2):
@@ -81,7 +81,7 @@ def test_places_are_those_of_the_micro_batches_that_are_built() -> None:
 
 
 @pytest.mark.parametrize(("fixed_shape", "multiple", "tokens"), [(False, 1, 1), (True, 4, 1), (False, 2, 32)])
-def test_sequences_stand_one_behind_another_and_the_rest_is_one_of_its_own(
+def test_sequences_are_concatenated_and_padding_is_its_own_segment(
     fixed_shape: bool, multiple: int, tokens: int
 ) -> None:
     batch = ragged_rollouts(24)
@@ -119,28 +119,28 @@ def test_sequences_stand_one_behind_another_and_the_rest_is_one_of_its_own(
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_context_parallel_positions_are_those_of_megatrons_frequencies(size: int) -> None:
+def test_context_parallel_positions_match_megatrons_rotary_frequencies(size: int) -> None:
     segments = [2 * size * count for count in (1, 5, 2, 7)]
-    held = [context_positions(segments, rank, size) for rank in range(size)]
-    assert sorted(torch.cat(held).tolist()) == list(range(sum(segments)))
+    positions_by_rank = [context_positions(segments, rank, size) for rank in range(size)]
+    assert sorted(torch.cat(positions_by_rank).tolist()) == list(range(sum(segments)))
     starts = torch.tensor([0, *segments]).cumsum(0)
     positions = torch.arange(max(segments))
-    for rank, places in enumerate(held):
-        parts = zip(places.split([length // size for length in segments]), starts, strict=False)
+    for rank, positions_of_rank in enumerate(positions_by_rank):
+        parts = zip(positions_of_rank.split([length // size for length in segments]), starts, strict=False)
         for part, start in parts:
             expected = _get_thd_freqs_on_this_cp_rank(rank, size, part, positions)
             assert torch.equal(part - start, expected)
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_context_parallel_ranks_attend_to_as_many_keys_each(size: int) -> None:
+def test_context_parallel_ranks_attend_to_equally_many_keys(size: int) -> None:
     keys = {int((context_positions([240], rank, size) + 1).sum()) for rank in range(size)}
     assert keys == {240 * 241 // 2 // size}
 
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(("fixed_shape", "multiple", "tokens"), [(False, 1, 1), (True, 4, 1), (False, 2, 32)])
-def test_context_parallel_ranks_share_every_row_and_every_response_token(
+def test_context_parallel_ranks_partition_rows_and_response_tokens(
     size: int, fixed_shape: bool, multiple: int, tokens: int
 ) -> None:
     batch = ragged_rollouts(24)
@@ -161,25 +161,25 @@ def test_context_parallel_ranks_share_every_row_and_every_response_token(
         assert row.packed is not None
         segments = row.packed.cu_seqlens_q.diff().tolist()
         assert not any(length % (2 * size) for length in segments)
-        found = torch.cat([part.token_indices for part in parts])
-        assert torch.equal(found.sort().values, row.token_indices)
+        token_indices = torch.cat([part.token_indices for part in parts])
+        assert torch.equal(token_indices.sort().values, row.token_indices)
         for rank, part in enumerate(parts):
-            held = context_positions(segments, rank, size)
+            own_positions = context_positions(segments, rank, size)
             assert part.packed is not None
             assert torch.equal(part.packed.cu_seqlens_q, row.packed.cu_seqlens_q)
             assert torch.equal(part.packed.cu_seqlens_q_padded, row.packed.cu_seqlens_q)
             assert part.tokens.shape[1] % multiple == 0 == part.tokens.shape[1] % tokens
-            assert torch.equal(part.tokens[0], row.tokens[0, held])
-            assert torch.equal(part.position_ids[0], row.position_ids[0, held])
+            assert torch.equal(part.tokens[0], row.tokens[0, own_positions])
+            assert torch.equal(part.position_ids[0], row.position_ids[0, own_positions])
             assert torch.equal(part.targets, own.response_tokens[part.token_indices])
             assert torch.equal(part.columns["number"].long(), part.token_indices)
             in_row = dict(zip(row.token_indices.tolist(), row.loss_positions.tolist(), strict=True))
-            assert held[part.loss_positions].tolist() == [
+            assert own_positions[part.loss_positions].tolist() == [
                 in_row[number] for number in part.token_indices.tolist()
             ]
 
 
-def test_without_a_sequence_there_is_still_a_row() -> None:
+def test_an_empty_packed_micro_batch_has_one_row() -> None:
     schedule = MicroBatchPlan([[[]]], packed=True)
     (micro,) = build_micro_batches(ragged_rollouts(4).select([]), schedule, 0, {}, 4, CPU)
     assert micro.tokens.shape == (1, 4) and micro.targets.numel() == 0
@@ -190,7 +190,7 @@ def test_without_a_sequence_there_is_still_a_row() -> None:
 def test_a_packed_step_equals_a_padded_step(recompute: str) -> None:
     parallel = initialize(small_config())
     try:
-        found = []
+        results = []
         for packing in ("padded", "thd"):
             config = small_config(f"policy.packing={packing}", f"policy.recompute={recompute}")
             policy = small_policy(config, parallel)
@@ -204,8 +204,8 @@ def test_a_packed_step_equals_a_padded_step(recompute: str) -> None:
             gradient = torch.cat([b.grad_data for c in policy.ddp_chunks for b in c.buffers])
             parts = policy.log_probs(batch, schedule, 0.7).split(batch.response_lengths.tolist())
             by_sample = dict(zip(order, parts, strict=True))
-            found.append((gradient.clone(), torch.cat([by_sample[i] for i in sorted(by_sample)])))
-        # Other tokens in the first sequence of the first packed row change nothing in its neighbours.
+            results.append((gradient.clone(), torch.cat([by_sample[i] for i in sorted(by_sample)])))
+        # Changing the first sequence of a packed row leaves the others' log-probabilities unchanged.
         first = schedule.assignment[0][0]
         assert len(first) > 1
         changed = batch.select(range(len(batch)))
@@ -216,5 +216,5 @@ def test_a_packed_step_equals_a_padded_step(recompute: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(after[1:], parts[1:], strict=True))
     finally:
         shutdown()
-    for ours, theirs in zip(*found, strict=True):
+    for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)

@@ -1,4 +1,4 @@
-"""Rollouts: ragged columns survive selecting, joining, exchanging and the disk."""
+"""Rollouts: ragged columns survive select, concatenate, redistribution, save and load."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def random_rollouts(count: int, seed: int = 0, optional: bool = True) -> Rollout
 
     prompt_lengths, response_lengths = integers(1, 7, count), integers(0, 9, count)
     tokens = int(response_lengths.sum())
-    measured = {
+    optional_columns = {
         "weight_versions": integers(0, 5, tokens),
         "engine_log_prob": -torch.rand(tokens, generator=generator),
         "rewards": torch.rand(count, generator=generator, dtype=torch.float64),
@@ -45,12 +45,12 @@ def random_rollouts(count: int, seed: int = 0, optional: bool = True) -> Rollout
         response_lengths=response_lengths,
         response_tokens=integers(0, 100, tokens),
         finish_reasons=integers(0, 2, count),
-        **(measured if optional else {}),
+        **(optional_columns if optional else {}),
     )
 
 
 def samples_of(rollouts: Rollouts) -> list[Sample]:
-    """One dictionary of plain lists per sample, read with cursors."""
+    """Reference implementation: one dictionary of lists per sample."""
     samples, prompt, response = [], 0, 0
     for i in range(len(rollouts)):
         p, r = int(rollouts.prompt_lengths[i]), int(rollouts.response_lengths[i])
@@ -89,31 +89,31 @@ def alone() -> Parallel:
 
 @pytest.mark.parametrize("optional", [True, False])
 @pytest.mark.parametrize("seed", range(3))
-def test_select_takes_samples_whole_in_the_order_asked_for(seed: int, optional: bool) -> None:
+def test_select_returns_whole_samples_in_the_given_order(seed: int, optional: bool) -> None:
     rollouts, rng = random_rollouts(20, seed, optional), random.Random(seed)
     samples = samples_of(rollouts)
     for count in (0, 1, 7, 20, 40):
         indices = [rng.randrange(20) for _ in range(count)]
-        picked = rollouts.select(indices)
-        assert len(picked) == count
-        assert samples_of(picked) == [samples[i] for i in indices]
-        assert (picked.rewards is None) is not optional
+        selected = rollouts.select(indices)
+        assert len(selected) == count
+        assert samples_of(selected) == [samples[i] for i in indices]
+        assert (selected.rewards is None) is not optional
 
 
 def test_select_takes_a_tensor_and_keeps_the_demonstration_flag() -> None:
     demonstrations = Rollouts.from_demonstrations([[1], [2], [3]], [[4], [], [5, 6]])
-    picked = demonstrations.select(torch.tensor([2, 1]))
-    assert picked.is_demonstration and picked.responses() == [[5, 6], []]
+    selected = demonstrations.select(torch.tensor([2, 1]))
+    assert selected.is_demonstration and selected.responses() == [[5, 6], []]
 
 
 @pytest.mark.parametrize("optional", [True, False])
-def test_concatenate_puts_samples_behind_each_other(optional: bool) -> None:
+def test_concatenate_keeps_the_samples_in_order(optional: bool) -> None:
     parts = [random_rollouts(n, seed, optional) for seed, n in enumerate((5, 0, 1, 8))]
     joined = Rollouts.concatenate(parts)
     assert samples_of(joined) == [sample for part in parts for sample in samples_of(part)]
 
 
-def test_concatenate_undoes_a_split() -> None:
+def test_concatenate_inverts_a_split() -> None:
     whole = random_rollouts(20)
     assert_same(Rollouts.concatenate([whole.select(range(6)), whole.select(range(6, 20))]), whole)
 
@@ -125,7 +125,7 @@ def test_concatenate_refuses_parts_with_different_columns() -> None:
 
 @pytest.mark.parametrize("optional", [True, False])
 @pytest.mark.parametrize("count", [0, 1, 33])
-def test_loading_what_was_saved_loses_nothing(tmp_path: Path, count: int, optional: bool) -> None:
+def test_load_returns_what_was_saved(tmp_path: Path, count: int, optional: bool) -> None:
     rollouts = random_rollouts(count, optional=optional)
     path = tmp_path / "deep" / "step-1.safetensors"
     rollouts.save(path)
@@ -133,7 +133,7 @@ def test_loading_what_was_saved_loses_nothing(tmp_path: Path, count: int, option
     assert [file.name for file in path.parent.iterdir()] == ["step-1.safetensors"]
 
 
-def test_views_and_the_mark_of_demonstrations_are_saved_too(tmp_path: Path) -> None:
+def test_non_contiguous_columns_and_the_demonstration_flag_are_saved(tmp_path: Path) -> None:
     demonstrations = Rollouts.from_demonstrations([[1, 2], [3]], [[4], [5, 6]])
     demonstrations.rewards = torch.arange(4, dtype=torch.float64)[::2]
     demonstrations.save(tmp_path / "d.safetensors")
@@ -146,7 +146,7 @@ def test_saving_again_replaces_the_file(tmp_path: Path) -> None:
     assert_same(Rollouts.load(tmp_path / "r.safetensors"), random_rollouts(4, 1))
 
 
-def test_demonstrations_are_groups_of_one_without_measurements() -> None:
+def test_demonstrations_are_groups_of_one_without_optional_columns() -> None:
     prompts, responses = [[1, 2], [3], [4, 5, 6]], [[7], [], [8, 9]]
     got = Rollouts.from_demonstrations(prompts, responses)
     assert got.is_demonstration and len(got) == 3
@@ -163,7 +163,7 @@ def test_demonstrations_are_groups_of_one_without_measurements() -> None:
 # ---------------------------------------------------------------------- from prompts to a batch
 
 
-def test_one_rank_exchanges_by_reordering_to_the_plan() -> None:
+def test_redistribution_on_one_rank_reorders_to_the_schedule() -> None:
     rollouts = random_rollouts(30)
     schedule = schedule_micro_batches(rollouts.sequence_lengths.tolist(), 1, 20)
     received = redistribute_to_dp(alone(), rollouts, schedule, total=30)
@@ -171,25 +171,25 @@ def test_one_rank_exchanges_by_reordering_to_the_plan() -> None:
     assert samples_of(received) == [samples[i] for i in schedule.samples_of(0)]
 
 
-def test_one_rank_gathers_its_own() -> None:
+def test_gather_on_one_rank_returns_its_rollouts() -> None:
     rollouts = random_rollouts(6)
     gathered = gather_to_rank0(alone(), rollouts)
     assert gathered is not None
     assert_same(gathered, rollouts)
-    summary = gather_stats(alone(), rollouts)
-    assert torch.equal(summary.sequence_lengths, rollouts.prompt_lengths + rollouts.response_lengths)
-    cut = rollouts.finish_reasons.tolist().count(FINISH_LENGTH)
-    assert summary.truncated == cut / 6
+    stats = gather_stats(alone(), rollouts)
+    assert torch.equal(stats.sequence_lengths, rollouts.prompt_lengths + rollouts.response_lengths)
+    truncated = rollouts.finish_reasons.tolist().count(FINISH_LENGTH)
+    assert stats.truncated == truncated / 6
 
 
 @pytest.mark.parametrize(("count", "world"), [(10, 1), (10, 3), (2, 5), (0, 2), (384, 7)])
-def test_shares_are_contiguous_complete_and_even(count: int, world: int) -> None:
-    shares = [rank_range(count, rank, world) for rank in range(world)]
-    assert [i for share in shares for i in share] == list(range(count))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+def test_rank_ranges_are_contiguous_complete_and_even(count: int, world: int) -> None:
+    ranges = [rank_range(count, rank, world) for rank in range(world)]
+    assert [i for range_ in ranges for i in range_] == list(range(count))
+    assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
 
 
-def test_every_prompt_is_asked_for_as_often_as_the_group_is_large() -> None:
+def test_every_prompt_is_requested_once_per_sample_of_its_group() -> None:
     prompts = [Prompt(100 + i, "", (i, i + 1), "") for i in range(3)]
     requests = requests_for(prompts, 2, alone())
     assert [(r.prompt_id, r.group, r.sample_index, r.tokens) for r in requests] == [
@@ -198,27 +198,27 @@ def test_every_prompt_is_asked_for_as_often_as_the_group_is_large() -> None:
     assert local_slice(alone(), 6) == slice(0, 6)
 
 
-class Lengths(PerResponseTask):
-    """A verifier whose reward is the length of the response, or what it is told."""
+class LengthTask(PerResponseTask):
+    """Rewards prompt id + response length / 8, or a fixed value."""
 
-    def __init__(self, special: float | None = None) -> None:
-        self.special = special
+    def __init__(self, fixed: float | None = None) -> None:
+        self.fixed = fixed
 
     def reward(self, prompt: Prompt, response: list[int]) -> float:
-        return prompt.id + len(response) / 8 if self.special is None else self.special
+        return prompt.id + len(response) / 8 if self.fixed is None else self.fixed
 
 
-def test_rewards_are_those_of_each_samples_own_prompt() -> None:
+def test_each_sample_is_rewarded_for_its_own_prompt() -> None:
     rollouts = random_rollouts(8)
     prompts = [Prompt(100 * g, "", (0,), "") for g in range(2)]
     expected = [100 * (i // 4) + int(n) / 8 for i, n in enumerate(rollouts.response_lengths)]
-    rewards = compute_rewards(Lengths(), prompts, rollouts)  # type: ignore[arg-type]
+    rewards = compute_rewards(LengthTask(), prompts, rollouts)  # type: ignore[arg-type]
     assert rewards.dtype == torch.float64 and rewards.tolist() == expected
 
 
-@pytest.mark.parametrize("special", [float("nan"), float("inf")])
-def test_a_reward_that_is_not_finite_is_refused(special: float) -> None:
+@pytest.mark.parametrize("fixed", [float("nan"), float("inf")])
+def test_a_non_finite_reward_is_refused(fixed: float) -> None:
     rollouts = random_rollouts(8)
-    rollouts.rewards = compute_rewards(Lengths(special), [Prompt(0, "", (0,), "")] * 2, rollouts)  # type: ignore[arg-type]
+    rollouts.rewards = compute_rewards(LengthTask(fixed), [Prompt(0, "", (0,), "")] * 2, rollouts)  # type: ignore[arg-type]
     with pytest.raises(NonFiniteError, match="must return a finite number"):
         gather_stats(alone(), rollouts)

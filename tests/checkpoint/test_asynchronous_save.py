@@ -1,4 +1,4 @@
-"""Checkpoints that a process beside the training writes: the same bytes, whole or not there."""
+"""Checkpoints written in the background: the same bytes as synchronous ones, complete or absent."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.tiny_run import lasting, train
 PROGRESS = RunProgress("step", 1)
 
 
-def test_a_run_that_waits_for_its_checkpoints_is_the_same(tmp_path: Path) -> None:
+def test_synchronous_and_asynchronous_saving_give_the_same_run(tmp_path: Path) -> None:
     small = ("warm_start.steps=2", "train.steps=2", "checkpoint.every_steps=1", "eval.greedy=false")
     for name in ("true", "false"):
         assert train(tmp_path / name, *small, f"checkpoint.asynchronous={name}") == 0
@@ -47,9 +47,9 @@ def parallel() -> Iterator[Parallel]:
 
 @pytest.fixture
 def policy(parallel: Parallel, tmp_path: Path) -> Policy:
-    made = small_policy(small_config(f"run.dir={tmp_path / 'run'}"), parallel)
-    made.allocate_optimizer_state()
-    return made
+    policy = small_policy(small_config(f"run.dir={tmp_path / 'run'}"), parallel)
+    policy.allocate_optimizer_state()
+    return policy
 
 
 def tensors_of(run_dir: Path) -> dict[str, Any]:
@@ -57,10 +57,10 @@ def tensors_of(run_dir: Path) -> dict[str, Any]:
     return {name: entry for name, entry in manifest.items() if name.endswith(".distcp")}
 
 
-def test_processes_that_write_end_with_the_one_that_started_them(
+def test_cancelling_a_save_ends_its_writer_processes(
     policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else they would wait for ever for a queue of which one end was killed."""
+    """Otherwise they would wait forever on a queue whose other end was killed."""
 
     def hang(*arguments: Any, local_proc_idx: int, **more: Any) -> None:
         (tmp_path / f"{local_proc_idx}.pid").write_text(str(os.getpid()))
@@ -73,11 +73,11 @@ def test_processes_that_write_end_with_the_one_that_started_them(
             return True
 
     monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(hang))
-    saving = PendingCheckpoint(
+    pending = PendingCheckpoint(
         policy, small_config(f"run.dir={tmp_path / 'run'}"), PROGRESS, in_background=True
     )
     _until(lambda: any(path.read_text() for path in tmp_path.glob("*.pid")))
-    saving.cancel()
+    pending.cancel()
     for path in tmp_path.glob("*.pid"):
         _until(lambda path=path: is_gone(int(path.read_text())))
 
@@ -85,27 +85,27 @@ def test_processes_that_write_end_with_the_one_that_started_them(
 def _until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "the condition was not met within 30 s"
         time.sleep(0.02)
 
 
-def test_what_is_written_is_the_state_of_the_beginning(policy: Policy, tmp_path: Path) -> None:
-    here, in_background = (small_config(f"run.dir={tmp_path / name}") for name in ("here", "beside"))
-    save(policy, here, PROGRESS)
+def test_a_background_save_writes_the_state_at_its_start(policy: Policy, tmp_path: Path) -> None:
+    sync_config, async_config = (small_config(f"run.dir={tmp_path / name}") for name in ("sync", "async"))
+    save(policy, sync_config, PROGRESS)
     extra = {"note": 1}
-    saving = PendingCheckpoint(policy, in_background, PROGRESS, extra, in_background=True)
+    pending = PendingCheckpoint(policy, async_config, PROGRESS, extra, in_background=True)
     extra["note"] = 2
     with torch.no_grad():
         for chunk in policy.chunks:
             for parameter in chunk.parameters():
                 parameter.fill_(7.0)
     policy.version = 99
-    assert not (tmp_path / "beside" / "checkpoints" / PROGRESS.folder).exists()
-    saving.complete()
-    assert tensors_of(tmp_path / "beside") == tensors_of(tmp_path / "here") != {}
-    folder = tmp_path / "beside" / "checkpoints" / PROGRESS.folder
+    assert not (tmp_path / "async" / "checkpoints" / PROGRESS.folder).exists()
+    pending.complete()
+    assert tensors_of(tmp_path / "async") == tensors_of(tmp_path / "sync") != {}
+    folder = tmp_path / "async" / "checkpoints" / PROGRESS.folder
     assert damage_of(folder, policy.parallel) is None
-    load(policy, in_background, folder)
+    load(policy, async_config, folder)
     assert policy.version == 0
     assert json.loads((folder / "run_state.json").read_text())["extra"] == {"note": 1}
 
@@ -113,28 +113,28 @@ def test_what_is_written_is_the_state_of_the_beginning(policy: Policy, tmp_path:
 def test_training_does_not_wait_for_the_disk(
     policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, answers = checkpoint_writer._write, tmp_path / "the disk answers"
+    write, unblocked = checkpoint_writer._write, tmp_path / "unblocked"
 
-    def waiting(*arguments: Any) -> Any:
-        while not answers.exists():
+    def blocked_write(*arguments: Any) -> Any:
+        while not unblocked.exists():
             time.sleep(0.05)
         return write(*arguments)
 
-    monkeypatch.setattr(checkpoint_writer, "_write", waiting)
-    saving = PendingCheckpoint(policy, small_config(f"run.dir={tmp_path}"), PROGRESS, in_background=True)
-    assert not saving.is_written()
-    answers.touch()
-    while not saving.is_written():
+    monkeypatch.setattr(checkpoint_writer, "_write", blocked_write)
+    pending = PendingCheckpoint(policy, small_config(f"run.dir={tmp_path}"), PROGRESS, in_background=True)
+    assert not pending.is_written()
+    unblocked.touch()
+    while not pending.is_written():
         time.sleep(0.05)
-    saving.complete()
+    pending.complete()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [PROGRESS.folder]
 
 
-def test_a_writer_that_dies_is_a_sentence_and_leaves_nothing(
+def test_a_killed_writer_raises_a_save_error_and_leaves_no_files(
     policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint_writer, "_write", lambda *arguments: os.kill(os.getpid(), SIGKILL))
-    saving = PendingCheckpoint(policy, small_config(f"run.dir={tmp_path}"), PROGRESS, in_background=True)
+    pending = PendingCheckpoint(policy, small_config(f"run.dir={tmp_path}"), PROGRESS, in_background=True)
     with pytest.raises(SaveError, match=r"cannot be written .*ended with code -9"):
-        saving.complete()
+        pending.complete()
     assert list((tmp_path / "checkpoints").iterdir()) == []

@@ -1,4 +1,4 @@
-"""A checkpoint of one layout is read under another, optimizer state included."""
+"""A checkpoint of one parallel layout loads under another, optimizer state included."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def test_saved_under_one_layout_loads_under_another_parameter_by_parameter(tmp_p
     layout, model, others = CASES[case]
     saved = tmp_path / "saved.pt"
     run_ranks_of(WORKER, 2, "save", str(tmp_path), str(saved), f"{layout},{model}")
-    truth = torch.load(saved)
-    assert int(truth["version"]) == 2 and any(name.startswith("exp_avg_sq/") for name in truth)
+    expected = torch.load(saved)
+    assert int(expected["version"]) == 2 and any(name.startswith("exp_avg_sq/") for name in expected)
     for ranks, other in others:
         loaded = tmp_path / "loaded.pt"
         run_ranks_of(WORKER, ranks, "load", str(tmp_path), str(loaded), f"{other},{model}")
         results = torch.load(loaded)
-        assert results.keys() == truth.keys()
-        for name, tensor in truth.items():
+        assert results.keys() == expected.keys()
+        for name, tensor in expected.items():
             if not name.startswith("next"):
                 assert torch.equal(results[name], tensor), f"{name} under {other or 'dp'}"
-            elif model != BF16:  # computed after loading: equal but for the layout's rounding
+            elif model != BF16:  # computed after loading: equal up to rounding
                 torch.testing.assert_close(results[name], tensor, rtol=1e-4, atol=1e-5)

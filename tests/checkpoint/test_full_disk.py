@@ -1,4 +1,4 @@
-"""A disk that is full for one of two ranks ends the writing on both, in a sentence."""
+"""A disk that is full on one of two ranks raises the same error on both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORKER = WORKERS / "full_disk_worker.py"
 
 
 @pytest.mark.slow
-def test_both_ranks_fail_and_no_folder_has_the_final_name(tmp_path: Path) -> None:
+def test_both_ranks_fail_and_no_folder_is_published(tmp_path: Path) -> None:
     save_random_model("qwen3", tmp_path / "model")
     write_recipe(tmp_path)
     run_ranks_of(WORKER, 2, str(tmp_path / "model"), str(tmp_path))
@@ -31,7 +31,7 @@ def test_both_ranks_fail_and_no_folder_has_the_final_name(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_an_export_by_two_ranks_ends_when_the_one_that_writes_cannot(tmp_path: Path) -> None:
+def test_an_export_by_two_ranks_ends_when_the_writer_fails(tmp_path: Path) -> None:
     save_random_model("qwen3", tmp_path / "model")
     tool = "{ulimit} exec {python} {root}/tools/{name}.py {source} {target} --tensor-model-parallel-size 2"
 
@@ -50,6 +50,6 @@ def test_an_export_by_two_ranks_ends_when_the_one_that_writes_cannot(tmp_path: P
         )
 
     assert run("convert_hf_to_megatron", "model", "megatron").returncode == 0
-    done = run("export_megatron_to_hf", "megatron", "out", "ulimit -f 8;")
-    assert done.returncode == 2 and "is full" in done.stderr and done.stderr.count("error: ") == 1
+    result = run("export_megatron_to_hf", "megatron", "out", "ulimit -f 8;")
+    assert result.returncode == 2 and "is full" in result.stderr and result.stderr.count("error: ") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron", "model"]

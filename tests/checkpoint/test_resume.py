@@ -1,4 +1,4 @@
-"""Damaged checkpoints, which ones stay, and what a resumed run may do otherwise than before."""
+"""Damaged checkpoints, checkpoint retention, and the settings that a resumed run may change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = ("warm_start.steps=2", "train.steps=4", "checkpoint.every_steps=1", "eva
 
 @pytest.fixture(autouse=True, scope="module")
 def some_reward() -> Iterator[None]:
-    """A tiny policy never answers a lift's question: reward something that it does half of the time."""
+    """A tiny policy never solves the task: this reward is 1 for half of its responses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LiftTask, "reward", lambda self, prompt, response: float(sum(response) % 2))
         yield
@@ -77,16 +77,16 @@ def test_resume_skips_a_damaged_checkpoint_and_touches_nothing_else(
     damage(newest)
     damaged, others = contents(newest), {name: contents(newest.parent / name) for name in names(run_dir)[:3]}
     assert train(run_dir, *SMALL, "resume=auto") == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"warning: {newest} is damaged (" in said and DAMAGES[damage] in said
-    assert f"resumed from {newest.with_name('step_00000003')}" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"warning: {newest} is damaged (" in output and DAMAGES[damage] in output
+    assert f"resumed from {newest.with_name('step_00000003')}" in output
     assert lasting(run_dir) == lasting(finished)
     assert [row["run/attempt"] for row in rows(run_dir)] == [1, 1, 1, 1, 2]
     assert {name: contents(newest.parent / name) for name in others} == others
     assert contents(newest.with_name("step_00000004.abandoned-by-attempt-2")) == damaged
 
 
-def test_a_damaged_checkpoint_that_is_named_is_refused(
+def test_resuming_explicitly_from_a_damaged_checkpoint_is_refused(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
@@ -101,8 +101,8 @@ def test_a_damaged_checkpoint_that_is_named_is_refused(
 
 
 @pytest.mark.slow
-def test_the_newest_and_the_best_checkpoint_stay(tmp_path: Path, finished: Path) -> None:
-    """The metric is a deterministic one whose best step is known from a run that kept everything."""
+def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path: Path, finished: Path) -> None:
+    """The metric is deterministic; its best step comes from a run that kept all checkpoints."""
     for direction, choose in (("highest", max), ("lowest", min)):
         run_dir = tmp_path / direction
         keep = ("checkpoint.keep_last=1", f"checkpoint.keep_best_is={direction}")
@@ -113,8 +113,8 @@ def test_the_newest_and_the_best_checkpoint_stay(tmp_path: Path, finished: Path)
         assert state["extra"]["best"]["checkpoint"] == f"step_{best:08d}"
 
 
-def test_the_best_step_is_remembered_by_a_resumed_run(finished: Path, tmp_path: Path) -> None:
-    """The run so far was the best there will ever be: what comes later must not take its place."""
+def test_a_resumed_run_keeps_the_best_checkpoint_so_far(finished: Path, tmp_path: Path) -> None:
+    """The recorded best value is unbeatable, so later steps must not replace that checkpoint."""
     run_dir = tmp_path / "run"
     keep = ("checkpoint.keep_last=1", "checkpoint.keep_best=grad_norm", "checkpoint.keep_best_is=lowest")
     assert train(run_dir, *SMALL, *keep, "train.steps=1", "optimizer.schedule=constant") == 0
@@ -131,14 +131,16 @@ def test_the_best_step_is_remembered_by_a_resumed_run(finished: Path, tmp_path: 
     assert names(run_dir) == ["step_00000001", "step_00000003"]
 
 
-def test_a_metric_that_no_step_has_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_keep_best_metric_that_no_step_has_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     keep = ("checkpoint.keep_last=1", "checkpoint.keep_best=eval/acuracy")
     assert train(tmp_path / "run", *SMALL, *keep, "train.steps=1") == 2
     error = capsys.readouterr().err
     assert "checkpoint.keep_best=eval/acuracy, but no step has" in error and "eval/accuracy" in error
 
 
-def test_a_checkpoint_is_due_after_minutes(tmp_path: Path) -> None:
+def test_every_minutes_makes_checkpoints_due(tmp_path: Path) -> None:
     every = ("checkpoint.every_steps=0", "checkpoint.every_minutes=1e-9")
     assert train(tmp_path / "run", *SMALL, *every, "train.steps=2") == 0
     assert names(tmp_path / "run") == [
@@ -161,7 +163,7 @@ def test_a_checkpoint_is_due_after_minutes(tmp_path: Path) -> None:
         ("train.steps=2", "train.steps is 2, but the checkpoint has finished 4 steps"),
     ],
 )
-def test_a_setting_that_must_not_change_is_refused_by_its_name(
+def test_changing_a_fixed_setting_on_resume_is_refused_by_name(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, words: str
 ) -> None:
     run_dir = tmp_path / "run"
@@ -173,21 +175,21 @@ def test_a_setting_that_must_not_change_is_refused_by_its_name(
     assert contents(run_dir) == before
 
 
-def test_allowed_settings_and_those_that_keep_the_curve_may_change(
+def test_allowed_and_result_neutral_settings_may_change_on_resume(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "step_00000004")
-    free = ("rollout.local.slots=7", "policy.max_tokens_per_micro_batch=300", "eval.problems=8")
-    assert train(run_dir, *SMALL, "resume=auto", *free, "optimizer.lr=1e-4", "--allow", "optimizer.lr") == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "optimizer.lr 0.0003 → 0.0001" in said and "rollout.local.slots 384 → 7" in said
+    neutral = ("rollout.local.slots=7", "policy.max_tokens_per_micro_batch=300", "eval.problems=8")
+    assert (
+        train(run_dir, *SMALL, "resume=auto", *neutral, "optimizer.lr=1e-4", "--allow", "optimizer.lr") == 0
+    )
+    output = " ".join(capsys.readouterr().out.split())
+    assert "optimizer.lr 0.0003 → 0.0001" in output and "rollout.local.slots 384 → 7" in output
     assert rows(run_dir)[:4] == rows(finished)[:4]
 
 
-def test_allowing_a_key_that_does_not_exist_is_a_mistake(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_allowing_an_unknown_key_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path / "run", "--allow", "optimizer.rl") == 2
     assert "--allow optimizer.rl: unknown key 'optimizer.rl'; did you mean" in capsys.readouterr().err

@@ -1,5 +1,4 @@
-"""Every family in one process: what comes in from a Hugging Face folder goes out bit by bit, and computes
-what transformers computes."""
+"""Every family in one process: bitwise Hugging Face round trips, log-probabilities as in transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ from tests.support.round_trip import config_from, policy_from, run_layouts
 
 
 @pytest.fixture(autouse=True)
-def leave_groups() -> Iterator[None]:
+def shutdown_groups() -> Iterator[None]:
     yield
     shutdown()
 
@@ -64,8 +63,8 @@ def test_the_local_engine_agrees_with_the_policy(family: str, tmp_path: Path) ->
     assert float((policy.log_probs(batch, schedule, 1.0) - batch.engine_log_prob).abs().max()) <= 2e-5
 
 
-def test_types_are_kept_one_by_one(tmp_path: Path) -> None:
-    """A bf16 model with fp32 norms, as some are published."""
+def test_every_tensor_keeps_its_dtype(tmp_path: Path) -> None:
+    """A bf16 model with fp32 norms, as some published models."""
     from safetensors.torch import save_file
 
     folder = tmp_path / "model"
@@ -76,7 +75,7 @@ def test_types_are_kept_one_by_one(tmp_path: Path) -> None:
     assert_same_tensors(tensors_of(tmp_path / "exported0"), mixed)
 
 
-def test_another_type_can_be_asked_for_in_both_directions(tmp_path: Path) -> None:
+def test_convert_and_export_cast_to_the_given_dtype(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     save_random_model("qwen2", folder)
     config = config_from(folder, tmp_path, 1)
@@ -89,7 +88,7 @@ def test_another_type_can_be_asked_for_in_both_directions(tmp_path: Path) -> Non
     assert '"float32"' in (tmp_path / "b" / "config.json").read_text()
 
 
-def test_tensors_of_one_parameter_in_two_types_are_refused(tmp_path: Path) -> None:
+def test_fused_tensors_of_two_dtypes_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     folder = tmp_path / "model"
@@ -103,7 +102,7 @@ def test_tensors_of_one_parameter_in_two_types_are_refused(tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_while_converting_is_one_sentence(
+def test_a_full_disk_while_converting_is_a_user_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import errno
@@ -153,13 +152,13 @@ def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(tmp_path: Path)
     assert vocabulary_of(config, Fits) == VOCAB_SIZE  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"22 tokens.*vocab_size=21"):
         vocabulary_of(config, TooMany)  # type: ignore[arg-type]
-    random_start = replace(config, policy=replace(config.policy, model=replace(config.policy.model)))
-    random_start.policy.model.vocab_size = None
-    assert vocabulary_of(random_start, Fits) == VOCAB_SIZE - 3  # type: ignore[arg-type]
+    random_init = replace(config, policy=replace(config.policy, model=replace(config.policy.model)))
+    random_init.policy.model.vocab_size = None
+    assert vocabulary_of(random_init, Fits) == VOCAB_SIZE - 3  # type: ignore[arg-type]
 
 
-def test_a_rank_asks_for_no_more_than_it_owns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes of the slices that are asked for at TP 2: half of every matrix, all of the norms."""
+def test_a_rank_reads_only_its_own_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes read per rank at TP 2: half of every matrix, all of the norms."""
     from opo_megatron.weights.param_mapping import Stages, parameters
     from opo_megatron.weights.safetensors_file import StoredTensor
 

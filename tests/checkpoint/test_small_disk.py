@@ -1,6 +1,6 @@
-"""A disk that is full while a checkpoint is written: what was there stays valid, the run goes on or stops.
+"""A disk that fills up during a save: existing checkpoints stay valid, the run continues or stops.
 
-The disk is a small tmpfs, which only root may mount.
+The disk is a small tmpfs, which needs root to mount.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ SHORT = (*COMMAND, "warm_start.steps=0", f"train.steps={STEPS}", "checkpoint.eve
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("runs") / "calm"
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
     assert attempts(run_dir, command=SHORT) == [0]
     return run_dir
 
@@ -31,9 +31,9 @@ def mount(folder: Path, *options: str) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path, calm: Path) -> Iterator[Path]:
-    """A run's folder whose checkpoints have room for two and a half."""
-    one = sum(path.stat().st_size for path in (calm / "checkpoints" / "step_00000001").iterdir())
+def small_disk(tmp_path: Path, uninterrupted: Path) -> Iterator[Path]:
+    """A run folder whose disk fits two and a half checkpoints."""
+    one = sum(path.stat().st_size for path in (uninterrupted / "checkpoints" / "step_00000001").iterdir())
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
     try:
@@ -50,16 +50,16 @@ def small_disk(tmp_path: Path, calm: Path) -> Iterator[Path]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("on_failure", "last"), [("stop", 4), ("continue", STEPS)])
 def test_the_run_continues_or_stops_and_saved_checkpoints_stay_valid(
-    small_disk: Path, calm: Path, on_failure: str, last: int
+    small_disk: Path, uninterrupted: Path, on_failure: str, last: int
 ) -> None:
     command = (*SHORT, f"checkpoint.on_failure={on_failure}")
-    # Step 3 fails beside the training and is known a step later.  The last checkpoint is the run's result:
-    # without it the run fails in any case.
+    # The save of step 3 fails in the background and is reported a step later.  The last checkpoint is
+    # the run's result: without it the run fails in any case.
     assert attempts(small_disk, command=command) == [2]
     assert [row["step"] for row in rows(small_disk)] == list(range(last + 1))
     folder = small_disk / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step_00000001", "step_00000002"]
     mount(folder, "remount", "size=1g")
     assert attempts(small_disk, command=command) == [0]
-    assert lasting(small_disk) == lasting(calm)
+    assert lasting(small_disk) == lasting(uninterrupted)
     assert [row["run/attempt"] for row in rows(small_disk)] == [1, 1, 1, 2, 2, 2, 2]

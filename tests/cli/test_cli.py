@@ -1,4 +1,4 @@
-"""The command line: every mistake is one line and exit code 2, and nothing heavy is imported for it."""
+"""The command line: an error is one line and exit code 2, without heavy imports."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def recipe(tmp_path: Path) -> str:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
-    """Stands for `opo_megatron.train`: the configurations that training was called with."""
+    """Replaces `opo_megatron.train`; records the configurations of its calls."""
     calls: list[Config] = []
     module = ModuleType("opo_megatron.train")
     module.train = lambda config, allowed: calls.append(config)  # type: ignore[attr-defined]
@@ -46,14 +46,14 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """Stands for `run_ranks`: the arguments of its calls."""
+    """Replaces `run_ranks`; records the arguments of its calls."""
     calls: list[tuple] = []
     monkeypatch.setattr("opo_megatron.cli.common.run_ranks", lambda *arguments: calls.append(arguments) or 3)
     return calls
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line that a refused command prints."""
+    """The one error line of a command that exits with code 2."""
     assert main(list(argv)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -73,13 +73,11 @@ EXPERTS = "policy.model.num_moe_experts"
         ("2", f"{EXPERTS}=4 policy.expert_model_parallel_size=4", "(--nproc 4)"),
     ],
 )
-def test_a_number_of_ranks_that_the_layout_does_not_divide_is_refused(
-    capsys, recipe, nproc, overrides, words
-):
+def test_a_world_size_not_divisible_by_the_layout_is_refused(capsys, recipe, nproc, overrides, words):
     assert words in refused(capsys, "config", recipe, "--nproc", nproc, *overrides.split())
 
 
-def test_train_without_ranks_enough_says_how_many_to_start(capsys, recipe, trained):
+def test_train_with_too_few_ranks_names_the_number_to_start(capsys, recipe, trained):
     assert "(--nproc 2)" in refused(capsys, "train", recipe, f"{TENSOR}=2")
     assert not trained
 
@@ -120,7 +118,7 @@ def test_a_launcher_sets_the_number_of_ranks(monkeypatch, capsys, recipe, traine
     assert "WORLD_SIZE=all" in refused(capsys, "train", recipe)
 
 
-def test_a_folder_that_holds_something_is_not_overwritten(capsys, recipe, trained, launched):
+def test_a_non_empty_run_folder_is_not_overwritten(capsys, recipe, trained, launched):
     Path("out").mkdir()
     assert main(["train", recipe]) == 0  # empty is fine
     Path("out/metrics.jsonl").write_text("")
@@ -133,7 +131,7 @@ def test_a_folder_that_holds_something_is_not_overwritten(capsys, recipe, traine
 
 
 @pytest.mark.parametrize("name", [CHILD, "RANK"])
-def test_only_the_first_process_asks_whether_the_folder_is_empty(monkeypatch, recipe, trained, name):
+def test_only_the_first_process_checks_that_the_folder_is_empty(monkeypatch, recipe, trained, name):
     Path("out").mkdir()
     Path("out/metrics.jsonl").write_text("")
     monkeypatch.setenv(name, "1")
@@ -141,7 +139,7 @@ def test_only_the_first_process_asks_whether_the_folder_is_empty(monkeypatch, re
     assert main(["train", recipe]) == 0 and len(trained) == 1
 
 
-def test_resume_auto_in_a_new_folder_is_fine(recipe, trained):
+def test_resume_auto_starts_a_run_in_a_new_folder(recipe, trained):
     assert main(["train", recipe, "resume=auto"]) == 0 and len(trained) == 1
 
 
@@ -151,7 +149,7 @@ def test_debug_shows_the_traceback_of_a_user_error(capsys, recipe):
     assert "Traceback" in error and "did you mean 'optimizer.lr'?" in error
 
 
-def test_an_interrupted_training_returns_130(monkeypatch, recipe, trained):
+def test_an_interrupted_training_run_returns_130(monkeypatch, recipe, trained):
     def interrupt(_config: Config, _allowed: list[str]) -> None:
         raise KeyboardInterrupt
 
@@ -159,7 +157,7 @@ def test_an_interrupted_training_returns_130(monkeypatch, recipe, trained):
     assert main(["train", recipe]) == 130
 
 
-def test_a_bug_is_not_dressed_as_a_user_error(monkeypatch, recipe, trained):
+def test_an_internal_error_is_not_reported_as_a_user_error(monkeypatch, recipe, trained):
     def fail(_config: Config, _allowed: list[str]) -> None:
         raise RuntimeError("a bug")
 
@@ -168,13 +166,11 @@ def test_a_bug_is_not_dressed_as_a_user_error(monkeypatch, recipe, trained):
         main(["train", recipe])
 
 
-def test_a_rank_that_loses_its_peers_prints_nothing_after_their_error(
-    monkeypatch, capsys, recipe, trained, tmp_path
-):
-    def lose(_config: Config, _allowed: list[str]) -> None:
+def test_a_rank_that_loses_its_peers_prints_no_second_error(monkeypatch, capsys, recipe, trained, tmp_path):
+    def lose_peer(_config: Config, _allowed: list[str]) -> None:
         raise RuntimeError("connection closed by peer")
 
-    monkeypatch.setattr(sys.modules["opo_megatron.train"], "train", lose)
+    monkeypatch.setattr(sys.modules["opo_megatron.train"], "train", lose_peer)
     monkeypatch.setenv(ERROR_CLAIM, str(tmp_path / "claim"))
     with pytest.raises(RuntimeError, match="closed by peer"):
         main(["train", recipe])
@@ -183,30 +179,28 @@ def test_a_rank_that_loses_its_peers_prints_nothing_after_their_error(
     assert capsys.readouterr().err == ""
 
 
-def test_help_teaches_by_example(capsys):
+def test_help_shows_examples(capsys):
     assert main(["--help"]) == 0
     assert "opo train recipes/quickstart.yaml run.dir=runs/first" in capsys.readouterr().out
     for name in COMMANDS:
         assert main([name, "--help"]) == 0
-        shown = capsys.readouterr().out
-        assert "examples:" in shown and f"  opo {name} " in shown
+        output = capsys.readouterr().out
+        assert "examples:" in output and f"  opo {name} " in output
     assert main(["train", "-h"]) == 0
     assert "task.data=problems.jsonl" in capsys.readouterr().out
 
 
-def test_every_example_of_the_help_is_a_recipe_that_holds(monkeypatch, capsys):
+def test_every_example_in_the_help_is_a_valid_command(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     texts = "".join([EPILOG, *(module.EPILOG for module in COMMANDS.values())]).replace("\\\n", "")
     commands = re.findall(r"^  opo (?:train|config) (.+)$", texts, re.MULTILINE)
     assert len(commands) == 8
     for command in commands:
-        command = command.split(" --allow ")[0]  # `opo config` compares with nothing
+        command = command.split(" --allow ")[0]  # `opo config` has no --allow
         assert main(["config", *command.split()]) == 0, capsys.readouterr().err
 
 
-def test_a_mistake_under_torchrun_is_printed_with_the_number_of_the_rank(
-    monkeypatch, capsys, recipe, trained
-):
+def test_a_user_error_under_torchrun_is_printed_with_its_rank(monkeypatch, capsys, recipe, trained):
     def refuse(_config: Config, _allowed: list[str]) -> None:
         raise UserError("a sentence\nover two lines")
 
@@ -228,16 +222,16 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_config_is_quick_and_imports_neither_torch_nor_megatron(recipe):
+def test_config_is_fast_and_imports_neither_torch_nor_megatron(recipe):
     code = (
         "import sys; from opo_megatron.cli.main import main; import opo_megatron.distributed.launch; "
         f"code = main(['config', {recipe!r}, 'policy.megatron.recompute_granularity=full']); "
         "print({'torch', 'transformers', 'megatron'} & set(sys.modules), code)"
     )
     start = time.monotonic()
-    done = command("-c", code)
+    result = command("-c", code)
     assert time.monotonic() - start < 3
-    assert done.stdout.splitlines()[-1] == "set() 0"
+    assert result.stdout.splitlines()[-1] == "set() 0"
 
 
 RANK_SCRIPT = """
@@ -259,8 +253,8 @@ PARENT_SCRIPT = (
 
 
 @pytest.mark.parametrize("condition", ["True", "os.environ['RANK'] == '2'"], ids=["every rank", "one rank"])
-def test_a_mistake_that_ranks_find_is_printed_exactly_once(recipe, condition):
+def test_a_user_error_on_several_ranks_is_printed_exactly_once(recipe, condition):
     Path("rank.py").write_text(RANK_SCRIPT.format(condition=condition))
-    done = command("-c", PARENT_SCRIPT, sys.executable, "rank.py", "train", recipe)
-    assert done.returncode == 2
-    assert done.stderr == "error: the reward of prompt 7 is nan\n"
+    result = command("-c", PARENT_SCRIPT, sys.executable, "rank.py", "train", recipe)
+    assert result.returncode == 2
+    assert result.stderr == "error: the reward of prompt 7 is nan\n"

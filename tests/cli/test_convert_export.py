@@ -1,4 +1,4 @@
-"""The two conversion commands as a user runs them, and runs that begin and end with a Hugging Face folder."""
+"""`convert` and `export` as subprocesses, and runs that start and end with a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_there_and_back_with_verification(tmp_path: Path) -> None:
+def test_convert_and_export_round_trip_with_verification(tmp_path: Path) -> None:
     save_random_model("qwen2, tied", tmp_path / "model", shard_size="20KB")
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     output = command(CONVERT, tmp_path / "model", tmp_path / "megatron", "--verify")
@@ -42,23 +42,27 @@ def test_there_and_back_with_verification(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "there", "back"),
+    ("family", "convert_options", "export_options"),
     [
         ("llama, scaled, tied", ["--tensor-model-parallel-size=2"], ["--pipeline-model-parallel-size=2"]),
         ("qwen3_moe", ["--expert-model-parallel-size=2"], ["--tensor-model-parallel-size=2"]),
     ],
 )
-def test_there_and_back_by_several_ranks(
-    family: str, there: list[str], back: list[str], tmp_path: Path
+def test_convert_and_export_round_trip_on_several_ranks(
+    family: str, convert_options: list[str], export_options: list[str], tmp_path: Path
 ) -> None:
     save_random_model(family, tmp_path / "model")
-    assert "verified" in command(CONVERT, tmp_path / "model", tmp_path / "megatron", "--verify", *there)
-    assert "verified" in command(EXPORT, tmp_path / "megatron", tmp_path / "back", "--verify", *back)
+    assert "verified" in command(
+        CONVERT, tmp_path / "model", tmp_path / "megatron", "--verify", *convert_options
+    )
+    assert "verified" in command(
+        EXPORT, tmp_path / "megatron", tmp_path / "back", "--verify", *export_options
+    )
     assert_same_tensors(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "model"))
 
 
 @pytest.mark.slow
-def test_a_run_begins_with_either_folder_and_its_checkpoint_becomes_one(recipe: Path, tmp_path: Path) -> None:
+def test_a_run_starts_from_either_format_and_its_checkpoint_exports(recipe: Path, tmp_path: Path) -> None:
     save_random_model("qwen3, tied", tmp_path / "model")
     command(CONVERT, tmp_path / "model", tmp_path / "megatron")
     for name, start in (("a", tmp_path / "model"), ("b", tmp_path / "megatron")):
@@ -67,21 +71,21 @@ def test_a_run_begins_with_either_folder_and_its_checkpoint_becomes_one(recipe: 
     for name in ("a", "b"):
         checkpoint = tmp_path / name / "checkpoints" / "step_00000001"
         assert "verified" in command(EXPORT, checkpoint, tmp_path / f"{name}-hf", "--verify")
-    trained, again = tensors_of(tmp_path / "a-hf"), tensors_of(tmp_path / "b-hf")
-    assert_same_tensors(again, trained)
+    trained, other = tensors_of(tmp_path / "a-hf"), tensors_of(tmp_path / "b-hf")
+    assert_same_tensors(other, trained)
     first = tensors_of(tmp_path / "model")
     assert first.keys() == trained.keys()
     assert any(not torch.equal(first[name], tensor) for name, tensor in trained.items())
-    # What was trained is where the next run begins.
+    # The next run starts from the exported weights.
     opo(recipe, f"run.dir={tmp_path / 'c'}", f"policy.init_from={tmp_path / 'a-hf'}", "train.steps=0")
-    # The folder that it began with is gone: config.json is made from the recipe.
+    # Without the folder of the initial weights, config.json is made from the recipe.
     (tmp_path / "megatron").rename(tmp_path / "gone")
     command(EXPORT, tmp_path / "b" / "checkpoints" / "step_00000001", tmp_path / "d", "--verify")
     assert_same_tensors(tensors_of(tmp_path / "d"), trained)
 
 
 @pytest.mark.slow
-def test_a_policy_that_was_born_random_becomes_a_folder(recipe: Path, tmp_path: Path) -> None:
+def test_a_randomly_initialized_policy_exports_to_a_folder(recipe: Path, tmp_path: Path) -> None:
     opo(recipe, f"run.dir={tmp_path / 'run'}", "train.steps=0", "policy.dtype=bf16", "warm_start.lr=0")
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert "verified" in command(EXPORT, checkpoint, tmp_path / "hf", "--verify")
@@ -108,12 +112,12 @@ def test_a_policy_that_was_born_random_becomes_a_folder(recipe: Path, tmp_path: 
         ((EXPORT, "nowhere", "out", "--quantize", "fp8_block", "--verify"), "--verify expects equal"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_code_2(arguments: tuple[object, ...], words: str) -> None:
+def test_wrong_arguments_give_one_error_line_and_code_2(arguments: tuple[object, ...], words: str) -> None:
     output = command(*arguments, code=2)
     assert words in output and output.startswith("error: ") and output.count("\n") == 1
 
 
-def test_mistakes_that_need_the_model(tmp_path: Path) -> None:
+def test_arguments_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     save_random_model("llama", folder)
     for arguments, words in (
@@ -128,6 +132,6 @@ def test_mistakes_that_need_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("tool", "name"), [(CONVERT, "convert"), (EXPORT, "export")])
-def test_help_shows_commands(tool: Path, name: str) -> None:
+def test_the_tools_help_equals_the_subcommands(tool: Path, name: str) -> None:
     assert command(tool, "--help") == command("-m", "opo_megatron", name, "--help")
     assert f"  opo {name} " in command(tool, "--help")

@@ -1,6 +1,6 @@
-"""Wrong inputs, each answered by one sentence that names thing, value and remedy, exit code 2, nothing lost.
+"""Wrong inputs: one error line that names setting, value and remedy, exit code 2, no file changed.
 
-In process through `main`; training cases on a model of a few thousand parameters.
+In process through `main`; training with a model of a few thousand parameters.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ FILES: dict[str, str | bytes] = {
     "list.jsonl": ROWS + "[1]\n",
     "broken.jsonl": ROWS + "{oops\n",
     "null.jsonl": ROWS + '{"question": null, "answer": "1"}\n',
-    "half.jsonl": ROWS + '{"question": "\\ud800", "answer": "1"}\n',
-    "silent.jsonl": ROWS + '{"question": "", "answer": "1"}\n',
+    "surrogate.jsonl": ROWS + '{"question": "\\ud800", "answer": "1"}\n',
+    "no_prompt.jsonl": ROWS + '{"question": "", "answer": "1"}\n',
     "latin.jsonl": ROWS.encode() + b'{"question": "\xe9", "answer": "1"}\n',
     "broken.parquet": b"PAR1 and then nothing",
     "table.csv": "question,answer\n",
@@ -62,9 +62,9 @@ FILES: dict[str, str | bytes] = {
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with good and wrong files of every kind."""
-    folder = tmp_path_factory.mktemp("world")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with valid and invalid files of every kind."""
+    folder = tmp_path_factory.mktemp("inputs")
     for name, content in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -72,17 +72,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def inside(monkeypatch: pytest.MonkeyPatch, world: Path) -> Iterator[None]:
+def in_inputs_folder(monkeypatch: pytest.MonkeyPatch, inputs: Path) -> Iterator[None]:
     for name in ("RANK", "WORLD_SIZE", "OPO_TEST_DATA", CHILD, ERROR_CLAIM):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.chdir(world)
+    monkeypatch.chdir(inputs)
     yield
-    shutil.rmtree(world / "out", ignore_errors=True)
+    shutil.rmtree(inputs / "out", ignore_errors=True)
     sys.modules.pop("graders", None)
 
 
-TRAINING_MISTAKES = [
+TRAINING_ERRORS = [
     ("task.data=gone.jsonl", "the data file gone.jsonl does not exist; check task.data"),
     ("task.data=notes", "the data file notes is a folder, not a file"),
     ("task.data=table.csv", "table.csv is neither .jsonl nor .parquet; convert it"),
@@ -98,8 +98,8 @@ TRAINING_MISTAKES = [
     ("task.data=list.jsonl", "row 41 has no field 'question' (it has a list)"),
     ("task.data=broken.jsonl", "broken.jsonl, line 41 is not JSON"),
     ("task.data=null.jsonl", "row 41: question is None, not text; fix or remove the row"),
-    ("task.data=half.jsonl", "row 41: question is '\\ud800', not text"),
-    ("task.data=silent.jsonl", "the problem '' gives an empty prompt; remove it"),
+    ("task.data=surrogate.jsonl", "row 41: question is '\\ud800', not text"),
+    ("task.data=no_prompt.jsonl", "the problem '' gives an empty prompt; remove it"),
     ("task.data=latin.jsonl", "latin.jsonl is not UTF-8 text (invalid continuation byte); convert it"),
     ("task.data=broken.parquet", "broken.parquet is not a readable Parquet file"),
     ("task.answer_pattern=((", "task.answer_pattern='((' is not a regular expression"),
@@ -140,15 +140,13 @@ def files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if "__pycache__" not in path.parts]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"), TRAINING_MISTAKES, ids=[case[0] for case in TRAINING_MISTAKES]
-)
-def test_what_training_cannot_use_is_refused_before_any_write(capsys, world, overrides, words):
+@pytest.mark.parametrize(("overrides", "words"), TRAINING_ERRORS, ids=[case[0] for case in TRAINING_ERRORS])
+def test_wrong_training_inputs_are_refused_before_any_write(capsys, inputs, overrides, words):
     if "reasoning_gym" in overrides:
         require("reasoning_gym", "make setup-dev")
-    before = files(world)
+    before = files(inputs)
     assert words in refused(capsys, "train", "text.yaml", *split(overrides))
-    assert files(world) == before
+    assert files(inputs) == before
 
 
 def test_the_gsm8k_recipe_without_its_data_names_the_variable(capsys):
@@ -165,14 +163,14 @@ def test_the_gsm8k_recipe_without_its_data_names_the_variable(capsys):
         ("wandb", "observe.wandb_project=lift", "wandb"),
     ],
 )
-def test_a_part_that_is_not_installed_is_named_with_its_command(
-    capsys, monkeypatch, world, module, overrides, extra
+def test_a_missing_package_is_named_with_its_install_command(
+    capsys, monkeypatch, inputs, module, overrides, extra
 ):
     monkeypatch.setitem(sys.modules, module, None)
     assert f"install it with: pip install 'opo-megatron[{extra}]'" in refused(
         capsys, "train", "text.yaml", *split(overrides)
     )
-    assert not (world / "out").exists()
+    assert not (inputs / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -184,7 +182,7 @@ def test_a_part_that_is_not_installed_is_named_with_its_command(
         ("none", "the verifier graders:none returned None"),
     ],
 )
-def test_a_verifier_that_gives_no_number_is_named_with_what_it_was_given(capsys, name, words):
+def test_a_verifier_without_a_finite_reward_is_named_with_its_arguments(capsys, name, words):
     error = refused(capsys, "train", "text.yaml", f"task.verifier=graders:{name}")
     assert words in error and "for the answer " in error and "it must return a " in error
 
@@ -207,21 +205,21 @@ def make_tokenizer(folder: Path, **settings: str) -> None:
     ],
     ids=["no stop token", "no template", "refusing template"],
 )
-def test_a_tokenizer_that_cannot_serve_is_refused(capsys, tmp_path, world, settings, words):
+def test_an_unusable_tokenizer_is_refused(capsys, tmp_path, inputs, settings, words):
     make_tokenizer(tmp_path / "tokenizer", **settings)
     overrides = (f"task.tokenizer={tmp_path / 'tokenizer'}", "task.chat=true")
     assert words in refused(capsys, "train", "text.yaml", *overrides)
-    assert not (world / "out").exists()
+    assert not (inputs / "out").exists()
 
 
 # ---------------------------------------------------------------------- checkpoints
 
 
 @pytest.fixture(scope="module")
-def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(world)
+        patch.chdir(inputs)
         assert main(["train", "text.yaml", f"run.dir={folder}"]) == 0
     return folder
 
@@ -256,14 +254,14 @@ def void(_: object) -> None: ...
     ids=[
         "truncated",
         "no metadata",
-        "torn state",
+        "partial state",
         "wrong state",
         "no state",
         "other model",
         "other optimizer",
     ],
 )
-def test_an_unusable_checkpoint_is_named_and_the_run_stays_as_it_was(
+def test_an_unusable_checkpoint_is_named_and_the_run_is_unchanged(
     capsys, tmp_path, trained, damage, overrides, words
 ):
     shutil.copytree(trained, tmp_path / "run")
@@ -294,12 +292,12 @@ def test_a_checkpoint_is_not_resumed_into_another_runs_folder(capsys, tmp_path, 
         (20000, "", "out cannot be written"),
         (20000, "observe.kl=off", "step_00000001 cannot be written"),
     ],
-    ids=["config.yaml", "start weights", "checkpoint"],
+    ids=["config.yaml", "initial weights", "checkpoint"],
 )
-def test_a_full_disk_is_one_sentence_and_the_run_resumes_afterwards(
-    capsys, world, trained, largest, overrides, words
+def test_a_full_disk_is_one_error_line_and_the_run_resumes_afterwards(
+    capsys, inputs, trained, largest, overrides, words
 ):
-    # A limit on the size of a file is the full disk that a test can have.
+    # A file size limit stands in for a full disk.
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
     try:
@@ -307,11 +305,11 @@ def test_a_full_disk_is_one_sentence_and_the_run_resumes_afterwards(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert main(["train", "text.yaml", "resume=auto", *split(overrides)]) == 0
-    assert len((world / "out" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((inputs / "out" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_verifier_next_to_the_recipe_is_found_by_the_console_script(monkeypatch, world):
+def test_a_verifier_next_to_the_recipe_is_found_by_the_console_script(monkeypatch, inputs):
     from opo_megatron.tasks.verifiers import find_verifier
 
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(world))])
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(inputs))])
     assert callable(find_verifier("graders:nan", None))

@@ -1,4 +1,4 @@
-"""A config.json is read as transformers reads it, written as it reads, and refused where it must be."""
+"""config.json is read and written as transformers does; unsupported models are refused."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def with_vocabulary(family: str) -> ModelConfig:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_transformers_writes_is_read_as_the_same_model(family: str, tmp_path: Path) -> None:
+def test_a_config_written_by_transformers_reads_as_the_same_model(family: str, tmp_path: Path) -> None:
     config = transformers_config(family)
     config.architectures = [
         read_architecture(folder_of(tmp_path, config.to_dict() | {"architectures": None})).family.architecture
@@ -63,7 +63,7 @@ def test_what_transformers_writes_is_read_as_the_same_model(family: str, tmp_pat
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_of_a_recipe_is_written_as_transformers_understands_it(family: str, tmp_path: Path) -> None:
+def test_a_recipes_model_is_written_as_transformers_reads_it(family: str, tmp_path: Path) -> None:
     transformers = require("transformers", "make setup-dev")
     model = with_vocabulary(family)
     written = hf_config(model, "float32")
@@ -78,7 +78,7 @@ def test_a_model_of_a_recipe_is_written_as_transformers_understands_it(family: s
     }
 
 
-def test_a_model_that_no_family_computes_cannot_be_written() -> None:
+def test_a_model_of_no_family_cannot_be_written() -> None:
     model = replace(with_vocabulary("qwen3"), add_qkv_bias=True)
     with pytest.raises(UserError, match="no Hugging Face family"):
         hf_config(model, "float32")
@@ -112,7 +112,7 @@ def test_a_model_that_no_family_computes_cannot_be_written() -> None:
         ),
     ],
 )
-def test_rotary_settings_of_old_and_new_files(
+def test_rotary_settings_of_old_and_new_config_files_are_read(
     rope: dict[str, Any], base: float, expected: RopeScalingConfig, tmp_path: Path
 ) -> None:
     model = read_architecture(folder_of(tmp_path, LLAMA | rope)).model
@@ -151,10 +151,10 @@ def test_both_names_of_the_number_of_experts_are_read(
         ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "hidden_size=None"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(config: dict[str, Any], words: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=words) as refusal:
+def test_unsupported_settings_are_refused_by_name(config: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words) as error:
         read_architecture(folder_of(tmp_path, config))
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_a_readable_file_is_refused(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_folder_without_a_readable_file_is_refused(tmp_path: Path) -> None:
         (MOE | {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 2}, 32),
     ],
 )
-def test_a_sliding_window_counts_where_the_family_uses_it(
+def test_a_sliding_window_applies_where_the_family_uses_it(
     config: dict[str, Any], window: int | None, tmp_path: Path
 ) -> None:
     assert read_architecture(folder_of(tmp_path, config)).sliding_window == window
@@ -213,7 +213,7 @@ def test_the_resolved_recipe_loads_again(tmp_path: Path) -> None:
     assert load_config(path) == config
 
 
-def test_a_tokenizer_can_be_taken_from_the_same_folder(tmp_path: Path) -> None:
+def test_a_recipe_may_take_the_tokenizer_from_the_same_folder(tmp_path: Path) -> None:
     config = load(tmp_path, LLAMA, "task.tokenizer=${policy.init_from}")
     assert config.task.tokenizer == str(tmp_path / "model")
 
@@ -247,7 +247,7 @@ def test_a_window_shorter_than_the_longest_sequence_is_refused(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("family", ["llama", "llama, scaled, tied", "mistral, scaled", "qwen3"])
-def test_frequencies_are_those_of_transformers_bit_by_bit(family: str) -> None:
+def test_rotary_frequencies_equal_transformers_bit_for_bit(family: str) -> None:
     rope = require("transformers.modeling_rope_utils", "make setup-dev")
     config = transformers_config(family)
     kind, model = config.rope_parameters["rope_type"], FAMILIES[family]
@@ -260,6 +260,6 @@ def test_frequencies_are_those_of_transformers_bit_by_bit(family: str) -> None:
     assert torch.equal(inverse_frequencies(model), expected)
 
 
-def test_every_shape_of_every_family_is_known() -> None:
+def test_every_shape_of_every_family_is_positive() -> None:
     for model in FAMILIES.values():
         assert all(all(size > 0 for size in shape) for shape in hf_shapes(model, VOCAB_SIZE).values())

@@ -1,4 +1,4 @@
-"""Recipes: merging, derived fields, the round trip through YAML, and the arithmetic in words."""
+"""Recipes: merging, derived fields, YAML round trip, and the description of a batch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_schema_defaults_are_a_valid_recipe(recipe: Path):
     assert type(config.optimizer.betas) is list and type(config.policy.megatron) is dict
 
 
-def test_later_layers_win_defaults_then_bases_then_recipe_then_overrides(tmp_path: Path):
+def test_overrides_win_over_the_recipe_over_its_bases_over_defaults(tmp_path: Path):
     write(
         tmp_path / "bases/root.yaml", "run: {dir: root}\ntrain: {steps: 1}\noptimizer: {lr: 1}\nresume: auto"
     )
@@ -53,36 +53,36 @@ def test_later_layers_win_defaults_then_bases_then_recipe_then_overrides(tmp_pat
     assert (config.run.dir, config.optimizer.clip) == ("root", 1.0)
 
 
-def test_a_section_without_entries_changes_nothing(tmp_path: Path):
+def test_an_empty_section_keeps_the_defaults(tmp_path: Path):
     path = write(tmp_path / "r.yaml", "run: {dir: x}\noptimizer:\n  # lr: 1\n")
     assert load_config(path).optimizer.lr == 1e-6
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "1.0e-4"])
-def test_a_float_may_be_written_with_an_exponent_alone(tmp_path: Path, text: str):
+def test_a_float_may_be_written_in_exponent_notation(tmp_path: Path, text: str):
     path = write(tmp_path / "r.yaml", f"run: {{dir: x}}\noptimizer: {{lr: {text}}}\n")
     assert load_config(path).optimizer.lr == 1e-4
     assert load_config(path, [f"warm_start.lr={text}"]).warm_start.lr == 1e-4
 
 
-def test_an_integer_is_good_enough_for_a_float(recipe: Path):
+def test_an_integer_converts_to_a_float(recipe: Path):
     lr = load_config(recipe, ["optimizer.lr=1"]).optimizer.lr
     assert lr == 1.0 and type(lr) is float
 
 
-def test_none_is_a_choice_of_scale_and_null_asks_for_the_preset(recipe: Path):
+def test_scale_none_is_a_choice_and_scale_null_takes_the_preset(recipe: Path):
     grpo = "algorithm.baseline=grpo"
     assert load_config(recipe, [grpo]).algorithm.scale is Scale.std
     assert load_config(recipe, [grpo, "algorithm.scale=none"]).algorithm.scale is Scale.none
     assert load_config(recipe, [grpo, "algorithm.scale=null"]).algorithm.scale is Scale.std
 
 
-def test_presets_fill_the_four_switches_and_a_set_switch_wins(recipe: Path):
+def test_presets_fill_the_four_settings_and_an_explicit_setting_wins(recipe: Path):
     assert set(PRESETS) == set(Baseline)
     for baseline in Baseline:
         algorithm = load_config(recipe, [f"algorithm.baseline={baseline.value}"]).algorithm
-        switches = (algorithm.weight, algorithm.leave_one_out, algorithm.scale, algorithm.scope)
-        assert switches == PRESETS[baseline]
+        settings = (algorithm.weight, algorithm.leave_one_out, algorithm.scale, algorithm.scope)
+        assert settings == PRESETS[baseline]
     algorithm = load_config(recipe, ["algorithm.baseline=rloo", "algorithm.weight=length"]).algorithm
     assert (algorithm.weight, algorithm.leave_one_out) == (Weight.length, True)
 
@@ -97,7 +97,7 @@ def test_presets_are_the_published_estimators():
     assert PRESETS[Baseline.batch_length] == (Weight.length, False, none, Scope.batch)
 
 
-def test_only_auto_asks_for_variance_reports_by_itself(recipe: Path):
+def test_only_auto_enables_variance_reports_by_default(recipe: Path):
     for baseline in Baseline:
         every = load_config(recipe, [f"algorithm.baseline={baseline.value}"]).algorithm.variance_every
         assert every == (10 if baseline is Baseline.auto else 0)
@@ -105,22 +105,22 @@ def test_only_auto_asks_for_variance_reports_by_itself(recipe: Path):
     assert load_config(recipe, own).algorithm.variance_every == 3
 
 
-def test_passes_besides_the_update_are_announced(recipe: Path):
-    def told(*overrides: str) -> str:
+def test_extra_forward_passes_are_described(recipe: Path):
+    def description(*overrides: str) -> str:
         return describe_batch(load_config(recipe, overrides), 1)
 
-    assert "more forward pass" not in told()
+    assert "more forward pass" not in description()
     energy = "algorithm.baseline=energy"
-    assert "energies are computed by the engine during generation" in told(energy)
-    assert "energies take one more forward pass per step" in told(energy, "rollout.engine=sglang")
+    assert "energies are computed by the engine during generation" in description(energy)
+    assert "energies take one more forward pass per step" in description(energy, "rollout.engine=sglang")
     clipped = ("algorithm.objective=clipped", "algorithm.updates_per_batch=4")
-    assert "log-probabilities of π_old take one more forward pass" in told(*clipped)
-    assert "take two more forward passes" in told(*clipped, "algorithm.kl_coefficient=0.1")
-    assert "4 optimizer steps, each on its own part of the prompts" in told(*clipped)
-    assert "every 10 steps the gradient's variance" in told("algorithm.baseline=auto")
+    assert "log-probabilities of π_old take one more forward pass" in description(*clipped)
+    assert "take two more forward passes" in description(*clipped, "algorithm.kl_coefficient=0.1")
+    assert "4 optimizer steps, each on its own part of the prompts" in description(*clipped)
+    assert "every 10 steps the gradient's variance" in description("algorithm.baseline=auto")
 
 
-def test_shapes_that_follow_from_others_are_filled(recipe: Path):
+def test_dependent_model_dimensions_are_derived(recipe: Path):
     model = load_config(
         recipe, ["policy.model.hidden_size=256", "policy.model.num_attention_heads=8"]
     ).policy.model
@@ -131,7 +131,7 @@ def test_shapes_that_follow_from_others_are_filled(recipe: Path):
     assert model.moe_ffn_hidden_size == 64
 
 
-def test_loss_constant_defaults_to_the_largest_batch_where_used(recipe: Path):
+def test_loss_constant_defaults_to_the_tokens_of_the_largest_batch(recipe: Path):
     batch = ["rollout.prompts_per_step=3", "rollout.samples_per_prompt=4", "rollout.max_response_tokens=5"]
     constant = [*batch, "algorithm.loss_normalizer=constant"]
     assert load_config(recipe, constant).algorithm.loss_constant == 60.0
@@ -150,9 +150,9 @@ def test_loss_constant_defaults_to_the_largest_batch_where_used(recipe: Path):
 )
 def test_printed_yaml_loads_to_the_same_configuration(recipe: Path, tmp_path: Path, overrides: list[str]):
     config = load_config(recipe, overrides)
-    again = load_config(write(tmp_path / "printed.yaml", to_yaml(config)))
-    assert again == config
-    assert to_yaml(again) == to_yaml(config)
+    reloaded = load_config(write(tmp_path / "printed.yaml", to_yaml(config)))
+    assert reloaded == config
+    assert to_yaml(reloaded) == to_yaml(config)
 
 
 def test_enums_are_printed_by_value(recipe: Path):
@@ -177,7 +177,7 @@ def test_every_schema_field_has_a_key_and_a_printable_default():
 
 
 @pytest.mark.parametrize(
-    ("key", "meant"),
+    ("key", "closest"),
     [
         ("lr", "optimizer.lr"),
         ("rollout.lr", "optimizer.lr"),
@@ -188,17 +188,17 @@ def test_every_schema_field_has_a_key_and_a_printable_default():
         ("zzz", None),
     ],
 )
-def test_the_nearest_key_is_the_one_that_was_meant(key: str, meant: str | None):
-    assert nearest(key, key_types()) == meant
+def test_the_nearest_key_is_the_intended_one(key: str, closest: str | None):
+    assert nearest(key, key_types()) == closest
 
 
 def test_managed_fields_are_fields_of_megatron_and_cover_the_model_section():
     assert set(MANAGED_FIELDS) <= megatron_field_names()
-    ours_alone = {"tie_embeddings", "rotary_base", "rope_scaling", "max_sequence_length", "vocab_size"}
-    assert {field.name for field in dataclasses.fields(ModelConfig)} - ours_alone <= set(MANAGED_FIELDS)
+    own_fields = {"tie_embeddings", "rotary_base", "rope_scaling", "max_sequence_length", "vocab_size"}
+    assert {field.name for field in dataclasses.fields(ModelConfig)} - own_fields <= set(MANAGED_FIELDS)
 
 
-def test_megatron_field_names_come_from_the_class_and_from_its_base():
+def test_megatron_field_names_include_those_of_the_base_class():
     names = megatron_field_names()
     assert {"recompute_granularity", "batch_p2p_comm", "overlap_p2p_comm"} <= names
     assert not [name for name in names if name.startswith("_")]
@@ -212,7 +212,7 @@ def test_megatron_field_names_are_those_of_the_imported_class():
     assert megatron_field_names() == public
 
 
-def test_fields_that_the_project_leaves_free_reach_the_configuration(recipe: Path):
+def test_unmanaged_megatron_fields_reach_the_configuration(recipe: Path):
     config = load_config(
         recipe, ["policy.megatron.recompute_granularity=full", "policy.megatron.hidden_dropout=0"]
     )
@@ -231,14 +231,14 @@ def test_fields_that_the_project_leaves_free_reach_the_configuration(recipe: Pat
         ({"tensor_model_parallel_size": 2, "expert_model_parallel_size": 3}, 6),
     ],
 )
-def test_smallest_world_divides_into_model_copies_and_into_expert_copies(layout: dict, fewest: int):
+def test_smallest_world_holds_whole_model_and_expert_replicas(layout: dict, fewest: int):
     config = Config()
     for name, value in layout.items():
         setattr(config.policy, name, value)
     assert smallest_world(config) == fewest
 
 
-def test_layouts_that_fit_are_accepted(recipe: Path):
+def test_valid_parallel_layouts_are_accepted(recipe: Path):
     interleaved = [
         "policy.model.num_layers=8",
         "policy.pipeline_model_parallel_size=2",
@@ -254,30 +254,30 @@ def test_layouts_that_fit_are_accepted(recipe: Path):
     )
 
 
-def test_a_group_of_one_is_accepted_where_it_is_not_its_own_baseline(recipe: Path):
+def test_a_group_of_one_is_accepted_where_its_baseline_excludes_it(recipe: Path):
     one = "rollout.samples_per_prompt=1"
     with pytest.raises(UserError, match="every advantage is 0"):
         load_config(recipe, [one])
     load_config(recipe, [one, "algorithm.baseline=batch_length", "algorithm.leave_one_out=true"])
 
 
-def test_truncated_sampling_is_for_evaluation_or_on_request(recipe: Path):
+def test_top_p_and_top_k_are_for_evaluation_or_off_policy_sampling(recipe: Path):
     load_config(recipe, ["eval.top_p=0.9", "eval.top_k=5"])
     load_config(recipe, ["rollout.top_p=0.9", "rollout.top_k=5", "algorithm.off_policy_sampling=true"])
 
 
-def test_validation_also_guards_a_configuration_made_in_code(recipe: Path):
+def test_validate_checks_a_configuration_made_in_code(recipe: Path):
     config = load_config(recipe)
     config.optimizer.lr = float("nan")
     with pytest.raises(UserError, match=r"optimizer\.lr is nan"):
         validate(config, 1)
 
 
-def test_the_default_task_is_known():
+def test_every_task_name_has_a_task():
     assert set(TASKS) == set(TaskName)
 
 
-def test_description_states_the_batch_its_split_the_loss_and_the_layout(recipe: Path):
+def test_the_description_names_the_batch_its_split_loss_and_layout(recipe: Path):
     overrides = [
         "rollout.prompts_per_step=10",
         "rollout.samples_per_prompt=4",
@@ -312,12 +312,12 @@ def test_description_states_the_batch_its_split_the_loss_and_the_layout(recipe: 
         ("batch_length", "of the whole batch"),
     ],
 )
-def test_description_shows_the_advantage_formula_in_force(recipe: Path, baseline: str, words: str):
+def test_the_description_shows_the_advantage_formula(recipe: Path, baseline: str, words: str):
     config = load_config(recipe, [f"algorithm.baseline={baseline}"])
     assert words in describe_batch(config, 1)
 
 
-def test_a_resumed_run_names_the_settings_that_changed(tmp_path: Path):
+def test_changed_settings_names_what_a_resumed_run_changes(tmp_path: Path):
     quickstart = RECIPES / "quickstart.yaml"
     recipe = write(
         tmp_path / "config.yaml", to_yaml(load_config(quickstart, ["run.dir=a", "optimizer.lr=2e-4"]))

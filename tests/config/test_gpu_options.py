@@ -1,7 +1,7 @@
-"""FP8 and the options of big models without a GPU: rules, Megatron's fields, and what the engine is sent.
+"""FP8 and other GPU options without a GPU: validation, Megatron's fields, and the weights sent to the engine.
 
-Transformer Engine cannot be imported here.  So the configuration object is Megatron's own, what is made of
-it is read from Megatron's source, and the layer spec is built with stand-ins of the same names.
+Transformer Engine cannot be imported here.  So the configuration object is Megatron's own, its effect is read
+from Megatron's source, and the layer spec is built with stubs of the same names.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def config_of(*overrides: str, world_size: int = 1) -> Any:
         ("mxfp8", "e4m3", Fp8Recipe.mxfp8),
     ],
 )
-def test_fp8_becomes_megatrons_recipe(fp8: str, form: str, recipe: Fp8Recipe) -> None:
+def test_fp8_sets_megatrons_recipe(fp8: str, form: str, recipe: Fp8Recipe) -> None:
     config = transformer_config(config_of(*BIG, f"policy.fp8={fp8}"), CPU)
     assert (config.fp8, config.fp8_recipe) == (form, recipe)
     assert not config.fp8_param and not config.fp8_dot_product_attention and not config.first_last_layers_bf16
@@ -80,7 +80,7 @@ def test_fp8_becomes_megatrons_recipe(fp8: str, form: str, recipe: Fp8Recipe) ->
         assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (1024, "max")
 
 
-def test_megatron_makes_of_every_recipe_the_class_that_is_meant() -> None:
+def test_megatron_maps_every_recipe_to_the_intended_class() -> None:
     source = Path(inspect.getfile(fp8_utils)).read_text()
     for recipe, kind in (
         ("blockwise", "Float8BlockScaling"),
@@ -88,23 +88,23 @@ def test_megatron_makes_of_every_recipe_the_class_that_is_meant() -> None:
         ("delayed", "TEDelayedScaling"),
         ("mxfp8", "MXFP8BlockScaling"),
     ):
-        _, _, behind = source.partition(f"config.fp8_recipe == Fp8Recipe.{recipe}")
-        assert kind in behind.split("elif")[0], recipe
+        _, _, branch = source.partition(f"config.fp8_recipe == Fp8Recipe.{recipe}")
+        assert kind in branch.split("elif")[0], recipe
 
 
-def test_without_fp8_nothing_of_it_is_set() -> None:
+def test_without_fp8_no_fp8_field_is_set() -> None:
     config = transformer_config(config_of(), CPU)
     assert config.fp8 is None and not config.gradient_accumulation_fusion
     assert config.recompute_granularity is None
 
 
-def test_on_gpus_what_can_be_imported_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, found = SimpleNamespace(type="cuda"), set[str]()
-    monkeypatch.setattr(layer_specs, "find_spec", lambda name: name if name in found else None)
+def test_gpu_fields_depend_on_the_installed_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, installed = SimpleNamespace(type="cuda"), set[str]()
+    monkeypatch.setattr(layer_specs, "find_spec", lambda name: name if name in installed else None)
     policy = config_of()
     assert spec_name(gpu) == "local"
     assert layer_specs.device_fields(policy, gpu) == {"gradient_accumulation_fusion": False}
-    found |= {"transformer_engine", "fused_weight_gradient_mlp_cuda"}
+    installed |= {"transformer_engine", "fused_weight_gradient_mlp_cuda"}
     assert spec_name(gpu) == "transformer_engine" and spec_name(CPU) == "local"
     assert layer_specs.device_fields(policy, gpu) == {"gradient_accumulation_fusion": True}
     assert layer_specs.device_fields(policy, CPU) == {"gradient_accumulation_fusion": False}
@@ -115,7 +115,7 @@ def test_on_gpus_what_can_be_imported_decides(monkeypatch: pytest.MonkeyPatch) -
     assert layer_specs.device_fields(experts, gpu)["moe_grouped_gemm"] is True
 
 
-def test_transformer_engines_spec_is_megatrons(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_transformer_engine_spec_is_megatrons(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.extensions import transformer_engine as extension
     from megatron.core.extensions import transformer_engine_spec_provider as module
 
@@ -134,13 +134,13 @@ def test_transformer_engines_spec_is_megatrons(monkeypatch: pytest.MonkeyPatch) 
     assert attention.core_attention.__name__ == "TEDotProductAttention"
 
 
-# ---------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------- validation
 
 
-def refusal(*overrides: str) -> str:
-    with pytest.raises(UserError) as refused:
+def error_of(*overrides: str) -> str:
+    with pytest.raises(UserError) as error:
         small_config(*overrides)
-    return str(refused.value)
+    return str(error.value)
 
 
 SGLANG = "rollout.engine=sglang"
@@ -169,8 +169,8 @@ SGLANG = "rollout.engine=sglang"
         ((SGLANG, "policy.model.num_moe_experts=4"), "would route tokens to different experts"),
     ],
 )  # fmt: skip
-def test_contradictions_and_what_is_not_built_are_refused(overrides: tuple[str, ...], words: str) -> None:
-    assert words in refusal(*overrides)
+def test_contradictory_and_unimplemented_options_are_refused(overrides: tuple[str, ...], words: str) -> None:
+    assert words in error_of(*overrides)
 
 
 H100, B200, A100 = (9, 0), (10, 0), (8, 0)
@@ -189,44 +189,44 @@ H100, B200, A100 = (9, 0), (10, 0), (8, 0)
         ("blockwise", H100, "2.13.0", "13.0", "2.9 or newer, below 2.12, and 2.13.0 is installed"),
     ],
 )
-def test_what_a_gpu_lacks_for_fp8_is_named(
+def test_missing_fp8_requirements_are_named(
     fp8: str, capability: tuple[int, int], engine: str | None, cuda: str, words: str | None
 ) -> None:
-    lacks = fp8_lacks(Fp8(fp8), capability, engine, cuda)
-    assert lacks is None if words is None else words in str(lacks)
+    missing = fp8_lacks(Fp8(fp8), capability, engine, cuda)
+    assert missing is None if words is None else words in str(missing)
 
 
-def test_fp8_on_a_machine_without_a_gpu_is_refused_when_the_run_starts() -> None:
+def test_fp8_without_a_gpu_is_refused_when_the_run_starts() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    refused = pytest.raises(UserError, match=r"policy\.fp8=blockwise needs a GPU, and this run is on a CPU")
-    with refused, joined_ranks(small_config(*BLOCKWISE)):
+    error = pytest.raises(UserError, match=r"policy\.fp8=blockwise needs a GPU, and this run is on a CPU")
+    with error, joined_ranks(small_config(*BLOCKWISE)):
         pass
 
 
-def test_offload_becomes_megatrons_fields(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By Megatron's own dataclass, which checks them, and its own rule for what they must be used with."""
+def test_optimizer_offload_sets_megatrons_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked by Megatron's own dataclass, and by its rule for the fields they require."""
     monkeypatch.setattr(optimizer_config, "is_te_min_version", lambda version: True)
     config = small_config(*BIG, "policy.optimizer_offload=0.5")
-    made = megatron_optimizer(config.policy, config.optimizer, torch.bfloat16)
-    assert made.optimizer_cpu_offload and made.optimizer_offload_fraction == 0.5
-    # Only so do master weights belong to the hybrid optimizer, and gradients reach it as it reads them.
-    assert made.use_precision_aware_optimizer_no_fp8_or_ds_fp8 and made.decoupled_weight_decay
-    assert made.main_params_dtype == made.exp_avg_dtype == made.exp_avg_sq_dtype == torch.float32
+    fields = megatron_optimizer(config.policy, config.optimizer, torch.bfloat16)
+    assert fields.optimizer_cpu_offload and fields.optimizer_offload_fraction == 0.5
+    # Required for the hybrid optimizer to own the master weights and to receive gradients in its dtype.
+    assert fields.use_precision_aware_optimizer_no_fp8_or_ds_fp8 and fields.decoupled_weight_decay
+    assert fields.main_params_dtype == fields.exp_avg_dtype == fields.exp_avg_sq_dtype == torch.float32
     plain = small_config(*BIG)
-    made = megatron_optimizer(plain.policy, plain.optimizer, torch.bfloat16)
-    assert not made.optimizer_cpu_offload and not made.use_precision_aware_optimizer
+    fields = megatron_optimizer(plain.policy, plain.optimizer, torch.bfloat16)
+    assert not fields.optimizer_cpu_offload and not fields.use_precision_aware_optimizer
 
 
-def test_recipes_of_runs_that_had_a_switch_for_offload_still_load() -> None:
+def test_recipes_with_a_boolean_optimizer_offload_still_load() -> None:
     assert small_config("policy.optimizer_offload=false").policy.optimizer_offload == 0.0
 
 
-def test_offload_on_a_machine_without_a_gpu_is_refused_when_the_run_starts() -> None:
+def test_offload_without_a_gpu_is_refused_when_the_run_starts() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    refused = pytest.raises(UserError, match=r"policy\.optimizer_offload=1 needs a GPU, and this run is on a")
-    with refused, joined_ranks(small_config(*BIG, "policy.optimizer_offload=1")):
+    error = pytest.raises(UserError, match=r"policy\.optimizer_offload=1 needs a GPU, and this run is on a")
+    with error, joined_ranks(small_config(*BIG, "policy.optimizer_offload=1")):
         pass
 
 
@@ -252,45 +252,45 @@ def test_a_resumed_run_keeps_its_fp8_unless_a_change_is_allowed(tmp_path: Path) 
 # ---------------------------------------------------------------------- shapes and recomputation
 
 
-@pytest.mark.parametrize(("fp8", "one"), [("blockwise", 128), ("tensorwise", 16), ("delayed", 16)])
-def test_fp8_micro_batches_hold_whole_blocks_on_every_rank(fp8: str, one: int) -> None:
+@pytest.mark.parametrize(("fp8", "alignment"), [("blockwise", 128), ("tensorwise", 16), ("delayed", 16)])
+def test_fp8_micro_batches_hold_whole_blocks_on_every_rank(fp8: str, alignment: int) -> None:
     policy = config_of(*BIG, f"policy.fp8={fp8}")
-    assert token_multiple(policy) == one
+    assert token_multiple(policy) == alignment
     parallel = replace(policy, tensor_model_parallel_size=2, sequence_parallel=True)
-    assert token_multiple(parallel) == 2 * one
-    assert token_multiple(replace(parallel, context_parallel_size=4)) == 8 * one
+    assert token_multiple(parallel) == 2 * alignment
+    assert token_multiple(replace(parallel, context_parallel_size=4)) == 8 * alignment
     batch = ragged_rollouts(24)
     schedule = schedule_micro_batches(batch.sequence_lengths.tolist(), 1, 128)
     batch = batch.select([i for rows in schedule.assignment[0] for i in rows])
     plain = build_micro_batches(batch, schedule, 0, {}, 2, CPU)
     for before, micro in zip(
-        plain, build_micro_batches(batch, schedule, 0, {}, 2, CPU, 2 * one), strict=True
+        plain, build_micro_batches(batch, schedule, 0, {}, 2, CPU, 2 * alignment), strict=True
     ):
         rows, width = micro.tokens.shape
-        assert rows * width % (2 * one) == 0 and width % 2 == 0
+        assert rows * width % (2 * alignment) == 0 and width % 2 == 0
         assert (
-            width - before.tokens.shape[1] < 2 * one // math.gcd(2 * one, rows) + 2
-        )  # and no more than that
+            width - before.tokens.shape[1] < 2 * alignment // math.gcd(2 * alignment, rows) + 2
+        )  # minimal padding
         assert torch.equal(micro.targets, before.targets)
-        taken = micro.tokens[:, : before.tokens.shape[1]]
-        assert torch.equal(taken, before.tokens) and not micro.tokens[:, before.tokens.shape[1] :].any()
+        inputs = micro.tokens[:, : before.tokens.shape[1]]
+        assert torch.equal(inputs, before.tokens) and not micro.tokens[:, before.tokens.shape[1] :].any()
 
 
-def test_megatron_gets_the_context_parallel_size() -> None:
+def test_megatron_receives_the_context_parallel_size() -> None:
     policy = config_of("policy.packing=thd", "policy.context_parallel_size=2", world_size=2)
     config = transformer_config(policy, CPU)
     assert config.context_parallel_size == 2 and config.cp_comm_type is None  # Megatron's default, a ring
 
 
-def test_context_parallelism_on_gpus_is_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_context_parallelism_on_gpus_needs_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_specs, "spec_name", lambda device: "transformer_engine")
-    cut = ("policy.packing=thd", "policy.context_parallel_size=2")
-    check_context_device(config_of(*cut, "policy.dtype=bf16", world_size=2), CPU)
+    sharded = ("policy.packing=thd", "policy.context_parallel_size=2")
+    check_context_device(config_of(*sharded, "policy.dtype=bf16", world_size=2), CPU)
     check_context_device(config_of(), CPU)
     with pytest.raises(UserError, match=r"=2 with policy\.dtype=fp32, but .* set policy\.dtype=bf16, or"):
-        check_context_device(config_of(*cut, world_size=2), CPU)
+        check_context_device(config_of(*sharded, world_size=2), CPU)
     monkeypatch.setattr(layer_specs, "spec_name", lambda device: "local")
-    check_context_device(config_of(*cut, world_size=2), CPU)
+    check_context_device(config_of(*sharded, world_size=2), CPU)
 
 
 def test_recomputed_activations_give_the_same_gradient() -> None:
@@ -314,10 +314,10 @@ def test_recomputed_activations_give_the_same_gradient() -> None:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
 
 
-# ---------------------------------------------------------------------- what the engine is sent
+# ---------------------------------------------------------------------- weights sent to the engine
 
 
-def test_blockwise_and_an_sglang_engine_go_together(tmp_path: Path) -> None:
+def test_blockwise_fp8_enables_fp8_in_the_sglang_engine(tmp_path: Path) -> None:
     assert small_config(*BLOCKWISE, SGLANG).rollout.sglang.fp8 is True
     assert small_config(*BLOCKWISE, SGLANG, "rollout.sglang.fp8=false").rollout.sglang.fp8 is False
     assert small_config(*BLOCKWISE).rollout.sglang.fp8 is False
@@ -325,12 +325,12 @@ def test_blockwise_and_an_sglang_engine_go_together(tmp_path: Path) -> None:
     config = small_config(*BLOCKWISE, SGLANG)
     fp8 = BlockFp8(replace(config.policy.model, vocab_size=VOCAB_SIZE), Scales.power_of_two)
     write_model_config(config, VOCAB_SIZE, tmp_path, fp8.config)
-    described = (tmp_path / "config.json").read_text()
-    assert '"weight_block_size"' in described and '"ue8m0"' in described
+    model_config = (tmp_path / "config.json").read_text()
+    assert '"weight_block_size"' in model_config and '"ue8m0"' in model_config
 
 
 class Client:
-    """A server that takes every post."""
+    """A server that accepts every POST."""
 
     url = "http://nowhere"
 
@@ -342,13 +342,13 @@ class Client:
 
 
 class Transfer:
-    """Keeps what a server would have got."""
+    """Records what a server would receive."""
 
     def __init__(self) -> None:
-        self.got: dict[str, torch.Tensor] = {}
+        self.received: dict[str, torch.Tensor] = {}
 
     def send(self, bucket: Any) -> Any:
-        return lambda: self.got.update(bucket)
+        return lambda: self.received.update(bucket)
 
     def finish(self) -> None:
         pass
@@ -364,8 +364,8 @@ def engine_with(fp8: BlockFp8) -> tuple[SglangEngine, Transfer]:
     return engine, transfer
 
 
-def test_the_engine_gets_the_trainers_bytes(tmp_path: Path) -> None:
-    """Shard by shard at tensor parallelism 2, as the trainer quantizes, is the whole as it is sent."""
+def test_the_engine_receives_the_trainers_fp8_bytes(tmp_path: Path) -> None:
+    """Quantizing shard by shard at TP 2, as the trainer does, equals quantizing the whole, as it is sent."""
     model = replace(small_config(*BLOCKWISE).policy.model, vocab_size=VOCAB_SIZE)
     generator = torch.Generator().manual_seed(0)
     gate = torch.randn(512, 256, generator=generator).bfloat16()
@@ -374,9 +374,9 @@ def test_the_engine_gets_the_trainers_bytes(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.gate_proj.weight"
     engine.update_weights(iter([[(name, gate), ("model.norm.weight", norm)]]), 3)
     assert engine.version == 3
-    assert set(transfer.got) == {name, name + "_scale_inv", "model.norm.weight"}
-    assert transfer.got["model.norm.weight"].dtype is torch.bfloat16
-    sent, scale = transfer.got[name], transfer.got[name + "_scale_inv"]
+    assert set(transfer.received) == {name, name + "_scale_inv", "model.norm.weight"}
+    assert transfer.received["model.norm.weight"].dtype is torch.bfloat16
+    sent, scale = transfer.received[name], transfer.received[name + "_scale_inv"]
     for rank, shard in enumerate(gate.chunk(2)):
         values, own = quantize_blocks(name, shard, Scales.power_of_two)
         assert torch.equal(values.view(torch.uint8), sent.chunk(2)[rank].view(torch.uint8))
@@ -387,17 +387,17 @@ def test_the_engine_gets_the_trainers_bytes(tmp_path: Path) -> None:
     )
 
 
-def test_a_weight_that_has_no_fp8_ends_the_update_after_the_whole_stream() -> None:
+def test_a_non_finite_weight_raises_after_the_whole_stream_is_consumed() -> None:
     model = replace(small_config(*BLOCKWISE).policy.model, vocab_size=VOCAB_SIZE)
     engine, transfer = engine_with(BlockFp8(model, Scales.power_of_two))
     bad = torch.full((512, 256), math.nan, dtype=torch.bfloat16)
     stream = iter([[("model.layers.0.mlp.gate_proj.weight", bad)], [("model.norm.weight", torch.ones(256))]])
     with pytest.raises(UserError, match="NaN or infinite"):
         engine.update_weights(stream, 3)
-    assert engine.version is None and transfer.got == {} and next(stream, None) is None
+    assert engine.version is None and transfer.received == {} and next(stream, None) is None
 
 
-def test_a_bucket_of_several_types_keeps_each() -> None:
+def test_a_bucket_of_several_dtypes_keeps_each() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(128, 128, generator=generator)
     values, scale = quantize_blocks("w", weight, Scales.power_of_two)
@@ -409,8 +409,8 @@ def test_a_bucket_of_several_types_keeps_each() -> None:
     assert len({copy.untyped_storage().data_ptr() for _, copy in shared}) == 1 and copy.is_shared()
 
 
-def test_power_of_two_scales_are_transformer_engines() -> None:
-    """Its kernel takes 448 / amax and cuts the fraction off; ours takes amax / 448 and rounds up."""
+def test_power_of_two_scales_equal_transformer_engines() -> None:
+    """TE's kernel truncates 448 / amax to a power of two; ours rounds amax / 448 up to one."""
     generator = torch.Generator().manual_seed(0)
     largest = torch.cat([torch.rand(4000, generator=generator) * 10, 448 * 2.0 ** torch.arange(-30, 9)])
     largest = torch.cat(

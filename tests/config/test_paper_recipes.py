@@ -1,4 +1,4 @@
-"""The arms of the paper's comparison: what each differs in from OPO's; that all draw equally many samples."""
+"""The recipes of the paper's comparison: how each differs from OPO's; all generate equally many samples."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "paper_small/grpo_on_policy": GRPO,
     "paper_small/grpo_off_policy": OFF_POLICY,
 }
-"""Recipe → every key, but the run's folder, whose value is not that of opo.yaml in the same folder."""
+"""Recipe → every key but run.dir whose value differs from opo.yaml in the same folder."""
 
 
 @cache
@@ -44,36 +44,36 @@ def recipe(name: str) -> Config:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for key, value in tree.items():
         is_section = isinstance(value, dict) and value
-        found |= flat(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
-    return found
+        flattened |= flat(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
+    return flattened
 
 
-def test_every_arm_is_in_the_table() -> None:
+def test_every_paper_recipe_has_its_differences_listed() -> None:
     files = [path for folder in ("paper", "paper_small") for path in (RECIPES / folder).glob("*.yaml")]
     assert {f"{path.parent.name}/{path.stem}" for path in files} == set(DIFFERENCES)
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_an_arm_differs_from_opo_in_its_estimator_and_nothing_else(name: str) -> None:
+def test_a_paper_recipe_differs_from_opo_only_in_its_estimator(name: str) -> None:
     folder = name.split("/")[0]
-    opo, arm = (flat(yaml.safe_load(to_yaml(recipe(one)))) for one in (f"{folder}/opo", name))
-    assert arm.pop("run.dir") == f"runs/{name}"
+    opo, other = (flat(yaml.safe_load(to_yaml(recipe(one)))) for one in (f"{folder}/opo", name))
+    assert other.pop("run.dir") == f"runs/{name}"
     assert opo.pop("run.dir") == f"runs/{folder}/opo"
-    assert {key: value for key, value in arm.items() if opo[key] != value} == DIFFERENCES[name]
+    assert {key: value for key, value in other.items() if opo[key] != value} == DIFFERENCES[name]
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_all_arms_generate_equally_many_samples(name: str) -> None:
+def test_all_paper_recipes_generate_equally_many_samples(name: str) -> None:
     config = recipe(name)
     samples = config.train.steps * config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     assert samples == {"paper": 200 * 128 * 8, "paper_small": 100 * 48 * 8}[name.split("/")[0]]
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "paper").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_value_of_the_papers_recipes_says_where_it_is_from(path: Path) -> None:
+def test_every_value_of_the_papers_recipes_names_its_source(path: Path) -> None:
     lines = [line for line in path.read_text().splitlines() if line.startswith("  ") and line[2] != "#"]
     values = [line for line in lines if not line.strip().startswith("dir:")]
     assert values

@@ -1,4 +1,4 @@
-"""The recipes for many GPUs: architecture and layout as they claim, and their twins train under torchrun."""
+"""Multi-GPU recipes: architecture and layout as documented; scaled down, they train under torchrun."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PARAMETERS = {
     "opo_qwen2.5_32b": 32_763_876_352,
     **dict.fromkeys((name for name in SCALES if "7b" in name or name.startswith("paper/")), 7_615_616_512),
 }
-"""As the models' own pages count them."""
+"""As published on the models' pages."""
 
 
 @pytest.fixture(autouse=True)
@@ -60,13 +60,13 @@ def test_the_architecture_has_the_models_number_of_parameters(name: str) -> None
         policy.pipeline_model_parallel_size,
         policy.virtual_pipeline_model_parallel_size or 1,
     )
-    table = parameters(policy.model, policy.model.vocab_size, stages)
-    assert sum(p.numel for p in table if not p.tied_duplicate) == PARAMETERS[name]
-    numbers = [sum(p.numel for p in table if p.stage == stage) for stage in range(stages.pipeline)]
-    assert math.isclose(max(numbers), min(numbers), rel_tol=0.15)  # stages are even
+    mapping = parameters(policy.model, policy.model.vocab_size, stages)
+    assert sum(p.numel for p in mapping if not p.tied_duplicate) == PARAMETERS[name]
+    numel_by_stage = [sum(p.numel for p in mapping if p.stage == stage) for stage in range(stages.pipeline)]
+    assert math.isclose(max(numel_by_stage), min(numel_by_stage), rel_tol=0.15)  # stages are balanced
 
 
-def test_the_70b_recipe_is_what_its_head_says() -> None:
+def test_the_70b_recipe_matches_its_header() -> None:
     config = recipe("opo_llama3_70b")
     policy = config.policy
     assert policy.model.kv_channels == 128 and policy.model.num_layers == 4 * 5 * 4
@@ -79,23 +79,23 @@ def test_the_70b_recipe_is_what_its_head_says() -> None:
 def test_a_model_that_contradicts_its_recipe_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """OPO_MODEL may name the model that the recipe is written for, and no other."""
+    """OPO_MODEL may only name a model with the recipe's architecture."""
     from opo_megatron.config.architecture import hf_config
 
     model = recipe(name).policy.model
-    described = hf_config(model, "bfloat16")
-    (tmp_path / "config.json").write_text(json.dumps(described))
+    model_config = hf_config(model, "bfloat16")
+    (tmp_path / "config.json").write_text(json.dumps(model_config))
     monkeypatch.setenv("OPO_MODEL", str(tmp_path))
     assert recipe(name).policy.model == model
-    (tmp_path / "config.json").write_text(json.dumps(described | {"num_hidden_layers": 3}))
+    (tmp_path / "config.json").write_text(json.dumps(model_config | {"num_hidden_layers": 3}))
     assert main(["config", str(RECIPES / f"{name}.yaml")]) == 2
     assert "num_layers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SCALES)
 def test_a_scaled_down_recipe_keeps_its_structure(name: str, tmp_path: Path) -> None:
-    made = scale_down(name, tmp_path)
-    small, big = load_config(RECIPES / f"{name}.yaml", made.overrides, made.ranks), recipe(name)
+    scaled = scale_down(name, tmp_path)
+    small, big = load_config(RECIPES / f"{name}.yaml", scaled.overrides, scaled.ranks), recipe(name)
     for key in (
         "pipeline_model_parallel_size",
         "virtual_pipeline_model_parallel_size",
@@ -109,25 +109,25 @@ def test_a_scaled_down_recipe_keeps_its_structure(name: str, tmp_path: Path) -> 
     for key in ("add_qkv_bias", "rope_scaling", "rotary_base", "tie_embeddings", "qk_layernorm"):
         assert getattr(small.policy.model, key) == getattr(big.policy.model, key), key
     assert (small.algorithm, small.on_policy) == (big.algorithm, big.on_policy)
-    assert made.ranks <= 8
+    assert scaled.ranks <= 8
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", SCALES)
 def test_a_scaled_down_recipe_trains_two_steps_under_torchrun(name: str, tmp_path: Path) -> None:
-    made = scale_down(name, tmp_path)
+    scaled = scale_down(name, tmp_path)
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
-        f"--nproc-per-node={made.ranks}",
+        f"--nproc-per-node={scaled.ranks}",
     ]
-    command += ["-m", "opo_megatron", "train", str(RECIPES / f"{name}.yaml"), *made.overrides]
+    command += ["-m", "opo_megatron", "train", str(RECIPES / f"{name}.yaml"), *scaled.overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=800, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=800, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert all(row["on_policy/logprob_diff_max"] < 1e-4 for row in rows[1:])

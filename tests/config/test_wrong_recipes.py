@@ -1,4 +1,4 @@
-"""Mistakes in recipes, overrides and command lines: one sentence, exit code 2, no torch, at once."""
+"""Errors in recipes, overrides and command lines: one line, exit code 2, fast, without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
-def inside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def in_tmp_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("RANK", "WORLD_SIZE", "OPO_TEST_DATA", CHILD, ERROR_CLAIM):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -27,7 +27,7 @@ MODEL = "policy.model."
 TENSOR, PIPELINE = "policy.tensor_model_parallel_size", "policy.pipeline_model_parallel_size"
 VIRTUAL, EXPERTS = "policy.virtual_pipeline_model_parallel_size", "policy.model.num_moe_experts"
 
-OVERRIDE_MISTAKES = [
+OVERRIDE_ERRORS = [
     # keys
     (
         "rollout.prompt_per_step=1",
@@ -177,14 +177,12 @@ OVERRIDE_MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"), OVERRIDE_MISTAKES, ids=[pair[0] for pair in OVERRIDE_MISTAKES]
-)
-def test_a_mistaken_override_is_one_line_that_names_key_value_and_remedy(capsys, overrides, words):
+@pytest.mark.parametrize(("overrides", "words"), OVERRIDE_ERRORS, ids=[pair[0] for pair in OVERRIDE_ERRORS])
+def test_a_wrong_override_gives_one_line_with_key_value_and_remedy(capsys, overrides, words):
     assert words in refused(capsys, "config", "recipe.yaml", *split(overrides))
 
 
-FILE_MISTAKES = [
+FILE_ERRORS = [
     (
         "run: {dir: x}\noptimizer: {lrr: 1}",
         "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'? (in r.yaml)",
@@ -203,8 +201,8 @@ FILE_MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("text", "words"), FILE_MISTAKES)
-def test_a_mistaken_recipe_is_one_line_that_names_the_file(capsys, text, words):
+@pytest.mark.parametrize(("text", "words"), FILE_ERRORS)
+def test_a_wrong_recipe_gives_one_line_that_names_the_file(capsys, text, words):
     Path("r.yaml").write_text(text)
     assert words in refused(capsys, "config", "r.yaml")
 
@@ -216,7 +214,7 @@ def test_a_cycle_of_bases_over_folders_names_the_whole_chain(capsys):
     assert "a.yaml → sub/b.yaml → sub/../a.yaml is a cycle" in refused(capsys, "config", "a.yaml")
 
 
-def test_recipes_that_cannot_be_read_are_named(capsys, tmp_path):
+def test_unreadable_recipes_are_named(capsys, tmp_path):
     assert "recipe 'gone.yaml' does not exist" in refused(capsys, "config", "gone.yaml")
     assert "the recipe comes before key=value" in refused(capsys, "config", "train.steps=3")
     assert "Is a directory" in refused(capsys, "config", str(tmp_path))
@@ -236,7 +234,7 @@ def test_recipes_that_cannot_be_read_are_named(capsys, tmp_path):
         (["train", "recipe.yaml", "--nproc", "0"], "'0' is not a number of ranks"),
     ],
 )
-def test_a_mistaken_command_line_points_to_help(capsys, argv, words):
+def test_a_wrong_command_line_points_to_help(capsys, argv, words):
     line = refused(capsys, *argv)
     assert words in line and "--help` shows examples" in line
 
@@ -255,11 +253,11 @@ def test_a_mistaken_command_line_points_to_help(capsys, argv, words):
         (f"recipe.yaml --nproc 3 {TENSOR}=2", "start a multiple of 2 ranks (--nproc 2)"),
     ],
 )
-def test_a_mistake_in_the_recipe_is_reported_in_under_3_seconds(argv, words):
+def test_an_error_in_the_recipe_is_reported_in_under_3_seconds(argv, words):
     Path("notes").mkdir()
     Path("notes/notes.txt").touch()
     start = time.monotonic()
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "opo_megatron", "train", *argv.split()],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -267,5 +265,5 @@ def test_a_mistake_in_the_recipe_is_reported_in_under_3_seconds(argv, words):
         timeout=60,
     )
     assert time.monotonic() - start < 3
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("error: ") and words in done.stderr
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.startswith("error: ") and words in result.stderr

@@ -1,4 +1,4 @@
-"""The head's gradients, energies and inner products under every layout: against float64, and one process."""
+"""LM head, energies and gradient inner products under parallel layouts, against float64 and one process."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ TIED = "policy.model.tie_embeddings=true"
 SUMS = ("energy", "energy_hidden", "gram_output", "gram_output_energy", "gram_all", "gram_all_energy")
 
 
-def close(found: Tensor, expected: Tensor, what: str, relative: float = 1e-5) -> None:
-    """Largest error as a share of the largest value."""
-    error = float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+def assert_near(result: Tensor, expected: Tensor, what: str, relative: float = 1e-5) -> None:
+    """Bounds the largest absolute error relative to the largest absolute value."""
+    error = float((result.double() - expected.double()).abs().max() / expected.double().abs().max())
     assert error <= relative, f"{what}: {error:.1e}"
 
 
-def truth(overrides: str) -> dict[str, Any]:
-    """Gradients and inner products in float64, from the dense model, sample by sample."""
+def reference(overrides: str) -> dict[str, Any]:
+    """Gradients and inner products in float64, from the dense reference, sample by sample."""
     config = small_config(*[part for part in overrides.split(",") if part])
     model, rollouts = config.policy.model, algorithm_worker.batch_of()
     source = random_weights(model, VOCAB_SIZE, config.run.seed)
     names = weight_names(overrides)
     weights = {name: source(name)[:].double().requires_grad_() for name in names}
     total = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-    single: list[dict[str, Tensor]] = []
+    per_sample: list[dict[str, Tensor]] = []
     for i in range(len(rollouts)):
         one = rollouts.select([i])
         prompt, response = one.prompt_tokens.tolist(), one.response_tokens.tolist()
         log_prob = dense_reference.log_probs(model, weights, prompt, response, TEMPERATURE).sum()
         gradients = dict(zip(names, torch.autograd.grad(log_prob, list(weights.values())), strict=True))
-        single.append(gradients)
+        per_sample.append(gradients)
         for name in names:
             total[name] += -float(rollouts.advantages[i]) / 100.0 * gradients[name]
-    flat = torch.stack([torch.cat([g.flatten() for g in one.values()]) for one in single[:8]])
-    found: dict[str, Any] = {"gradients": total, "gram_all": flat @ flat.T}
+    flat = torch.stack([torch.cat([g.flatten() for g in gradients.values()]) for gradients in per_sample[:8]])
+    expected: dict[str, Any] = {"gradients": total, "gram_all": flat @ flat.T}
     if not model.tie_embeddings:
-        head = torch.stack([one["lm_head.weight"].flatten() for one in single[:8]])
-        found["gram_output"] = head @ head.T
-    return found
+        head = torch.stack([gradients["lm_head.weight"].flatten() for gradients in per_sample[:8]])
+        expected["gram_output"] = head @ head.T
+    return expected
 
 
 def weight_names(overrides: str) -> list[str]:
@@ -70,25 +70,27 @@ def weight_names(overrides: str) -> list[str]:
     return names
 
 
-def check(tmp_path: Path, ranks: int, model: str, *cuts: str) -> None:
+def check(tmp_path: Path, ranks: int, model: str, *layouts: str) -> None:
     parts = [part for part in model.split(",") if part]
-    expected = truth(model)
+    expected = reference(model)
     one_process = algorithm_worker.measure(parts, initialize(small_config(*parts)))
     shutdown()
-    output = tmp_path / "found.pt"
-    layouts = [",".join(filter(None, (model, cut))) for cut in cuts]
-    run_ranks_of(WORKER, ranks, str(output), *layouts)
-    for layout, found in zip(("one process", *cuts), (one_process, *torch.load(output)), strict=True):
-        for name, gradient in found.get("gradients", {}).items():
-            close(gradient, expected["gradients"][name], f"{layout}: gradient of {name}")
+    output = tmp_path / "results.pt"
+    overrides = [",".join(filter(None, (model, layout))) for layout in layouts]
+    run_ranks_of(WORKER, ranks, str(output), *overrides)
+    for layout, result in zip(("one process", *layouts), (one_process, *torch.load(output)), strict=True):
+        for name, gradient in result.get("gradients", {}).items():
+            assert_near(gradient, expected["gradients"][name], f"{layout}: gradient of {name}")
         for name in ("gram_all", "gram_output"):
             if name in expected:
-                close(torch.tensor(found[name]), expected[name], f"{layout}: {name}", 2e-5)
+                assert_near(torch.tensor(result[name]), expected[name], f"{layout}: {name}", 2e-5)
         for name in SUMS:
-            close(torch.tensor(found[name]), torch.tensor(one_process[name]), f"{layout}: {name}", 2e-5)
-        for shape, values in zip(HEAD_SHAPES, found.get("head", []), strict="head" in found):
+            assert_near(
+                torch.tensor(result[name]), torch.tensor(one_process[name]), f"{layout}: {name}", 2e-5
+            )
+        for shape, values in zip(HEAD_SHAPES, result.get("head", []), strict="head" in result):
             check_head(shape, values, layout)
-    assert any("gradients" in found for found in torch.load(output)) or ranks > 2
+    assert any("gradients" in result for result in torch.load(output)) or ranks > 2
 
 
 def check_head(shape: tuple[int, int, int], values: dict[str, Tensor], layout: str) -> None:
@@ -109,16 +111,16 @@ def check_head(shape: tuple[int, int, int], values: dict[str, Tensor], layout: s
         "d_weight": d_weight,
     }
     for name, value in expected.items():
-        close(values[name], value.detach(), f"{layout}: head {shape}: {name}")
+        assert_near(values[name], value.detach(), f"{layout}: head {shape}: {name}")
 
 
-def test_two_ranks(tmp_path: Path) -> None:
+def test_two_ranks_have_the_gradients_of_one_process(tmp_path: Path) -> None:
     check(tmp_path, 2, "", TP2, PP2, "", f"{PACKED},{PP2},{VPP2}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "ranks, model, cuts",
+    "ranks, model, layouts",
     [
         (2, "", (f"{TP2},{SP}", f"{PP2},{VPP2}")),
         (2, "", (PACKED, f"{PACKED},{TP2},{SP}", f"{PACKED},{PP2}")),
@@ -143,6 +145,6 @@ def test_two_ranks(tmp_path: Path) -> None:
     ],
 )
 def test_every_layout_has_the_gradients_of_one_process(
-    tmp_path: Path, ranks: int, model: str, cuts: tuple[str, ...]
+    tmp_path: Path, ranks: int, model: str, layouts: tuple[str, ...]
 ) -> None:
-    check(tmp_path, ranks, model, *cuts)
+    check(tmp_path, ranks, model, *layouts)

@@ -1,4 +1,4 @@
-"""The launcher of ranks: environment, signals, exit codes, and that nothing outlives it."""
+"""The launcher of ranks: environment, signals, exit codes, no orphaned processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from opo_megatron.distributed import launch
 from opo_megatron.distributed.launch import run_ranks
 from tests.support.paths import ROOT
 
-PYTHON = [sys.executable, "-S", "-c"]  # -S: ranks of these tests start in 10 ms
+PYTHON = [sys.executable, "-S", "-c"]  # -S: ranks start in 10 ms
 SLEEP = "import os, time; open(os.environ['RANK'], 'w').write(str(os.getpid())); time.sleep(60)"
 
 
@@ -37,8 +37,8 @@ def written(name: str) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def runs(pid: int) -> bool:
-    """Whether a process is there and is no zombie."""
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -46,13 +46,13 @@ def runs(pid: int) -> bool:
 
 
 def start_parent(code: str, nproc: int) -> subprocess.Popen[bytes]:
-    """A process that runs `nproc` ranks of `code`, once every rank has written its file."""
+    """Starts a parent of `nproc` ranks of `code`; returns it once every rank has written its file."""
     run = f"run_ranks({[*PYTHON, code]!r}, {nproc})"
     script = f"import sys; from opo_megatron.distributed.launch import run_ranks; sys.exit({run})"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen([sys.executable, "-c", script], env=environment)
     wait_for(lambda: all(written(str(rank)) for rank in range(nproc)))
-    time.sleep(0.1)  # on a busy machine the ranks may write before the parent has its handlers
+    time.sleep(0.1)  # the ranks may write before the parent has installed its handlers
     return parent
 
 
@@ -70,14 +70,14 @@ def test_every_rank_gets_the_variables_of_torch_distributed(monkeypatch):
     assert int(port) > 1023
 
 
-def test_threads_that_the_user_has_set_are_kept(monkeypatch):
+def test_omp_num_threads_of_the_user_is_kept(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     code = "import os; open('threads', 'w').write(os.environ['OMP_NUM_THREADS'])"
     assert run_ranks([*PYTHON, code], 1, threads_per_rank=2) == 0
     assert written("threads") == "5"
 
 
-def test_the_first_failing_rank_sets_the_exit_code_and_ends_the_rest():
+def test_the_first_failing_rank_sets_the_exit_code_and_stops_the_rest():
     code = (
         "import os, sys, time\n"
         "rank = int(os.environ['RANK'])\n"
@@ -90,11 +90,11 @@ def test_the_first_failing_rank_sets_the_exit_code_and_ends_the_rest():
     start = time.monotonic()
     assert run_ranks([*PYTHON, code], 3) == 7
     assert time.monotonic() - start < 10
-    assert not any(runs(int(written(str(rank)))) for rank in range(3))
+    assert not any(is_alive(int(written(str(rank)))) for rank in range(3))
 
 
-def test_of_two_failures_the_earlier_is_reported():
-    # Rank 0 fails as a consequence of rank 1, a moment after it.
+def test_the_earlier_of_two_failures_is_reported():
+    # Rank 0 fails as a consequence of rank 1, shortly after it.
     code = (
         "import os, sys, time\nif os.environ['RANK'] == '1':\n    sys.exit(2)\ntime.sleep(0.3)\nsys.exit(1)\n"
     )
@@ -114,12 +114,12 @@ def test_preempted_ranks_are_waited_for_and_a_failure_is_reported(monkeypatch):
         Path("0").unlink()
 
 
-def test_a_rank_that_a_signal_ended_gives_128_and_its_number_and_is_named(capfd):
+def test_a_rank_killed_by_a_signal_is_named_and_gives_128_plus_its_number(capfd):
     assert run_ranks([*PYTHON, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], 1) == 137
     assert capfd.readouterr().err == "error: rank 0 was killed by SIGKILL; the other ranks are stopped\n"
 
 
-def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(monkeypatch):
+def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace_period(monkeypatch):
     monkeypatch.setattr(launch.stop_ranks, "__defaults__", (0.5,))
     code = (
         "import os, signal, sys, time\n"
@@ -131,7 +131,7 @@ def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(monkeypatch):
         "time.sleep(60)\n"
     )
     assert run_ranks([*PYTHON, code], 2) == 4
-    assert not runs(int(written("1")))
+    assert not is_alive(int(written("1")))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -151,13 +151,13 @@ def test_signals_to_the_parent_reach_every_rank_once(number):
     assert written("got0") == written("got1") == f"[{int(number)}]"
 
 
-def test_ranks_that_a_forwarded_signal_ends_give_128_and_its_number():
+def test_ranks_killed_by_a_forwarded_signal_give_128_plus_its_number():
     parent = start_parent(SLEEP, 2)
     parent.terminate()
     assert parent.wait(timeout=20) == 128 + signal.SIGTERM
 
 
-def test_a_second_interrupt_ends_ranks_that_ignore_the_first():
+def test_a_second_interrupt_kills_ranks_that_ignore_the_first():
     code = (
         "import os, signal, time\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
@@ -170,25 +170,25 @@ def test_a_second_interrupt_ends_ranks_that_ignore_the_first():
     assert parent.poll() is None
     parent.send_signal(signal.SIGINT)
     parent.wait(timeout=20)
-    assert not any(runs(int(written(str(rank)))) for rank in range(2))
+    assert not any(is_alive(int(written(str(rank)))) for rank in range(2))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
-def test_ranks_die_with_a_parent_that_is_killed():
+def test_ranks_die_with_a_killed_parent():
     parent = start_parent(SLEEP, 2)
     pids = [int(written(str(rank))) for rank in range(2)]
-    assert all(map(runs, pids))
+    assert all(map(is_alive, pids))
     parent.kill()
     parent.wait()
-    wait_for(lambda: not any(map(runs, pids)))
+    wait_for(lambda: not any(map(is_alive, pids)))
 
 
-def test_handlers_of_the_caller_are_restored():
+def test_signal_handlers_of_the_caller_are_restored():
     before = signal.getsignal(signal.SIGTERM)
     assert run_ranks([*PYTHON, "pass"], 1) == 0
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_command_that_does_not_exist_leaves_nothing_behind():
+def test_a_nonexistent_command_raises_file_not_found():
     with pytest.raises(FileNotFoundError):
         run_ranks(["no-such-program"], 2)

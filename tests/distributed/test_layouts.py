@@ -1,4 +1,4 @@
-"""The layout does not change a step: `tools/check_layouts.py`, which compares with one process."""
+"""Steps do not depend on the parallel layout: `tools/check_layouts.py`, which compares with one process."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The local engine against the policy's full forward, under every dense layout.
+"""The local engine against the policy's full forward pass, under every dense parallel layout.
 
-The engine is fed by the weight stream, so this also proves that the mapping of names and shapes is
-right for every cut; and the responses must not depend on how many ranks drew them.
+The engine's weights come from the weight stream, so this also checks the parameter mapping under every
+sharding.  Responses must not depend on the number of ranks that generate them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def check(one_process: dict, results: list[dict], layouts: tuple[str, ...]) -> N
     assert len(one_process["tokens"]) == 256
     for layout, result in zip(layouts, results, strict=True):
         assert result["worst"] <= TOLERANCE, layout
-        assert result["tokens"] == one_process["tokens"], f"{layout or 'dp2'} drew other tokens"
+        assert result["tokens"] == one_process["tokens"], f"{layout or 'dp2'} generated other tokens"
 
 
 def test_two_ranks_generate_the_same_responses_as_one(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_tied_embeddings_agree_under_every_layout(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_in_exact_mode_every_layout_agrees_bit_for_bit(tmp_path: Path, ranks: int) -> None:
+def test_every_layout_agrees_bit_for_bit_in_exact_mode(tmp_path: Path, ranks: int) -> None:
     layouts = ("", PP2, f"{PP2},{VPP2}", f"{TIED},{PP2}", f"{PP2},policy.max_tokens_per_micro_batch=60")
     results = measure(tmp_path, ranks, *(f"{EXACT},{layout}".rstrip(",") for layout in layouts))
     assert [result["worst"] for result in results] == [0.0] * len(layouts)

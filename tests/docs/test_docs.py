@@ -1,8 +1,8 @@
-"""The documents: their quick commands run as written, and what they point to exists.
+"""The documents: their quick commands run as written, and their links and paths exist.
 
 A fenced block whose commands run in seconds in a checkout, without a GPU, has a comment on the line before
-it: `<!-- test: quick -->`, or `<!-- test: quick exit=2 -->` where that is the exit code.  In a block with
-lines that begin with `$ `, those are the commands and the others must occur in the output.
+it: `<!-- test: quick -->`, or `<!-- test: quick exit=2 -->` for another exit code.  In a block with lines
+that start with `$ `, those are the commands and the others must occur in the output.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DOCUMENTS = [
 ]
 README_LINES = 200
 LINKED = ("tools", "recipes", "slurm", "records", "docs")
-"""What the commands see of the checkout, besides the package."""
+"""Folders of the checkout that the commands see, besides the package."""
 
 _FENCE = re.compile(r"^(?P<indent> *)```")
 _MARK = re.compile(r"^ *<!-- test: quick(?: exit=(?P<code>\d+))? -->$")
@@ -36,7 +36,7 @@ _PATH = re.compile(
 
 
 class Block(NamedTuple):
-    """A fenced block that is marked as quick."""
+    """A fenced block marked as quick."""
 
     document: Path
     line: int
@@ -49,7 +49,7 @@ class Block(NamedTuple):
 
     @property
     def commands(self) -> str:
-        """A shell script."""
+        """The block's commands as a shell script."""
         if not self._has_output:
             return self.text
         lines, continues = [], False
@@ -61,7 +61,7 @@ class Block(NamedTuple):
 
     @property
     def output(self) -> list[str]:
-        """Lines that it must print."""
+        """Lines that the commands must print."""
         if not self._has_output:
             return []
         commands = self.commands.splitlines()
@@ -73,14 +73,14 @@ class Block(NamedTuple):
 
 
 def quick_blocks(document: Path) -> list[Block]:
-    """The marked blocks of a document; a mark without a block is an error."""
+    """The marked blocks of a document; fails on a mark without a block."""
     lines = document.read_text(encoding="utf-8").splitlines()
     blocks = []
     for number, line in enumerate(lines):
         mark = _MARK.match(line)
         if mark is None:
             assert not line.strip().startswith("<!-- test:"), (
-                f"{document.name}:{number + 1}: a mark that is not understood"
+                f"{document.name}:{number + 1}: the comment after `<!-- test:` is not understood"
             )
             continue
         fence = _FENCE.match(lines[number + 1])
@@ -95,7 +95,7 @@ BLOCKS = [block for document in DOCUMENTS if document.exists() for block in quic
 
 
 def without_blocks(document: Path) -> str:
-    """A document's prose."""
+    """A document without its fenced blocks."""
     lines, inside = [], False
     for line in document.read_text(encoding="utf-8").splitlines():
         inside ^= _FENCE.match(line) is not None
@@ -105,7 +105,7 @@ def without_blocks(document: Path) -> str:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder that looks like a checkout, in which commands may write."""
+    """A writable folder with links to the checkout's folders."""
     for name in LINKED:
         if (ROOT / name).is_dir():
             (tmp_path / name).symlink_to(ROOT / name)
@@ -120,39 +120,39 @@ def test_quick_commands_run_as_written(block: Block, checkout: Path) -> None:
     environment["PYTHONPATH"] = str(ROOT)
     bash = shutil.which("bash")
     assert bash is not None
-    done = subprocess.run(
+    result = subprocess.run(
         [bash, "-euo", "pipefail", "-c", block.commands],
         cwd=checkout, env=environment, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    printed = done.stdout + done.stderr
-    assert done.returncode == block.exit_code, f"{block.name}: exit code {done.returncode}\n{printed}"
+    output = result.stdout + result.stderr
+    assert result.returncode == block.exit_code, f"{block.name}: exit code {result.returncode}\n{output}"
     for line in block.output:
-        assert line in printed.splitlines(), f"{block.name}: not printed: {line}\n{printed}"
+        assert line in output.splitlines(), f"{block.name}: not printed: {line}\n{output}"
 
 
-def test_there_are_quick_commands_to_run() -> None:
+def test_the_main_documents_have_quick_commands() -> None:
     assert {block.document.name for block in BLOCKS} >= {"README.md", "CONTRIBUTING.md", "using.md"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=[document.name for document in DOCUMENTS])
-def test_what_a_document_points_to_exists(document: Path) -> None:
+def test_links_and_paths_of_a_document_exist(document: Path) -> None:
     missing = []
     for link in _LINK.finditer(without_blocks(document)):
         target, _, anchor = link["target"].partition("#")
         if re.match(r"[a-z]+:", target):
             continue
-        found = (document.parent / target).resolve() if target else document
-        is_line = found.suffix == ".py" and re.fullmatch(r"L\d+", anchor) is not None
-        if not found.exists() or (anchor and not is_line and anchor not in anchors(found)):
+        path_of_target = (document.parent / target).resolve() if target else document
+        is_line = path_of_target.suffix == ".py" and re.fullmatch(r"L\d+", anchor) is not None
+        if not path_of_target.exists() or (anchor and not is_line and anchor not in anchors(path_of_target)):
             missing.append(link["target"])
     for path in _PATH.findall(document.read_text(encoding="utf-8")):
         if not (ROOT / path).exists():
             missing.append(path)
-    assert not missing, f"{document.name} points to what does not exist: {missing}"
+    assert not missing, f"{document.name} points to missing files or anchors: {missing}"
 
 
 def anchors(document: Path) -> set[str]:
-    """Anchors of the headings, as forges and MkDocs make them."""
+    """Anchors of the headings, as GitHub and MkDocs generate them."""
     headings = re.findall(r"^#+ +(.+)$", without_blocks(document), flags=re.MULTILINE)
     texts = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings]
     return {re.sub(r"[^\w\- ]", "", text).strip().replace(" ", "-") for text in texts}
@@ -171,7 +171,7 @@ def test_every_page_is_in_the_index_and_the_navigation() -> None:
         assert page.name == "index.md" or f"({page.name})" in index, page.name
 
 
-def test_the_walk_through_the_code_has_todays_lines() -> None:
+def test_the_code_walkthrough_has_current_line_numbers() -> None:
     command = [sys.executable, str(ROOT / "tools" / "make_walk.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""The Dockerfile: clean, and of the versions that `versions.toml` says."""
+"""The Dockerfile passes hadolint and uses the versions of `versions.toml`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ TEXT = (ROOT / "Dockerfile").read_text()
 VERSIONS = read_versions()
 
 
-def test_hadolint_finds_nothing() -> None:
+def test_hadolint_reports_nothing() -> None:
     hadolint = program("hadolint", "pip install 'opo-megatron[dev]'")
-    done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == "", done.stdout
+    result = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout == "", result.stdout
 
 
-def test_its_base_is_the_one_of_the_set() -> None:
+def test_the_base_image_is_that_of_versions_toml() -> None:
     assert re.findall(r"^FROM (\S+)$", TEXT, re.M) == [VERSIONS.cuda["base_image"]]
 
 
-def test_every_requirement_has_one_version() -> None:
-    """By a constraint, or in a file of exact versions; nothing is named with a version of its own."""
+def test_every_requirement_is_pinned_once() -> None:
+    """By a constraint or a file of exact versions, never in the Dockerfile itself."""
     pinned = {line.partition("==")[0] for line in constraints(VERSIONS)}
     assert {"torch", "transformer-engine", "megatron-core", "nvidia-modelopt"} <= pinned
     for command in re.findall(r"pip install ((?:[^&\n]|\\\n)*)", TEXT.replace("\\\n", " ")):
@@ -39,15 +39,15 @@ def test_every_requirement_has_one_version() -> None:
     assert not re.search(r"[=<>]=\d", re.sub(r"^#.*", "", TEXT, flags=re.M))
 
 
-def test_apex_is_a_commit_and_what_it_copies_is_there() -> None:
+def test_apex_is_pinned_to_a_commit_and_copied_files_exist() -> None:
     assert re.fullmatch(r"[0-9a-f]{40}", VERSIONS.part("apex").version or "")
     for sources in re.findall(r"^COPY (.*) \./$", TEXT, re.M):
         assert all((ROOT / source).is_file() for source in sources.split())
 
 
-def test_versions_print_themselves_before_anything_is_installed() -> None:
+def test_versions_print_without_installed_packages() -> None:
     command = [sys.executable, "-S", str(ROOT / "opo_megatron/environment/versions.py")]
-    printed = subprocess.run([*command, "apex"], capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == VERSIONS.part("apex").version
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "torch==2.13.0\n" in printed and "apex" not in printed
+    output = subprocess.run([*command, "apex"], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == VERSIONS.part("apex").version
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "torch==2.13.0\n" in output and "apex" not in output

@@ -1,4 +1,4 @@
-"""`opo doctor` in environments that are made of metadata: right verdicts, no imports, an exit code."""
+"""`opo doctor` in environments of package metadata: findings and exit code, without imports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ H100 = Gpu("NVIDIA H100 80GB HBM3", "580.65.06", "9.0")
 
 
 def install(folder: Path, packages: dict[str, str]) -> Path:
-    """A folder of packages that consist of nothing but their metadata."""
+    """A folder of packages with metadata only."""
     for name, version in packages.items():
         info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir(parents=True)
@@ -28,7 +28,7 @@ def install(folder: Path, packages: dict[str, str]) -> Path:
     return folder
 
 
-def everything(**changes: str) -> dict[str, str]:
+def all_packages(**changes: str) -> dict[str, str]:
     packages = {part.name: part.version or "3.7.0" for part in VERSIONS.packages if part.git is None}
     return packages | _named(changes)
 
@@ -38,7 +38,7 @@ def _named(changes: dict[str, str]) -> dict[str, str]:
 
 
 def fake_sglang(folder: Path, packages: dict[str, str]) -> Path:
-    """The interpreter of an environment that holds these packages."""
+    """A Python interpreter of an environment with these packages."""
     site = install(folder / "sglang-site", packages)
     python = folder / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} -S "$@"\n')
@@ -47,26 +47,26 @@ def fake_sglang(folder: Path, packages: dict[str, str]) -> Path:
 
 
 def doctor(site: Path, sglang: Path, *options: str) -> tuple[int, dict[str, dict]]:
-    """The command in a process that sees the project and `site` alone."""
+    """The command in a process that sees only the project and `site`."""
     command = [sys.executable, "-S", "-m", "opo_megatron", "doctor", "--json", "--sglang-python", str(sglang)]
-    answer = subprocess.run(
+    result = subprocess.run(
         [*command, *options],
         capture_output=True,
         text=True,
         timeout=60,
-        env={"PYTHONPATH": f"{ROOT}:{site}", "PATH": str(site)},  # no nvidia-smi there
+        env={"PYTHONPATH": f"{ROOT}:{site}", "PATH": str(site)},  # without nvidia-smi
     )
-    assert answer.stderr == ""
-    report = json.loads(answer.stdout)
-    assert report["ready"] == (answer.returncode == 0)
-    return answer.returncode, {finding["part"]: finding for finding in report["findings"]}
+    assert result.stderr == ""
+    report = json.loads(result.stdout)
+    assert report["ready"] == (result.returncode == 0)
+    return result.returncode, {finding["part"]: finding for finding in report["findings"]}
 
 
 SGLANG = {part.name: part.version or "" for part in VERSIONS.sglang}
 
 
-def test_where_all_is_there_it_is_ready(tmp_path: Path) -> None:
-    site = install(tmp_path / "site", everything())
+def test_a_complete_environment_is_ready(tmp_path: Path) -> None:
+    site = install(tmp_path / "site", all_packages())
     code, findings = doctor(site, fake_sglang(tmp_path, SGLANG), "--need", "sglang")
     assert code == 0
     assert {finding["state"] for finding in findings.values()} == {"ok", "unused"}
@@ -76,7 +76,7 @@ def test_where_all_is_there_it_is_ready(tmp_path: Path) -> None:
 
 
 def test_without_sglang_training_is_ready_and_the_fix_is_named(tmp_path: Path) -> None:
-    site = install(tmp_path / "site", everything())
+    site = install(tmp_path / "site", all_packages())
     code, findings = doctor(site, tmp_path / "nowhere/python")
     assert code == 0
     assert findings["sglang"]["state"] == "missing" and not findings["sglang"]["required"]
@@ -87,7 +87,7 @@ def test_without_sglang_training_is_ready_and_the_fix_is_named(tmp_path: Path) -
 
 
 def test_an_sglang_environment_with_another_torch_is_wrong(tmp_path: Path) -> None:
-    site = install(tmp_path / "site", everything())
+    site = install(tmp_path / "site", all_packages())
     python = fake_sglang(tmp_path, SGLANG | {"torch": "2.14.1"})
     code, findings = doctor(site, python, "--need", "sglang")
     assert code == 2 and findings["sglang"]["state"] == "ok"
@@ -95,7 +95,7 @@ def test_an_sglang_environment_with_another_torch_is_wrong(tmp_path: Path) -> No
 
 
 def test_a_wrong_torch_is_not_ready_and_the_right_one_is_named(tmp_path: Path) -> None:
-    site = install(tmp_path / "site", everything(torch="2.11.0"))
+    site = install(tmp_path / "site", all_packages(torch="2.11.0"))
     code, findings = doctor(site, fake_sglang(tmp_path, SGLANG))
     assert code == 2
     wrong = {name: finding for name, finding in findings.items() if finding["state"] not in ("ok", "unused")}
@@ -104,7 +104,7 @@ def test_a_wrong_torch_is_not_ready_and_the_right_one_is_named(tmp_path: Path) -
     assert wrong["torch"]["fix"] == f"pip install torch=={VERSIONS.part('torch').version}"
 
 
-def test_in_an_empty_environment_every_required_part_is_missing(tmp_path: Path) -> None:
+def test_an_empty_environment_misses_every_required_part(tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     code, findings = doctor(tmp_path / "site", tmp_path / "nowhere")
     required = {part.name for part in VERSIONS.packages if part.needed == "always"}
@@ -117,14 +117,14 @@ def test_this_environment_is_diagnosed_within_a_second(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert opo(["doctor", "--sglang-python", "nowhere"]) == 0
-    printed = capsys.readouterr().out
-    assert "megatron-core" in printed and printed.rstrip().splitlines()[-1].startswith("ready")
+    output = capsys.readouterr().out
+    assert "megatron-core" in output and output.rstrip().splitlines()[-1].startswith("ready")
     assert opo(["doctor", "--need", "warp-drive"]) == 2
     assert "--need warp-drive is not known" in capsys.readouterr().err
 
 
 def machine(**changes: str) -> Machine:
-    return Machine("3.11.9", installed(everything(**changes)), (), (H100,) * 8, SGLANG)
+    return Machine("3.11.9", installed(all_packages(**changes)), (), (H100,) * 8, SGLANG)
 
 
 def installed(packages: dict[str, str]) -> dict[str, str]:
@@ -135,7 +135,7 @@ def states(machine: Machine, *needs: str) -> dict[str, str]:
     return {finding.part: finding.state for finding in diagnose(machine, VERSIONS, needs).findings}
 
 
-def test_on_gpus_the_cpu_build_of_torch_and_an_old_driver_are_wrong() -> None:
+def test_a_cpu_build_of_torch_and_an_old_driver_are_wrong_on_gpus() -> None:
     assert states(machine())["torch"] == "ok"
     report = diagnose(machine(torch="2.13.0+cpu"), VERSIONS)
     finding = next(finding for finding in report.findings if finding.part == "torch")
@@ -145,14 +145,14 @@ def test_on_gpus_the_cpu_build_of_torch_and_an_old_driver_are_wrong() -> None:
     assert diagnose(old, VERSIONS).exit_code == 0 and diagnose(old, VERSIONS, ["gpu"]).exit_code == 2
 
 
-def test_fp8_needs_transformer_engine_of_megatrons_range() -> None:
+def test_fp8_needs_a_transformer_engine_that_megatron_supports() -> None:
     assert diagnose(machine(), VERSIONS, ["fp8"]).exit_code == 0
     assert states(machine(transformer_engine="2.13.0"))["transformer-engine"] == "wrong"
     assert diagnose(machine(transformer_engine="2.13.0"), VERSIONS, ["fp8"]).exit_code == 2
-    assert diagnose(Machine("3.11.9", installed(everything())), VERSIONS, ["fp8"]).exit_code == 2  # no GPU
+    assert diagnose(Machine("3.11.9", installed(all_packages())), VERSIONS, ["fp8"]).exit_code == 2  # no GPU
 
 
-def test_the_other_package_called_apex_does_not_count(tmp_path: Path) -> None:
+def test_the_unrelated_package_apex_is_not_accepted(tmp_path: Path) -> None:
     report = diagnose(machine(apex="0.9.10"), VERSIONS)
     apex = next(finding for finding in report.findings if finding.part == "apex")
     assert apex.state == "missing" and apex.fix.startswith("pip uninstall -y apex, then build")
@@ -160,28 +160,28 @@ def test_the_other_package_called_apex_does_not_count(tmp_path: Path) -> None:
     assert states(replace(machine(), path=(str(tmp_path),)))["apex"] == "ok"
 
 
-def test_the_report_says_cost_and_fix_of_what_is_missing_only() -> None:
+def test_the_report_names_cost_and_fix_of_missing_parts_only() -> None:
     text = describe(diagnose(replace(machine(), sglang=None), VERSIONS))
     assert "cost  rollout.engine=sglang does not start" in text and "make setup-sglang SGLANG=cuda" in text
     assert text.count("cost  ") == 2  # SGLang and Apex
     assert "not ready: sglang" in describe(diagnose(replace(machine(), sglang=None), VERSIONS, ["sglang"]))
 
 
-def test_versions_are_compared_by_number_and_local_parts_do_not_count() -> None:
+def test_versions_compare_by_number_without_local_parts() -> None:
     part = Part("x", "always", "", at_least="2.9", below="2.12")
     assert part.accepts("2.11.0") and part.accepts("2.9") and part.accepts("2.10.1+cu130")
     assert not part.accepts("2.12.0") and not part.accepts("2.8.9")
     assert numbers("25.09rc1") == (25, 9) and numbers("none") == ()
 
 
-def test_versions_are_found_by_any_spelling_in_the_first_folder(tmp_path: Path) -> None:
+def test_the_first_folder_wins_whatever_the_packages_spelling(tmp_path: Path) -> None:
     first = install(tmp_path / "a", {"Reasoning_Gym": "1.0"})
     second = install(tmp_path / "b", {"reasoning-gym": "2.0", "torch": "2.13.0+cpu"})
-    found = collect([str(first), str(second)], "nowhere").installed
-    assert found == {"reasoning-gym": "1.0", "torch": "2.13.0+cpu"}
+    versions = collect([str(first), str(second)], "nowhere").installed
+    assert versions == {"reasoning-gym": "1.0", "torch": "2.13.0+cpu"}
 
 
-def test_sglangs_requirements_are_those_of_the_set() -> None:
+def test_sglangs_requirements_match_versions_toml() -> None:
     for kind in ("cpu", "cuda"):
         text = (ROOT / f"requirements/sglang-{kind}.txt").read_text()
         pins = dict(line.split("==") for line in text.splitlines() if "==" in line and line[0] != "#")

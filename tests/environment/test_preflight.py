@@ -1,4 +1,4 @@
-"""What keeps a node from a job, before anything is loaded; GPUs are what a stand-in for nvidia-smi says."""
+"""Node problems found before a job loads anything; a fake nvidia-smi provides the GPUs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, folder: Path, *rows: str) -> None:
-    """A machine whose nvidia-smi prints these rows."""
+    """Installs an nvidia-smi that prints these rows."""
     program = folder / "nvidia-smi"
     program.write_text(
         "#!/bin/sh\ncase $1 in\n*driver*) echo 'NVIDIA H100, 580.65.06, 9.0' ;;\n*) printf '"
@@ -46,7 +46,7 @@ def gpu_problems(monkeypatch: pytest.MonkeyPatch, folder: Path, *rows: str, rank
     return [problem for problem in node_problems(config) if not problem.startswith(("torch", "driver"))]
 
 
-def test_a_fit_machine_passes_and_leaves_nothing_behind(
+def test_a_healthy_machine_passes_without_side_effects(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["preflight", QUICKSTART, f"run.dir={tmp_path}/run"]) == 0
@@ -83,14 +83,14 @@ def test_healthy_gpus_have_no_problems(tmp_path: Path, monkeypatch: pytest.Monke
         (("4000, 81559, 0", GPU), "GPU 0 has 4000 of 81559 MiB free, below the fraction 0.95"),
     ],
 )
-def test_gpus_that_are_missing_broken_or_taken_are_named(
+def test_missing_broken_and_occupied_gpus_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: tuple[str, ...], words: str
 ) -> None:
     problems = gpu_problems(monkeypatch, tmp_path, *rows)
     assert len(problems) == 1 and words in problems[0]
 
 
-def test_an_nvidia_smi_that_fails_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_nvidia_smi_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpus(monkeypatch, tmp_path, GPU)
     text = (tmp_path / "nvidia-smi").read_text().replace("*) printf", "*) exit 9; printf")
     (tmp_path / "nvidia-smi").write_text(text)
@@ -98,25 +98,25 @@ def test_an_nvidia_smi_that_fails_is_a_problem(tmp_path: Path, monkeypatch: pyte
     assert any("nvidia-smi fails" in problem for problem in node_problems(config))
 
 
-def test_floors_are_higher_with_gpus_and_moved_by_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minimums_are_higher_with_gpus_and_set_by_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Minimums.of(True).all_reduce_gb_per_s > Minimums.of(False).all_reduce_gb_per_s
     monkeypatch.setenv("OPO_MIN_ALL_REDUCE_GB_PER_S", "123")
     assert Minimums.of(True).all_reduce_gb_per_s == Minimums.of(False).all_reduce_gb_per_s == 123
 
 
-def test_a_node_of_its_own_serves_the_recipes_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dedicated_node_serves_the_recipes_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPO_MODEL", raising=False)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     python = tmp_path / "python"
     python.touch()
-    recipe, chosen = str(RECIPES / "opo_llama3_70b.yaml"), f"rollout.sglang.python={python}"
-    command, environment = serve.server_command(recipe, [chosen], 10123)
+    recipe, override = str(RECIPES / "opo_llama3_70b.yaml"), f"rollout.sglang.python={python}"
+    command, environment = serve.server_command(recipe, [override], 10123)
     assert command[:2] == [str(python), str(SERVE)]
     options = dict(pairwise(command))
     assert options["--port"] == "10123" and options["--tensor-parallel-size"] == "8"
     assert [b for a, b in pairwise(command) if a == "--host"][-1] == "0.0.0.0"
-    described = (Path(options["--model-path"]) / "config.json").read_text()
-    assert '"num_hidden_layers": 80' in described and '"weight_block_size"' in described
+    model_config = (Path(options["--model-path"]) / "config.json").read_text()
+    assert '"num_hidden_layers": 80' in model_config and '"weight_block_size"' in model_config
     assert environment["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
     with pytest.raises(UserError, match=r"rollout\.engine is local"):
-        serve.server_command(recipe, [chosen, "rollout.engine=local"], 1)
+        serve.server_command(recipe, [override, "rollout.engine=local"], 1)

@@ -1,4 +1,4 @@
-"""`opo eval`: the numbers of a run's own evaluations, files that hold them, layouts, and wrong inputs."""
+"""`opo eval`: the metrics of a run's own evaluations, result files, parallel layouts, and wrong inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETTINGS = ("train.steps=2", f"eval.samples_per_problem={SAMPLES}", f"eval.probl
 
 @pytest.fixture(autouse=True, scope="module")
 def some_reward() -> Iterator[None]:
-    """A tiny policy never answers a lift's question: reward something that it does half of the time."""
+    """A tiny policy never solves the task: this reward is 1 for half of its responses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LiftTask, "reward", lambda self, prompt, response: float(sum(response) % 2))
         for name in ("RANK", "WORLD_SIZE", "OPO_TEST_DATA", CHILD, ERROR_CLAIM):
@@ -43,25 +43,23 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluated(run_dir: Path) -> Path:
-    """Results of the run's newest checkpoint, by one rank."""
+    """Results of the run's newest checkpoint on one rank."""
     assert main(["eval", str(run_dir)]) == 0
     return run_dir / "eval" / "step_00000002"
 
 
 def held_out_of(folder: Path) -> dict:
-    found: dict = json.loads((folder / "eval.json").read_text())["tasks"]["held_out"]
-    return found
+    scores: dict = json.loads((folder / "eval.json").read_text())["tasks"]["held_out"]
+    return scores
 
 
 def samples_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "samples_held_out.jsonl").read_text().splitlines()]
 
 
-def test_a_checkpoint_gives_the_numbers_that_the_run_measured_at_its_step(
-    run_dir: Path, evaluated: Path
-) -> None:
-    row, found = rows(run_dir)[2], held_out_of(evaluated)
-    assert (found["problems"], found["samples"]) == (PROBLEMS, SAMPLES) and row["eval/problems"] == PROBLEMS
+def test_a_checkpoint_has_the_metrics_of_the_runs_own_evaluation(run_dir: Path, evaluated: Path) -> None:
+    row, scores = rows(run_dir)[2], held_out_of(evaluated)
+    assert (scores["problems"], scores["samples"]) == (PROBLEMS, SAMPLES) and row["eval/problems"] == PROBLEMS
     for name, key in (
         ("reward_mean", "accuracy"),
         ("length_mean", "response_length/mean"),
@@ -70,16 +68,16 @@ def test_a_checkpoint_gives_the_numbers_that_the_run_measured_at_its_step(
         ("rep_4", "rep_4"),
         ("entropy", "entropy"),
     ):
-        assert found[name] == pytest.approx(row[f"eval/{key}"], rel=1e-6), name
-    assert list(found["pass@k"]) == ["1", "2", "3"]
-    for k, one in found["pass@k"].items():
-        assert one["value"] == row[f"eval/pass@{k}"] and one["low"] <= one["value"] <= one["high"]
-    assert 0 < found["pass@k"]["1"]["value"] < found["pass@k"]["3"]["value"]
-    assert 1 < found["entropy"] < 2.84  # a nearly random policy over 17 symbols
+        assert scores[name] == pytest.approx(row[f"eval/{key}"], rel=1e-6), name
+    assert list(scores["pass@k"]) == ["1", "2", "3"]
+    for k, entry in scores["pass@k"].items():
+        assert entry["value"] == row[f"eval/pass@{k}"] and entry["low"] <= entry["value"] <= entry["high"]
+    assert 0 < scores["pass@k"]["1"]["value"] < scores["pass@k"]["3"]["value"]
+    assert 1 < scores["entropy"] < 2.84  # a nearly random policy over 17 symbols
 
 
-def test_numbers_are_those_of_the_samples_counted_by_hand(evaluated: Path) -> None:
-    found, lines = held_out_of(evaluated), samples_of(evaluated)
+def test_metrics_equal_those_recomputed_from_the_samples_file(evaluated: Path) -> None:
+    scores, lines = held_out_of(evaluated), samples_of(evaluated)
     assert len(lines) == PROBLEMS and all(len(line["samples"]) == SAMPLES for line in lines)
     token = {symbol: i for i, symbol in enumerate(SYMBOLS)}
     groups = [[[token[c] for c in one["text"]] for one in line["samples"]] for line in lines]
@@ -87,16 +85,16 @@ def test_numbers_are_those_of_the_samples_counted_by_hand(evaluated: Path) -> No
         for one, tokens in zip(line["samples"], group, strict=True):
             assert one["length"] == len(tokens) and one["reward"] == sum(tokens) % 2
             assert one["finish_reason"] == ("stop" if tokens[-1] == 0 else "length")
-    every = [tokens for group in groups for tokens in group]
-    assert found["length_mean"] == pytest.approx(sum(map(len, every)) / len(every))
-    assert found["rep_4"] == pytest.approx(sum(repetition(one, 4) for one in every) / len(every))
-    assert found["self_bleu"] == pytest.approx(sum(map(self_bleu, groups)) / PROBLEMS)
-    some = sum(any(one["reward"] for one in line["samples"]) for line in lines)
-    assert found["pass@k"]["3"]["value"] == pytest.approx(some / PROBLEMS)
+    responses = [tokens for group in groups for tokens in group]
+    assert scores["length_mean"] == pytest.approx(sum(map(len, responses)) / len(responses))
+    assert scores["rep_4"] == pytest.approx(sum(repetition(one, 4) for one in responses) / len(responses))
+    assert scores["self_bleu"] == pytest.approx(sum(map(self_bleu, groups)) / PROBLEMS)
+    solved = sum(any(one["reward"] for one in line["samples"]) for line in lines)
+    assert scores["pass@k"]["3"]["value"] == pytest.approx(solved / PROBLEMS)
     assert sorted(path.name for path in evaluated.iterdir()) == ["eval.json", "samples_held_out.jsonl"]
 
 
-def test_a_metric_of_diversity_can_say_which_checkpoint_is_the_best(run_dir: Path) -> None:
+def test_keep_best_accepts_a_pass_at_k_metric(run_dir: Path) -> None:
     newest = max((run_dir / "checkpoints").glob("step_*"))
     best = json.loads((newest / "run_state.json").read_text())["extra"]["best"]
     values = {
@@ -106,12 +104,12 @@ def test_a_metric_of_diversity_can_say_which_checkpoint_is_the_best(run_dir: Pat
 
 
 @pytest.mark.slow
-def test_two_ranks_that_split_a_problems_answers_give_the_same(
+def test_two_ranks_that_split_a_problems_samples_give_the_same_results(
     tmp_path: Path, run_dir: Path, evaluated: Path
 ) -> None:
-    """Of 45 answers, the first rank has one of the eighth problem's three, the second two.
+    """Of 45 responses, rank 0 has one of the eighth problem's three and rank 1 two.
 
-    They hold the model in four interleaved stages, too.
+    The model has four interleaved pipeline stages, too.
     """
     arguments = ["--problems", "15", "--nproc", "2", "--out", str(tmp_path / "two")]
     arguments += [f"policy.{name}pipeline_model_parallel_size=2" for name in ("", "virtual_")]
@@ -121,18 +119,18 @@ def test_two_ranks_that_split_a_problems_answers_give_the_same(
     for name in ("problems", "samples", "length_mean", "truncation_rate", "self_bleu", "rep_4"):
         assert one[name] == two[name], name
     assert one["entropy"] == pytest.approx(two["entropy"], rel=1e-5)
-    # Rewards are not compared: processes of their own do not see the patched one.
+    # Rewards are not compared: subprocesses do not see the patched one.
     for ours, theirs in zip(samples_of(tmp_path / "one"), samples_of(tmp_path / "two"), strict=True):
         assert ours["problem"] == theirs["problem"]
         assert [s["text"] for s in ours["samples"]] == [s["text"] for s in theirs["samples"]]
 
 
-def test_initial_weights_are_evaluated_and_truncation_has_no_entropy(tmp_path: Path) -> None:
+def test_initial_weights_are_evaluated_and_top_p_has_no_entropy(tmp_path: Path) -> None:
     settings = [*SMALL_MODEL, "eval.top_p=0.9", "eval.problems=4"]
     assert main(["eval", str(RECIPE), *settings, "--samples", "1", "--out", str(tmp_path / "out")]) == 0
-    found = held_out_of(tmp_path / "out")
-    assert found["entropy"] is None and found["self_bleu"] is None and list(found["pass@k"]) == ["1"]
-    assert found["problems"] == 4 and found["samples"] == 1
+    scores = held_out_of(tmp_path / "out")
+    assert scores["entropy"] is None and scores["self_bleu"] is None and list(scores["pass@k"]) == ["1"]
+    assert scores["problems"] == 4 and scores["samples"] == 1
     assert "random initial weights" in json.loads((tmp_path / "out" / "eval.json").read_text())["checkpoint"]
 
 
@@ -142,7 +140,7 @@ def test_exact_mode_generates_without_a_training_pass(run_dir: Path, tmp_path: P
     assert held_out_of(tmp_path / "out")["problems"] == 4
 
 
-def test_results_are_never_written_over(capsys, run_dir: Path, evaluated: Path, tmp_path: Path) -> None:
+def test_results_are_never_overwritten(capsys, run_dir: Path, evaluated: Path, tmp_path: Path) -> None:
     before = (evaluated / "eval.json").read_bytes()
     error = refused(capsys, "eval", str(run_dir))
     assert f"{evaluated} holds eval.json; name another one with --out" in error
@@ -151,7 +149,7 @@ def test_results_are_never_written_over(capsys, run_dir: Path, evaluated: Path, 
     assert "file is a file" in refused(capsys, "eval", str(run_dir), "--out", str(tmp_path / "file"))
 
 
-def test_what_cannot_be_evaluated_is_one_sentence(
+def test_wrong_eval_arguments_give_one_error_line(
     capsys, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -193,7 +191,7 @@ def test_a_damaged_checkpoint_is_not_evaluated(capsys, run_dir: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("layout", ["{name}.jsonl", "{name}/test.jsonl", "{name}/{name}.json"])
-def test_known_problem_sets_are_found_and_graded_by_value(tmp_path: Path, layout: str) -> None:
+def test_known_benchmarks_are_located_and_graded_by_value(tmp_path: Path, layout: str) -> None:
     require("math_verify", "pip install -e '.[math]'")
     from opo_megatron.config.schema import TaskConfig
 
@@ -210,13 +208,13 @@ def test_known_problem_sets_are_found_and_graded_by_value(tmp_path: Path, layout
         assert task.size("held_out") == 3 and task.size("train") == 0
         prompts = [task.prompt("held_out", i) for i in range(3)]
         assert bytes(prompts[1].tokens) == b"Q: What is 1/2?"
-        right = [list(rf"\boxed{{0{i}.0}}".encode()) for i in (0, 1, 3)]
-        assert task.rewards(prompts, right) == [1.0, 1.0, 0.0]
+        responses = [list(rf"\boxed{{0{i}.0}}".encode()) for i in (0, 1, 3)]
+        assert task.rewards(prompts, responses) == [1.0, 1.0, 0.0]
     finally:
         task.close()
 
 
-def test_help_teaches_by_example(capsys) -> None:
+def test_help_shows_examples(capsys) -> None:
     assert main(["eval", "--help"]) == 0
-    shown = capsys.readouterr().out
-    assert "--tasks math500,gsm8k,aime24 --data data" in shown and "eval.json" in shown
+    output = capsys.readouterr().out
+    assert "--tasks math500,gsm8k,aime24 --data data" in output and "eval.json" in output

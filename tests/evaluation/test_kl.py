@@ -1,4 +1,4 @@
-"""The KL to the start weights does not depend on how the policy is cut."""
+"""The KL to the reference weights does not depend on the parallel layout."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ EXPERTS = "policy.model.num_moe_experts=4,policy.model.moe_ffn_hidden_size=24"
 
 def check(tmp_path: Path, model: str, layouts: tuple[str, ...], tolerance: float) -> None:
     overrides = [part for part in model.split(",") if part]
-    truth = kl_worker.measure(tmp_path / "one", overrides, initialize(small_config(*overrides)))
+    expected = kl_worker.measure(tmp_path / "one", overrides, initialize(small_config(*overrides)))
     shutdown()
-    assert truth["kl"] > 0.001 and truth["restored"]
+    assert expected["kl"] > 0.001 and expected["restored"]
     output = tmp_path / "two.json"
-    run_ranks_of(WORKER, 2, str(output), *(",".join(filter(None, (model, cut))) for cut in layouts))
+    run_ranks_of(WORKER, 2, str(output), *(",".join(filter(None, (model, layout))) for layout in layouts))
     for layout, result in zip(layouts, json.loads(output.read_text()), strict=True):
         assert result["restored"] and result["same"], layout
-        assert result["kl"] == pytest.approx(truth["kl"], rel=tolerance), layout
-        assert result["kl_per_response"] == pytest.approx(truth["kl_per_response"], rel=tolerance), layout
+        assert result["kl"] == pytest.approx(expected["kl"], rel=tolerance), layout
+        assert result["kl_per_response"] == pytest.approx(expected["kl_per_response"], rel=tolerance), layout
 
 
 @pytest.mark.slow
-def test_two_ranks_measure_what_one_does_and_get_their_weights_back(tmp_path: Path) -> None:
+def test_two_ranks_measure_the_kl_of_one_and_restore_their_weights(tmp_path: Path) -> None:
     check(tmp_path, "", (TP2, PP2, CP2, ""), 1e-4)
 
 

@@ -1,6 +1,6 @@
-"""Triton's interpreter against the torch twins; run by test_kernels.py, which sets TRITON_INTERPRET=1.
+"""Triton's interpreter against the torch reference; run by test_kernels.py, which sets TRITON_INTERPRET=1.
 
-Whether Triton interprets is decided when it is imported, hence a process of its own.
+Triton reads the variable at import, hence the separate process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
 
 def batch(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Groups of 1 to 64 samples with empty responses; one group is all empty, one agrees."""
+    """Groups of 1 to 64 samples with empty responses; one group is all empty, one has zero variance."""
     rng = random.Random(seed)
     sizes = [1, 64, 7, 4, rng.randint(1, 64)]
     offsets = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()])
@@ -48,15 +48,15 @@ def test_group_advantages_equal_float64(
     rewards, lengths, offsets = batch(seed)
     expected = group_advantages(rewards, lengths, offsets, leave_one_out, epsilon)
     poison_new_memory(monkeypatch)
-    found = kernels.group_advantages(rewards, lengths, offsets, leave_one_out, epsilon)
+    result = kernels.group_advantages(rewards, lengths, offsets, leave_one_out, epsilon)
     assert kernel.launches == 1
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(result, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    assert (found[1][72:76] == 0).all()
+    assert (result[1][72:76] == 0).all()
 
 
 def test_group_advantages_in_single_precision(kernel: Counted) -> None:
     rewards, lengths, offsets = batch(3)
     _, expected = group_advantages(rewards.float(), lengths, offsets, False, None)
-    _, found = kernels.group_advantages(rewards.float(), lengths.float(), offsets, False, None)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    _, result = kernels.group_advantages(rewards.float(), lengths.float(), offsets, False, None)
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)

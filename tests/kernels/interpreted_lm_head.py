@@ -1,4 +1,4 @@
-"""Softmax and gradient of the head: the kernels in Triton's interpreter against float64.
+"""Softmax and gradient of the LM head: the kernels in Triton's interpreter against float64.
 
 Run by test_kernels.py, which sets TRITON_INTERPRET=1.
 """
@@ -25,7 +25,7 @@ from tests.support.lm_head_reference import Inputs, assert_near, reference
 SIZES = ((1, 1), (1, 5), (3, 64), (7, 65), (4, 300))
 WHOLE = VocabularyShard(0)
 BF16_BITS = 2**-7
-"""The interpreter cuts the digits off that a GPU rounds: up to one unit in the last place."""
+"""The interpreter truncates where a GPU rounds: up to one unit in the last place."""
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> tuple[Counted, Counted]:
 
 
 def logits_of(tokens: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[m, V], whose rows are 7 numbers apart, NaN in between; and targets, some of another shard."""
+    """[m, V] with 7 NaN elements between rows; and targets, some of another shard."""
     generator = torch.Generator().manual_seed(0)
     values = 6 * torch.randn(tokens, rows, generator=generator)
     logits = torch.full((tokens, rows + 7), float("nan"), dtype=dtype)[:, :rows]
@@ -55,7 +55,7 @@ def test_both_passes_equal_float64(size: tuple[int, int], temperature: float, dt
     tokens, rows = size
     logits, targets = logits_of(tokens, rows, dtype)
     z, c = logits.double(), torch.linspace(-2, 3, tokens)
-    found = head_softmax.row_statistics(logits, targets, 100, temperature)
+    statistics = head_softmax.row_statistics(logits, targets, 100, temperature)
     x = (z - z.amax(1, keepdim=True)) / temperature
     e = x.exp()
     owned = (targets >= 100) & (targets < 100 + rows)
@@ -68,52 +68,56 @@ def test_both_passes_equal_float64(size: tuple[int, int], temperature: float, dt
         "target": torch.where(owned, z.gather(1, row)[:, 0], 0.0),
     }
     for name, values in expected.items():
-        torch.testing.assert_close(getattr(found, name).double(), values, rtol=1e-6, atol=1e-7)
-    dz = head_softmax.gradient_in_place(logits, targets, 100, temperature, found.highest, found.total, c)
+        torch.testing.assert_close(getattr(statistics, name).double(), values, rtol=1e-6, atol=1e-7)
+    dz = head_softmax.gradient_in_place(
+        logits, targets, 100, temperature, statistics.highest, statistics.total, c
+    )
     onehot = torch.zeros_like(z).scatter_(1, row, owned.double().unsqueeze(1))
-    truth = (c.double() / temperature).unsqueeze(1) * (onehot - e / e.sum(1, keepdim=True))
+    expected_gradient = (c.double() / temperature).unsqueeze(1) * (onehot - e / e.sum(1, keepdim=True))
     bits = BF16_BITS if dtype is torch.bfloat16 else 1e-6
-    torch.testing.assert_close(dz.double(), truth, rtol=bits, atol=5e-7)
+    torch.testing.assert_close(dz.double(), expected_gradient, rtol=bits, atol=5e-7)
     assert dz.data_ptr() == logits.data_ptr()
     assert dz.as_strided((tokens, 7), (rows + 7, 1), rows)[:-1].isnan().all()  # between the rows
 
 
 def test_offsets_beyond_31_bits_reach_their_row(tmp_path: Path) -> None:
-    apart = 2**30  # as many numbers that a sparse file holds: the third row begins at 2³¹
+    stride = 2**30  # elements of a sparse file: the third row starts at 2³¹
     file = str(tmp_path / "logits")
-    held = torch.from_file(file, shared=True, size=2 * apart + 70, dtype=torch.bfloat16)
-    logits = held.as_strided((3, 70), (apart, 1))
+    storage = torch.from_file(file, shared=True, size=2 * stride + 70, dtype=torch.bfloat16)
+    logits = storage.as_strided((3, 70), (stride, 1))
     logits.copy_(torch.arange(210).view(3, 70) / 16)
     z, targets, c = logits.double(), torch.tensor([0, 69, 3]), torch.ones(3)
-    found = head_softmax.row_statistics(logits, targets, 0, 1.0)
-    assert found.highest.tolist() == z.amax(1).tolist()
-    head_softmax.gradient_in_place(logits, targets, 0, 1.0, found.highest, found.total, c)
-    truth = torch.nn.functional.one_hot(targets, 70) - z.softmax(1)
-    torch.testing.assert_close(logits.double(), truth, rtol=BF16_BITS, atol=1e-6)
+    statistics = head_softmax.row_statistics(logits, targets, 0, 1.0)
+    assert statistics.highest.tolist() == z.amax(1).tolist()
+    head_softmax.gradient_in_place(logits, targets, 0, 1.0, statistics.highest, statistics.total, c)
+    expected_gradient = torch.nn.functional.one_hot(targets, 70) - z.softmax(1)
+    torch.testing.assert_close(logits.double(), expected_gradient, rtol=BF16_BITS, atol=1e-6)
 
 
-def learned(inputs: Inputs, temperature: float, chunk: int, sums: MetricSums) -> tuple[HeadOutput, Tensor]:
-    """The whole sweep with OPO's objective."""
+def run_with_gradient(
+    inputs: Inputs, temperature: float, chunk: int, sums: MetricSums
+) -> tuple[HeadOutput, Tensor]:
+    """`chunked_logprobs` with OPO's objective."""
     engine = -torch.rand(len(inputs.targets), generator=torch.Generator().manual_seed(2))
     columns = {"advantages": inputs.advantages, "engine_log_prob": engine}
     tokens = TokenLoss(PolicyGradient(5.0, temperature, 2.0), columns, sums)
     d_weight = torch.ones(inputs.weight.shape)
-    given = (inputs.hidden, inputs.weight, inputs.targets, WHOLE, temperature, chunk, tokens, d_weight)
-    output = chunked_logprobs(*given)
+    arguments = (inputs.hidden, inputs.weight, inputs.targets, WHOLE, temperature, chunk, tokens, d_weight)
+    output = chunked_logprobs(*arguments)
     tokens.add_mismatch(output.log_prob)
     return output, d_weight
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 5), (7, 8, 21), (70, 24, 300)])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_the_whole_sweep_equals_that_in_torch(
+def test_kernels_with_gradient_equal_the_torch_reference(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], temperature: float
 ) -> None:
     inputs = Inputs.random(*shape)
     sums, expected_sums = (MetricSums(torch.device("cpu"), True) for _ in range(2))
-    output, d_weight = learned(inputs, temperature, 60, sums)
+    output, d_weight = run_with_gradient(inputs, temperature, 60, sums)
     monkeypatch.setattr(kernels, "uses_triton", lambda device: False)
-    expected, expected_d_weight = learned(inputs, temperature, 60, expected_sums)
+    expected, expected_d_weight = run_with_gradient(inputs, temperature, 60, expected_sums)
     for name, values in vars(expected).items():
         assert_near(getattr(output, name), values.double(), 2e-6)
     assert_near(d_weight, expected_d_weight.double(), 2e-6)
@@ -133,17 +137,19 @@ def test_log_probs_alone_are_one_launch_per_chunk(
 
 
 def test_a_chunk_with_gradient_is_two_launches(launches: tuple[Counted, Counted]) -> None:
-    learned(Inputs.random(20, 8, 130), 1.0, 8, MetricSums(torch.device("cpu"), True))
+    run_with_gradient(Inputs.random(20, 8, 130), 1.0, 8, MetricSums(torch.device("cpu"), True))
     assert [counted.launches for counted in launches] == [3, 3]
 
 
 def test_no_tokens_launch_nothing(launches: tuple[Counted, Counted]) -> None:
-    output, d_weight = learned(Inputs.random(0, 8, 21), 1.0, 8, MetricSums(torch.device("cpu"), True))
+    output, d_weight = run_with_gradient(
+        Inputs.random(0, 8, 21), 1.0, 8, MetricSums(torch.device("cpu"), True)
+    )
     assert [counted.launches for counted in launches] == [0, 0]
     assert output.log_prob.shape == (0,) and (d_weight == 1).all()
 
 
-def test_large_logits_stay_finite_and_right() -> None:
+def test_large_logits_give_finite_accurate_results() -> None:
     hidden = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, 1.0]])
     weight = torch.tensor([[80.0, 5000.0], [-80.0, 5000.0], [0.0, 5000.0]])
     inputs = Inputs(hidden, weight, torch.tensor([1, 1, 0]), torch.ones(3))
@@ -152,14 +158,14 @@ def test_large_logits_stay_finite_and_right() -> None:
         assert_near(getattr(output, name), reference(inputs, 1.0)[0][name])
 
 
-def test_a_logit_that_is_nan_shows_in_its_tokens_log_prob_alone() -> None:
+def test_a_nan_logit_affects_only_its_tokens_log_prob() -> None:
     inputs = Inputs.random(5, 8, 130)
     inputs.hidden[3, 2] = float("nan")
     output = chunked_logprobs(inputs.hidden, inputs.weight, inputs.targets, WHOLE, 1.0, 8)
     assert output.log_prob.isnan().tolist() == [False, False, False, True, False]
 
 
-def test_bf16_is_right_but_for_its_rounding() -> None:
+def test_bf16_is_accurate_up_to_rounding() -> None:
     inputs = Inputs.random(40, 16, 130)
     inputs = Inputs(inputs.hidden.bfloat16(), inputs.weight.bfloat16(), inputs.targets, inputs.advantages)
     d_weight = torch.zeros(130, 16)
@@ -179,62 +185,62 @@ def test_bf16_is_right_but_for_its_rounding() -> None:
     assert_near(d_weight, dz.T @ h, 2e-2)
 
 
-class OneByOne:
-    """All-reduces of two ranks that run one after the other: a pass ends at the first one not known yet."""
+class SequentialAllReduce:
+    """All-reduces of two ranks that run in turn; a pass stops at the first unavailable result."""
 
     def __init__(self) -> None:
-        self.known: list[Tensor] = []
-        self.met: list[tuple[Tensor, Any]] = []
-        self.place = 0
+        self.results: list[Tensor] = []
+        self.pending: list[tuple[Tensor, Any]] = []
+        self.index = 0
 
-    class NotKnown(Exception):
+    class NotAvailable(Exception):
         pass
 
     def __call__(self, values: Tensor, vocabulary: VocabularyShard, operation: Any) -> None:
-        if self.place == len(self.known):
-            self.met.append((values.clone(), operation))
-            raise self.NotKnown
-        values.copy_(self.known[self.place])
-        self.place += 1
+        if self.index == len(self.results):
+            self.pending.append((values.clone(), operation))
+            raise self.NotAvailable
+        values.copy_(self.results[self.index])
+        self.index += 1
 
-    def learn(self) -> None:
-        (first, operation), (second, _) = self.met
-        highest = operation == torch.distributed.ReduceOp.MAX
-        self.known.append(torch.maximum(first, second) if highest else first + second)
-        self.met = []
+    def complete(self) -> None:
+        (first, operation), (second, _) = self.pending
+        is_max = operation == torch.distributed.ReduceOp.MAX
+        self.results.append(torch.maximum(first, second) if is_max else first + second)
+        self.pending = []
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("cut", [1, 70])
-def test_two_shards_of_the_vocabulary_are_the_whole(
-    monkeypatch: pytest.MonkeyPatch, cut: int, temperature: float
+@pytest.mark.parametrize("boundary", [1, 70])
+def test_two_vocabulary_shards_equal_the_whole_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, boundary: int, temperature: float
 ) -> None:
     inputs = Inputs.random(9, 8, 130)
-    inputs.weight[:cut] *= 3  # one shard's largest logits are far above the other's
-    reduce = OneByOne()
+    inputs.weight[:boundary] *= 3  # one shard's largest logits are far above the other's
+    reduce = SequentialAllReduce()
     monkeypatch.setattr(head_file, "_reduce", reduce)
 
     def coefficient(log_prob: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         advantages = inputs.advantages[part]
         return -advantages * log_prob + 0.1 * log_prob**2, -advantages + 0.2 * log_prob
 
-    done: list[tuple[HeadOutput, Tensor]] = []
-    while not done:
-        for rows in (slice(0, cut), slice(cut, 130)):
-            reduce.place, weight = 0, inputs.weight[rows]
+    results: list[tuple[HeadOutput, Tensor]] = []
+    while not results:
+        for rows in (slice(0, boundary), slice(boundary, 130)):
+            reduce.index, weight = 0, inputs.weight[rows]
             d_weight, shard = torch.zeros_like(weight), VocabularyShard(rows.start, group="both")
-            given = (inputs.hidden, weight, inputs.targets, shard, temperature, 16, coefficient, d_weight)
+            arguments = (inputs.hidden, weight, inputs.targets, shard, temperature, 16, coefficient, d_weight)
             try:
-                done.append((chunked_logprobs(*given), d_weight))
-            except OneByOne.NotKnown:
+                results.append((chunked_logprobs(*arguments), d_weight))
+            except SequentialAllReduce.NotAvailable:
                 continue
-        if reduce.met:
-            reduce.learn()
+        if reduce.pending:
+            reduce.complete()
     tokens, d_hidden, expected = reference(inputs, temperature)
-    for output, _ in done:
+    for output, _ in results:
         for name, values in tokens.items():
             assert_near(getattr(output, name), values, 2e-6)
-    parts = [output.d_hidden for output, _ in done if output.d_hidden is not None]
+    parts = [output.d_hidden for output, _ in results if output.d_hidden is not None]
     assert len(parts) == 2
     assert_near(parts[0] + parts[1], d_hidden, 2e-6)
-    assert_near(torch.cat([d_weight for _, d_weight in done]), expected, 2e-6)
+    assert_near(torch.cat([d_weight for _, d_weight in results]), expected, 2e-6)

@@ -1,4 +1,4 @@
-"""A whole step's gradient and sums with every kernel in Triton's interpreter, against torch.
+"""A training step's gradients and metrics with every kernel in Triton's interpreter, against torch.
 
 Run by test_kernels.py, which sets TRITON_INTERPRET=1.
 """
@@ -20,7 +20,9 @@ from tests.support.policies import gradients_of, make_policy
 from tests.support.policies import parallel as parallel
 
 
-def test_a_step_by_kernels_is_a_step_by_torch(parallel: Parallel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_with_kernels_equals_a_step_in_torch(
+    parallel: Parallel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy, _ = make_policy(parallel)
     rollouts = ragged_rollouts(12)
     generator = torch.Generator().manual_seed(1)
@@ -39,15 +41,15 @@ def test_a_step_by_kernels_is_a_step_by_torch(parallel: Parallel, monkeypatch: p
         monkeypatch.setattr(file, name, counted[name])
     monkeypatch.setattr(head_softmax, "BLOCK", 16)
     monkeypatch.setattr(token_loss, "BLOCK", 16)
-    found: list[tuple[StepMetrics, dict[str, torch.Tensor]]] = []
+    results: list[tuple[StepMetrics, dict[str, torch.Tensor]]] = []
     for triton in (False, True):
         monkeypatch.setattr(kernels, "uses_triton", lambda device, triton=triton: triton)
         metrics = policy.checked_gradients(batch, schedule, PolicyGradient(100.0, 0.7, 2.0))
-        found.append((metrics, {name: value.clone() for name, value in gradients_of(policy).items()}))
+        results.append((metrics, {name: value.clone() for name, value in gradients_of(policy).items()}))
         assert all(bool(kernel.launches) == triton for kernel in counted.values())
-    # A chunk with gradient launches each once; a micro-batch without measures its tokens all at once.
+    # A chunk with gradient launches each kernel once; a forward-only micro-batch launches one for all tokens.
     assert counted["_kernel"].launches > counted["_gradient_kernel"].launches
-    (expected, gradients), (ours, others) = found
+    (expected, gradients), (ours, others) = results
     assert expected.mismatch is not None and ours.mismatch is not None
     assert ours.tokens == expected.tokens
     assert [ours.loss, ours.entropy] == pytest.approx([expected.loss, expected.entropy], rel=1e-5)

@@ -1,4 +1,4 @@
-"""Loss, coefficient and mismatch of tokens: the kernel in Triton's interpreter against float64.
+"""Token loss, coefficient and mismatch: the kernel in Triton's interpreter against float64.
 
 Run by test_kernels.py, which sets TRITON_INTERPRET=1.
 """
@@ -34,7 +34,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
 
 def columns(tokens: int, scale: float = 0.3, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-    """log π of the policy, and the other columns; engine and policy differ by about `scale`."""
+    """log π of the policy, and the columns; engine and policy differ by about `scale`."""
     generator = torch.Generator().manual_seed(seed)
     log_prob = -5 * torch.rand(tokens, generator=generator)
     delta = scale * torch.randn(tokens, generator=generator)
@@ -48,10 +48,10 @@ def expected_sums(log_prob: Tensor, engine_log_prob: Tensor) -> MismatchSums:
     return sums
 
 
-def assert_same_sums(found: MismatchSums, expected: MismatchSums) -> None:
-    torch.testing.assert_close(found.values, expected.values, rtol=1e-6, atol=0)
-    torch.testing.assert_close(found.highest, expected.highest, rtol=1e-6, atol=0)
-    assert torch.equal(found.values[4:], expected.values[4:])
+def assert_same_sums(result: MismatchSums, expected: MismatchSums) -> None:
+    torch.testing.assert_close(result.values, expected.values, rtol=1e-6, atol=0)
+    torch.testing.assert_close(result.highest, expected.highest, rtol=1e-6, atol=0)
+    assert torch.equal(result.values[4:], expected.values[4:])
 
 
 @pytest.mark.parametrize("tokens", SIZES)
@@ -60,82 +60,82 @@ def assert_same_sums(found: MismatchSums, expected: MismatchSums) -> None:
 def test_one_launch_gives_loss_coefficient_and_mismatch(
     kernel: Counted, tokens: int, cap: float | None, scale: float
 ) -> None:
-    log_prob, given = columns(tokens, scale)
+    log_prob, others = columns(tokens, scale)
     objective, sums = PolicyGradient(37.0, 1.0, cap), MetricSums(CPU, True)
-    work = TokenLoss(objective, given, sums)
-    loss, coefficient = work(log_prob, slice(0, tokens))
-    work.add_mismatch(log_prob)
+    token_loss = TokenLoss(objective, others, sums)
+    loss, coefficient = token_loss(log_prob, slice(0, tokens))
+    token_loss.add_mismatch(log_prob)
     assert kernel.launches == 1
-    double = {name: values.double() for name, values in given.items()}
-    for found, truth in zip((loss, coefficient), objective(log_prob.double(), double), strict=True):
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=0)
-    assert_same_sums(sums.mismatch, expected_sums(log_prob, given["engine_log_prob"]))
+    exact = {name: values.double() for name, values in others.items()}
+    for values, reference in zip((loss, coefficient), objective(log_prob.double(), exact), strict=True):
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(values.double(), reference, rtol=1e-6, atol=0)
+    assert_same_sums(sums.mismatch, expected_sums(log_prob, others["engine_log_prob"]))
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e-7, 1e-5, 1e-3, 9.9e-3, 1.01e-2, 0.1, 3.0, 30.0])
-def test_k3_keeps_its_digits_at_every_size(scale: float) -> None:
-    """Against Δ²/2 + Δ³/6 + …, summed to the end in float64: also e^Δ − 1 itself loses digits of k3."""
+def test_k3_is_accurate_at_every_magnitude(scale: float) -> None:
+    """Against the series Δ²/2 + Δ³/6 + … in float64: e^Δ − 1 − Δ itself loses digits."""
     engine = torch.tensor([-scale, scale, -scale / 3])  # of a token with log π = 0
     sums = MetricSums(CPU, True)
     TokenLoss(None, {"engine_log_prob": engine}, sums).add_mismatch(torch.zeros(3))
     deltas = (-engine.double()).tolist()
-    truth = sum(math.fsum(delta**n / math.factorial(n) for n in range(2, 120)) for delta in deltas)
-    assert float(sums.mismatch.values[1]) == pytest.approx(truth, rel=1e-9)
+    expected = sum(math.fsum(delta**n / math.factorial(n) for n in range(2, 120)) for delta in deltas)
+    assert float(sums.mismatch.values[1]) == pytest.approx(expected, rel=1e-9)
 
 
-def test_chunks_and_measured_micro_batches_add_up(kernel: Counted) -> None:
-    log_prob, given = columns(300)
+def test_chunks_and_forward_only_micro_batches_add_up(kernel: Counted) -> None:
+    log_prob, others = columns(300)
     sums = MetricSums(CPU, True)
-    learned = TokenLoss(PolicyGradient(10.0, 1.0), {n: v[:200] for n, v in given.items()}, sums)
+    trained = TokenLoss(PolicyGradient(10.0, 1.0), {n: v[:200] for n, v in others.items()}, sums)
     for part in (slice(0, 130), slice(130, 200)):
-        learned(log_prob[part], part)
-    learned.add_mismatch(log_prob[:200])
-    TokenLoss(None, {n: v[200:] for n, v in given.items()}, sums).add_mismatch(log_prob[200:])
+        trained(log_prob[part], part)
+    trained.add_mismatch(log_prob[:200])
+    TokenLoss(None, {n: v[200:] for n, v in others.items()}, sums).add_mismatch(log_prob[200:])
     assert kernel.launches == 3
-    assert_same_sums(sums.mismatch, expected_sums(log_prob, given["engine_log_prob"]))
+    assert_same_sums(sums.mismatch, expected_sums(log_prob, others["engine_log_prob"]))
 
 
-def test_other_objectives_are_called_and_their_mismatch_is_one_launch(kernel: Counted) -> None:
-    log_prob, given = columns(100)
+def test_other_objectives_launch_one_kernel_for_the_mismatch(kernel: Counted) -> None:
+    log_prob, others = columns(100)
     sums = MetricSums(CPU, True)
-    work = TokenLoss(Supervised(100.0), given, sums)
-    loss, _ = work(log_prob, slice(0, 100))
+    token_loss = TokenLoss(Supervised(100.0), others, sums)
+    loss, _ = token_loss(log_prob, slice(0, 100))
     assert kernel.launches == 0
     torch.testing.assert_close(loss, -log_prob / 100)
-    work.add_mismatch(log_prob)
+    token_loss.add_mismatch(log_prob)
     assert kernel.launches == 1
-    assert_same_sums(sums.mismatch, expected_sums(log_prob, given["engine_log_prob"]))
+    assert_same_sums(sums.mismatch, expected_sums(log_prob, others["engine_log_prob"]))
 
 
 def test_without_an_engine_there_is_no_mismatch(kernel: Counted) -> None:
-    log_prob, given = columns(100)
-    del given["engine_log_prob"]
-    work = TokenLoss(PolicyGradient(4.0, 1.0), given, MetricSums(CPU, False))
-    loss, coefficient = work(log_prob, slice(0, 100))
-    work.add_mismatch(log_prob)
+    log_prob, others = columns(100)
+    del others["engine_log_prob"]
+    token_loss = TokenLoss(PolicyGradient(4.0, 1.0), others, MetricSums(CPU, False))
+    loss, coefficient = token_loss(log_prob, slice(0, 100))
+    token_loss.add_mismatch(log_prob)
     assert kernel.launches == 1
-    torch.testing.assert_close(coefficient, -given["advantages"] / 4, rtol=1e-6, atol=0)
+    torch.testing.assert_close(coefficient, -others["advantages"] / 4, rtol=1e-6, atol=0)
     torch.testing.assert_close(loss, coefficient * log_prob, rtol=1e-6, atol=0)
 
 
 def test_no_tokens_launch_nothing(kernel: Counted) -> None:
-    log_prob, given = columns(0)
+    log_prob, others = columns(0)
     sums = MetricSums(CPU, True)
-    work = TokenLoss(PolicyGradient(4.0, 1.0, 2.0), given, sums)
-    loss, coefficient = work(log_prob, slice(0, 0))
-    work.add_mismatch(log_prob)
+    token_loss = TokenLoss(PolicyGradient(4.0, 1.0, 2.0), others, sums)
+    loss, coefficient = token_loss(log_prob, slice(0, 0))
+    token_loss.add_mismatch(log_prob)
     assert loss.shape == coefficient.shape == (0,) and kernel.launches == 0
     assert not sums.mismatch.values.any() and not sums.mismatch.highest
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_what_is_not_finite_shows_in_the_largest_difference(wrong: float) -> None:
-    log_prob, given = columns(100)
-    given["engine_log_prob"][70] = wrong
-    sums, expected = MetricSums(CPU, True), expected_sums(log_prob, given["engine_log_prob"])
-    loss, _ = TokenLoss(PolicyGradient(4.0, 1.0, 2.0), given, sums)(log_prob, slice(0, 100))
-    found = sums.mismatch
+def test_non_finite_values_show_in_the_largest_difference(wrong: float) -> None:
+    log_prob, others = columns(100)
+    others["engine_log_prob"][70] = wrong
+    sums, expected = MetricSums(CPU, True), expected_sums(log_prob, others["engine_log_prob"])
+    loss, _ = TokenLoss(PolicyGradient(4.0, 1.0, 2.0), others, sums)(log_prob, slice(0, 100))
+    mismatch = sums.mismatch
     assert loss.isfinite().sum() == (99 if math.isnan(wrong) else 100)
-    torch.testing.assert_close(found.highest, expected.highest, equal_nan=True)
-    assert torch.equal(found.values[4:], expected.values[4:]) and len(HISTOGRAM) == found.edges.numel()
+    torch.testing.assert_close(mismatch.highest, expected.highest, equal_nan=True)
+    assert torch.equal(mismatch.values[4:], expected.values[4:]) and len(HISTOGRAM) == mismatch.edges.numel()

@@ -20,11 +20,11 @@ GRID = sorted(
     {Fraction(m, 512) for m in range(8)}
     | {Fraction(8 + m, 8) * Fraction(2) ** e for e in range(-6, 9) for m in range(8) if (e, m) != (8, 7)}
 )
-"""Every E4M3 number that is not negative, from the definition: 3 bits of fraction, bias 7, 448 at most."""
+"""All non-negative E4M3 values, from the definition: 3 mantissa bits, bias 7, at most 448."""
 
 
 def nearest(value: Fraction) -> Fraction:
-    """The E4M3 number next to a value; of two as near, the one with an even last bit."""
+    """The nearest E4M3 value; ties go to the one with an even last bit."""
     sign, size = (-1 if value < 0 else 1), abs(value)
     right = min(bisect.bisect_left(GRID, size), len(GRID) - 1)
     left = max(0, right - 1)
@@ -37,12 +37,12 @@ def nearest(value: Fraction) -> Fraction:
 
 
 def reference(weight: Tensor, scales: Scales) -> tuple[list[list[Fraction]], list[list[float]]]:
-    """Block by block and number by number: E4M3 values, and scales in float32."""
+    """Reference implementation, element by element: E4M3 values, and scales in float32."""
     rows, columns = weight.shape
     values = [[Fraction(0)] * columns for _ in range(rows)]
-    found = []
+    scale_rows = []
     for top in range(0, rows, FP8_BLOCK):
-        found.append([])
+        scale_rows.append([])
         for left in range(0, columns, FP8_BLOCK):
             block = weight[top : top + FP8_BLOCK, left : left + FP8_BLOCK].double()
             largest = float(block.abs().max())
@@ -52,12 +52,12 @@ def reference(weight: Tensor, scales: Scales) -> tuple[list[list[Fraction]], lis
                 while power * 448 < Fraction(largest):
                     power *= 2
                 scale = float(power)
-            found[-1].append(scale)
+            scale_rows[-1].append(scale)
             for i, row in enumerate(block.tolist()):
-                for j, number in enumerate(row):
-                    quotient = np.float32(number) / np.float32(scale)
+                for j, element in enumerate(row):
+                    quotient = np.float32(element) / np.float32(scale)
                     values[top + i][left + j] = nearest(Fraction(float(quotient)))
-    return values, found
+    return values, scale_rows
 
 
 def fractions(tensor: Tensor) -> list[list[Fraction]]:
@@ -65,13 +65,13 @@ def fractions(tensor: Tensor) -> list[list[Fraction]]:
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Weights of every size, so that normal and subnormal numbers, ties and signs all come up."""
+    """Weights of all magnitudes, so that normal and subnormal numbers, ties and signs all occur."""
     generator = torch.Generator().manual_seed(seed)
     spread = torch.exp2(torch.randint(-16, 3, (rows, columns), generator=generator).double())
     return (torch.randn(rows, columns, generator=generator).double() * spread).to(dtype)
 
 
-def test_the_grid_is_the_format() -> None:
+def test_the_grid_equals_torchs_e4m3() -> None:
     codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
     assert [Fraction(v) for v in codes.tolist()] == GRID
     assert float(GRID[-1]) == LARGEST == torch.finfo(torch.float8_e4m3fn).max
@@ -79,13 +79,13 @@ def test_the_grid_is_the_format() -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_rounding_is_to_nearest_and_ties_to_even(sign: int) -> None:
-    """Every number of the format, every middle of two, and their neighbours in float32."""
+    """All values of the format, all midpoints, and their neighbours in float32."""
     points = [float(v) for v in GRID] + [float((a + b) / 2) for a, b in pairwise(GRID)]
-    around = [np.float32(v) for v in points]
-    around += [np.nextafter(v, np.float32(s)) for v in around for s in (0, 448)]
-    row = torch.tensor([[sign * float(v) for v in around] + [448.0]])
+    values = [np.float32(v) for v in points]
+    values += [np.nextafter(v, np.float32(s)) for v in values for s in (0, 448)]
+    row = torch.tensor([[sign * float(v) for v in values] + [448.0]])
     got, scale = [], []
-    for part in row.split(FP8_BLOCK - 1, 1):  # 448 in every block keeps the quotient what it is
+    for part in row.split(FP8_BLOCK - 1, 1):  # 448 in every block makes its scale 1
         q, s = quantize_blocks("w", torch.cat((part, torch.tensor([[448.0]])), 1))
         got += fractions(q)[0][:-1]
         scale += s.flatten().tolist()
@@ -96,7 +96,7 @@ def test_rounding_is_to_nearest_and_ties_to_even(sign: int) -> None:
 @pytest.mark.parametrize("scales", Scales)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (64, 128), (127, 129), (150, 20)], ids=lambda s: f"{s[0]}x{s[1]}")
-def test_every_number_is_that_of_the_definition(
+def test_every_element_equals_the_definition(
     shape: tuple[int, int], dtype: torch.dtype, scales: Scales
 ) -> None:
     weight = matrix(*shape, dtype)
@@ -109,40 +109,40 @@ def test_every_number_is_that_of_the_definition(
 
 
 @pytest.mark.parametrize("strip", [1, 2**15, 2**22])
-def test_the_size_of_a_strip_changes_nothing(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_strip_size_does_not_change_the_result(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = matrix(700, 300)
     expected = quantize_blocks("w", weight)
     monkeypatch.setattr(fp8, "STRIP_ELEMENTS", strip)
-    for got, want in zip(quantize_blocks("w", weight), expected, strict=True):
-        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+    for got, same in zip(quantize_blocks("w", weight), expected, strict=True):
+        assert torch.equal(got.view(torch.uint8), same.view(torch.uint8))
 
 
-def test_the_largest_weight_of_a_block_takes_the_largest_number() -> None:
+def test_the_largest_weight_of_a_block_takes_the_largest_value() -> None:
     for seed in range(20):
         weight = matrix(256, 384, seed=seed) * 10.0 ** (seed - 10)
         quantized, _ = quantize_blocks("w", weight)
         tiles = quantized.float().view(2, FP8_BLOCK, 3, FP8_BLOCK).transpose(1, 2).flatten(2)
-        places = (
+        positions = (
             weight.view(2, FP8_BLOCK, 3, FP8_BLOCK).transpose(1, 2).flatten(2).abs().argmax(2, keepdim=True)
         )
-        assert bool((tiles.abs().gather(2, places) == LARGEST).all())
+        assert bool((tiles.abs().gather(2, positions) == LARGEST).all())
 
 
 @pytest.mark.parametrize("scales", Scales)
-def test_dequantized_weights_are_within_half_a_step_of_the_format(scales: Scales) -> None:
+def test_the_dequantization_error_is_at_most_half_a_step(scales: Scales) -> None:
     weight = matrix(300, 500)
     quantized, scale = quantize_blocks("w", weight, scales)
     exact, back = weight.double(), dequantize_blocks(quantized, scale).double()
     spread = scale.double().repeat_interleave(FP8_BLOCK, 0)[:300].repeat_interleave(FP8_BLOCK, 1)[:, :500]
     normal = exact.abs() >= 2.0**-6 * spread
-    rounding = 1 + 2.0**-21  # of scale, quotient and product in float32
+    rounding = 1 + 2.0**-21  # rounding of scale, quotient and product in float32
     assert bool(normal.any()) and bool((~normal).any())
     error = (back - exact).abs()
     assert bool((error[normal] <= 2.0**-4 * exact.abs()[normal] * rounding).all())
     assert bool((error[~normal] <= 2.0**-10 * spread[~normal] * rounding).all())
 
 
-def test_power_of_two_scales_are_the_smallest_that_do_not_overflow() -> None:
+def test_power_of_two_scales_are_the_smallest_without_overflow() -> None:
     """Also for a maximum one bit above 448 · 2ᵏ, which must take the next power."""
     maxima = [448.0 * 2.0**k for k in (-60, -7, 0, 5)]
     maxima = [float(np.nextafter(np.float32(m), np.float32(s))) for m in maxima for s in (0, m, 1e30)]
@@ -155,7 +155,7 @@ def test_power_of_two_scales_are_the_smallest_that_do_not_overflow() -> None:
         assert bool(quantized.float().isfinite().all()) and float(quantized.float().max()) >= LARGEST / 2
 
 
-def test_blocks_of_zeros_and_of_next_to_nothing() -> None:
+def test_blocks_of_zeros_and_of_subnormals_are_finite() -> None:
     weight = torch.zeros(FP8_BLOCK, 3 * FP8_BLOCK)
     weight[0, FP8_BLOCK], weight[5, 2 * FP8_BLOCK] = 1e-45, 7.0
     for scales in Scales:
@@ -167,7 +167,7 @@ def test_blocks_of_zeros_and_of_next_to_nothing() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("scales", Scales)
-def test_weights_that_are_no_numbers_are_refused_by_name(bad: float, scales: Scales) -> None:
+def test_non_finite_weights_are_refused_by_name(bad: float, scales: Scales) -> None:
     weight = matrix(300, 200)
     weight[290, 199] = bad
     with pytest.raises(UserError, match=r"model\.x\.weight holds NaN or infinite weights"):
@@ -175,7 +175,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(bad: float, scales: Sca
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_a_shard_cut_between_blocks_has_the_bytes_of_the_whole(dim: int) -> None:
+def test_a_shard_of_whole_blocks_has_the_bytes_of_the_unsharded_weight(dim: int) -> None:
     weight = matrix(512, 512)
     quantized, scale = quantize_blocks("w", weight)
     for size, same in ((2, True), (4, True), (8, False)):
@@ -186,9 +186,9 @@ def test_a_shard_cut_between_blocks_has_the_bytes_of_the_whole(dim: int) -> None
             assert torch.equal(torch.cat([s for _, s in parts], dim), scale)
 
 
-def test_a_view_that_is_not_contiguous_is_quantized_as_its_copy() -> None:
+def test_a_non_contiguous_view_is_quantized_as_its_copy() -> None:
     weight = matrix(200, 150).t()
-    for got, want in zip(
+    for got, same in zip(
         quantize_blocks("w", weight), quantize_blocks("w", weight.contiguous()), strict=True
     ):
-        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+        assert torch.equal(got.view(torch.uint8), same.view(torch.uint8))

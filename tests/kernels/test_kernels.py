@@ -1,4 +1,4 @@
-"""Triton kernels: in Triton's interpreter against their torch twins, and compiled for H100 without one."""
+"""Triton kernels: against torch references in Triton's interpreter, and compiled for H100 without a GPU."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ INTERPRETED = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 def test_kernels_equal_their_references_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, INTERPRETED)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_kernels_run_on_gpus_and_their_references_elsewhere() -> None:
@@ -38,7 +40,7 @@ GROUP_ADVANTAGES = {
     "rewards": "*fp64", "weights": "*fp64", "offsets": "*i64",
     "baselines": "*fp64", "advantages": "*fp64", "epsilon": "fp32",
 }  # fmt: skip
-TOKEN_PASS = {
+TOKEN_LOSS = {
     "log_prob": "*fp32", "advantages": "*fp32", "engine_log_prob": "*fp32", "edges": "*fp64",
     "loss": "*fp32", "coefficient": "*fp32", "partial": "*fp64", "tokens": "i32", "normalizer": "fp32",
     "cap": "fp32",
@@ -55,10 +57,10 @@ HEAD = {
 }
 
 
-def both(*names: str) -> list[dict[str, bool]]:
-    """Every setting of these switches."""
-    settings = itertools.product((False, True), repeat=len(names))
-    return [dict(zip(names, values, strict=True)) for values in settings]
+def combinations(*flags: str) -> list[dict[str, bool]]:
+    """All combinations of these boolean constants."""
+    values_of_all = itertools.product((False, True), repeat=len(flags))
+    return [dict(zip(flags, values, strict=True)) for values in values_of_all]
 
 
 CASES: dict[str, list[tuple[Any, dict[str, str], dict[str, Any], int]]] = {
@@ -66,23 +68,23 @@ CASES: dict[str, list[tuple[Any, dict[str, str], dict[str, Any], int]]] = {
         (
             group_advantages._kernel,
             GROUP_ADVANTAGES,
-            switches | {"BLOCK": group_advantages.BLOCK},
+            flags | {"BLOCK": group_advantages.BLOCK},
             4,
         )
-        for switches in both("LEAVE_ONE_OUT", "SCALE")
+        for flags in combinations("LEAVE_ONE_OUT", "SCALE")
     ],
-    "token_pass": [
+    "token_loss": [
         (
             token_loss._kernel,
-            TOKEN_PASS,
-            switches | {"EDGES": len(HISTOGRAM) * switches["MEASURES"], "BLOCK": token_loss.BLOCK},
+            TOKEN_LOSS,
+            flags | {"EDGES": len(HISTOGRAM) * flags["MEASURES"], "BLOCK": token_loss.BLOCK},
             4,
         )
-        for switches in both("HAS_LOSS", "CAPPED", "MEASURES")
-        if switches["HAS_LOSS"] or (switches["MEASURES"] and not switches["CAPPED"])
+        for flags in combinations("HAS_LOSS", "CAPPED", "MEASURES")
+        if flags["HAS_LOSS"] or (flags["MEASURES"] and not flags["CAPPED"])
     ],
 }
-"""Kernel, types of its arguments, constants, warps."""
+"""Kernel, argument types, constants, warps."""
 CASES |= {
     name: [
         (kernel, types | LOGITS | {"logits": logits}, {"BLOCK": head_softmax.BLOCK}, head_softmax.WARPS)

@@ -1,4 +1,4 @@
-"""The head's sweep against float64 autograd."""
+"""`chunked_logprobs` of the LM head against float64 autograd."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_values_and_gradients_equal_float64_autograd(shape: tuple[int, int, int]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 63, 64, 65, 10_000])
-def test_the_chunk_size_changes_nothing_but_rounding(chunk: int) -> None:
+def test_the_chunk_size_changes_results_only_by_rounding(chunk: int) -> None:
     inputs = Inputs.random(64, 16, 33)
     whole_weight, weight = torch.zeros_like(inputs.weight), torch.zeros_like(inputs.weight)
     whole = run(inputs, 1.3, 64, whole_weight)
@@ -53,7 +53,7 @@ def test_the_chunk_size_changes_nothing_but_rounding(chunk: int) -> None:
     assert_near(weight, whole_weight.double(), 2e-6)
 
 
-def test_no_tokens_give_empty_results_and_leave_the_weights_gradient_alone() -> None:
+def test_no_tokens_give_empty_results_and_no_weight_gradient() -> None:
     inputs = Inputs.random(0, 8, 21)
     d_weight = torch.full((21, 8), 3.0)
     output = run(inputs, 1.0, 16, d_weight)
@@ -63,7 +63,7 @@ def test_no_tokens_give_empty_results_and_leave_the_weights_gradient_alone() -> 
     assert bool((d_weight == 3.0).all())
 
 
-def test_without_an_objective_only_the_distribution_is_measured() -> None:
+def test_without_an_objective_only_the_distribution_is_computed() -> None:
     inputs = Inputs.random(7, 8, 21)
     output = chunked_logprobs(inputs.hidden, inputs.weight, inputs.targets, WHOLE, 1.0, 3)
     tokens, _, _ = reference(inputs, 1.0)
@@ -73,8 +73,8 @@ def test_without_an_objective_only_the_distribution_is_measured() -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 5000.0])
-def test_large_logits_stay_finite_and_right(offset: float) -> None:
-    """Logits of ±80 around an offset; probabilities down to e⁻¹⁶⁰ are 0 in fp32, their logarithms are not."""
+def test_large_logits_give_finite_accurate_results(offset: float) -> None:
+    """Logits of ±80 around an offset; probabilities of e⁻¹⁶⁰ underflow in fp32, log-probabilities do not."""
     hidden = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, 1.0]])
     weight = torch.tensor([[80.0, offset], [-80.0, offset], [0.0, offset]])
     inputs = Inputs(hidden, weight, torch.tensor([1, 1, 0]), torch.ones(3))
@@ -90,7 +90,7 @@ def test_large_logits_stay_finite_and_right(offset: float) -> None:
     assert_near(d_weight, expected)
 
 
-def test_uniform_logits_have_the_entropy_of_the_vocabulary() -> None:
+def test_uniform_logits_have_entropy_log_vocabulary_size() -> None:
     output = chunked_logprobs(torch.zeros(3, 4), torch.randn(50, 4), torch.tensor([0, 7, 49]), WHOLE, 0.5, 2)
     log = float(torch.tensor(50.0).log())
     assert output.entropy.tolist() == pytest.approx([log] * 3, rel=1e-6)
@@ -98,8 +98,8 @@ def test_uniform_logits_have_the_entropy_of_the_vocabulary() -> None:
     assert output.sum_squares.tolist() == pytest.approx([1 / 50] * 3, rel=1e-6)
 
 
-def test_bf16_gradients_are_summed_in_the_buffers_fp32() -> None:
-    """512 equal tokens in chunks of one: in bf16 the sum of equal terms would stop growing at 256 of them."""
+def test_bf16_gradients_accumulate_in_fp32() -> None:
+    """512 equal tokens in chunks of one: in bf16 the sum of equal terms stops growing at 256 of them."""
     inputs = Inputs.random(1, 8, 21)
     hidden = inputs.hidden.bfloat16().expand(512, 8).contiguous()
     weight = inputs.weight.bfloat16()
@@ -117,12 +117,12 @@ def test_bf16_gradients_are_summed_in_the_buffers_fp32() -> None:
     assert_near(output.d_hidden, (d_logits @ weight.double()).expand(512, 8), 2e-2)
 
 
-def test_the_projects_objectives_are_minus_weighted_mean_log_probs() -> None:
+def test_objectives_are_negative_weighted_mean_log_probs() -> None:
     inputs = Inputs.random(40, 8, 21)
     hidden, weight = inputs.hidden.double().requires_grad_(), inputs.weight.double()
     log_prob = torch.log_softmax(hidden @ weight.T / 0.8, -1)[torch.arange(40), inputs.targets]
     columns = {"advantages": inputs.advantages}
-    for objective, truth in (
+    for objective, expected in (
         (PolicyGradient(5.0, temperature=0.8), -(inputs.advantages * log_prob).sum() / 5),
         (Supervised(40.0, temperature=0.8), -log_prob.mean()),
     ):
@@ -138,8 +138,8 @@ def test_the_projects_objectives_are_minus_weighted_mean_log_probs() -> None:
             ),
         )
         assert output.loss is not None
-        assert float(output.loss.double().sum()) == pytest.approx(float(truth.detach()), rel=1e-5)
-        assert_near(output.d_hidden, torch.autograd.grad(truth, hidden, retain_graph=True)[0])
+        assert float(output.loss.double().sum()) == pytest.approx(float(expected.detach()), rel=1e-5)
+        assert_near(output.d_hidden, torch.autograd.grad(expected, hidden, retain_graph=True)[0])
 
 
 def test_a_chunk_on_a_cpu_has_512_to_1024_tokens() -> None:
@@ -155,11 +155,11 @@ def test_a_chunk_on_a_gpu_fills_480_mb_in_whole_tiles(rows: int, dtype: torch.dt
     assert tokens == 8192 or (tokens + 128) * rows * dtype.itemsize > 480e6
 
 
-def test_a_chunk_on_a_gpu_has_512_tokens_at_least() -> None:
+def test_a_chunk_on_a_gpu_has_at_least_512_tokens() -> None:
     assert default_chunk_tokens(10**6, torch.bfloat16, torch.device("cuda")) == 512
 
 
-def test_a_torch_that_cannot_add_products_to_float32_in_place_says_so() -> None:
-    """As is so of every torch on a CPU."""
+def test_torch_without_in_place_float32_addmm_warns() -> None:
+    """True of every torch on a CPU."""
     with pytest.warns(UserWarning, match="cannot add a product of torch.bfloat16 to float32 in place"):
         assert not _adds_in_float32(torch.device("cpu"), torch.bfloat16)

@@ -13,7 +13,7 @@ import pytest
 
 from opo_megatron.errors import EXIT_HUNG, EXIT_PREEMPTED
 from tests.support.fixtures import RECIPE
-from tests.support.interrupted import COMMAND, STRUCK_RUN, assert_same_run
+from tests.support.interrupted import COMMAND, INTERRUPTED_RUN, assert_same_run
 from tests.support.tiny_run import lasting, rows
 
 TP2 = "policy.tensor_model_parallel_size=2"
@@ -34,7 +34,7 @@ def start(
     run_dir: Path, nproc: int, schedule: list[Any] | None, *overrides: str
 ) -> subprocess.CompletedProcess[str]:
     arguments = ["train", str(RECIPE), f"run.dir={run_dir}", *COMMAND, *overrides]
-    command = [sys.executable, str(STRUCK_RUN), json.dumps([schedule]), *arguments]
+    command = [sys.executable, str(INTERRUPTED_RUN), json.dumps([schedule]), *arguments]
     launcher = [sys.executable, "-c", LAUNCH, str(nproc), *command]
     return subprocess.run(launcher, capture_output=True, text=True, timeout=300, check=False)
 

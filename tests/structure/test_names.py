@@ -48,7 +48,7 @@ def test_replaced_names_are_no_identifiers(where: str) -> None:
     old_names = {old: new for old, new, place in entries() if place == where}
     for path in files(where):
         name = path.relative_to(ROOT).as_posix()
-        names = identifiers(ast.parse(path.read_text(encoding="utf-8"))) | {path.stem}
+        names = identifiers(ast.parse(path.read_text(encoding="utf-8"))) | {path.stem, path.name}
         for old in sorted(names & set(old_names) - set(kept.get(name, {}))):
             pytest.fail(f"{name} has {old!r}; the word is {old_names[old]!r}")
 

@@ -1,1 +1,1 @@
-"""What tests share: fixtures, reference implementations, tiny runs, and workers that run as ranks."""
+"""Shared by tests: fixtures, reference implementations, tiny runs, and workers that run as ranks."""

@@ -1,6 +1,6 @@
 """A headless Chromium, driven by the DevTools protocol over a pipe: no port, no driver, no package.
 
-Chromium reads commands on descriptor 3 and writes answers and events on 4, as JSON that ends with a NUL.
+Chromium reads commands on file descriptor 3 and writes replies and events on 4, as NUL-terminated JSON.
 """
 
 from __future__ import annotations
@@ -41,34 +41,34 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """The answer to a command; what happens meanwhile goes to `events`."""
+        """The reply to a command; events received meanwhile are appended to `events`."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
         if self._session is not None:
             message["sessionId"] = self._session
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while True:
-            answer = self._receive()
-            if answer.get("id") == self._number:
-                assert "error" not in answer, f"{method}: {answer['error']}"
-                result: dict[str, Any] = answer["result"]
+            reply = self._receive()
+            if reply.get("id") == self._number:
+                assert "error" not in reply, f"{method}: {reply['error']}"
+                result: dict[str, Any] = reply["result"]
                 return result
-            self.events.append(answer)
+            self.events.append(reply)
 
     def _receive(self) -> dict[str, Any]:
         deadline = time.monotonic() + SECONDS
         while b"\0" not in self._pending:
             ready, _, _ = select.select([self._from], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"the browser has said nothing for {SECONDS:.0f} s"
+            assert ready, f"no message from the browser for {SECONDS:.0f} s"
             chunk = os.read(self._from, 1 << 20)
             assert chunk, "the browser has ended"
             self._pending += chunk
         message, _, self._pending = self._pending.partition(b"\0")
-        found: dict[str, Any] = json.loads(message)
-        return found
+        event: dict[str, Any] = json.loads(message)
+        return event
 
     def open(self, page: Path, width: int = 1440, height: int = 900) -> None:
-        """Load a file and wait until it is there."""
+        """Load a file and wait for its load event."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **metrics)
         self.events.clear()
@@ -78,54 +78,54 @@ class Browser:
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression."""
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, f"{script}: {answer['exceptionDetails']}"
-        return answer["result"].get("value")
+        reply = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in reply, f"{script}: {reply['exceptionDetails']}"
+        return reply["result"].get("value")
 
     def complaints(self) -> list[str]:
         """Errors and warnings of the console, exceptions, and requests for anything but the page itself."""
-        found = []
+        problems = []
         for event in self.events:
             method, parameters = event.get("method"), event.get("params", {})
             if method == "Runtime.exceptionThrown":
-                found.append(json.dumps(parameters["exceptionDetails"]))
+                problems.append(json.dumps(parameters["exceptionDetails"]))
             elif method == "Log.entryAdded" or (
                 method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning")
             ):
-                found.append(json.dumps(parameters))
+                problems.append(json.dumps(parameters))
         requests = [event for event in self.events if event.get("method") == "Network.requestWillBeSent"]
-        return found + [f"asked for {event['params']['request']['url']}" for event in requests[1:]]
+        return problems + [f"requested {event['params']['request']['url']}" for event in requests[1:]]
 
     def picture(self, path: Path) -> bytes:
-        """A PNG of what the window shows."""
+        """A screenshot as PNG."""
         content = base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
         path.write_bytes(content)
         return content
 
     def pdf(self, path: Path) -> bytes:
-        """What would be printed."""
-        answer = self.call("Page.printToPDF", printBackground=True, preferCSSPageSize=True)
-        content = base64.b64decode(answer["data"])
+        """The printed page."""
+        reply = self.call("Page.printToPDF", printBackground=True, preferCSSPageSize=True)
+        content = base64.b64decode(reply["data"])
         path.write_bytes(content)
         return content
 
 
 @contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
-    """A browser with a new profile; without Chromium the test is skipped."""
+    """A browser with a new profile; skips the test without Chromium."""
     chromium = program("chromium", INSTALL)
     read_commands, to_browser = os.pipe()
-    from_browser, write_answers = os.pipe()
-    sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # root has no other way
+    from_browser, write_replies = os.pipe()
+    sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # required as root
     command = [str(chromium), *FLAGS, *sandbox, f"--user-data-dir={profile}", "about:blank"]
-    redirect = f'exec "$@" 3<&{read_commands} 4>&{write_answers}'
+    redirect = f'exec "$@" 3<&{read_commands} 4>&{write_replies}'
     with (profile.parent / "chromium.log").open("w") as log:
         process = subprocess.Popen(
             ["bash", "-c", redirect, "bash", *command], stdout=log, stderr=log,
-            pass_fds=(read_commands, write_answers),
+            pass_fds=(read_commands, write_replies),
         )  # fmt: skip
     os.close(read_commands)
-    os.close(write_answers)
+    os.close(write_replies)
     try:
         yield Browser(to_browser, from_browser)
     finally:

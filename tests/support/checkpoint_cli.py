@@ -1,4 +1,4 @@
-"""`opo convert` and `opo export` in processes of their own."""
+"""`opo convert` and `opo export` as subprocesses."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ observe: {tensorboard: false}
 
 
 def command(*arguments: object, code: int = 0) -> str:
-    """Run a command; its output, errors included."""
+    """Run a command; returns stdout and stderr."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,
         text=True,
@@ -33,5 +33,5 @@ def command(*arguments: object, code: int = 0) -> str:
         check=False,
         env=environment,
     )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout + result.stderr

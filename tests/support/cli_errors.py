@@ -1,4 +1,4 @@
-"""How tests of wrong inputs ask: `main` in process, one line on stderr, exit code 2."""
+"""Helpers for tests of wrong inputs: `main` in process, one line on stderr, exit code 2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SECTIONS = ("policy.", "rollout.", "observe.", "task.", "algorithm.", "on_policy
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line that a refused command prints."""
+    """The one error line of a command that exits with code 2."""
     capsys.readouterr()
     assert main(list(argv)) == 2
     error = capsys.readouterr().err
@@ -19,7 +19,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def split(overrides: str) -> list[str]:
-    """Overrides are apart by a space before the next key; values keep theirs."""
+    """Splits overrides at a space before the next key; spaces in values stay."""
     parts: list[str] = []
     for piece in overrides.split(" ") if overrides else []:
         if parts and not piece.startswith(SECTIONS):

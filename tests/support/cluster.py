@@ -1,4 +1,4 @@
-"""A real SLURM of one node on this machine: its own configuration, sockets and state, ended by process id."""
+"""A real one-node SLURM cluster on this machine: own configuration, sockets, state; stopped by process id."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ KillWait=5
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
 PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscribe=EXCLUSIVE
 """
-"""MinJobAge lets tests ask about jobs that have ended."""
+"""MinJobAge lets tests query finished jobs."""
 
 
 class Cluster:
-    """How to talk to it."""
+    """Client of the cluster."""
 
     def __init__(self, configuration: Path) -> None:
         self.environment = {**os.environ, "SLURM_CONF": str(configuration)}
 
     def run(self, *command: str, **variables: str) -> str:
         """The output of a SLURM command; it must succeed."""
-        done = self.attempt(*command, **variables)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
-        return done.stdout
+        result = self.attempt(*command, **variables)
+        assert result.returncode == 0, f"{command}: {result.stderr}"
+        return result.stdout
 
     def attempt(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {**self.environment, **variables}
@@ -63,22 +63,22 @@ class Cluster:
         )
 
     def submit(self, *arguments: str, variables: Mapping[str, str]) -> str:
-        """The number of a new job of slurm/opo_70b.sh with a CPU's options."""
+        """Submits slurm/opo_70b.sh with options for a CPU; returns the job id."""
         Path(variables["OPO_LOGS"]).parent.mkdir(parents=True, exist_ok=True)
         options = ["--parsable", "--nodes=1", "--gpus-per-node=0", f"--output={variables['OPO_LOGS']}.out"]
         return self.run("sbatch", *options, *arguments, **variables).strip()
 
     def state(self, job: str) -> str:
-        shown = self.run("scontrol", "show", "job", job)
-        return shown.partition("JobState=")[2].split()[0]
+        output = self.run("scontrol", "show", "job", job)
+        return output.partition("JobState=")[2].split()[0]
 
     def wait(self, job: str, seconds: float) -> str:
-        """Its state at the end."""
+        """The job's final state."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if (state := self.state(job)) not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
                 return state
-            if state == "PENDING":  # SLURM lets a requeued job wait for two minutes
+            if state == "PENDING":  # SLURM delays a requeued job by two minutes
                 self.attempt("scontrol", "update", f"JobId={job}", "StartTime=now")
             time.sleep(1)
         self.run("scancel", job)
@@ -87,11 +87,11 @@ class Cluster:
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[Cluster]:
-    """A cluster in `folder`, or a skip where something is missing."""
+    """A cluster in `folder`; skips the test where a program is missing."""
     for name in PROGRAMS:
         program(name, "make setup-system")
     if os.geteuid() != 0:
-        pytest.skip("a cluster of one's own needs root")
+        pytest.skip("starting a SLURM cluster needs root")
     for name in ("state", "spool"):
         (folder / name).mkdir()
     folder.chmod(0o755)
@@ -134,12 +134,12 @@ def running(folder: Path) -> Iterator[Cluster]:
 
 def _wait_until_idle(cluster: Cluster, folder: Path) -> None:
     for _ in range(60):
-        shown = cluster.attempt("sinfo", "--noheader", "--format=%T")
-        if shown.stdout.strip() == "idle":
+        output = cluster.attempt("sinfo", "--noheader", "--format=%T")
+        if output.stdout.strip() == "idle":
             return
         time.sleep(0.5)
     logs = "\n".join(path.read_text(errors="replace")[-1500:] for path in sorted(folder.glob("*.out")))
-    raise AssertionError(f"SLURM did not start: {shown.stdout}{shown.stderr}\n{logs}")
+    raise AssertionError(f"SLURM did not start: {output.stdout}{output.stderr}\n{logs}")
 
 
 def _two_free_ports() -> list[int]:
@@ -150,7 +150,7 @@ def _two_free_ports() -> list[int]:
 
 
 def variables(folder: Path, **more: str) -> dict[str, str]:
-    """Of a job on this machine: two ranks, this interpreter, logs in `folder`."""
+    """Environment of a job on this machine: two ranks, this interpreter, logs in `folder`."""
     return {
         "OPO_RANKS_PER_NODE": "2",
         "OPO_PYTHON": sys.executable,

@@ -1,4 +1,4 @@
-"""A rank of any layout, without processes."""
+"""The coordinates of a rank under any parallel layout, without processes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A dense decoder in float64, written from the architecture: the truth that policy and engine are held to.
+"""A dense decoder in float64, written from the architecture: the reference for policy and engine.
 
-One sequence at a time, no cache, no padding, no fusion.  Weights by Hugging Face name.
+One sequence at a time, no KV cache, no padding, no fusion.  Weights by Hugging Face name.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def log_probs(
     x = _norm(x, weights["model.norm.weight"], model.layernorm_epsilon)
     head = weights["model.embed_tokens.weight" if model.tie_embeddings else "lm_head.weight"]
     logits = x[len(prompt) - 1 :] @ head.T / temperature
-    chosen = logits.gather(1, torch.tensor(response).unsqueeze(1))[:, 0]
-    return chosen - torch.logsumexp(logits, 1)
+    target_logits = logits.gather(1, torch.tensor(response).unsqueeze(1))[:, 0]
+    return target_logits - torch.logsumexp(logits, 1)
 
 
 def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -33,10 +33,10 @@ def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def _layer(model: ModelConfig, weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    width, length = model.kv_channels, x.shape[0]
+    head_dim, length = model.kv_channels, x.shape[0]
     y = _norm(x, weights[name + "input_layernorm.weight"], model.layernorm_epsilon)
     q, k, v = (
-        (y @ weights[f"{name}self_attn.{part}_proj.weight"].T).view(length, -1, width) for part in "qkv"
+        (y @ weights[f"{name}self_attn.{part}_proj.weight"].T).view(length, -1, head_dim) for part in "qkv"
     )
     if model.qk_layernorm:
         q = _norm(q, weights[name + "self_attn.q_norm.weight"], model.layernorm_epsilon)
@@ -45,7 +45,7 @@ def _layer(model: ModelConfig, weights: dict[str, Tensor], name: str, x: Tensor)
     heads = []
     for head in range(model.num_attention_heads):
         group = head // (model.num_attention_heads // model.num_query_groups)
-        scores = q[:, head] @ k[:, group].T / math.sqrt(width)
+        scores = q[:, head] @ k[:, group].T / math.sqrt(head_dim)
         scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
         heads.append(scores.softmax(-1) @ v[:, group])
     x = x + torch.cat(heads, -1) @ weights[name + "self_attn.o_proj.weight"].T
@@ -56,7 +56,7 @@ def _layer(model: ModelConfig, weights: dict[str, Tensor], name: str, x: Tensor)
 
 
 def _rotate(x: Tensor, base: float) -> Tensor:
-    """Rotary embedding of [length, heads, width]: the two halves of a head are its coordinates."""
+    """Rotary embedding of [length, heads, head_dim]; element i is rotated with element i + head_dim / 2."""
     half = x.shape[-1] // 2
     angles = torch.arange(x.shape[0], dtype=x.dtype).view(-1, 1, 1) * base ** (
         -torch.arange(half, dtype=x.dtype) / half

@@ -1,4 +1,4 @@
-"""Folders of runs, written as a run writes them, without training."""
+"""Run folders in the format of a run, without training."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ RECIPE = RECIPES / "quickstart.yaml"
 BYTES = (
     "task.name=text", "task.data=none.jsonl", "warm_start.steps=0", "policy.model.max_sequence_length=900",
 )  # fmt: skip
-"""Of a run whose tokens are bytes."""
+"""Overrides of a run with the byte tokenizer."""
 HOSTILE = "</script><img src=x onerror=alert(1)><!-- $x^2$ &amp;"
 
 
 def make_run(
     folder: Path, *overrides: str, steps: int = 6, evaluated: bool = True, texts: Sequence[str] = ()
 ) -> Path:
-    """A run of the quickstart (or, with BYTES, of text) with `steps` of 6 steps.
+    """A run folder of the quickstart (with BYTES: of text) that finished `steps` of 6 steps.
 
     Args:
-        overrides: of the recipe; run.seed shifts the numbers.
-        texts: the prompt and the responses of every group.
+        overrides: of the recipe; run.seed changes the metrics.
+        texts: prompt and responses of every group.
     """
-    words = [f"run.dir={folder}", "train.steps=6", *overrides]
-    config = load_config(RECIPE, words, 1)
+    all_overrides = [f"run.dir={folder}", "train.steps=6", *overrides]
+    config = load_config(RECIPE, all_overrides, 1)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     rows = [_row(step, config.run.seed, evaluated) for step in range(steps + 1)]
@@ -57,7 +57,7 @@ def _row(step: int, seed: int, evaluated: bool) -> dict[str, Any]:
 
 
 def dump(folder: Path, step: int, texts: Sequence[str]) -> None:
-    """The rollouts of a step: eight groups of the same prompt, the first response rewarded."""
+    """Writes the rollouts of a step: eight groups of the same prompt, the first response rewarded."""
     from opo_megatron.tasks.lift import SYMBOLS
 
     is_lift = all(character in SYMBOLS for text in texts for character in text)

@@ -1,4 +1,4 @@
-"""A tiny policy and tiny batches, for tests that need a real Megatron."""
+"""A tiny policy and tiny batches for tests on Megatron-Core."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def small_config(*overrides: str, world_size: int = 1) -> Config:
 
 
 def small_policy(config: Config, parallel: Parallel) -> Policy:
-    """The policy of `config` with its random initial weights."""
+    """The policy of `config` with random initial weights."""
     weights = random_weights(config.policy.model, VOCAB_SIZE, config.run.seed)
     return Policy(config, VOCAB_SIZE, parallel, config.optimizer, weights)
 
 
 def ragged_rollouts(count: int = 24, seed: int = 0) -> Rollouts:
-    """Random prompts of 1 to 12 tokens, responses of 1 to 20, random rewards, four samples a group."""
+    """Random prompts of 1 to 12 tokens, responses of 1 to 20, random rewards, four samples per group."""
     rng = random.Random(seed)
     prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 12))] for _ in range(count // 4)]
     responses = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 20))] for _ in range(count)]

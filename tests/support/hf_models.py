@@ -1,4 +1,4 @@
-"""Small models of the families that the project trains, and their counterparts in transformers."""
+"""Small models of the supported families, and the same models in transformers."""
 
 from __future__ import annotations
 
@@ -105,11 +105,11 @@ WHOLE_BLOCKS = {
         QWEN3_MOE, hidden_size=128, kv_channels=64, moe_ffn_hidden_size=256, ffn_hidden_size=128
     ),
 }
-"""Models with matrices that consist of 128×128 blocks."""
+"""Models with matrices whose dimensions are multiples of 128 (FP8 blocks)."""
 
 
 def transformers_config(family: str, num_layers: int = 2) -> Any:
-    """The family's configuration as a user of transformers would write it."""
+    """The family's transformers configuration."""
     transformers, model = require("transformers", "make setup-dev"), (FAMILIES | WHOLE_BLOCKS)[family]
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rotary_base}
     scaling = model.rope_scaling
@@ -158,7 +158,7 @@ def transformers_model(family: str, num_layers: int = 2) -> Any:
 
 
 def save_random_model(family: str, folder: Path, num_layers: int = 2, shard_size: str = "5GB") -> Any:
-    """A model whose norms and biases are random too, so that no two can be mixed up, in a folder.
+    """Saves a model with random norms and biases too, so that swapped tensors differ.
 
     Returns:
         The model, in float32.
@@ -170,21 +170,21 @@ def save_random_model(family: str, folder: Path, num_layers: int = 2, shard_size
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn(parameter.shape))
             else:
-                parameter.mul_(3)  # distributions that are not nearly uniform
+                parameter.mul_(3)  # distributions far from uniform
     model.save_pretrained(folder, max_shard_size=shard_size)
     return model
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, as the safetensors library reads them."""
-    found: dict[str, Tensor] = {}
+    """All tensors of a folder, read by the safetensors library."""
+    tensors: dict[str, Tensor] = {}
     for path in folder.glob("*.safetensors"):
-        found |= load_file(path)
-    return found
+        tensors |= load_file(path)
+    return tensors
 
 
 def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Bit by bit."""
+    """Bit for bit."""
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         assert got[name].dtype == tensor.dtype, name
@@ -196,16 +196,16 @@ PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [20, 0, 19], [8, 9, 7, 9, 3, 2, 3, 
 
 @torch.no_grad()
 def log_probs_of(model: Any) -> list[float]:
-    """log π of every token of PROMPTS but the first of each, one forward pass a prompt."""
-    found: list[float] = []
+    """log π of every token of PROMPTS but the first of each, one forward pass per prompt."""
+    log_probs: list[float] = []
     for prompt in PROMPTS:
         logits = model(torch.tensor([prompt])).logits[0, :-1].double()
-        found += logits.log_softmax(-1).gather(1, torch.tensor(prompt[1:]).unsqueeze(1))[:, 0].tolist()
-    return found
+        log_probs += logits.log_softmax(-1).gather(1, torch.tensor(prompt[1:]).unsqueeze(1))[:, 0].tolist()
+    return log_probs
 
 
 def transformers_model_with(family: str, weights: dict[str, Tensor], folder: Path) -> Any:
-    """The same, with `weights` read from a checkpoint folder by transformers' own loader."""
+    """`transformers_model` with `weights`, loaded from a folder by `from_pretrained`."""
     transformers = require("transformers", "make setup-dev")
     transformers_model(family).config.save_pretrained(folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

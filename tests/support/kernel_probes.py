@@ -1,4 +1,4 @@
-"""What tests in Triton's interpreter share: launches are counted, and memory that is not written is NaN."""
+"""Shared by tests in Triton's interpreter: launch counts, and NaN in uninitialized memory."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Counted:
 
 
 def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor that is made empty holds NaN."""
+    """Fills every uninitialized float tensor with NaN."""
 
     def poisoned(make: Any) -> Any:
-        def empty(*arguments: Any, **about: Any) -> Tensor:
-            made: Tensor = make(*arguments, **about)
-            return made.fill_(float("nan")) if made.is_floating_point() else made
+        def empty(*arguments: Any, **options: Any) -> Tensor:
+            tensor: Tensor = make(*arguments, **options)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
         return empty
 

@@ -1,4 +1,4 @@
-"""The LM head by float64 autograd, and random inputs for it."""
+"""Reference implementation of the LM head by float64 autograd, and random inputs."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Inputs:
 
 
 def likelihood_and_square(log_prob: Tensor, advantages: Tensor) -> Tensor:
-    """A loss per token whose slope depends on the log-probability."""
+    """A per-token loss whose derivative depends on the log-probability."""
     return -advantages * log_prob + 0.1 * log_prob**2
 
 
 def reference(inputs: Inputs, temperature: float) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Per-token results, d_hidden and d_weight by float64 autograd of the definition."""
+    """Per-token outputs, d_hidden and d_weight by float64 autograd of the definition."""
     hidden = inputs.hidden.double().requires_grad_()
     weight = inputs.weight.double().requires_grad_()
     log_pi = torch.log_softmax(hidden @ weight.T / temperature, -1)
@@ -55,7 +55,7 @@ def reference(inputs: Inputs, temperature: float) -> tuple[dict[str, Tensor], Te
 
 
 def assert_near(got: Tensor | None, expected: Tensor, relative: float = 1e-5) -> None:
-    """Largest error as a share of the largest value."""
+    """Bounds the largest absolute error relative to the largest absolute value."""
     assert got is not None and got.shape == expected.shape
     error = float((got.double() - expected).abs().max() / expected.abs().max())
     assert error <= relative

@@ -1,4 +1,4 @@
-"""One Megatron policy in this process, and its gradients by Hugging Face name."""
+"""A Megatron policy in this process, and its gradients by Hugging Face name."""
 
 from __future__ import annotations
 

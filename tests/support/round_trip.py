@@ -1,4 +1,4 @@
-"""HF → policy → HF, and HF → checkpoint → HF, under one layout: shared by one process and by ranks."""
+"""HF → policy → HF, and HF → checkpoint → HF, under parallel layouts: for one process and for ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_recipe(work: Path) -> None:
 
 
 def config_from(folder: Path, work: Path, world_size: int, *overrides: str) -> Config:
-    """A recipe that begins with the model in `folder`."""
+    """A recipe that starts from the model in `folder`."""
     recipe = work / "recipe.yaml"
     if not recipe.exists():
         write_recipe(work)
@@ -39,7 +39,7 @@ def policy_from(config: Config, parallel: Parallel) -> Policy:
 
 
 def log_probs(policy: Policy, parallel: Parallel) -> list[float]:
-    """log π of every token of PROMPTS but the first of each, on every rank."""
+    """log π of every token of PROMPTS but the first of each, on all ranks."""
     batch = Rollouts.from_demonstrations([p[:1] for p in PROMPTS], [p[1:] for p in PROMPTS])
     schedule = policy.schedule(batch.sequence_lengths)
     order = list(schedule.samples_of(parallel.dp_rank))
@@ -50,23 +50,23 @@ def log_probs(policy: Policy, parallel: Parallel) -> list[float]:
 
 
 def check_stream(policy: Policy, parallel: Parallel, folder: Path) -> None:
-    """The policy's stream is the folder, bit by bit: on every rank, and on the first alone."""
-    truth = tensors_of(folder)
+    """The policy's weight stream equals the folder bit for bit: to all ranks, and to rank 0 alone."""
+    expected = tensors_of(folder)
     for to in ("all", "rank0"):
-        found: dict[str, torch.Tensor] = {}
+        received: dict[str, torch.Tensor] = {}
         for bucket in policy.stream_weights(to):  # type: ignore[arg-type]
             assert to == "all" or parallel.rank == 0 or not bucket
-            found |= {name: tensor.clone() for name, tensor in bucket}
+            received |= {name: tensor.clone() for name, tensor in bucket}
         if to == "all" or parallel.rank == 0:
-            assert found.keys() == truth.keys()
-            wrong = [n for n, t in truth.items() if not torch.equal(found[n], t.to(found[n].dtype))]
+            assert received.keys() == expected.keys()
+            wrong = [n for n, t in expected.items() if not torch.equal(received[n], t.to(received[n].dtype))]
             assert not wrong, f"{to}: {wrong[0]}"
 
 
 def run_layouts(folder: Path, work: Path, world_size: int, layouts: list[list[str]]) -> list[dict[str, Any]]:
-    """For each layout: weights from the folder, log-probs; a checkpoint that the next layout exports.
+    """For each layout: weights from the folder, log-probabilities; a checkpoint that the next layout exports.
 
-    Leaves `work/exported<i>` for the comparison.
+    Writes `work/exported<i>` for the comparison.
     """
     from opo_megatron.distributed.process_groups import destroy_model_parallel
 
@@ -83,11 +83,11 @@ def run_layouts(folder: Path, work: Path, world_size: int, layouts: list[list[st
         convert(folder, work / f"checkpoint{i}", config, parallel, None, quiet)
         destroy_model_parallel()
     for i, overrides in enumerate(layouts):
-        before = work / f"checkpoint{i - 1}" if i else work / f"checkpoint{len(layouts) - 1}"
-        config = config_from(before, work, world_size, *overrides)
+        checkpoint = work / f"checkpoint{i - 1}" if i else work / f"checkpoint{len(layouts) - 1}"
+        config = config_from(checkpoint, work, world_size, *overrides)
         parallel = initialize(config)
         target = work / f"exported{i}"
-        export(before, target, config, parallel, None, DEFAULT_SHARD_BYTES, [before], quiet)
+        export(checkpoint, target, config, parallel, None, DEFAULT_SHARD_BYTES, [checkpoint], quiet)
         check_stream(policy_from(config, parallel), parallel, folder)
         destroy_model_parallel()
     return results

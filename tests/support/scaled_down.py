@@ -1,8 +1,8 @@
-"""The scaled-down twin of a recipe for many GPUs: the same file, parallel structure and task, tiny, on a CPU.
+"""Multi-GPU recipes scaled down to a CPU: the same file, parallel structure and task with a tiny model.
 
-Kept are what decides which code runs: pipeline stages and virtual ones, sequence parallelism, recomputation,
-packing, biases, RoPE, task, algorithm, corrections.  Tensor parallelism becomes 2 wherever it is more, data
-parallelism what is left of the ranks.  FP8, bf16 and SGLang need what a CPU has not.
+Kept is what selects code paths: pipeline stages, virtual stages, sequence parallelism, recomputation,
+packing, biases, RoPE, task, algorithm, corrections.  The tensor-parallel size is at most 2, the data-parallel
+size follows from the ranks.  FP8, bf16 and SGLang need a GPU and are replaced.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ SCALES = {
     "paper/grpo_on_policy": 8,
     "paper/grpo_off_policy": 8,
 }
-"""Recipe → GPUs that it is written for."""
+"""Recipe → its number of GPUs."""
 
 
 def scale_down(name: str, folder: Path) -> ScaledDown:
     """Overrides of `recipes/NAME.yaml` and the number of ranks, at most 8.
 
     Args:
-        folder: for the run and its data, which are made here.
+        folder: for the run and its data, which are written here.
     """
     policy = load_config(RECIPES / f"{name}.yaml", (), SCALES[name]).policy
     stages, chunks = policy.pipeline_model_parallel_size, policy.virtual_pipeline_model_parallel_size or 1

@@ -1,4 +1,4 @@
-"""What tests of a real SGLang server share."""
+"""Shared by tests with a real SGLang server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.paths import ROOT
 
 
 def sglang_python() -> str:
-    """Interpreter of SGLang's environment, or a skip that says how it is made; see `conftest.require`."""
+    """Python interpreter of SGLang's environment; skips or fails without it, as `requirements.require`."""
     python = Path(os.environ.get("OPO_SGLANG_PYTHON", ROOT / ".venv-sglang" / "bin" / "python"))
     if not python.exists():
         reason = f"{python} does not exist; make SGLang's environment with: make setup-sglang"
@@ -23,15 +23,15 @@ def sglang_python() -> str:
 
 
 def processes_of(run_dir: Path) -> list[int]:
-    """What is left of the process groups of the run's servers, by the files that name them."""
+    """Live processes in the process groups of the run's servers, by their pid files."""
     groups = {int(path.read_text()) for path in run_dir.rglob("*.pid")}
     assert groups, f"no server was started in {run_dir}"
-    found = []
+    alive_pids = []
     for process in psutil.process_iter(["status"]):
         try:
             alive = process.info["status"] != psutil.STATUS_ZOMBIE
             if alive and os.getpgid(process.pid) in groups:
-                found.append(process.pid)
+                alive_pids.append(process.pid)
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
-    return found
+    return alive_pids

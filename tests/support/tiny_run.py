@@ -1,4 +1,4 @@
-"""A whole run of a tiny recipe, and what may be compared between two of them."""
+"""A complete run of a tiny recipe, and its metrics rows for comparison."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 
 def lasting(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
-    """Rows without what may differ between identical runs."""
+    """Rows without the metrics that may differ between identical runs (timings, attempts)."""
     return [{k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in rows(run_dir, name)]

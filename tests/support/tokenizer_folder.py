@@ -1,4 +1,4 @@
-"""A tiny tokenizer in a folder."""
+"""A tiny Hugging Face tokenizer in a folder."""
 
 from __future__ import annotations
 

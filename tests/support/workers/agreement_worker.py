@@ -1,4 +1,4 @@
-"""One rank: lays the same ranks out in several ways and measures, per layout, engine against policy.
+"""One rank: the largest |Δ log-probability| of engine and policy under several parallel layouts.
 
     agreement_worker.py OUTPUT [override,override …]…
 
@@ -41,22 +41,22 @@ def measure(overrides: list[str], parallel: Parallel) -> dict[str, object]:
     )
     engine.update_weights(policy.stream_weights(), 0)
     total = PROMPTS * SAMPLES
-    block = local_slice(parallel, total)
+    own = local_slice(parallel, total)
     requests = [
         GenerationRequest(g, g, i % SAMPLES, tuple(1 + (g * k) % 16 for k in range(1, 2 + g % 9)))
-        for i in range(block.start, block.stop)
+        for i in range(own.start, own.stop)
         for g in [i // SAMPLES]
     ]
     sampling = Sampling(max_tokens=16, stop_tokens=(0,), seed=(7,), temperature=TEMPERATURE)
     rollouts = engine.generate(requests, sampling)
     rollouts.rewards = torch.zeros(len(rollouts), dtype=torch.float64)
-    summary = gather_stats(parallel, rollouts)
-    schedule = policy.schedule(summary.sequence_lengths)
+    stats = gather_stats(parallel, rollouts)
+    schedule = policy.schedule(stats.sequence_lengths)
     batch = redistribute_to_dp(parallel, rollouts, schedule, total)
     difference = (policy.log_probs(batch, schedule, TEMPERATURE) - batch.engine_log_prob).abs().max()
-    everything = gather_to_rank0(parallel, rollouts)
+    all_rollouts = gather_to_rank0(parallel, rollouts)
     worst = max(all_gather_objects(parallel, float(difference)))
-    return {"worst": worst, "tokens": everything.responses() if everything else None}
+    return {"worst": worst, "tokens": all_rollouts.responses() if all_rollouts else None}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""One rank: what the head, energies and inner products give, under several layouts.
+"""One rank: outputs of the LM head, energies and gradient inner products under several parallel layouts.
 
     algorithm_worker.py OUTPUT [override,override …]…
 
@@ -29,7 +29,7 @@ from tests.support.fixtures import ragged_rollouts, small_config, small_policy
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 TEMPERATURE = 0.7
 HEAD_SHAPES = ((1, 4, 7), (37, 16, 43), (130, 24, 599))
-"""(tokens, hidden, vocabulary); the vocabulary is cut over ranks, unevenly where the last part is padding."""
+"""(tokens, hidden, vocabulary); the vocabulary is sharded over ranks, the last rank may hold fewer rows."""
 
 
 def batch_of() -> Rollouts:
@@ -41,7 +41,7 @@ def batch_of() -> Rollouts:
 
 
 class GradientShards(ModelShards):
-    """The gradients of a policy in the place of its weights, so that the weight stream joins them."""
+    """A policy's gradients instead of its weights, so that the weight stream gathers them."""
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy.chunks)
@@ -54,34 +54,34 @@ class GradientShards(ModelShards):
 
 
 def measure(overrides: list[str], parallel: Parallel) -> dict[str, Any]:
-    """On every rank; gradients only where every copy of the weights has them whole."""
+    """Collective; gradients only where each data-parallel rank holds them unsharded."""
     config = small_config(*overrides, "optimizer.clip=0", world_size=WORLD_SIZE)
     policy = small_policy(config, parallel)
     rollouts, total = batch_of(), len(ragged_rollouts())
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     schedule = policy.schedule(rollouts.sequence_lengths)
     batch = rollouts.select(schedule.samples_of(parallel.dp_rank))
     sums = measure_energies(policy, batch, schedule, total, TEMPERATURE)
-    found["energy"], found["energy_hidden"] = sums.energy.tolist(), sums.energy_hidden.tolist()
+    results["energy"], results["energy_hidden"] = sums.energy.tolist(), sums.energy_hidden.tolist()
 
-    for_all = policy.schedule_replicated(rollouts.sequence_lengths, list(range(8)))
-    chosen = rollouts.select(for_all.samples_of(parallel.dp_rank))
-    order = torch.tensor(for_all.samples_of(parallel.dp_rank)).argsort()
+    replicated = policy.schedule_replicated(rollouts.sequence_lengths, list(range(8)))
+    chosen = rollouts.select(replicated.samples_of(parallel.dp_rank))
+    order = torch.tensor(replicated.samples_of(parallel.dp_rank)).argsort()
     for name, of in (("output", per_sample.output_layer), ("all", per_sample.all_parameters)):
-        result = of(policy, chosen, for_all, TEMPERATURE)
-        found[f"gram_{name}"] = result.gram[order][:, order].tolist()
-        found[f"gram_{name}_energy"] = result.energies.energy[order].tolist()
+        result = of(policy, chosen, replicated, TEMPERATURE)
+        results[f"gram_{name}"] = result.gram[order][:, order].tolist()
+        results[f"gram_{name}_energy"] = result.energies.energy[order].tolist()
 
     if parallel.dp_size == 1 and (parallel.dp_cp_size == 1 or not config.policy.distributed_optimizer):
         objective = PolicyGradient(100.0, TEMPERATURE)
         schedule = policy.schedule(rollouts.sequence_lengths, rollouts.advantages == 0)
         policy.checked_gradients(rollouts.select(schedule.samples_of(0)), schedule, objective)
         stream = stream_weights(GradientShards(policy), policy.param_mapping, parallel, 2**20)
-        found["gradients"] = {name: tensor.clone() for bucket in stream for name, tensor in bucket}
+        results["gradients"] = {name: tensor.clone() for bucket in stream for name, tensor in bucket}
     if parallel.tp_size == WORLD_SIZE:
-        found["head"] = [head(shape, parallel) for shape in HEAD_SHAPES]
-    return found
+        results["head"] = [head(shape, parallel) for shape in HEAD_SHAPES]
+    return results
 
 
 def head_inputs(shape: tuple[int, int, int]) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ def head_inputs(shape: tuple[int, int, int]) -> dict[str, Tensor]:
 
 
 def head(shape: tuple[int, int, int], parallel: Parallel) -> dict[str, Tensor]:
-    """The sweep over this rank's part of the vocabulary; d_hidden and d_weight put together."""
+    """`chunked_logprobs` on this rank's vocabulary shard; d_hidden and d_weight of the whole vocabulary."""
     inputs = head_inputs(shape)
     rows = -(-shape[2] // parallel.tp_size)  # the last rank has fewer
     start = rows * parallel.tp_rank

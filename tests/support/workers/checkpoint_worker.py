@@ -1,9 +1,8 @@
-"""One rank: saves a policy after two steps under one layout, or loads it under another.
+"""One rank: saves a policy after two steps under one parallel layout, or loads it under another.
 
     checkpoint_worker.py save|load RUN_DIR OUTPUT OVERRIDE[,OVERRIDE…]
 
-Rank 0 writes every parameter, first and second moment and fp32 master weight under its Hugging Face
-name, in full.
+Rank 0 writes every parameter, Adam moment and fp32 master weight, unsharded, under its Hugging Face name.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ def train(policy: Policy, parallel: Parallel, step: int) -> float:
 
 
 def state_of(policy: Policy, parallel: Parallel) -> dict[str, Tensor]:
-    """Optimizer state under Hugging Face names, put together from all ranks."""
+    """Optimizer state under Hugging Face names, gathered from all ranks."""
     distributed = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])[0]
     shards = {}
     for parameter in policy.param_mapping:
         if parameter.stage != parallel.pp_rank or parameter.tied_duplicate or parameter.is_expert:
-            continue  # experts have an optimizer of their own: the next step tells
+            continue  # experts have their own optimizer, which the next step checks
         weight = policy.chunks[parameter.chunk].get_parameter(parameter.mcore_name)
         pieces = _pieces(distributed, weight)
         shards[parameter.tensors] = (parameter.sharding, parallel.tp_rank, weight.shape, pieces)
@@ -49,24 +48,24 @@ def state_of(policy: Policy, parallel: Parallel) -> dict[str, Tensor]:
     gathered = all_gather_objects(parallel, shards)
     for tensors in {key for part in gathered for key in part}:
         holders = [part[tensors] for part in gathered if tensors in part]
-        layout, size = holders[0][0], 1 + max(tp_rank for _, tp_rank, _, _ in holders)
+        sharding, size = holders[0][0], 1 + max(tp_rank for _, tp_rank, _, _ in holders)
         for kind in ("param", "exp_avg", "exp_avg_sq"):
-            cuts = []
+            shards_by_rank = []
             for rank in range(size):
                 flat = torch.full((holders[0][2].numel(),), float("nan"))
                 for _, tp_rank, _, pieces in holders:
                     if tp_rank == rank and pieces is not None:
                         start, values = pieces[0], pieces[1][kind]
                         flat[start : start + values.numel()] = values
-                cuts.append(flat.view(holders[0][2]))
+                shards_by_rank.append(flat.view(holders[0][2]))
             names = [name for name, _ in tensors[0]]
-            full |= {f"{kind}/{n}": t for n, t in zip(names, layout.join(cuts), strict=True)}
+            full |= {f"{kind}/{n}": t for n, t in zip(names, sharding.join(shards_by_rank), strict=True)}
     assert not any(t.isnan().any() for t in full.values())
     return full
 
 
 def _pieces(optimizer: object, weight: Tensor) -> tuple[int, dict[str, Tensor]] | None:
-    """(offset, tensors) of the part of `weight` whose state this data-parallel rank holds."""
+    """(offset, tensors) of the range of `weight` whose optimizer state this data-parallel rank owns."""
     if weight not in optimizer.model_param_group_index_map:
         return None
     span = optimizer._get_model_param_range_map(weight)["param"]
@@ -94,7 +93,7 @@ def main() -> None:
     results = state_of(policy, parallel)
     results |= {name: tensor.clone() for bucket in policy.stream_weights() for name, tensor in bucket}
     results["version"] = torch.tensor(policy.version)
-    # Adam's bias correction reads the step count: one more step shows whether it was restored.
+    # Adam's bias correction depends on the step count: one more step shows whether it was restored.
     results["next grad norm"] = torch.tensor(train(policy, parallel, STEPS))
     results |= {f"next/{name}": t.clone() for bucket in policy.stream_weights() for name, t in bucket}
     if parallel.rank == 0:

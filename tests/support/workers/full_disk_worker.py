@@ -1,8 +1,8 @@
-"""One rank of which only the last may write less than a weight: converting and saving must end on all.
+"""One rank; the last one's disk is full: converting and saving raise on all ranks.
 
 full_disk_worker.py FOLDER WORK
 
-Rank 0 writes what each rank was told, by kind of writing.
+Rank 0 writes the error message of each rank, by operation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LIMIT = 4096
 
 @contextmanager
 def full_disk(is_full: bool) -> Iterator[None]:
-    """Files may not grow beyond LIMIT: EFBIG, the full disk that a test can have."""
+    """Files may not grow beyond LIMIT bytes: EFBIG stands in for a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if is_full:
         resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, limits[1]))
@@ -45,8 +45,8 @@ def full_disk(is_full: bool) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def told(write: Callable[[], None], parallel: Parallel) -> list[str]:
-    """What every rank is told while the last one's disk is full."""
+def messages_of(write: Callable[[], None], parallel: Parallel) -> list[str]:
+    """Every rank's error message while the last rank's disk is full."""
     message = "nothing"
     with full_disk(parallel.rank == WORLD_SIZE - 1):
         try:
@@ -62,7 +62,7 @@ def main() -> None:
     config = config_from(folder, work, WORLD_SIZE, layout)
     parallel = initialize(config)
     results = {
-        "convert": told(
+        "convert": messages_of(
             lambda: convert(folder, work / "out", config, parallel, None, lambda line: None), parallel
         )
     }
@@ -70,7 +70,7 @@ def main() -> None:
     run = small_config(layout, f"run.dir={work / 'run'}", world_size=WORLD_SIZE)
     parallel = initialize(run)
     policy = small_policy(run, parallel)
-    results["save"] = told(lambda: save(policy, run, RunProgress("step", 1)), parallel)
+    results["save"] = messages_of(lambda: save(policy, run, RunProgress("step", 1)), parallel)
     if parallel.rank == 0:
         (work / "results.json").write_text(json.dumps(results))
     shutdown()

@@ -1,4 +1,4 @@
-"""One rank: `round_trip.run_layouts` of a Hugging Face folder under several layouts.
+"""One rank: `round_trip.run_layouts` of a Hugging Face folder under several parallel layouts.
 
 hf_worker.py FOLDER WORK [override,override …]…
 """

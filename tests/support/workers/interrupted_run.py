@@ -1,11 +1,11 @@
-"""Runs that are struck by a signal at a chosen moment, and started again by the same command.
+"""Fault-injected runs: a signal at a chosen point, then a resume by the same command.
 
-struck_run.py PLANS [--real] ARGUMENT...
+interrupted_run.py FAULTS [--real] ARGUMENT...
 
-Each plan of the JSON list `PLANS` is one attempt of `opo ARGUMENT...`: null is left alone, [moment, number]
-sends itself that signal when the moment comes, [moment, number, rank] only on that rank.  A rank runs the
-first plan; else all are run by children, forked once everything is imported, and the list of their exit
-codes (−n for a signal) is printed as the last line.  Rewards are easy ones unless they are to be real.
+Each entry of the JSON list `FAULTS` is one attempt of `opo ARGUMENT...`: null is not interrupted,
+[point, signal] sends itself that signal at that point, [point, signal, rank] only on that rank.  A rank runs
+the first entry; otherwise each runs in a child, forked after all imports, and the list of exit codes
+(−n for a signal) is printed as the last line.  `--real` keeps the task's reward.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from opo_megatron.tasks.lift import LiftTask
 
 
 def reward(self: LiftTask, prompt: Any, response: list[int]) -> float:
-    """A tiny policy never answers a lift's question: reward something that it does half of the time."""
+    """A tiny policy never solves the task: this reward is 1 for half of its responses."""
     return float(sum(response) % 2)
 
 
-def during_warm_start(strike: Callable[[], None], step: int = 14) -> None:
-    """Behind an optimizer step, before its row is written."""
+def during_warm_start(inject: Callable[[], None], step: int = 14) -> None:
+    """After an optimizer step, before its metrics row is written."""
     train_step = Policy.train_step
 
     def interrupted(self: Policy, batch: Rollouts, *arguments: Any) -> Any:
         result = train_step(self, batch, *arguments)
         if batch.is_demonstration and self.version == step:
-            strike()
+            inject()
         return result
 
     Policy.train_step = interrupted
 
 
-def _during_drawing(strike: Callable[[], None], stream: int, calls: int) -> None:
+def _during_rollouts(inject: Callable[[], None], stream: int, calls: int) -> None:
     generate = LocalEngine.generate
     count = 0
 
     def interrupted(self: LocalEngine, requests: Any, sampling: Any, progress: Any = None) -> Any:
         def show(done: int, total: int, tokens: int) -> None:
             if 2 * done > total and count == calls and sampling.seed[1:2] == (stream,):
-                strike()
+                inject()
             if progress is not None:
                 progress(done, total, tokens)
 
@@ -62,46 +62,46 @@ def _during_drawing(strike: Callable[[], None], stream: int, calls: int) -> None
     LocalEngine.generate = interrupted
 
 
-def during_generation(strike: Callable[[], None]) -> None:
-    """Half of the responses of this attempt's second OPO step are there."""
-    _during_drawing(strike, STREAM_TRAIN, 2)
+def during_generation(inject: Callable[[], None]) -> None:
+    """Half of the responses of this attempt's second OPO step are generated."""
+    _during_rollouts(inject, STREAM_TRAIN, 2)
 
 
-def during_evaluation(strike: Callable[[], None]) -> None:
-    """Half of the answers of this attempt's first evaluation are there."""
-    _during_drawing(strike, STREAM_EVAL, 1)
+def during_evaluation(inject: Callable[[], None]) -> None:
+    """Half of the responses of this attempt's first evaluation are generated."""
+    _during_rollouts(inject, STREAM_EVAL, 1)
 
 
-def during_training(strike: Callable[[], None]) -> None:
-    """Gradients are there, the optimizer step is not."""
+def during_training(inject: Callable[[], None]) -> None:
+    """Gradients are accumulated, the optimizer step is not done."""
     accumulate = Policy.accumulate_gradients
 
     def interrupted(self: Policy, batch: Rollouts, *arguments: Any) -> Any:
         result = accumulate(self, batch, *arguments)
         if not batch.is_demonstration:
-            strike()
+            inject()
         return result
 
     Policy.accumulate_gradients = interrupted
 
 
-def during_writing(strike: Callable[[], None]) -> None:
-    """The process that writes a checkpoint has written its tensors and would read them back."""
+def during_writing(inject: Callable[[], None]) -> None:
+    """The checkpoint writer has written its tensors and has not read them back."""
     entries_of = checkpoint_writer.entries_of
 
     def interrupted(*arguments: Any) -> Any:
-        strike()
+        inject()
         return entries_of(*arguments)
 
     checkpoint_writer.entries_of = interrupted
 
 
-def during_saving(strike: Callable[[], None]) -> None:
-    """A checkpoint's tensors are written, it has no manifest and no name yet."""
+def during_saving(inject: Callable[[], None]) -> None:
+    """A checkpoint's tensors are written, but no manifest; the folder is not renamed yet."""
     finish = checkpoint.PendingCheckpoint._finish
 
     def interrupted(self: checkpoint.PendingCheckpoint, *arguments: Any) -> Any:
-        strike()
+        inject()
         return finish(self, *arguments)
 
     checkpoint.PendingCheckpoint._finish = interrupted
@@ -117,25 +117,25 @@ MOMENTS = {
 }
 
 
-def attempt(plan: list[Any] | None, arguments: list[str]) -> int:
-    """One run of the command; does not return where a signal ends it."""
+def attempt(fault: list[Any] | None, arguments: list[str]) -> int:
+    """One run of the command; does not return where a signal kills the process."""
     if arguments[0] == "--real":
         arguments = arguments[1:]
     else:
         LiftTask.reward = reward  # type: ignore[method-assign]
-    if plan is not None and (len(plan) < 3 or str(plan[2]) == os.environ.get("RANK", "0")):
-        moment, number = plan[:2]
-        rank = os.getpid()  # also where a process beside it comes to the moment
-        MOMENTS[moment](lambda: os.kill(rank, number))
+    if fault is not None and (len(fault) < 3 or str(fault[2]) == os.environ.get("RANK", "0")):
+        point, signal_number = fault[:2]
+        rank = os.getpid()  # also where a child process reaches the point
+        MOMENTS[point](lambda: os.kill(rank, signal_number))
     return main(arguments)
 
 
-def forked(plan: list[Any] | None, arguments: list[str]) -> int:
+def forked(fault: list[Any] | None, arguments: list[str]) -> int:
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            code = attempt(plan, arguments)
+            code = attempt(fault, arguments)
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -143,7 +143,7 @@ def forked(plan: list[Any] | None, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    plans, command = json.loads(sys.argv[1]), sys.argv[2:]
+    faults, command = json.loads(sys.argv[1]), sys.argv[2:]
     if "RANK" in os.environ:
-        sys.exit(attempt(plans[0], command))
-    print(json.dumps([forked(plan, command) for plan in plans]))
+        sys.exit(attempt(faults[0], command))
+    print(json.dumps([forked(fault, command) for fault in faults]))

@@ -1,4 +1,4 @@
-"""One rank: keeps one policy's weights as start weights, then measures another policy's KL to them.
+"""One rank: stores one policy's weights as reference weights, then measures another policy's KL to them.
 
     kl_worker.py OUTPUT [override,override …]…
 
@@ -40,31 +40,31 @@ TEMPERATURE = 0.9
 
 def measure(folder: Path, overrides: list[str], parallel: Parallel) -> dict[str, object]:
     config = small_config(*overrides, f"eval.temperature={TEMPERATURE}", world_size=WORLD_SIZE)
-    start = ReferenceWeights(folder, parallel, config.policy.model, VOCAB_SIZE)
-    start.write(small_policy(config, parallel).stream_weights())
-    start.check(folder)
+    reference = ReferenceWeights(folder, parallel, config.policy.model, VOCAB_SIZE)
+    reference.write(small_policy(config, parallel).stream_weights())
+    reference.check(folder)
     config.run = replace(config.run, seed=2)
     policy = small_policy(config, parallel)
     engine = LocalEngine(
         config.policy.model, VOCAB_SIZE, policy.megatron_config.params_dtype, parallel.device, slots=17
     )
     engine.update_weights(policy.stream_weights(), 0)
-    block = local_slice(parallel, PROMPTS * SAMPLES)
+    own_slice = local_slice(parallel, PROMPTS * SAMPLES)
     requests = [
         GenerationRequest(g, g, i % SAMPLES, tuple(1 + (g * k) % 16 for k in range(1, 2 + g % 9)))
-        for i in range(block.start, block.stop)
+        for i in range(own_slice.start, own_slice.stop)
         for g in [i // SAMPLES]
     ]
     sampling = Sampling(max_tokens=16, stop_tokens=(0,), seed=(7,), temperature=TEMPERATURE)
     rollouts = engine.generate(requests, sampling)
     rollouts.rewards = torch.zeros(len(rollouts), dtype=torch.float64)
-    own = [p.detach().clone() for chunk in policy.chunks for p in chunk.parameters()]
+    before = [p.detach().clone() for chunk in policy.chunks for p in chunk.parameters()]
     generation = SimpleNamespace(
         config=config, policy=policy, parallel=parallel, display=Display(active=False)
     )
-    row = kl_to_reference(generation, rollouts, gather_stats(parallel, rollouts), start)
+    row = kl_to_reference(generation, rollouts, gather_stats(parallel, rollouts), reference)
     after = [p for chunk in policy.chunks for p in chunk.parameters()]
-    restored = all(torch.equal(a, b) for a, b in zip(own, after, strict=True))
+    restored = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     rows = all_gather_objects(parallel, (row, restored))
     return {
         "kl": row["eval/kl"],

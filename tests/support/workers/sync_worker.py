@@ -1,4 +1,4 @@
-"""One rank: sends the same weights to a running server under one layout and writes what its probe says.
+"""One rank: sends the same weights to a running server under one layout and writes the probe's result.
 
 sync_worker.py OUTPUT URL [override …]
 """
