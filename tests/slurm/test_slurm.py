@@ -86,7 +86,7 @@ def test_a_preflight_failure_stops_before_a_model_is_loaded(cluster: Cluster, tm
     assert cluster.wait(job, 120) == "FAILED"
     assert time.monotonic() - started < 90
     status = (tmp_path / "logs/status").read_text()
-    assert status.startswith("failed: preflight: error: ") and "below 1e+09 GB; free some" in status
+    assert status.startswith("failed: preflight: error: ") and "below 1e+09 GB; free space" in status
     assert not list((tmp_path / "logs").rglob("train*")) and not (tmp_path / "run").exists()
 
 
