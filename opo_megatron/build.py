@@ -138,9 +138,7 @@ def _build(
     state = read_estimator_state(checkpoint) if checkpoint else {}
     in_warm_start = progress.phase == "warm_start"
     vocab_size = vocabulary_of(config, task)
-    reference = None
-    if config.observe.kl is Kl.eval or config.algorithm.kl_coefficient:
-        reference = ReferenceWeights(Path(config.run.dir), parallel, config.policy.model, vocab_size)
+    reference = _reference_weights(config, parallel, vocab_size)
     optimizer = config.warm_start if in_warm_start and config.warm_start.steps > 0 else config.optimizer
     policy = start_policy(config, parallel, vocab_size, optimizer, checkpoint is None)
     if checkpoint is not None:
@@ -183,6 +181,13 @@ def _build(
         step=-1 if in_warm_start else progress.step,
         warm_step=progress.step if in_warm_start else config.warm_start.steps,
     )
+
+
+def _reference_weights(config: Config, parallel: Parallel, vocab_size: int) -> ReferenceWeights | None:
+    """The initial weights, for a run that measures or penalizes its KL divergence from them."""
+    if config.observe.kl is Kl.eval or config.algorithm.kl_coefficient:
+        return ReferenceWeights(Path(config.run.dir), parallel, config.policy.model, vocab_size)
+    return None
 
 
 def _log_start(config: Config, checkpoint: Path | None, display: Display) -> None:
