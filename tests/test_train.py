@@ -15,14 +15,14 @@ from opo_megatron.cli.main import main
 from opo_megatron.config import load_config
 from opo_megatron.tasks.lift import LiftTask
 from tests.support.fixtures import RECIPE
-from tests.support.tiny_run import STEPS, lasting, rows, train
+from tests.support.tiny_run import STEPS, easy_reward, lasting, rows, train
 
 
 @pytest.fixture(autouse=True, scope="module")
 def use_easy_reward() -> Iterator[None]:
     """A tiny policy never solves a lift problem: reward something that it does half of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LiftTask, "reward", lambda self, prompt, response: float(sum(response) % 2))
+        patch.setattr(LiftTask, "reward", easy_reward)
         yield
 
 

@@ -11,16 +11,16 @@ import pytest
 
 from opo_megatron.checkpoint.manifest import MANIFEST
 from opo_megatron.tasks.lift import LiftTask
-from tests.support.tiny_run import lasting, rows, train
+from tests.support.tiny_run import easy_reward, lasting, rows, train
 
 SMALL = ("warm_start.steps=2", "train.steps=4", "checkpoint.every_steps=1", "eval.greedy=false")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def some_reward() -> Iterator[None]:
+def use_easy_reward() -> Iterator[None]:
     """A tiny policy never solves the task: this reward is 1 for half of its responses."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LiftTask, "reward", lambda self, prompt, response: float(sum(response) % 2))
+        patch.setattr(LiftTask, "reward", easy_reward)
         yield
 
 

@@ -17,17 +17,17 @@ from opo_megatron.tasks.lift import SYMBOLS, LiftTask
 from tests.support.cli_errors import refused
 from tests.support.fixtures import RECIPE, SMALL_MODEL
 from tests.support.requirements import require
-from tests.support.tiny_run import rows, train
+from tests.support.tiny_run import easy_reward, rows, train
 
 SAMPLES, PROBLEMS = 3, 16
 SETTINGS = ("train.steps=2", f"eval.samples_per_problem={SAMPLES}", f"eval.problems={PROBLEMS}")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def some_reward() -> Iterator[None]:
+def use_easy_reward() -> Iterator[None]:
     """A tiny policy never solves the task: this reward is 1 for half of its responses."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LiftTask, "reward", lambda self, prompt, response: float(sum(response) % 2))
+        patch.setattr(LiftTask, "reward", easy_reward)
         for name in ("RANK", "WORLD_SIZE", "OPO_TEST_DATA", CHILD, ERROR_CLAIM):
             patch.delenv(name, raising=False)
         yield

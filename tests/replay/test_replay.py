@@ -22,7 +22,7 @@ from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.tasks.lift import LiftTask
 from tests.support.fixtures import small_config
 from tests.support.paths import WORKERS
-from tests.support.tiny_run import train
+from tests.support.tiny_run import easy_reward, train
 
 SMALL = (
     "warm_start.steps=2",
@@ -33,10 +33,6 @@ SMALL = (
 )
 STEP = 4
 """After the checkpoint of step 2; step 3 is replayed on the way."""
-
-
-def easy_reward(self: LiftTask, prompt: Any, response: list[int]) -> float:
-    return float(sum(response) % 2)
 
 
 @pytest.fixture(autouse=True)

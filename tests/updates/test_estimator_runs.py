@@ -24,6 +24,7 @@ from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.tasks.lift import LiftTask
 from tests.support.fixtures import RECIPE, SMALL_MODEL, VOCAB_SIZE, small_config, small_policy
+from tests.support.tiny_run import easy_reward
 
 TINY = (
     *SMALL_MODEL,
@@ -41,7 +42,7 @@ TINY = (
 @pytest.fixture(autouse=True, scope="module")
 def use_easy_reward() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LiftTask, "reward", lambda self, prompt, response: float(sum(response) % 2))
+        patch.setattr(LiftTask, "reward", easy_reward)
         yield
 
 

@@ -10,7 +10,7 @@ import torch
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.policy.policy import Policy
 from opo_megatron.tasks.lift import LiftTask
-from tests.support.tiny_run import lasting, rows, train
+from tests.support.tiny_run import easy_reward, lasting, rows, train
 
 SMALL = ("warm_start.steps=2", "train.steps=4", "checkpoint.every_steps=1", "eval.greedy=false")
 FAULT_STEP = 2
@@ -26,7 +26,7 @@ def nan_reward(monkeypatch: pytest.MonkeyPatch) -> None:
     def reward(self: LiftTask, prompt: object, response: list[int]) -> float:
         nonlocal calls
         calls += 1
-        return float("nan") if calls == 16 + 24 + 6 else float(sum(response) % 2)
+        return float("nan") if calls == 16 + 24 + 6 else easy_reward(self, prompt, response)
 
     monkeypatch.setattr(LiftTask, "reward", reward)
 
@@ -34,7 +34,7 @@ def nan_reward(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def infinite_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of step 2 has an infinite element."""
-    monkeypatch.setattr(LiftTask, "reward", lambda self, prompt, response: float(sum(response) % 2))
+    monkeypatch.setattr(LiftTask, "reward", easy_reward)
     run_schedule = Policy._run
     faults = 0
 

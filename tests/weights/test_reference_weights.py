@@ -31,6 +31,7 @@ from tests.support.fixtures import (
     small_config,
     small_policy,
 )
+from tests.support.tiny_run import easy_reward
 
 TINY = (
     *SMALL_MODEL,
@@ -64,7 +65,7 @@ def lasting(run_dir: Path) -> list[dict]:
 @pytest.fixture(autouse=True, scope="module")
 def use_easy_reward() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LiftTask, "reward", lambda self, prompt, response: float(sum(response) % 2))
+        patch.setattr(LiftTask, "reward", easy_reward)
         yield
 
 
