@@ -24,11 +24,7 @@ from opo_megatron.policy.policy import Policy
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.tasks.base import STREAM_EVAL, STREAM_TRAIN
 from opo_megatron.tasks.lift import LiftTask
-
-
-def reward(self: LiftTask, prompt: Any, response: list[int]) -> float:
-    """A tiny policy never solves the task: this reward is 1 for half of its responses."""
-    return float(sum(response) % 2)
+from tests.support.tiny_run import easy_reward
 
 
 def during_warm_start(inject: Callable[[], None], step: int = 14) -> None:
@@ -122,7 +118,7 @@ def attempt(fault: list[Any] | None, arguments: list[str]) -> int:
     if arguments[0] == "--real":
         arguments = arguments[1:]
     else:
-        LiftTask.reward = reward  # type: ignore[method-assign]
+        LiftTask.reward = easy_reward  # type: ignore[method-assign]
     if fault is not None and (len(fault) < 3 or str(fault[2]) == os.environ.get("RANK", "0")):
         point, signal_number = fault[:2]
         rank = os.getpid()  # also where a child process reaches the point
