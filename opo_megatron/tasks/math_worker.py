@@ -1,6 +1,6 @@
-"""A grading worker: reads [response, answer] as JSON lines, writes a reward per line.
+"""A grading worker: reads [response, answer, context] as JSON lines, writes a reward per line.
 
-    python -m opo_megatron.tasks.math_worker MEMORY_MIB
+    python -m opo_megatron.tasks.math_worker MEMORY_MIB math|math_strict
 
 If it hangs or crashes, the caller kills and replaces it (`worker_pool.py`).
 """
@@ -28,15 +28,15 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)  # math-verify warns about every disabled timeout
-    from opo_megatron.tasks.math_answers import grade
+    from opo_megatron.tasks.math_answers import grade, strict_grade
 
+    grader = {"math": grade, "math_strict": strict_grade}[sys.argv[2]]
     replies, sys.stdout = sys.stdout, sys.stderr  # keep what libraries print out of the replies
-    grade(r"\boxed{x^{2}+1}", r"1+x^2")  # the first call is slow
+    grader(r"\boxed{x^{2}+1}", r"1+x^2")  # the first call is slow
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        response, answer = json.loads(line)
         try:
-            reward = grade(response, answer)
+            reward = grader(*json.loads(line))
         except (Exception, RecursionError):  # an answer that the library cannot parse is wrong
             reward = 0.0
         print(json.dumps(reward), file=replies, flush=True)

@@ -21,6 +21,7 @@ from opo_megatron.tasks.rows import read_rows
 from opo_megatron.tasks.tokenizers import Tokenizer, open_tokenizer
 from opo_megatron.tasks.verifiers import (
     MATH,
+    MATH_STRICT,
     Verifier,
     compile_pattern,
     find_verifier,
@@ -133,7 +134,7 @@ def read_problems(path: str, config: TaskConfig) -> Iterator[tuple[str, str]]:
         prompt = _field(path, row_number, row, config.prompt_field, "task.prompt_field")
         answer = _field(path, row_number, row, config.answer_field, "task.answer_field")
         answer = answer if pattern is None else _extract(path, row_number, pattern, answer)
-        yield prompt, reference(answer) if config.verifier == MATH else answer
+        yield prompt, reference(answer) if config.verifier in (MATH, MATH_STRICT) else answer
 
 
 def _field(path: str, row_number: int, row: Any, field: str, key: str) -> str:

@@ -4,7 +4,8 @@ exact       the response is the answer, up to surrounding white space
 number      the last number of the response equals the answer's last number in value
 regex       the last match of task.verifier_pattern in the response (its first group) is the answer
 math        the response's last \\boxed{…} equals the answer (or the last box of a reference solution, or what
-            follows its ####) as an expression, by math-verify in worker processes
+            follows its ####) in value, order, brackets and units, in worker processes (`math_answers.py`)
+math_strict the verdict of math-verify alone on the whole response, to compare with published numbers
 package.module:function   a user's: function(prompt, response, answer) -> float
 """
 
@@ -15,18 +16,27 @@ import math
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable
-from decimal import Decimal
+from decimal import Context, Decimal
 
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
 from opo_megatron.tasks.worker_pool import WorkerPool
 from opo_megatron.utils.extras import require_extra
 
-MATH = "math"
+MATH, MATH_STRICT = "math", "math_strict"
 Verifier = Callable[[str, str, str], float]
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+_SIGNS = str.maketrans({"−": "-", "－": "-", "﹣": "-", "‑": "-"})
+_POWER_OF_TEN = re.compile("10([⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+)")
+_SEPARATOR = r"(?:,|\{,\}|\\[,!]|[\u00a0\u2007\u2009\u202f])"
+_NUMBER = re.compile(
+    r"((?<![\w)\]}])-[$€£¥]?|)"
+    rf"((?<!\d)\d{{1,3}}(?:{_SEPARATOR}\d{{2,3}})*{_SEPARATOR}\d{{3}}(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+    r"(?:[eE]([-+]?\d{1,6})(?![\w.]*\d)|\s*(?:×|\*|x|·|\\times|\\cdot)\s*10\s*\^\s*\{?\s*([-+]?\d{1,6}))?"
+)
+_EXACT = Context(prec=10_000, Emax=10**8, Emin=-(10**8))
 
 
 def exact(prompt: str, response: str, answer: str) -> float:
@@ -41,9 +51,18 @@ def number(prompt: str, response: str, answer: str) -> float:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last decimal number in a text, ignoring commas between its digits."""
-    numbers = _NUMBER.findall(text)
-    return Decimal(numbers[-1].replace(",", "")) if numbers else None
+    """The last decimal number in a text: `-1,234.5`, `1.5e3`, `1.5 × 10^3`.
+
+    Commas and thin spaces are read where they separate thousands, and a minus sign where nothing stands
+    before it that it could be subtracted from: the last number of `3-5` is 5.
+    """
+    text = _POWER_OF_TEN.sub(lambda match: "10^" + unicodedata.normalize("NFKC", match.group(1)), text)
+    matches = list(_NUMBER.finditer(text.translate(_SIGNS)))
+    if not matches:
+        return None
+    sign, digits, exponent, power = matches[-1].groups()
+    value = Decimal(sign[:1] + re.sub(r"[^\d.]", "", digits))
+    return value.scaleb(int(exponent or power or 0), _EXACT)
 
 
 def regex(pattern: str) -> Verifier:
@@ -91,18 +110,21 @@ def find_verifier(name: str, pattern: str | None) -> Verifier:
 
 
 def grading_workers(config: TaskConfig) -> WorkerPool | None:
-    """The worker processes of the verifier `math`; None for verifiers that run in this process."""
-    if config.verifier != MATH:
+    """The worker processes of `math` and `math_strict`; None for verifiers that run in this process."""
+    if config.verifier not in (MATH, MATH_STRICT):
         return None
-    require_extra("math_verify", "task.verifier=math", "math")
-    return WorkerPool(config.verifier_workers, config.verifier_seconds, config.verifier_memory_mib)
+    if config.verifier == MATH_STRICT:
+        require_extra("math_verify", "task.verifier=math_strict", "math")
+    limits = config.verifier_seconds, config.verifier_memory_mib
+    return WorkerPool(config.verifier_workers, *limits, grader=config.verifier)
 
 
 def _user_verifier(path: str) -> Verifier:
     module, _, function = path.partition(":")
     if not module or not function:
         raise UserError(
-            f"task.verifier={path!r} is unknown; choose exact, number, regex, math or package.module:function"
+            f"task.verifier={path!r} is unknown; choose exact, number, regex, math, math_strict or "
+            "package.module:function"
         )
     if os.getcwd() not in sys.path:  # `python -m` searches it, the command `opo` does not
         sys.path.append(os.getcwd())

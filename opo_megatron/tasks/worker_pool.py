@@ -44,12 +44,14 @@ class WorkerPool:
     """Time limit of a job."""
     memory_mib: int
     """Limit of a worker's address space."""
+    grader: str = "math"
+    """`math` or `math_strict`."""
     timeouts: int = 0
     crashes: int = 0
     _workers: list[_Worker] = field(default_factory=list)
 
-    def grade(self, jobs: Sequence[tuple[str, str]]) -> list[float | None]:
-        """Reward of each (response, answer); None where the job timed out or its worker died.
+    def grade(self, jobs: Sequence[tuple[str, ...]]) -> list[float | None]:
+        """Reward of each (response, answer[, context]); None where the job timed out or its worker died.
 
         Raises:
             UserError: where workers cannot start.
@@ -95,7 +97,7 @@ class WorkerPool:
             self._workers.append(self._start())
 
     def _start(self) -> _Worker:
-        command = [sys.executable, "-m", "opo_megatron.tasks.math_worker", str(self.memory_mib)]
+        command = [sys.executable, "-m", "opo_megatron.tasks.math_worker", str(self.memory_mib), self.grader]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
@@ -107,7 +109,7 @@ class WorkerPool:
             return worker.started + START_SECONDS
         return worker.deadline if worker.job is not None else float("inf")
 
-    def _send(self, worker: _Worker, job: int, jobs: Sequence[tuple[str, str]]) -> None:
+    def _send(self, worker: _Worker, job: int, jobs: Sequence[tuple[str, ...]]) -> None:
         worker.job, worker.deadline = job, time.monotonic() + self.seconds
         assert worker.process.stdin is not None
         try:
@@ -134,7 +136,7 @@ class WorkerPool:
             code = worker.process.wait()
             raise UserError(
                 f"a grading worker ended with code {code} before its first reply (its error is above); "
-                "install its dependencies with: pip install 'opo-megatron[math]'"
+                "check task.verifier_memory_mib, or install its packages: pip install 'opo-megatron[math]'"
             )
         self.crashes += worker.job is not None
         self._replace(worker, selector)

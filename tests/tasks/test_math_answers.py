@@ -1,4 +1,4 @@
-"""Equivalence of math answers: pairs by hand, then all of MATH and GSM8K, right and wrong."""
+"""The grading of math answers in worker processes, on all of MATH and GSM8K, right and wrong."""
 
 from __future__ import annotations
 
@@ -11,70 +11,37 @@ from pathlib import Path
 import pytest
 from bench.verifier_sets import GSM8K_SIZE, MATH_SIZE, boxed, rows_of, solutions, wrong_answers
 
-from opo_megatron.tasks.math_answers import last_boxed, reference
+from opo_megatron.tasks.math_answers import grade, last_boxed, reference
 from opo_megatron.tasks.worker_pool import WorkerPool
 from tests.support.requirements import require
-
-RIGHT = [
-    ("0.5", r"\frac{1}{2}"),
-    (r"\dfrac12", r"\frac{1}{2}"),
-    ("1/2", r"\frac{1}{2}"),
-    (r"3\frac{1}{2}", r"\frac72"),
-    ("x+1", "1 + x"),
-    (r"2\sqrt{3}", r"\sqrt{12}"),
-    ("1,000", "1000"),
-    (r"\$5.00", "5"),
-    (r"50\%", "50"),
-    ("x=5", "5"),
-    (r"6\text{ cm}", "6"),
-    (r"120^\circ", "120"),
-    (r"(3,\frac{\pi}{2})", r"\left( 3, \frac{\pi}{2} \right)"),
-    (r"\{2,1\}", r"\{1,2\}"),
-    ("1,2", "2,1"),
-    ("Friday", r"\text{Friday}"),
-    ("evelyn", r"\text{Evelyn}"),
-    ("C", r"\text{(C)}"),
-    ("even", r"\text{even}"),
-    (r"2007+\frac{\pi}{2}", r"2007 + \frac\pi 2"),
-    (
-        r"\begin{pmatrix} 1 & -1 \\ 1 & 1 \end{pmatrix}",
-        r"\begin{pmatrix} 1 & -1 \\ 1 & \phantom -1 \end{pmatrix}",
-    ),
-]
-WRONG = [
-    ("0.333", r"\frac13"),
-    ("(1,2)", r"\{1,2\}"),
-    ("(2,1)", "(1,2)"),
-    ("[2,3)", "(2,3)"),
-    ("Monday", r"\text{Friday}"),
-    (r"\text{4:30 p.m.}", r"\text{5:30 p.m.}"),
-    ("-5", "5"),
-    ("", "5"),
-    ("$", "5"),
-    ("5" * 2000, "5"),
-    ("x-1", "x+1"),
-    (r"2008+\frac{\pi}{2}", r"2007 + \frac\pi 2"),
-    (
-        r"\begin{pmatrix} 2 & -1 \\ 1 & 1 \end{pmatrix}",
-        r"\begin{pmatrix} 1 & -1 \\ 1 & \phantom -1 \end{pmatrix}",
-    ),
-]
 
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[WorkerPool]:
-    require("math_verify", "pip install -e '.[math]'")
     pool = WorkerPool(2, 5.0, 2048)
     yield pool
     pool.close()
 
 
-def test_equivalent_answers_are_accepted_and_others_rejected(workers: WorkerPool) -> None:
-    pairs = [(boxed(ours), gold) for ours, gold in RIGHT + WRONG]
-    rewards = workers.grade(pairs)
-    expected = [1.0] * len(RIGHT) + [0.0] * len(WRONG)
-    wrong = [pair for pair, reward, target in zip(pairs, rewards, expected, strict=True) if reward != target]
-    assert wrong == []
+@pytest.fixture(scope="module")
+def strict_workers() -> Iterator[WorkerPool]:
+    """math-verify computes 100000000! to the last digit, which takes longer than the limit."""
+    require("math_verify", "pip install -e '.[math]'")
+    pool = WorkerPool(2, 1.5, 2048, grader="math_strict")
+    yield pool
+    pool.close()
+
+
+def test_workers_grade_in_order_and_by_context(workers: WorkerPool) -> None:
+    interval = "The solution is the interval (0,1)."
+    jobs = [(boxed("x+1"), "1+x"), (boxed("2"), "3"), (boxed("0<x<1"), "(0,1)", interval), ("no box", "3")]
+    assert workers.grade([*jobs, (boxed("0<x<1"), "(0,1)"), (boxed("5"), "5")]) == [1, 0, 1, 0, 0, 1]
+
+
+def test_the_strict_verifier_is_math_verify_alone(strict_workers: WorkerPool) -> None:
+    jobs = [("The answer is $\\frac{1}{2}$.", "0.5"), (boxed("0.3333333"), "1/3"), (boxed("3t"), "3")]
+    assert strict_workers.grade([*jobs, (boxed("4"), "3")]) == [1, 1, 1, 0]
+    assert grade(*jobs[1]) == grade(*jobs[2]) == 0
 
 
 @pytest.mark.parametrize(
@@ -99,17 +66,16 @@ def test_gold_answers_of_three_data_sets_are_parsed() -> None:
     assert reference(r" \frac{1}{2} ") == r"\frac{1}{2}"
 
 
-def test_a_hang_or_failure_affects_one_sample_alone(workers: WorkerPool) -> None:
-    pool = WorkerPool(2, 1.0, 2048)
+def test_a_hang_or_failure_affects_one_sample_alone(strict_workers: WorkerPool) -> None:
     hanging = boxed("100000000!")
     hostile = [boxed("(" * 4000), boxed("9^{" * 300 + "9" + "}" * 300), "\ud800" * 9]
     jobs = [(boxed("x+1"), "1+x"), (hanging, "3"), *[(text, "7") for text in hostile], (boxed("7"), "7")]
-    rewards = pool.grade(jobs)
-    assert rewards[0] == rewards[-1] == 1.0 and rewards[1] is None and pool.timeouts >= 1
+    before = strict_workers.timeouts
+    rewards = strict_workers.grade(jobs)
+    assert rewards[0] == rewards[-1] == 1.0 and rewards[1] is None and strict_workers.timeouts > before
     assert all(not reward for reward in rewards[2:-1])
     # An interrupted worker grades nothing more: the next rewards are right.
-    assert pool.grade([(boxed("x+1"), "1+x")] * 4) == [1.0] * 4
-    pool.close()
+    assert strict_workers.grade([(boxed("x+1"), "1+x")] * 4) == [1.0] * 4
 
 
 def test_a_killed_worker_is_replaced(workers: WorkerPool) -> None:
@@ -137,7 +103,7 @@ def test_gold_answers_of_math_and_gsm8k_are_accepted(workers: WorkerPool) -> Non
     assert len(all_solutions) == MATH_SIZE + GSM8K_SIZE
     rewards = workers.grade([(text, reference(text)) for text, _ in all_solutions])
     wrong = [text for (text, _), reward in zip(all_solutions, rewards, strict=True) if reward != 1]
-    assert len(wrong) <= 0.005 * len(all_solutions), wrong[:20]
+    assert len(wrong) <= 0.001 * len(all_solutions), wrong[:20]
     answers = json.loads((data() / "math500" / "math500.json").read_text())
     of_test = {row["problem"]: row["solution"] for row in rows_of(data(), "math/test.jsonl")}
     pairs = [(of_test[row["problem"]], row["answer"]) for row in answers if row["problem"] in of_test]
@@ -147,10 +113,13 @@ def test_gold_answers_of_math_and_gsm8k_are_accepted(workers: WorkerPool) -> Non
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_wrong_answers_to_math_and_gsm8k_are_rejected(workers: WorkerPool) -> None:
-    wrong = wrong_answers(solutions(data()), 6000)
-    rewards = workers.grade([(boxed(one.answer), one.gold) for one in wrong])
-    accepted = [one for one, reward in zip(wrong, rewards, strict=True) if reward]
-    assert len(wrong) > 15_000 and len(accepted) <= 0.005 * len(wrong), accepted[:20]
+    pairs, _ = wrong_answers(solutions(data()), 6000)
+    rewards = workers.grade([(boxed(one.answer), one.gold) for one in pairs])
+    accepted = [one for one, reward in zip(pairs, rewards, strict=True) if reward]
+    assert len(pairs) > 40_000 and len(accepted) <= 0.0001 * len(pairs), accepted[:20]
+    for change in {one.change for one in pairs}:
+        of_rule = [one for one in pairs if one.change == change]
+        assert sum(one.change == change for one in accepted) <= 0.001 * len(of_rule)
 
 
 @pytest.mark.slow

@@ -34,7 +34,6 @@ PROBLEMS = [
 
 @pytest.fixture
 def task(tmp_path: Path) -> TextTask:
-    require("math_verify", "pip install -e '.[math]'")
     path = tmp_path / "problems.jsonl"
     path.write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
     return TextTask(TaskConfig(name="text", data=str(path), verifier="math", verifier_default=0.25))
@@ -53,9 +52,13 @@ def test_responses_are_graded_by_value_and_in_order(task: TextTask) -> None:
     task.close()
 
 
-def test_verifier_failures_get_the_default_reward_and_are_counted(task: TextTask) -> None:
+def test_verifier_failures_get_the_default_reward_and_are_counted(tmp_path: Path) -> None:
+    require("math_verify", "pip install -e '.[math]'")
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
+    limits = {"verifier": "math_strict", "verifier_seconds": 1.0, "verifier_default": 0.25}
+    task = TextTask(TaskConfig(name="text", data=str(path), **limits))
     assert isinstance(task._workers, WorkerPool)
-    task._workers.seconds = 1.0
     prompts = [task.prompt("train", 0)] * 2
     hanging = list(rb"\boxed{100000000!}")
     assert task.rewards(prompts, [hanging, list(rf"\boxed{{{prompts[0].answer}}}".encode())]) == [0.25, 1.0]
