@@ -15,7 +15,7 @@ class Tokenizer(Protocol):
     stop_tokens: tuple[int, ...]
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt."""
+        """Tokens of a prompt, which begins as the model's texts do and does not end."""
         ...
 
     def decode(self, tokens: list[int]) -> str:
@@ -65,6 +65,7 @@ class FolderTokenizer:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self.vocab_size = len(self._tokenizer)
             self.stop_tokens = self._stop_tokens(transformers, folder)
+            self._opening = opening_tokens(self._tokenizer)
         except UserError:
             raise
         except Exception as error:  # a damaged file raises whatever its parser raises
@@ -87,7 +88,7 @@ class FolderTokenizer:
         return unique
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return encode_prompt(self._tokenizer, self._opening, text)
 
     def decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
@@ -111,6 +112,23 @@ class FolderTokenizer:
             ) from error
         # The template writes the special tokens, the first one included.
         return list(self._tokenizer.encode(rendered, add_special_tokens=False))
+
+
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """What a Hugging Face tokenizer puts before every text: its BOS token, or nothing.
+
+    Whether it does is known only by what it adds: many define a BOS token without ever writing it.
+    """
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    whole = list(tokenizer.encode("a"))
+    starts = range(len(whole) - len(plain) + 1)
+    return next((whole[:i] for i in starts if whole[i : i + len(plain)] == plain), [])
+
+
+def encode_prompt(tokenizer: Any, opening: list[int], text: str) -> list[int]:
+    """Tokens of a text after `opening`, once where the text has it already; no EOS, which would end it."""
+    tokens = list(tokenizer.encode(text, add_special_tokens=False))
+    return tokens if not tokens or tokens[: len(opening)] == opening else [*opening, *tokens]
 
 
 def open_tokenizer(name: str) -> Tokenizer:
