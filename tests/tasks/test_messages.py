@@ -142,7 +142,7 @@ IMAGE = {"type": "image_url", "image_url": "x.png"}
         ([{"role": "user", "content": []}], "message 1 is empty; fix or remove the row"),
     ],
 )
-def test_messages_that_lead_to_no_response_are_refused_with_row_and_message(prompt: Any, words: str) -> None:
+def test_messages_that_lead_to_no_response_are_refused_by_their_number(prompt: Any, words: str) -> None:
     with pytest.raises(RowError) as error:
         find_messages("d.jsonl, row 7", "prompt", prompt)
     assert str(error.value).startswith("d.jsonl, row 7: prompt") and words in str(error.value)
