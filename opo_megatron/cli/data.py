@@ -222,7 +222,7 @@ def _remarks(config: TaskConfig, summary: Summary) -> list[str]:
         )
     if summary.shared:
         lines.append(
-            f"held-out problems that are also training problems: {summary.shared:,}; remove them from one"
+            f"prompts of training that are also held out: {summary.shared:,}; remove them from one of the two"
         )
     if contradictory := sum(numbers.contradictory for numbers in splits):
         lines.append(f"repeated problems with another answer than the first of them: {contradictory:,}")

@@ -37,7 +37,7 @@ class SplitSummary:
 class Summary:
     splits: dict[Split, SplitSummary]
     shared: int
-    """Held-out problems whose prompt is also a training prompt."""
+    """Prompts that both splits have."""
 
 
 def summarize(task: Task, config: TaskConfig, progress: Callable[[str, int], None]) -> Summary:

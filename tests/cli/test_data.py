@@ -95,10 +95,10 @@ def test_prompts_tokens_and_answers_are_those_of_training(capsys, tmp_path):
             "repeated problems with another answer than the first of them: 1",
         ),
         (
-            [*TRAIN, TEST[0], TEST[1]],
+            [*TRAIN, TEST[0], TEST[1], TEST[1]],
             "",
-            [14, 0, 0],
-            "held-out problems that are also training problems: 2; remove them",
+            [15, 0, 1],
+            "prompts of training that are also held out: 2; remove them",
         ),
         (
             [*TRAIN, ("who?", "Ann"), ("when?", "at noon")],
