@@ -57,6 +57,8 @@ def file_prompts(path: Path, folders: Sequence[Path], count: int) -> list[list[i
             "--calibration-data needs the model's tokenizer, which is in none of its folders; name one with "
             "--like, or use the prompts of a task with --calibrate-recipe"
         )
+    from opo_megatron.tasks.tokenizers import encode_prompt, opening_tokens
+
     transformers = require_extra("transformers", "--calibration-data", "data")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -65,7 +67,8 @@ def file_prompts(path: Path, folders: Sequence[Path], count: int) -> list[list[i
         raise UserError(
             f"the tokenizer in {folder} does not load ({reason}); name one with --like"
         ) from error
-    return [list(tokenizer.encode(text)) for text in texts]
+    opening = opening_tokens(tokenizer)
+    return [encode_prompt(tokenizer, opening, text) for text in texts]
 
 
 def _texts(path: Path) -> Iterator[str]:

@@ -24,6 +24,7 @@ from types import ModuleType
 from opo_megatron.cli import (
     config,
     convert,
+    data,
     doctor,
     eval,
     export,
@@ -52,6 +53,7 @@ COMMANDS: dict[str, ModuleType] = {
     "replay": replay,
     "report": report,
     "config": config,
+    "data": data,
     "plan": plan,
     "convert": convert,
     "export": export,
@@ -65,6 +67,8 @@ EPILOG = """\
 examples:
   opo train recipes/quickstart.yaml run.dir=runs/first
       train on this machine, one process; metrics, checkpoints and rollouts go to runs/first
+  opo data recipes/quickstart.yaml
+      how a recipe reads its problems: prompts, tokens, answers, lengths
   opo train recipes/quickstart.yaml run.dir=runs/first resume=auto
       resume from the newest checkpoint of runs/first
   opo eval runs/first --samples 16

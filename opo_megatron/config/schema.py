@@ -73,14 +73,17 @@ class TaskConfig:
     """`lift`: a synthetic elevator task, generated on the fly; `text`: problems from a file or the Hub;
     `reasoning_gym`: problems from one of that package's generators."""
     data: str | None = None
-    """text: JSONL or Parquet file with one problem per row, or `hub:owner/name[:config][:split]`."""
+    """text: file with one problem per row (JSONL, a JSON list or Parquet), or
+    `hub:owner/name[:config][:split]`."""
     held_out_data: str | None = None
     """text: the same for the held-out problems. Default: one row in ten of `data`, by a hash of the
     prompt."""
     prompt_field: str = "question"
-    """text: field that holds the problem."""
+    """text: field that holds the problem: its name, or a path such as `prompt.0.content`. With `chat`, the
+    problem may be a list of messages."""
     answer_field: str = "answer"
-    """text: field that holds the reference answer."""
+    """text: field that holds the reference answer: its name, or a path such as
+    `reward_model.ground_truth`."""
     answer_pattern: str | None = None
     """text: regular expression applied to the answer field; the first group of its last match is the
     answer."""
@@ -93,13 +96,13 @@ class TaskConfig:
     reward_threshold: float | None = None
     """reasoning_gym: scores at or above this become 1, all others 0. Default: scores are used as they are."""
     template: str = "{prompt}"
-    """Text around the problem; must contain `{prompt}`."""
+    """Text around the problem (the last message of a list); must contain `{prompt}`."""
     tokenizer: str = "bytes"
     """`bytes`, or the folder of a Hugging Face tokenizer."""
     chat: bool = False
     """Apply the tokenizer's chat template to the problem."""
     system_prompt: str | None = None
-    """System message for the chat template."""
+    """System message for the chat template. Rows with a system message of their own are refused."""
     max_prompt_tokens: int = 512
     """Longer prompts are dropped; their number is logged."""
     verifier: str = "exact"

@@ -26,6 +26,13 @@ class Prompt:
     text: str
     tokens: tuple[int, ...]
     answer: str
+    solution: str = ""
+    """The reference solution that the answer was taken from."""
+
+    @property
+    def context(self) -> str:
+        """What may tell how the answer is meant: the problem and its solution."""
+        return f"{self.text}\n{self.solution}"
 
 
 class Task(Protocol):
@@ -42,6 +49,10 @@ class Task(Protocol):
         ...
 
     def prompt(self, split: Split, index: int) -> Prompt: ...
+
+    def dropped(self, split: Split) -> Sequence[int]:
+        """Numbers of tokens of the prompts that were left out as longer than task.max_prompt_tokens."""
+        ...
 
     def reward(self, prompt: Prompt, response: list[int]) -> float:
         """Reward of a response, stop token included where it has one."""
@@ -66,6 +77,10 @@ class Task(Protocol):
         """Readable text."""
         ...
 
+    def raw_text(self, tokens: list[int]) -> str:
+        """Text with special tokens."""
+        ...
+
 
 class PerResponseTask(ABC):
     """Base of tasks that grade responses one by one, in this process."""
@@ -78,6 +93,9 @@ class PerResponseTask(ABC):
 
     def rewards(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[float]:
         return [self.reward(*pair) for pair in zip(prompts, responses, strict=True)]
+
+    def dropped(self, split: Split) -> Sequence[int]:
+        return ()
 
     def close(self) -> None:  # noqa: B027  this class starts no processes
         pass

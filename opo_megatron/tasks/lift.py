@@ -85,6 +85,9 @@ class LiftTask(PerResponseTask):
     def decode(tokens: list[int]) -> str:
         return "".join(SYMBOLS[token] if token < len(SYMBOLS) else UNKNOWN for token in tokens)
 
+    def raw_text(self, tokens: list[int]) -> str:
+        return self.decode(tokens)
+
     def _encode(self, text: str) -> list[int]:
         return [_TOKEN[c] for c in text]
 

@@ -35,6 +35,7 @@ class ReasoningGymTask(PerResponseTask):
         if config.verifier_pattern is not None:
             self._pattern = compile_pattern("task.verifier_pattern", config.verifier_pattern)
         self._items = {split: self._open(gym, seed) for split, seed in SEEDS.items()}
+        self._dropped: dict[Split, list[int]] = {split: [] for split in SEEDS}
         self._indices = {split: self._short_enough(split) for split in SEEDS}
         for split, indices in self._indices.items():
             if not indices:
@@ -63,22 +64,29 @@ class ReasoningGymTask(PerResponseTask):
         return f"did you mean {close[0]}?" if close else "its gallery lists all generators"
 
     def _short_enough(self, split: Split) -> list[int]:
-        limit = self.config.max_prompt_tokens
-        texts = (self._items[split][i]["question"] for i in range(self.config.generator_size))
-        return [i for i, t in enumerate(texts) if len(prompt_tokens(self.tokenizer, self.config, t)) <= limit]
+        kept = []
+        for index in range(self.config.generator_size):
+            length = len(prompt_tokens(self.tokenizer, self.config, self._items[split][index]["question"]))
+            if length <= self.config.max_prompt_tokens:
+                kept.append(index)
+            else:
+                self._dropped[split].append(length)
+        return kept
 
     @property
     def notes(self) -> list[str]:
         """The numbers of problems."""
-        kept = {split: len(indices) for split, indices in self._indices.items()}
-        dropped = 2 * self.config.generator_size - sum(kept.values())
+        train, held_out = (len(self._indices[split]) for split in ("train", "held_out"))
         return [
-            f"{kept['train']} training and {kept['held_out']} held-out problems of {self.config.generator}; "
-            f"{dropped} dropped as too long"
+            f"{train} training and {held_out} held-out problems of {self.config.generator}; "
+            f"{sum(map(len, self._dropped.values()))} dropped as too long"
         ]
 
     def size(self, split: Split) -> int:
         return len(self._indices[split])
+
+    def dropped(self, split: Split) -> list[int]:
+        return self._dropped[split]
 
     def prompt(self, split: Split, index: int) -> Prompt:
         number = self._indices[split][index]
@@ -121,3 +129,6 @@ class ReasoningGymTask(PerResponseTask):
 
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens)
+
+    def raw_text(self, tokens: list[int]) -> str:
+        return self.tokenizer.raw_text(tokens)

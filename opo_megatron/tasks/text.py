@@ -10,18 +10,19 @@ from __future__ import annotations
 import random
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
 from opo_megatron.tasks.base import PerResponseTask, Prompt, Split
+from opo_megatron.tasks.fields import RowError, field_text, find_field, text_of
 from opo_megatron.tasks.math_answers import reference
+from opo_megatron.tasks.messages import Messages, find_messages, message, text_of_messages
 from opo_megatron.tasks.rows import read_rows
 from opo_megatron.tasks.tokenizers import Tokenizer, open_tokenizer
 from opo_megatron.tasks.verifiers import (
-    MATH,
-    MATH_STRICT,
+    GRADED_IN_WORKERS,
     Verifier,
     compile_pattern,
     find_verifier,
@@ -33,12 +34,23 @@ HELD_OUT_IN = 10
 SLOT = "{prompt}"
 
 
+class Reading:
+    """What happens while rows are read: the first row that gives no problem is an error."""
+
+    def refused(self, error: RowError) -> None:
+        raise error
+
+    def progress(self, source: str, rows: int) -> None:
+        """Called after every row."""
+
+
 class TextTask(PerResponseTask):
     """The task `text`; without task.data it has only held-out problems, for evaluation."""
 
-    def __init__(self, config: TaskConfig) -> None:
+    def __init__(self, config: TaskConfig, reading: Reading | None = None) -> None:
         if config.data is None and config.held_out_data is None:
             raise UserError("task.name=text needs task.data; name a JSONL or Parquet file")
+        self.config = config
         self.tokenizer = open_tokenizer(config.tokenizer)
         self.vocab_size, self.stop_tokens = self.tokenizer.vocab_size, self.tokenizer.stop_tokens
         self._workers = grading_workers(config)
@@ -47,49 +59,55 @@ class TextTask(PerResponseTask):
         if self._workers is None:
             self._verify = find_verifier(config.verifier, config.verifier_pattern)
         self._prompts: dict[Split, list[Prompt]] = {"train": [], "held_out": []}
-        self.dropped = 0
-        files = [(config.data, "train"), (config.held_out_data, "held_out")]
-        number = 0
-        for path, role in files:
-            if path is None:
-                continue
-            for text, answer in read_problems(path, config):
-                hashed = zlib.crc32(text.encode()) % HELD_OUT_IN == 0
-                split: Split = "held_out" if role == "held_out" else "train"
-                if config.held_out_data is None and hashed:
-                    split = "held_out"
-                tokens = prompt_tokens(self.tokenizer, config, text)
-                if not tokens:
-                    raise UserError(
-                        f"{path}: the problem {text!r} gives an empty prompt; remove it, or add text to "
-                        "task.template"
-                    )
-                if len(tokens) > config.max_prompt_tokens:
-                    self.dropped += 1
-                    continue
-                self._prompts[split].append(Prompt(number, text, tuple(tokens), answer))
-                number += 1
+        self._dropped: dict[Split, list[int]] = {"train": [], "held_out": []}
+        self._read(reading or Reading())
         for split, prompts in self._prompts.items():
             if not prompts and (split == "held_out" or config.data is not None):
                 path = config.data if split == "train" else config.held_out_data or config.data
+                longer = sum(map(len, self._dropped.values()))
                 raise UserError(
                     f"{path} leaves no {split.replace('_', '-')} problem of at most "
-                    f"task.max_prompt_tokens={config.max_prompt_tokens} tokens ({self.dropped} were longer); "
+                    f"task.max_prompt_tokens={config.max_prompt_tokens} tokens ({longer} were longer); "
                     "add problems, or raise the limit"
                 )
+
+    def _read(self, reading: Reading) -> None:
+        """Fill the splits."""
+        config, reader = self.config, ProblemReader(self.config, self.tokenizer)
+        files: list[tuple[str | None, Split]] = [(config.data, "train"), (config.held_out_data, "held_out")]
+        number = 0
+        for path, role in files:
+            for row_number, row in read_rows(path) if path is not None else ():
+                try:
+                    text, tokens, answer, solution = reader.read(f"{path}, row {row_number}", row)
+                except RowError as error:
+                    reading.refused(error)
+                else:
+                    hashed = zlib.crc32(text.encode()) % HELD_OUT_IN == 0
+                    split: Split = "held_out" if hashed and config.held_out_data is None else role
+                    if len(tokens) > config.max_prompt_tokens:
+                        self._dropped[split].append(len(tokens))
+                    else:
+                        prompt = Prompt(number, text, tuple(tokens), answer, solution)
+                        self._prompts[split].append(prompt)
+                        number += 1
+                reading.progress(str(path), row_number)
 
     @property
     def notes(self) -> list[str]:
         """The numbers of problems."""
         train, held_out = (len(self._prompts[split]) for split in ("train", "held_out"))
         counts = f"{train} training and {held_out} held-out problems" if train else f"{held_out} problems"
-        return [f"{counts}; {self.dropped} dropped as too long"]
+        return [f"{counts}; {sum(map(len, self._dropped.values()))} dropped as too long"]
 
     def size(self, split: Split) -> int:
         return len(self._prompts[split])
 
     def prompt(self, split: Split, index: int) -> Prompt:
         return self._prompts[split][index]
+
+    def dropped(self, split: Split) -> list[int]:
+        return self._dropped[split]
 
     def reward(self, prompt: Prompt, response: list[int]) -> float:
         if self._verify is None:
@@ -100,7 +118,7 @@ class TextTask(PerResponseTask):
         if self._workers is None:
             return super().rewards(prompts, responses)
         pairs = zip(prompts, responses, strict=True)
-        rewards = self._workers.grade([(self.tokenizer.decode(r), p.answer) for p, r in pairs])
+        rewards = self._workers.grade([(self.tokenizer.decode(r), p.answer, p.context) for p, r in pairs])
         self.failures += rewards.count(None)
         return [self._default if reward is None else reward for reward in rewards]
 
@@ -114,54 +132,83 @@ class TextTask(PerResponseTask):
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens)
 
-
-def prompt_tokens(tokenizer: Tokenizer, config: TaskConfig, text: str) -> list[int]:
-    """A problem's text in the recipe's template (and chat template), as token ids."""
-    filled = config.template.replace(SLOT, text)
-    return tokenizer.chat(config.system_prompt, filled) if config.chat else tokenizer.encode(filled)
+    def raw_text(self, tokens: list[int]) -> str:
+        return self.tokenizer.raw_text(tokens)
 
 
-def read_problems(path: str, config: TaskConfig) -> Iterator[tuple[str, str]]:
-    """(prompt, gold answer) of each row.
+def prompt_tokens(tokenizer: Tokenizer, config: TaskConfig, prompt: str | Messages) -> list[int]:
+    """A problem in the recipe's template (and chat template), as token ids.
 
-    Raises:
-        UserError: naming file, row and field.
+    Args:
+        prompt: a text, or messages; the template surrounds the last of them.
     """
-    pattern = None
-    if config.answer_pattern is not None:
-        pattern = compile_pattern("task.answer_pattern", config.answer_pattern)
-    for row_number, row in read_rows(path):
-        prompt = _field(path, row_number, row, config.prompt_field, "task.prompt_field")
-        answer = _field(path, row_number, row, config.answer_field, "task.answer_field")
-        answer = answer if pattern is None else _extract(path, row_number, pattern, answer)
-        yield prompt, reference(answer) if config.verifier in (MATH, MATH_STRICT) else answer
+    *before, last = [message("user", prompt)] if isinstance(prompt, str) else prompt
+    filled = config.template.replace(SLOT, last["content"])
+    if not config.chat:
+        return tokenizer.encode(filled)
+    if config.system_prompt:
+        before = [message("system", config.system_prompt), *before]
+    return tokenizer.chat([*before, {**last, "content": filled}])
 
 
-def _field(path: str, row_number: int, row: Any, field: str, key: str) -> str:
-    if not isinstance(row, dict) or field not in row:
-        content = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise UserError(f"{path}, row {row_number} has no field {field!r} (it has {content}); set {key}")
-    value = row[field]
-    if not isinstance(value, str | int | float) or not _can_be_encoded(str(value)):
-        shown = ascii(value)[:60]
-        raise UserError(f"{path}, row {row_number}: {field} is {shown}, not text; fix or remove the row")
-    return str(value)
+class ProblemReader:
+    """Rows → problems, by the settings of a recipe."""
+
+    def __init__(self, config: TaskConfig, tokenizer: Tokenizer) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self._pattern: re.Pattern[str] | None = None
+        if config.answer_pattern is not None:
+            self._pattern = compile_pattern("task.answer_pattern", config.answer_pattern)
+
+    def read(self, place: str, row: Any) -> tuple[str, list[int], str, str]:
+        """(text, tokens, gold answer, reference solution) of a row.
+
+        Args:
+            place: file and row, for errors.
+
+        Raises:
+            RowError: naming place and field.
+        """
+        prompt = self._prompt(place, row)
+        answer, solution = self._answer(place, row)
+        tokens = prompt_tokens(self.tokenizer, self.config, prompt)
+        text = prompt if isinstance(prompt, str) else text_of_messages(prompt)
+        if not tokens:
+            raise RowError(f"{place}: the problem {text!r} has no tokens; remove the row")
+        return text, tokens, answer, solution
+
+    def _prompt(self, place: str, row: Any) -> str | Messages:
+        field, key = self.config.prompt_field, "task.prompt_field"
+        value = find_field(place, row, field, key)
+        messages = find_messages(place, field, value)
+        if messages is None:
+            return text_of(place, field, value, key)
+        if not self.config.chat:
+            raise RowError(
+                f"{place}: {field} is a list of messages, which needs a chat template; set task.chat=true, "
+                f"or name one text with {key}={field}.0.content"
+            )
+        if self.config.system_prompt and messages[0]["role"] == "system":
+            raise RowError(
+                f"{place}: {field} has a system message, and task.system_prompt is set, too; set "
+                "task.system_prompt=null"
+            )
+        return messages
+
+    def _answer(self, place: str, row: Any) -> tuple[str, str]:
+        """The gold answer, and the reference solution that it was taken from."""
+        field, pattern = self.config.answer_field, self._pattern
+        text = field_text(place, row, field, "task.answer_field")
+        answer = text if pattern is None else _extract(place, pattern, text)
+        return (reference(answer), answer) if self.config.verifier in GRADED_IN_WORKERS else (answer, "")
 
 
-def _can_be_encoded(text: str) -> bool:
-    """False for text with half of a UTF-16 surrogate pair, which JSON can contain."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _extract(path: str, row_number: int, pattern: re.Pattern[str], text: str) -> str:
+def _extract(place: str, pattern: re.Pattern[str], text: str) -> str:
     answer = last_match(pattern, text)
-    if answer is None:
-        raise UserError(
-            f"{path}, row {row_number}: task.answer_pattern={pattern.pattern!r} does not match the answer "
-            f"{text[-60:]!r}; fix the pattern or the row"
+    if answer is None or not answer.strip():
+        how = "does not match" if answer is None else "finds nothing in"
+        raise RowError(
+            f"{place}: task.answer_pattern={pattern.pattern!r} {how} the answer {text[-60:]!r}; fix the "
+            "pattern or the row"
         )
     return answer.strip()

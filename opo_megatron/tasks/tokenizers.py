@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from opo_megatron.errors import UserError
+from opo_megatron.tasks.messages import Messages
 from opo_megatron.utils.extras import require_extra
 
 
@@ -13,14 +14,20 @@ class Tokenizer(Protocol):
     vocab_size: int
     stop_tokens: tuple[int, ...]
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a prompt, which begins as the model's texts do and does not end."""
+        ...
 
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens, without stop tokens."""
         ...
 
-    def chat(self, system: str | None, text: str) -> list[int]:
-        """A user's message in the model's chat template, up to where the response begins."""
+    def raw_text(self, tokens: list[int]) -> str:
+        """Text of tokens, special tokens included."""
+        ...
+
+    def chat(self, messages: Messages) -> list[int]:
+        """Messages in the model's chat template, up to where the response begins."""
         ...
 
 
@@ -36,7 +43,10 @@ class ByteTokenizer:
     def decode(self, tokens: list[int]) -> str:
         return bytes(t for t in tokens if t < 256).decode(errors="replace")
 
-    def chat(self, system: str | None, text: str) -> list[int]:
+    def raw_text(self, tokens: list[int]) -> str:
+        return b"".join(bytes([t]) if t < 256 else b"<stop>" for t in tokens).decode(errors="replace")
+
+    def chat(self, messages: Messages) -> list[int]:
         raise UserError(
             "task.chat=true needs a chat template, and bytes have none; name a tokenizer's folder"
         )
@@ -55,6 +65,7 @@ class FolderTokenizer:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self.vocab_size = len(self._tokenizer)
             self.stop_tokens = self._stop_tokens(transformers, folder)
+            self._opening = opening_tokens(self._tokenizer)
         except UserError:
             raise
         except Exception as error:  # a damaged file raises whatever its parser raises
@@ -77,19 +88,19 @@ class FolderTokenizer:
         return unique
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return encode_prompt(self._tokenizer, self._opening, text)
 
     def decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def chat(self, system: str | None, text: str) -> list[int]:
+    def raw_text(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
+
+    def chat(self, messages: Messages) -> list[int]:
         if not self._tokenizer.chat_template:
             raise UserError(
                 "task.chat=true, but the tokenizer in task.tokenizer has no chat template; set false"
             )
-        messages = [{"role": "user", "content": text}]
-        if system:
-            messages.insert(0, {"role": "system", "content": system})
         try:
             rendered = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
@@ -99,7 +110,25 @@ class FolderTokenizer:
                 f"the chat template of task.tokenizer rejects the message ({error}); change "
                 "task.system_prompt, or set task.chat=false"
             ) from error
-        return self.encode(rendered)
+        # The template writes the special tokens, the first one included.
+        return list(self._tokenizer.encode(rendered, add_special_tokens=False))
+
+
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """What a Hugging Face tokenizer puts before every text: its BOS token, or nothing.
+
+    Whether it does is known only by what it adds: many define a BOS token without ever writing it.
+    """
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    whole = list(tokenizer.encode("a"))
+    starts = range(len(whole) - len(plain) + 1)
+    return next((whole[:i] for i in starts if whole[i : i + len(plain)] == plain), [])
+
+
+def encode_prompt(tokenizer: Any, opening: list[int], text: str) -> list[int]:
+    """Tokens of a text after `opening`, once where the text has it already; no EOS, which would end it."""
+    tokens = list(tokenizer.encode(text, add_special_tokens=False))
+    return tokens if not tokens or tokens[: len(opening)] == opening else [*opening, *tokens]
 
 
 def open_tokenizer(name: str) -> Tokenizer:

@@ -26,6 +26,7 @@ from opo_megatron.tasks.worker_pool import WorkerPool
 from opo_megatron.utils.extras import require_extra
 
 MATH, MATH_STRICT = "math", "math_strict"
+GRADED_IN_WORKERS = (MATH, MATH_STRICT)
 Verifier = Callable[[str, str, str], float]
 
 _SIGNS = str.maketrans({"−": "-", "－": "-", "﹣": "-", "‑": "-"})
@@ -111,7 +112,7 @@ def find_verifier(name: str, pattern: str | None) -> Verifier:
 
 def grading_workers(config: TaskConfig) -> WorkerPool | None:
     """The worker processes of `math` and `math_strict`; None for verifiers that run in this process."""
-    if config.verifier not in (MATH, MATH_STRICT):
+    if config.verifier not in GRADED_IN_WORKERS:
         return None
     if config.verifier == MATH_STRICT:
         require_extra("math_verify", "task.verifier=math_strict", "math")

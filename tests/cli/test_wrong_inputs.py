@@ -99,7 +99,7 @@ TRAINING_ERRORS = [
     ("task.data=broken.jsonl", "broken.jsonl, line 41 is not JSON"),
     ("task.data=null.jsonl", "row 41: question is None, not text; fix or remove the row"),
     ("task.data=surrogate.jsonl", "row 41: question is '\\ud800', not text"),
-    ("task.data=no_prompt.jsonl", "the problem '' gives an empty prompt; remove it"),
+    ("task.data=no_prompt.jsonl", "row 41: question is empty, not text; fix or remove the row"),
     ("task.data=latin.jsonl", "latin.jsonl is not UTF-8 text (invalid continuation byte); convert it"),
     ("task.data=broken.parquet", "broken.parquet is not a readable Parquet file"),
     ("task.answer_pattern=((", "task.answer_pattern='((' is not a regular expression"),

@@ -10,6 +10,7 @@ import pytest
 
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
+from opo_megatron.tasks.messages import message
 from opo_megatron.tasks.reasoning_gym import ReasoningGymTask
 from opo_megatron.tasks.rows import parse_hub
 from opo_megatron.tasks.text import HELD_OUT_IN, TextTask
@@ -68,7 +69,7 @@ def test_byte_tokens_round_trip_any_text_and_stop_decodes_to_nothing() -> None:
         assert tokenizer.decode([*tokenizer.encode(text), 256]) == text
     assert tokenizer.decode([0xFF, 256]) == "\N{REPLACEMENT CHARACTER}"
     with pytest.raises(UserError, match="chat template"):
-        tokenizer.chat(None, "hello")
+        tokenizer.chat([message("user", "hello")])
 
 
 def test_rows_become_prompts_in_the_template_with_their_answers(tmp_path: Path) -> None:
@@ -90,7 +91,9 @@ def test_rows_become_prompts_in_the_template_with_their_answers(tmp_path: Path) 
 def test_long_prompts_are_dropped_and_counted(tmp_path: Path) -> None:
     rows = [*ROWS, *({"question": "long " * 50 + str(i), "answer": "#### 1"} for i in range(7))]
     task = task_of(write_jsonl(tmp_path / "d.jsonl", rows), max_prompt_tokens=40)
-    assert task.dropped == 7 and task.size("train") + task.size("held_out") == len(ROWS)
+    assert len([*task.dropped("train"), *task.dropped("held_out")]) == 7 and task.size("train") + task.size(
+        "held_out"
+    ) == len(ROWS)
     assert "7 dropped as too long" in task.notes[0]
 
 
@@ -123,7 +126,7 @@ def test_tokenizer_of_a_folder_with_stop_tokens_and_chat(tmp_path: Path) -> None
     (tmp_path / "t" / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
     tokenizer = FolderTokenizer(Path(folder))
     assert tokenizer.stop_tokens == (1, 5) and tokenizer.vocab_size == 17
-    assert tokenizer.chat(None, "What is 3") == [6, 2, 3, 10, 5]
+    assert tokenizer.chat([message("user", "What is 3")]) == [6, 2, 3, 10, 5]
     assert tokenizer.decode([2, 3, 1]) == "What is"
 
 
