@@ -106,7 +106,8 @@ class TaskConfig:
     max_prompt_tokens: int = 512
     """Longer prompts are dropped; their number is logged."""
     verifier: str = "exact"
-    """text: `exact`, `number`, `regex`, `math`, or a function of your own as `package.module:function`."""
+    """text: `exact`, `number`, `regex`, `math`, `math_strict` (math-verify alone), or a function of your own:
+    `package.module:function`."""
     verifier_pattern: str | None = None
     """regex: the first group of the pattern's last match in a response is taken as its answer."""
     verifier_workers: int = 2

@@ -105,7 +105,10 @@ TRAINING_ERRORS = [
     ("task.answer_pattern=((", "task.answer_pattern='((' is not a regular expression"),
     ("task.answer_pattern='#### (.+)'", "does not match the answer '1'; fix the pattern or the row"),
     ("task.template=nothing", "task.template is 'nothing'; it must be a text with {prompt} in it"),
-    ("task.verifier=numbr", "task.verifier='numbr' is unknown; choose exact, number, regex, math or"),
+    (
+        "task.verifier=numbr",
+        "task.verifier='numbr' is unknown; choose exact, number, regex, math, math_strict or",
+    ),
     ("task.verifier=regex", "needs task.verifier_pattern; give the regular expression"),
     (
         "task.verifier=regex task.verifier_pattern=((",

@@ -2,6 +2,9 @@ r"""The laws by which `\boxed{answer}` is graded: for each, right answers and wr
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from opo_megatron.tasks.math_answers import grade
@@ -210,6 +213,22 @@ def test_answers_are_wrong_by_law(law: str) -> None:
 def test_a_gold_answer_is_right_in_its_own_words(law: str) -> None:
     golds = {gold for gold, _ in LAWS[law][0] if gold}
     assert [gold for gold in golds if grade(rf"\boxed{{{gold}}}", gold) != 1.0] == []
+
+
+def test_the_table_of_the_documentation_is_true() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| [a-z ,]+ \| (`.*`) \| (`.*`) \|$", text.partition("| | the same")[2], re.MULTILINE
+    )
+    assert len(rows) == 9
+    for same, different in rows:
+        groups = [re.findall("`([^`]+)`", group) for group in same.split(";")]
+        for first, *others in groups:
+            for other in others:
+                pairs = (first, other), (other, first)
+                assert all(grade(rf"\boxed{{{one}}}", gold) == 1.0 for one, gold in pairs), pairs
+        for answer, gold in re.findall("`([^`]+)`(?: for `([^`]+)`)?", different):
+            assert grade(rf"\boxed{{{answer}}}", gold or groups[0][0]) == 0.0, (answer, gold)
 
 
 POINT, SET = "Find the ordered pair.", "Solve for x. The solution is the interval"
