@@ -179,6 +179,7 @@ class Server:
         for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
             environment.pop(name, None)
         environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for CONTEXT_MARGIN
+        environment["PYTHONIOENCODING"] = "utf-8"  # of its log, not of the trainer's terminal
         # Empty on a CPU: SGLang looks for GPUs by torch, not by its option --device.
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus or ())
         if self.gpus is None:
