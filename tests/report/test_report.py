@@ -217,7 +217,7 @@ def test_hostile_text_is_shown_and_not_interpreted(
 ) -> None:
     require("matplotlib", EXTRA)
     runs = [
-        make_run(tmp_path / f"<b>{template[:2]}", *BYTES, f"task.template='{template}'", texts=texts)
+        make_run(tmp_path / f"<b>{template[:2]}", *BYTES, f"task.template={template}", texts=texts)
         for template, texts in (("{prompt}", (HOSTILE, HOSTILE)), (f"{HOSTILE}{{prompt}}", ("a", "b")))
     ]
     rows = (runs[0] / "metrics.jsonl").read_text() + json.dumps({"step": 7, f"eval/{HOSTILE}": 1.0}) + "\n"
