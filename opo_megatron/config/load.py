@@ -50,9 +50,9 @@ def load_config(
         _store(tree, entry)
     config = _to_dataclasses(tree)
     if config.policy.init_from is not None:
-        if locate is not None:
-            config.policy.init_from = locate(config.policy.init_from)
-        adopt_architecture(config, {entry.key for entry in entries if entry.value is not None})
+        folder = config.policy.init_from if locate is None else locate(config.policy.init_from)
+        given = {entry.key for entry in entries if entry.value is not None}
+        adopt_architecture(config, given, Path(folder))
     resolve(config)
     validate(config, config.run.ranks if world_size is None else world_size)
     return config
