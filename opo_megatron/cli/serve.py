@@ -12,7 +12,8 @@ from opo_megatron.cli.common import add_debug, add_recipe, count_of
 from opo_megatron.config import load_config
 from opo_megatron.config.choices import Device, EngineName
 from opo_megatron.errors import UserError
-from opo_megatron.rollout.sglang.server import SERVE, Server, interpreter, write_model_config
+from opo_megatron.rollout.sglang.installation import SERVE, check_options, interpreter
+from opo_megatron.rollout.sglang.server import Server, write_model_config
 
 SUMMARY = "start an SGLang server for a recipe's model, for runs on other nodes"
 EPILOG = """\
@@ -56,6 +57,8 @@ def server_command(recipe: str, overrides: Sequence[str], port: int) -> tuple[li
         )
     if model.vocab_size is None:
         raise UserError("policy.model.vocab_size is null, and a server needs it; set it, or policy.init_from")
+    python = str(interpreter(config.rollout.sglang).absolute())
+    check_options(config.rollout.sglang)
     quantization = None
     if config.rollout.sglang.fp8:  # importing torch takes seconds
         from opo_megatron.weights.fp8_folder import engine_quantization
@@ -68,5 +71,4 @@ def server_command(recipe: str, overrides: Sequence[str], port: int) -> tuple[li
     on_cpu = config.policy.device is Device.cpu
     server = Server(config, folder, folder / "log", "external", None if on_cpu else gpus)
     arguments = [*server.arguments(port), "--host", "0.0.0.0"]  # the last one wins
-    python = str(interpreter(config.rollout.sglang).absolute())
     return [python, str(SERVE), *arguments], server.environment()

@@ -90,7 +90,7 @@ def changed_settings(config: Config, recipe: Path) -> list[Change]:
     """Every key that differs from a resolved recipe; none if the recipe does not exist."""
     if not recipe.exists():
         return []
-    before, now = flat(yaml.safe_load(recipe.read_text())), flat(yaml.safe_load(to_yaml(config)))
+    before, now = flat(yaml.safe_load(recipe.read_bytes())), flat(yaml.safe_load(to_yaml(config)))
     keys = [key for key in now if key not in _PER_ATTEMPT and key in before and before[key] != now[key]]
     return [Change(key, before[key], now[key]) for key in keys]
 

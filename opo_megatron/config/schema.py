@@ -92,7 +92,7 @@ class TaskConfig:
     generator_size: int = 10000
     """reasoning_gym: number of training problems, and of held-out problems."""
     generator_options: dict[str, Any] = field(default_factory=dict)
-    """reasoning_gym: options passed to the generator."""
+    """reasoning_gym: options passed to the generator; `generator_options.NAME=VALUE` sets one."""
     reward_threshold: float | None = None
     """reasoning_gym: scores at or above this become 1, all others 0. Default: scores are used as they are."""
     template: str = "{prompt}"
@@ -198,7 +198,8 @@ class SglangConfig:
     """Send weights to the servers in FP8, quantized as the trainer quantizes them. Default: true with
     `policy.fp8=blockwise`."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further options of `sglang.launch_server`, by their own names."""
+    """Further options of `sglang.launch_server`, by their own names, with `_` or `-`; `options.NAME=VALUE`
+    sets one. `true` is a flag, a list several words, a mapping JSON; `false` and `null` leave one out."""
 
 
 @dataclass

@@ -103,7 +103,7 @@ TRAINING_ERRORS = [
     ("task.data=latin.jsonl", "latin.jsonl is not UTF-8 text (invalid continuation byte); convert it"),
     ("task.data=broken.parquet", "broken.parquet is not a readable Parquet file"),
     ("task.answer_pattern=((", "task.answer_pattern='((' is not a regular expression"),
-    ("task.answer_pattern='#### (.+)'", "does not match the answer '1'; fix the pattern or the row"),
+    ("task.answer_pattern=#### (.+)", "does not match the answer '1'; fix the pattern or the row"),
     ("task.template=nothing", "task.template is 'nothing'; it must be a text with {prompt} in it"),
     (
         "task.verifier=numbr",

@@ -145,7 +145,8 @@ def test_loss_constant_defaults_to_the_tokens_of_the_largest_batch(recipe: Path)
         [],
         ["algorithm.baseline=rloo", "algorithm.loss_normalizer=constant"],
         ["policy.dtype=bf16", "policy.megatron={recompute_granularity: full, recompute_num_layers: 1}"],
-        ["policy.model.num_moe_experts=4", "optimizer.betas=[0, 0.5]", "run.dir='1e-4'", "resume=auto"],
+        ["policy.model.num_moe_experts=4", "optimizer.betas=[0, 0.5]", "run.dir=1e-4", "resume=auto"],
+        ["task.system_prompt=null # \t${run.seed} \\${x} ", "task.template=0123 {prompt}: no", "run.dir=~"],
     ],
 )
 def test_printed_yaml_loads_to_the_same_configuration(recipe: Path, tmp_path: Path, overrides: list[str]):

@@ -59,7 +59,7 @@ OVERRIDE_ERRORS = [
     ("policy.megatron=3", "policy.megatron is 3, but it is a section"),
     ("run.dir=???", "run.dir is not set; add run.dir=VALUE"),
     ("run.dir=${run.nothing}", "run.dir: "),
-    ("run.dir=''", "run.dir is ''; it must be the path of a folder"),
+    ("run.dir=", "run.dir is ''; it must be the path of a folder"),
     # ranges
     ("optimizer.lr=nan", "optimizer.lr is nan; it must be a finite number"),
     ("optimizer.lr=-.inf", "optimizer.lr is -inf; it must be a finite number"),
@@ -84,7 +84,7 @@ OVERRIDE_ERRORS = [
     ),
     ("eval.top_p=0.9 observe.kl=eval", "eval.top_p is 0.9, which samples another distribution"),
     ("eval.top_k=3 observe.kl=eval", "set it to 0, or observe.kl=off"),
-    ("observe.wandb_project=' '", "observe.wandb_project is ' '; it must be the name of a project, or null"),
+    ("observe.wandb_project= ", "observe.wandb_project is ' '; it must be the name of a project, or null"),
     ("rollout.samples_per_prompt=0", "rollout.samples_per_prompt is 0; it must be at least 1"),
     ("observe.kl=train", "observe.kl is 'train'; it must be one of off, eval"),
     ("task.name=text", "task.name is text, but task.data is null; name a JSONL or Parquet file"),

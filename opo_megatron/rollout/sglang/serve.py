@@ -1,6 +1,7 @@
 """Starts an SGLang server; run as a file by the interpreter of SGLang's own environment.
 
     <rollout.sglang.python> serve.py --model-path … [any option of sglang.launch_server]
+    <rollout.sglang.python> serve.py --check-options [options]    # describes the server's parser as JSON
 
 It adds two things to `python -m sglang.launch_server`.  The server dies with the trainer that started it,
 even if the trainer is killed.  And without a GPU it provides stubs of operators that SGLang imports but never
@@ -9,13 +10,16 @@ calls there.  SGLang's worker processes import this file first, so they have the
 Imports nothing from opo_megatron, which is not installed in that environment.
 """
 
+import argparse
 import ctypes
+import json
 import os
 import signal
 import sys
 import types
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
 
@@ -71,10 +75,31 @@ def stub_cpu_imports() -> None:
     sys.modules |= {"vllm": package, "vllm._custom_ops": operators}
 
 
+def describe_parser(words: list[str]) -> dict[str, object]:
+    """The options of the server's parser, each with all its names, and its objection to these words."""
+    from sglang.srt.server_args import ServerArgs
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)
+
+    parser, objection = Parser(add_help=False), None
+    ServerArgs.add_cli_args(parser)
+    try:
+        parser.parse_args(["--model-path", "none", *words])
+    except ValueError as error:
+        objection = str(error)
+    options = [action.option_strings for action in parser._actions]
+    return {"options": options, "objection": objection}
+
+
 stub_cpu_imports()
 
 if __name__ == "__main__":
     die_with_parent()
+    if sys.argv[1:2] == ["--check-options"]:
+        print(json.dumps(describe_parser(sys.argv[2:])))
+        sys.exit()
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
 

@@ -20,11 +20,17 @@ from pathlib import Path
 
 from opo_megatron.config.architecture import hf_config
 from opo_megatron.config.choices import Dtype
-from opo_megatron.config.schema import Config, SglangConfig
+from opo_megatron.config.schema import Config
 from opo_megatron.errors import UserError
 from opo_megatron.rollout.sglang.client import Client
+from opo_megatron.rollout.sglang.installation import (
+    SERVE,
+    as_words,
+    by_their_own_names,
+    interpreter,
+    own_environment,
+)
 
-SERVE = Path(__file__).parent / "serve.py"
 CONTEXT_MARGIN = 8
 """Positions of the context length that SGLang reserves."""
 STOP_SECONDS = 10.0
@@ -32,7 +38,6 @@ PORTS = (20000, 32768)
 PORT_ATTEMPTS = 3
 PORT_IS_TAKEN = b"address already in use"
 """In the server's log where it could not bind its port."""
-_TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CPU_OPTIONS = {
     "device": "cpu",
     "attention-backend": "torch_native",
@@ -64,21 +69,6 @@ def write_model_config(
 
 def _dtype(config: Config) -> str:
     return "bfloat16" if config.policy.dtype is Dtype.bf16 else "float32"
-
-
-def interpreter(settings: SglangConfig) -> Path:
-    """The Python interpreter of SGLang's environment.
-
-    Raises:
-        UserError: where there is none.
-    """
-    python = Path(settings.python).expanduser()
-    if not python.exists():
-        raise UserError(
-            f"rollout.sglang.python={settings.python} does not exist; create that environment with "
-            "`make setup-sglang`, or name the interpreter of one that has SGLang"
-        )
-    return python
 
 
 class _PortTaken(UserError):
@@ -164,20 +154,11 @@ class Server:
             options |= {"enable-memory-saver": True, "base-gpu-id": 0}
         if settings.api_key is not None:
             options["api-key"] = settings.api_key
-        options |= {key.replace("_", "-"): value for key, value in settings.options.items()}
-        words: list[str] = []
-        for key, value in options.items():
-            if value is True:
-                words.append(f"--{key}")
-            elif value is not False and value is not None:
-                words += [f"--{key}", str(value)]
-        return words
+        return as_words(options | by_their_own_names(settings.options))
 
     def environment(self) -> dict[str, str]:
         """The trainer's environment without the variables of torchrun and of its Python."""
-        environment = {name: value for name, value in os.environ.items() if name not in _TORCHRUN_VARIABLES}
-        for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
-            environment.pop(name, None)
+        environment = own_environment()
         environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for CONTEXT_MARGIN
         # Empty on a CPU: SGLang looks for GPUs by torch, not by its option --device.
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus or ())
