@@ -275,7 +275,7 @@ def test_validate_checks_a_configuration_made_in_code(recipe: Path):
 
 
 def test_every_task_name_has_a_task():
-    assert set(TASKS) == set(TaskName)
+    assert set(TASKS) == {name.value for name in TaskName}
 
 
 def test_the_description_names_the_batch_its_split_loss_and_layout(recipe: Path):

@@ -75,7 +75,10 @@ OVERRIDE_ERRORS = [
     ("train.steps=-1", "train.steps is -1; it must be 0 or more"),
     ("rollout.prompts_per_step=0", "rollout.prompts_per_step is 0; it must be at least 1"),
     (MODEL + "num_attention_heads=0", "policy.model.num_attention_heads is 0; it must be at least 1"),
-    ("task.name=chess", "task.name is 'chess'; it must be one of lift"),
+    (
+        "task.name=chess",
+        "task.name is 'chess'; it must be one of lift, text, reasoning_gym, or package.module:Class",
+    ),
     ("resume=nowhere", "resume is 'nowhere'; it must be never, auto or the existing folder"),
     # sampling and algorithm
     (
