@@ -16,7 +16,7 @@ from opo_megatron.tasks.base import Prompt
 from opo_megatron.tasks.reward_service import SCHEMES, RewardService
 from opo_megatron.tasks.user_verifier import Job, Reply, call, described, load_function, source_hash
 from opo_megatron.tasks.verifiers import MATH, MATH_STRICT, Verifier, exact, number, regex
-from opo_megatron.tasks.worker_pool import WorkerPool, verifier_error
+from opo_megatron.tasks.worker_pool import UNKNOWN, WorkerPool, verifier_error
 from opo_megatron.utils.extras import require_extra
 
 IN_BOX = (MATH, MATH_STRICT)
@@ -71,7 +71,7 @@ class Grader:
     def fingerprint(self) -> dict[str, str]:
         """The hash of the source of a user's verifier, once it is started."""
         source = getattr(self._backend, "source", None)
-        return {} if source is None else {"task.verifier": source}
+        return {} if source in (None, UNKNOWN) else {"task.verifier": source}
 
     def close(self) -> None:
         self._backend.close()

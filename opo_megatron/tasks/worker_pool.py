@@ -24,6 +24,10 @@ START_SECONDS = 120.0
 """Time limit of a worker's imports."""
 GRACE_SECONDS = 1.0
 """What a worker that times its jobs itself gets in addition."""
+MOST_FAILED_STARTS = 3
+"""In a row, of workers that are replaced."""
+UNKNOWN = "not known before a worker is ready"
+
 Job = Sequence[str]
 
 
@@ -56,8 +60,9 @@ class WorkerPool:
     """`math`, `math_strict` or `package.module:function`."""
     timeouts: int = 0
     crashes: int = 0
-    source: str | None = None
-    """Hash of the file of a user's function, once a worker is ready."""
+    source: str | None = UNKNOWN
+    """Hash of the file of a user's function."""
+    _failed_starts: int = 0
     _workers: list[_Worker] = field(default_factory=list)
     _mark: str = field(default_factory=lambda: f"{os.getpid()}-{time.monotonic_ns()}")
     _folder: str = field(default_factory=os.getcwd)
@@ -191,7 +196,9 @@ class WorkerPool:
         return message["mode"]
 
     def _crashed(self, worker: _Worker, batch: _Batch, selector: selectors.BaseSelector) -> None:
-        if worker.mode is None:
+        """Replace a worker; one that died in its first start, or several in a row, would die again."""
+        self._failed_starts = self._failed_starts + 1 if worker.mode is None else 0
+        if worker.mode is None and (self.source is UNKNOWN or self._failed_starts > MOST_FAILED_STARTS):
             code = worker.process.wait()
             raise UserError(
                 f"a worker of task.verifier={self.grader} ended with code {code} before its first reply (its "
