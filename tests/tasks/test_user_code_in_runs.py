@@ -141,7 +141,7 @@ def test_a_mistake_ends_the_run_with_its_sentence(
     assert left_behind() == []
 
 
-def test_rewards_with_workers_killed_at_random_are_those_of_an_undisturbed_run(
+def test_workers_killed_at_random_change_no_reward_but_lost_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "patient.py").write_text(PATIENT)
