@@ -22,6 +22,7 @@ from opo_megatron.algorithm.presets import PRESETS
 from opo_megatron.config.architecture import adopt_architecture
 from opo_megatron.config.choices import EngineName, Fp8
 from opo_megatron.config.keys import describe_type, key_types, unknown
+from opo_megatron.config.rules.api_key import API_KEY
 from opo_megatron.config.schema import Config
 from opo_megatron.config.validate import validate
 from opo_megatron.errors import UserError
@@ -59,6 +60,7 @@ def load_config(
     tree = OmegaConf.structured(Config)
     for entry in entries:
         _store(tree, entry)
+    _keep_key_out(tree)
     config = _to_dataclasses(tree)
     if config.policy.init_from is not None:
         if locate is not None:
@@ -201,6 +203,13 @@ def _store(tree: DictConfig, entry: Entry) -> None:
         raise UserError(
             f"{entry.key} is {entry.value!r}; it must be {expected}{_location(entry.file)}"
         ) from None
+
+
+def _keep_key_out(tree: DictConfig) -> None:
+    """Keep `${oc.env:NAME}` of `API_KEY` as it is: a configuration is printed and saved, a key is not."""
+    value = OmegaConf.to_container(tree.rollout.sglang, resolve=False)["api_key"]  # type: ignore[index,call-overload]
+    if isinstance(value, str) and value.startswith("$"):
+        OmegaConf.update(tree, API_KEY, "\\" + value, merge=False)
 
 
 def _to_dataclasses(tree: DictConfig) -> Config:
