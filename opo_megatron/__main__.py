@@ -1,14 +1,17 @@
 """`python -m opo_megatron` is `opo`, and the console script starts here.
 
-`opo doctor` is answered before anything else is imported: it is what is asked where imports fail.
+`opo doctor` is answered before any package is imported: it is what is asked where imports fail.
 """
 
 import sys
 from typing import NoReturn
 
+from opo_megatron.utils.terminal import prepare_terminal
+
 
 def entry() -> NoReturn:
     """The console script."""
+    prepare_terminal(shows_warnings="--debug" in sys.argv)
     if sys.argv[1:2] == ["doctor"]:
         from opo_megatron.environment.doctor import main as doctor
 

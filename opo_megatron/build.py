@@ -26,7 +26,7 @@ from opo_megatron.checkpoint.weights import CheckpointShards, holds_weights
 from opo_megatron.config import Config
 from opo_megatron.config.arithmetic import shares_memory
 from opo_megatron.config.choices import Dtype, EngineName, Kl
-from opo_megatron.config.compare import changed_settings, check_resume
+from opo_megatron.config.compare import INPUTS, changed_settings, check_inputs, check_resume
 from opo_megatron.config.schema import OptimizerConfig
 from opo_megatron.distributed.process_groups import (
     Parallel,
@@ -129,15 +129,18 @@ def _build(
         check_exact_device(parallel)
     task = make_task(config.task)
     resources.callback(task.close)
+    task.start()
     for note in task.notes:
         display.log(note)
     display.log(how_responses_end(task))
     checkpoint = find_checkpoint(config, parallel, display.log)
     progress = read_progress(checkpoint) if checkpoint else RunProgress("warm_start", 0)
-    if checkpoint is not None:
-        finished_steps = progress.step if progress.phase == "step" else 0
-        check_resume(config, checkpoint / CONFIG_FILE, finished_steps, allowed)
     state = read_estimator_state(checkpoint) if checkpoint else {}
+    if checkpoint is not None:
+        finished_steps, inputs = progress.step if progress.phase == "step" else 0, state.get(INPUTS, {})
+        check_resume(config, checkpoint / CONFIG_FILE, finished_steps, allowed, inputs)
+        check_inputs(config, inputs, task.fingerprint, checkpoint, allowed)
+    state[INPUTS] = task.fingerprint
     in_warm_start = progress.phase == "warm_start"
     vocab_size = vocabulary_of(config, task)
     reference = _reference_weights(config, parallel, vocab_size)

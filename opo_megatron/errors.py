@@ -52,3 +52,7 @@ class ReplayDiffers(Exception):
 
 class Preempted(Exception):
     """The run has to stop before its last step, raised on all ranks; the message is the reason."""
+
+
+class OpoWarning(UserWarning):
+    """A warning of this package; those of imported packages are not shown."""

@@ -76,7 +76,7 @@ start_engines() {
     [ "$OPO_ENGINE_NODES" -gt 0 ] || return 0
     local port=$((10000 + SLURM_JOB_ID % 10000)) node address urls='' key=$logs/engine_key
     rm -f "$key" # of an earlier job with the same logs; the first server makes it anew
-    engine_keys=("rollout.sglang.api_key_file='${key//\'/\'\'}'" rollout.sglang.transport=distributed)
+    engine_keys=("rollout.sglang.api_key_file=$key" rollout.sglang.transport=distributed)
     OPO_ENGINE_ADDRESSES=$(for node in "${nodes[@]:trainers}"; do address_of "$node"; done)
     export OPO_ENGINE_ADDRESSES
     (in_step "$trainers" "$OPO_ENGINE_NODES" "$logs/engine-%n.log" \

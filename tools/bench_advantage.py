@@ -27,6 +27,7 @@ from torch import Tensor
 from opo_megatron.algorithm.advantages import compute_advantages
 from opo_megatron.algorithm.config import AlgorithmConfig, Baseline
 from opo_megatron.algorithm.presets import PRESETS
+from opo_megatron.utils.terminal import prepare_terminal
 
 GROUPS, SAMPLES_PER_GROUP, LONGEST, ROUNDS = 256, 16, 1024, 9
 
@@ -97,4 +98,5 @@ def compare(ours: Callable[[], Tensor], loop: Callable[[], Tensor]) -> dict[str,
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

@@ -34,6 +34,7 @@ from opo_megatron.checkpoint.save import PendingCheckpoint
 from opo_megatron.config import Config, load_config
 from opo_megatron.distributed.process_groups import initialize, shutdown
 from opo_megatron.policy.policy import Policy
+from opo_megatron.utils.terminal import prepare_terminal
 from opo_megatron.weights.random_init import random_weights
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
@@ -151,4 +152,5 @@ def write_one(policy: Policy, config: Config, folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

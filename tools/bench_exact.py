@@ -22,6 +22,8 @@ from typing import Any
 from bench.record import write_record
 from bench_loop import PHASES, ROOT, phases, rows_of
 
+from opo_megatron.utils.terminal import prepare_terminal
+
 MODES = {
     "exact": ("rollout.local.exact=true", "on_policy.tolerance=0"),
     "usual": ("rollout.local.exact=false",),
@@ -89,4 +91,5 @@ def ratio(results: dict[str, Any], name: str) -> float:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

@@ -29,6 +29,8 @@ from typing import Any
 from bench.record import write_record
 from bench_weights import resident
 
+from opo_megatron.utils.terminal import prepare_terminal
+
 SIZES = ("2048x32768x512", "2048x65536x1024")
 ARMS = ("ours", "megatron", "autograd")
 ROUNDS = 5
@@ -201,4 +203,5 @@ def differentiated(
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

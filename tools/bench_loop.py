@@ -32,6 +32,8 @@ from typing import Any
 
 from bench.record import write_record
 
+from opo_megatron.utils.terminal import prepare_terminal
+
 ROOT = Path(__file__).parent.parent
 PHASES = ("rollout", "reward", "train", "sync")
 REPEATS = 7
@@ -286,4 +288,5 @@ def training(run: Any, weights: dict[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

@@ -26,6 +26,8 @@ from typing import Any
 
 from bench.record import write_record
 
+from opo_megatron.utils.terminal import prepare_terminal
+
 LARGEST_ERROR = 0.1
 """Maximum relative error of memory."""
 LARGEST_MISFIT = 0.01
@@ -204,4 +206,5 @@ def training_ceiling(sequence: int, bubble: float) -> float:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

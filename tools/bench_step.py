@@ -36,6 +36,7 @@ from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config import load_config
 from opo_megatron.distributed.process_groups import initialize, shutdown
 from opo_megatron.policy.policy import Policy
+from opo_megatron.utils.terminal import prepare_terminal
 from opo_megatron.weights.random_init import random_weights
 
 ROOT = Path(__file__).parent.parent
@@ -176,4 +177,5 @@ def samples() -> Rollouts:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

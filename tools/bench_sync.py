@@ -34,6 +34,8 @@ from typing import Any
 from bench.record import write_record
 from bench_weights import resident
 
+from opo_megatron.utils.terminal import prepare_terminal
+
 ROOT = Path(__file__).parent.parent
 TRANSPORTS = ("tensor", "distributed", "disk")
 LARGEST_TIME = 2.0
@@ -315,4 +317,5 @@ class Peer:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

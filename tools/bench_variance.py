@@ -26,6 +26,7 @@ from typing import Any
 from bench.record import write_record
 
 from opo_megatron.updates.variance_report import relative_noise
+from opo_megatron.utils.terminal import prepare_terminal
 
 ROOT = Path(__file__).parent.parent
 SEEDS, STEPS, EVERY = (1, 2, 3), 120, 4
@@ -120,4 +121,5 @@ def rounded(values: dict[str, float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

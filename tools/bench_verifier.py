@@ -27,6 +27,7 @@ from bench.verifier_sets import Solution, boxed, equal_answers, solutions, wrong
 
 from opo_megatron.tasks.math_answers import last_boxed, reference
 from opo_megatron.tasks.worker_pool import WorkerPool
+from opo_megatron.utils.terminal import prepare_terminal
 
 SAMPLE = 1500
 """Pairs per set that `math_strict` grades."""
@@ -146,4 +147,5 @@ def rate(count: int, accepted: int, failure: str, failed: Sequence[str]) -> dict
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from opo_megatron.cli.checkpoint_options import reuse_memory
+from opo_megatron.utils.terminal import prepare_terminal
 
 LARGEST_MEMORY = 0.25
 """Fraction of the model's bytes."""
@@ -218,4 +219,5 @@ def same_files(one: Path, other: Path) -> bool:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

@@ -28,6 +28,8 @@ from bench.gpu_kernels import KERNELS
 from bench.record import write_record
 from bench_sync import SIZES
 
+from opo_megatron.utils.terminal import prepare_terminal
+
 ROOT = Path(__file__).parent.parent
 SECTION_SECONDS = 120
 STEPS = 4
@@ -226,4 +228,5 @@ def run(overrides: tuple[str, ...], device: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from opo_megatron.utils.terminal import prepare_terminal
+
 if TYPE_CHECKING:
     from opo_megatron.batch.rollouts import Rollouts
     from opo_megatron.config import Config
@@ -206,4 +208,5 @@ def fixed_rollouts(step: int) -> Rollouts:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

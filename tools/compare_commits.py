@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opo_megatron.config.rules.resilience import VOLATILE
+from opo_megatron.utils.terminal import prepare_terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKING_TREE = "the working tree"
@@ -180,4 +181,5 @@ def read(path: Path) -> list[dict]:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

@@ -25,6 +25,7 @@ import omegaconf
 
 from opo_megatron.config.keys import describe_type, key_types
 from opo_megatron.config.schema import Config
+from opo_megatron.utils.terminal import prepare_terminal
 
 TARGET = Path(__file__).parents[1] / "docs" / "reference.md"
 INTRODUCTION = """\
@@ -142,4 +143,5 @@ def _definition(section: type) -> ast.ClassDef:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

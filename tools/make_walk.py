@@ -13,6 +13,8 @@ import ast
 import sys
 from pathlib import Path
 
+from opo_megatron.utils.terminal import prepare_terminal
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "CONTRIBUTING.md"
 BEGIN, END = "<!-- walk: written by tools/make_walk.py -->", "<!-- end of walk -->"
@@ -103,4 +105,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

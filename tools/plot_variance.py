@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opo_megatron.updates.variance_report import UNBIASED, relative_noise
+from opo_megatron.utils.terminal import prepare_terminal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,4 +90,5 @@ def plot_correlations(axes: Axes, reports: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

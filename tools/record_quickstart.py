@@ -19,6 +19,8 @@ from typing import Any
 
 from bench.record import write_record
 
+from opo_megatron.utils.terminal import prepare_terminal
+
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
 
@@ -91,4 +93,5 @@ def run(seed: int, overrides: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main())

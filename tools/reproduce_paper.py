@@ -52,6 +52,7 @@ from opo_megatron.cli.main import Parser, print_error
 from opo_megatron.errors import EXIT_USER_ERROR, UserError
 from opo_megatron.observe.console import Display
 from opo_megatron.report.runs import read_runs
+from opo_megatron.utils.terminal import prepare_terminal
 
 POLL_SECONDS = 0.2
 LAST_LINES = 5
@@ -325,6 +326,7 @@ def _rounded(measures: dict[str, list[float | None]]) -> dict[str, list[float | 
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # terminates the runs too
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that progress shows in a file too

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
+
+import yaml
 
 from opo_megatron.cli.common import add_debug, add_nproc, add_recipe, world_size
 from opo_megatron.config import load_config, to_yaml
@@ -30,5 +33,14 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.recipe, options.overrides, size)
     description = describe_batch(config, size or config.run.ranks or smallest_world(config))
     print(textwrap.indent(description, "# ", predicate=lambda _: True))
-    print(to_yaml(config), end="")
+    print(_printable(to_yaml(config)), end="")
     return 0
+
+
+def _printable(recipe: str) -> str:
+    """The YAML with escapes for what the terminal cannot show, so that it loads to the same recipe anyway."""
+    try:
+        recipe.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return str(yaml.safe_dump(yaml.safe_load(recipe), sort_keys=False))
+    return recipe

@@ -88,9 +88,9 @@ def run(options: argparse.Namespace) -> int:
 def _import_tokenizers(config: TaskConfig) -> None:
     """Import transformers without torch, which takes seconds and which a tokenizer does not need.
 
-    A verifier of the user's own may need both, so that it imports them as in training.
+    Code of the user's own may need both, so that it imports them as in training.
     """
-    if config.name is TaskName.lift or config.tokenizer == "bytes" or ":" in config.verifier:
+    if config.name == TaskName.lift or config.tokenizer == "bytes" or config.name not in TaskName.__members__:
         return
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there are no models without torch
     with block_import("torch"):
@@ -103,7 +103,7 @@ def _open(config: Config, progress: _Progress) -> tuple[Task, list[str]]:
     from opo_megatron.tasks import make_task
     from opo_megatron.tasks.text import Reading, RowError, TextTask
 
-    if config.task.name is not TaskName.text:
+    if config.task.name != TaskName.text:
         return make_task(config.task), []
     refused: list[str] = []
 
@@ -146,13 +146,13 @@ def _show(console: Console, config: Config, task: Task, summary: Summary, rows: 
 def _settings(config: TaskConfig, task: Task) -> list[str]:
     from opo_megatron.tasks.stop_tokens import with_texts
 
-    lines = [f"task       {config.name.value}"]
-    if config.name is TaskName.text:
+    lines = [f"task       {config.name}"]
+    if config.name == TaskName.text:
         held_out = config.held_out_data or f"one row in ten of {config.data}, by a hash of its prompt"
         lines += [f"data       {config.data}", f"held out   {held_out}", f"verifier   {config.verifier}"]
-    if config.name is TaskName.reasoning_gym:
+    if config.name == TaskName.reasoning_gym:
         lines += [f"generator  {config.generator}"]
-    if config.name is not TaskName.lift:
+    if config.name in (TaskName.text, TaskName.reasoning_gym):
         chat = ", in its chat template" if config.chat else ""
         lines += [f"tokenizer  {config.tokenizer}, {task.vocab_size:,} tokens{chat}"]
     return [*lines, f"stop at    {with_texts(task, task.stop_tokens)}"]

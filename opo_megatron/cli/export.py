@@ -134,5 +134,5 @@ def vocabulary(state: Path) -> int:
 
 
 def load_raw(recipe: Path) -> dict[str, dict[str, str]]:
-    content: dict[str, dict[str, str]] = yaml.safe_load(recipe.read_text())
+    content: dict[str, dict[str, str]] = yaml.safe_load(recipe.read_bytes())
     return content

@@ -23,7 +23,7 @@ examples:
       without rollouts
 
 Runs whose settings differ only in run.seed, run.dir or resume form one arm.  The page needs no network and no
-other file.  Runs may be unfinished.
+other file.  Runs may be unfinished; one without a row in metrics.jsonl is left out.
 """
 DEFAULT_GROUPS = 64
 
@@ -51,10 +51,10 @@ def run(options: argparse.Namespace) -> int:
         UserError: for a folder that is not a run, and for a path that cannot be written.
     """
     from opo_megatron.report.arms import group_runs
-    from opo_megatron.report.runs import read_runs
+    from opo_megatron.report.runs import leave_out_empty, read_runs
 
     _check_target(options.out)
-    arms = group_runs(read_runs(options.runs))
+    arms = group_runs(leave_out_empty(read_runs(options.runs), lambda line: print(line, file=sys.stderr)))
     from opo_megatron.report.figures import figures_of
     from opo_megatron.report.page import make_page
 

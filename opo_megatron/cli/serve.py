@@ -15,7 +15,8 @@ from opo_megatron.cli.common import add_debug, add_recipe, count_of
 from opo_megatron.config import load_config
 from opo_megatron.config.choices import Device, EngineName
 from opo_megatron.errors import UserError
-from opo_megatron.rollout.sglang.server import SERVE, Server, interpreter, write_model_config
+from opo_megatron.rollout.sglang.installation import SERVE, check_options, interpreter
+from opo_megatron.rollout.sglang.server import Server, write_model_config
 
 SUMMARY = "start an SGLang server for a recipe's model, for runs on other nodes"
 EPILOG = """\
@@ -96,6 +97,7 @@ def server_command(
     if model.vocab_size is None:
         raise UserError("policy.model.vocab_size is null, and a server needs it; set it, or policy.init_from")
     python = str(interpreter(settings).absolute())
+    check_options(settings)
     quantization = None
     if settings.fp8:  # importing torch takes seconds
         from opo_megatron.weights.fp8_folder import engine_quantization

@@ -18,7 +18,7 @@ from opo_megatron.config import Config, load_config
 from opo_megatron.config.choices import EngineName
 from opo_megatron.config.keys import key_types, unknown
 from opo_megatron.errors import UserError
-from opo_megatron.rollout.sglang.server import interpreter
+from opo_megatron.rollout.sglang.installation import check_options, interpreter
 from opo_megatron.utils.extras import block_import
 
 SUMMARY = "train with a recipe"
@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
         check_run_dir(config)
         if config.rollout.engine is EngineName.sglang and not config.rollout.sglang.urls:
             interpreter(config.rollout.sglang)
+            check_options(config.rollout.sglang)
     if (options.nproc or 1) > 1:
         arguments = ["train", options.recipe, *options.overrides]
         arguments += [word for key in options.allow for word in ("--allow", key)]

@@ -6,13 +6,13 @@ a nearly right model trains without an error.  The file is read as JSON: importi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Set
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from opo_megatron.config.choices import RopeType
+from opo_megatron.config.json_fields import JsonFields, read_json_object
 from opo_megatron.config.schema import Config, ModelConfig, RopeScalingConfig
 from opo_megatron.errors import UserError
 
@@ -78,35 +78,29 @@ def read_architecture(folder: Path) -> Architecture:
         UserError: for a folder without a readable `config.json`, or a model that is not supported.
     """
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json; name the folder of a Hugging Face model") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); download it again") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} is not a JSON object; download it again")
-    reader = _Reader(raw, path)
+    if not path.exists():
+        raise UserError(f"{folder} has no config.json; name the folder of a Hugging Face model")
+    fields_of_file = JsonFields(read_json_object(path), path)
+    reader = _Reader(fields_of_file)
     family = reader.family()
     reader.refuse_unsupported(family)
-    return Architecture(
-        family, reader.model(family), reader.sliding_window(family), raw.get("dtype", raw.get("torch_dtype"))
-    )
+    dtype = fields_of_file.optional_text("dtype") or fields_of_file.optional_text("torch_dtype")
+    return Architecture(family, reader.model(family), reader.sliding_window(family), dtype)
 
 
-def adopt_architecture(config: Config, given: Set[str]) -> None:
-    """Set `config.policy.model` to the architecture of the folder `policy.init_from`, in place.
+def adopt_architecture(config: Config, given: Set[str], folder: Path) -> None:
+    """Set `config.policy.model` to the architecture of the model that `policy.init_from` names, in place.
 
     Args:
         given: full keys that the recipe or the command line sets.
+        folder: where it is.  Errors name what the user wrote.
 
     Raises:
         UserError: where one of these contradicts the folder.
     """
-    assert config.policy.init_from is not None
-    folder, model = Path(config.policy.init_from), config.policy.model
+    name, model = config.policy.init_from, config.policy.model
     if not folder.is_dir():
-        raise UserError(f"policy.init_from={folder} is not a folder; name the folder of a model")
+        raise UserError(f"policy.init_from={name} is not a folder; name the folder of a downloaded model")
     architecture = read_architecture(folder)
     longest = architecture.model.max_sequence_length
     if "policy.model.max_sequence_length" not in given:
@@ -114,25 +108,25 @@ def adopt_architecture(config: Config, given: Set[str]) -> None:
     if model.max_sequence_length > longest:
         raise UserError(
             f"policy.model.max_sequence_length is {model.max_sequence_length}, but the model in "
-            f"policy.init_from={folder} has {longest} positions; lower the first"
+            f"policy.init_from={name} has {longest} positions; lower the first"
         )
     if architecture.sliding_window is not None and architecture.sliding_window < model.max_sequence_length:
         raise UserError(
-            f"the model in policy.init_from={folder} attends only to the last {architecture.sliding_window} "
+            f"the model in policy.init_from={name} attends only to the last {architecture.sliding_window} "
             "tokens, which is not supported; set policy.model.max_sequence_length to at most that"
         )
-    _merge(model, architecture.model, "policy.model.", given - {"policy.model.max_sequence_length"}, folder)
+    _merge(model, architecture.model, "policy.model.", given - {"policy.model.max_sequence_length"}, name)
 
 
-def _merge(recipe: Any, stored: Any, prefix: str, given: Set[str], folder: Path) -> None:
-    """Copy the fields of the folder's section into the recipe's."""
+def _merge(recipe: Any, stored: Any, prefix: str, given: Set[str], name: str | None) -> None:
+    """Copy the fields of the stored model's section into the recipe's; `name` is that of the model."""
     for field in fields(recipe):
         key, old, new = prefix + field.name, getattr(recipe, field.name), getattr(stored, field.name)
         if is_dataclass(old):
-            _merge(old, new, key + ".", given, folder)
+            _merge(old, new, key + ".", given, name)
         elif key in given and old != new:
             raise UserError(
-                f"{key} is {_text(old)}, but the model in policy.init_from={folder} has {_text(new)}; "
+                f"{key} is {_text(old)}, but the model in policy.init_from={name} has {_text(new)}; "
                 f"remove {key} from the recipe"
             )
         elif field.name != "max_sequence_length":
@@ -143,17 +137,27 @@ def _text(value: Any) -> str:
     return str(getattr(value, "value", value))
 
 
-class _Reader:
-    """One `config.json`: typed access, errors that name the file, and the model that it describes."""
+_ROPE_FIELDS = (
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor"),
+    *("high_freq_factor", "original_max_position_embeddings"),
+)
+"""What is read of `rope_scaling`; an object under any other name is the rule of one type of layers."""
 
-    def __init__(self, raw: dict[str, Any], path: Path) -> None:
-        self.raw, self.path = raw, path
+
+class _Reader:
+    """The model that a `config.json` describes.
+
+    `null` means what it means to transformers: no scaling, no window, heads of the usual number and size.
+    """
+
+    def __init__(self, fields: JsonFields) -> None:
+        self.fields, self.path = fields, fields.path
 
     def family(self) -> Family:
-        model_type, classes = self.raw.get("model_type"), self.raw.get("architectures") or []
-        family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+        model_type, classes = self.fields.text("model_type"), self.fields.texts("architectures")
+        family = FAMILIES.get(model_type)
         if family is None or (classes and family.architecture not in classes):
-            name = f"{model_type} ({', '.join(classes)})" if classes else str(model_type)
+            name = f"{model_type} ({', '.join(classes)})" if classes else model_type
             raise UserError(
                 f"{self.path} describes a model of type {name}, which is not supported; "
                 f"supported are {', '.join(f.architecture for f in FAMILIES.values())}"
@@ -161,21 +165,22 @@ class _Reader:
         return family
 
     def refuse_unsupported(self, family: Family) -> None:
-        raw = self.raw
-        activation = raw.get("hidden_act", "silu")
-        layer_types = set(raw.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+        fields = self.fields
+        activation = fields.text("hidden_act", "silu")
+        layer_types = set(fields.texts("layer_types")) - {"full_attention", "sliding_attention"}
+        dropout = fields.number("attention_dropout", 0.0, null=True, or_zero=True)
         unsupported: list[tuple[Any, str]] = [
-            (raw.get("attention_bias"), "attention_bias=true, a bias of the attention's output"),
-            (raw.get("mlp_bias"), "mlp_bias=true"),
+            (fields.flag("attention_bias", False), "attention_bias=true, a bias of the attention's output"),
+            (fields.flag("mlp_bias", False), "mlp_bias=true"),
             (activation not in ("silu", "swish"), f"hidden_act={activation}"),
-            (raw.get("quantization_config"), "quantized weights (quantization_config)"),
+            (fields.mapping("quantization_config").raw, "quantized weights (quantization_config)"),
             (layer_types, f"layer_types={', '.join(sorted(layer_types))}"),
-            (raw.get("attention_dropout"), f"attention_dropout={raw.get('attention_dropout')}"),
+            (dropout, f"attention_dropout={dropout:g}"),
         ]
         if family.has_experts:
-            step = raw.get("decoder_sparse_step", 1)
+            step, dense_layers = fields.integer("decoder_sparse_step", 1), fields.raw.get("mlp_only_layers")
             unsupported += [
-                (raw.get("mlp_only_layers"), f"mlp_only_layers={raw.get('mlp_only_layers')}"),
+                (dense_layers, f"mlp_only_layers={dense_layers}"),
                 (step != 1, f"decoder_sparse_step={step}, layers without experts"),
             ]
         for is_present, what in unsupported:
@@ -183,87 +188,86 @@ class _Reader:
                 raise UserError(f"{self.path} has {what}, which is not supported; use another model")
 
     def model(self, family: Family) -> ModelConfig:
-        hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
-        head_dim = self.raw.get("head_dim") or family.default_head_dim or hidden // heads
+        fields = self.fields
+        hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
         model = ModelConfig(
-            num_layers=self.integer("num_hidden_layers"),
+            num_layers=fields.integer("num_hidden_layers"),
             hidden_size=hidden,
-            ffn_hidden_size=self.integer("intermediate_size"),
+            ffn_hidden_size=fields.integer("intermediate_size"),
             num_attention_heads=heads,
-            num_query_groups=self.integer("num_key_value_heads", heads),
-            kv_channels=head_dim,
+            num_query_groups=fields.integer("num_key_value_heads", heads, null=True),
+            kv_channels=fields.integer("head_dim", family.default_head_dim or hidden // heads, null=True),
             qk_layernorm=family.qk_layernorm,
             add_qkv_bias=family.add_qkv_bias,
-            tie_embeddings=bool(self.raw.get("tie_word_embeddings", False)),
-            layernorm_epsilon=float(self.raw.get("rms_norm_eps", 1e-6)),
-            vocab_size=self.integer("vocab_size"),
-            max_sequence_length=self.integer("max_position_embeddings"),
+            tie_embeddings=fields.flag("tie_word_embeddings", False),
+            layernorm_epsilon=fields.number("rms_norm_eps", 1e-6),
+            vocab_size=fields.integer("vocab_size"),
+            max_sequence_length=fields.integer("max_position_embeddings"),
         )
         self.set_rope(model)
         if family.has_experts:
             # transformers 5 writes num_local_experts, published files have num_experts.
-            name = "num_local_experts" if "num_local_experts" in self.raw else "num_experts"
-            model.num_moe_experts = self.integer(name)
-            model.moe_router_topk = self.integer("num_experts_per_tok")
-            model.moe_ffn_hidden_size = self.integer("moe_intermediate_size")
+            name = "num_local_experts" if "num_local_experts" in fields else "num_experts"
+            model.num_moe_experts = fields.integer(name)
+            model.moe_router_topk = fields.integer("num_experts_per_tok")
+            model.moe_ffn_hidden_size = fields.integer("moe_intermediate_size")
             # Normalized over the selected experts, the softmax over all is the softmax over the selected.
-            model.moe_router_pre_softmax = not self.raw.get("norm_topk_prob", False)
+            model.moe_router_pre_softmax = not fields.flag("norm_topk_prob", False)
         return model
 
     def set_rope(self, model: ModelConfig) -> None:
-        raw = self.raw
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers' precedence
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        fraction = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-        if fraction not in (None, 1):
-            raise UserError(
-                f"{self.path} rotates {fraction} of each head, which is not supported; use another"
-            )
-        if any(isinstance(value, dict) for value in rope.values()):
+        fields = self.fields
+        scaling, parameters = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
+        rope = scaling if scaling.raw else parameters  # transformers' precedence
+        if any(isinstance(value, dict) for name, value in rope.raw.items() if name not in _ROPE_FIELDS):
             kind = "a rule per layer type"
+        else:
+            kind = rope.text("rope_type" if "rope_type" in rope else "type", "default")
+        for place in (rope, fields):
+            if (fraction := place.number("partial_rotary_factor", 1.0, null=True)) != 1:
+                raise UserError(
+                    f"{self.path} rotates {fraction:g} of each head, which is not supported; use another"
+                )
         if kind not in ("default", "linear", "llama3"):
             raise UserError(
                 f"{self.path} scales rotary embeddings by {kind}, which is not supported; supported are "
                 "default, linear and llama3"
             )
-        model.rotary_base = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
-        if kind == "default":
-            return
-        names = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
-        for name in names:
-            if not isinstance(rope.get(name), int | float):
-                raise UserError(f"{self.path} scales rotary embeddings by {kind} without a {name}; add it")
-        scaling = RopeScalingConfig(RopeType(kind))
-        for name in names:
-            setattr(scaling, name, float(rope[name]))
-        if kind == "llama3":
-            original = rope.get("original_max_position_embeddings", model.max_sequence_length)
-            scaling.original_max_sequence_length = raw.get("original_max_position_embeddings", original)
-        model.rope_scaling = scaling
+        model.rotary_base = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
+        if kind != "default":
+            model.rope_scaling = self.rope_scaling(RopeType(kind), rope, model.max_sequence_length)
+
+    def rope_scaling(self, kind: RopeType, rope: JsonFields, positions: int) -> RopeScalingConfig:
+        result = RopeScalingConfig(kind)
+        is_llama3 = kind is RopeType.llama3
+        for name in ("factor", "low_freq_factor", "high_freq_factor") if is_llama3 else ("factor",):
+            if name not in rope:
+                raise UserError(
+                    f"{self.path} scales rotary embeddings by {kind.value} without a {name}; add it"
+                )
+            setattr(result, name, rope.number(name))
+        if is_llama3:
+            name = "original_max_position_embeddings"
+            result.original_max_sequence_length = self.fields.integer(name, rope.integer(name, positions))
+        return result
 
     def sliding_window(self, family: Family) -> int | None:
+        fields = self.fields
         if family.window == "none":
             return None
         if family.window == "switched":
-            if not self.raw.get("use_sliding_window", False):
+            if not fields.flag("use_sliding_window", False):
                 return None
-            types, first = self.raw.get("layer_types"), self.raw.get("max_window_layers")
-            is_full = types is not None and "sliding_attention" not in types
-            if not family.has_experts and types is None and first is not None:
-                is_full = first >= self.integer("num_hidden_layers")
+            types = fields.texts("layer_types")
+            is_full = bool(types) and "sliding_attention" not in types
+            if not family.has_experts and not types and "max_window_layers" in fields:
+                # The first layers attend to everything.
+                is_full = fields.integer("max_window_layers") >= fields.integer("num_hidden_layers")
             if is_full:
                 return None
-        window = self.raw.get("sliding_window", family.default_window)
-        return None if window is None else int(window)
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.raw.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int) or value < 1:
-            raise UserError(
-                f"{self.path} has {key}={value}, which is not a positive integer; download it again"
-            )
-        return value
+        if fields.raw.get("sliding_window", family.default_window) is None:
+            return None
+        return fields.integer("sliding_window", family.default_window)
 
 
 def hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:

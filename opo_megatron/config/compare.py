@@ -6,7 +6,7 @@ change.  All else may change freely: layout, device, file locations, memory use,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,12 @@ FREE = (
 """Their parts that may change."""
 
 
+HASHED = ("task.data", "task.held_out_data")
+"""Files that may be elsewhere, where the checkpoint knows what was read from them."""
+INPUTS = "inputs"
+"""Key of the hashes of what the task reads, in the state of a run."""
+
+
 class Change(NamedTuple):
     """A key whose value has changed."""
 
@@ -52,22 +58,54 @@ class Change(NamedTuple):
         return f"{self.key} {self.before} → {self.now}"
 
 
-def check_resume(config: Config, recipe: Path, finished_steps: int, allowed: Sequence[str]) -> None:
+def check_resume(
+    config: Config,
+    recipe: Path,
+    finished_steps: int,
+    allowed: Sequence[str],
+    inputs: Mapping[str, str] | None = None,
+) -> None:
     """Refuse to resume with a fixed setting that differs from the resolved recipe of the run so far.
 
     Args:
         finished_steps: OPO steps of the checkpoint.
         allowed: keys and sections that may change nevertheless.
+        inputs: hashes of what the run has read, by key (`check_inputs`).
     """
+    free = (*FREE, *(key for key in HASHED if key in (inputs or {})))
     changes = [change for change in changed_settings(config, recipe) if not _is_in(change.key, allowed)]
     for change in changes:
-        if _is_in(change.key, FIXED) and not _is_in(change.key, FREE):
+        if _is_in(change.key, FIXED) and not _is_in(change.key, free):
             raise UserError(
                 f"{change.key} is {change.now} but was {change.before} when the checkpoint {recipe.parent} "
                 f"was written; restore it, or add --allow {change.key} to change the curve on purpose"
             )
         if change.key == "train.steps":
             _check_steps(config, change, finished_steps)
+
+
+def check_inputs(
+    config: Config,
+    before: Mapping[str, str],
+    now: Mapping[str, str],
+    checkpoint: Path,
+    allowed: Sequence[str],
+) -> None:
+    """Refuse to resume with other rows of data, or another source of the user's code.
+
+    Args:
+        before: hash by key, of the run so far; empty where a checkpoint has none.
+        now: the same, of this attempt.
+    """
+    for key, digest in before.items():
+        if now.get(key) == digest or _is_in(key, allowed):
+            continue
+        value = flat(yaml.safe_load(to_yaml(config))).get(key)
+        what = f"the rows of {key}" if key in HASHED else f"the source of {key}"
+        raise UserError(
+            f"{what}={value} changed since the checkpoint {checkpoint} was written; restore what it was, or "
+            f"add --allow {key} to change the curve on purpose"
+        )
 
 
 def _check_steps(config: Config, change: Change, finished_steps: int) -> None:
@@ -90,7 +128,7 @@ def changed_settings(config: Config, recipe: Path) -> list[Change]:
     """Every key that differs from a resolved recipe; none if the recipe does not exist."""
     if not recipe.exists():
         return []
-    before, now = flat(yaml.safe_load(recipe.read_text())), flat(yaml.safe_load(to_yaml(config)))
+    before, now = flat(yaml.safe_load(recipe.read_bytes())), flat(yaml.safe_load(to_yaml(config)))
     keys = [key for key in now if key not in _PER_ATTEMPT and key in before and before[key] != now[key]]
     return [Change(key, before[key], now[key]) for key in keys]
 

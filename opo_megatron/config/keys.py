@@ -30,12 +30,22 @@ def _walk(section: Any, prefix: str) -> Iterable[tuple[str, Any]]:
             yield from _walk(hint, key + ".")
 
 
+def may_be_null(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType)
+
+
+def inner_type(hint: Any) -> Any:
+    """The type without `| None`."""
+    if not may_be_null(hint):
+        return hint
+    return next(argument for argument in get_args(hint) if argument is not type(None))
+
+
 def describe_type(hint: Any) -> str:
     """The type as text: 'an integer', 'one of opo, rloo', 'a number or null'."""
+    if may_be_null(hint):
+        return describe_type(inner_type(hint)) + " or null"
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        inner = next(argument for argument in arguments if argument is not type(None))
-        return describe_type(inner) + " or null"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return "one of " + ", ".join(choice.value for choice in hint)
     if origin is list:

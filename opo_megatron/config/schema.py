@@ -69,9 +69,12 @@ class TrainConfig:
 class TaskConfig:
     """Prompts, tokenizer and verifier."""
 
-    name: TaskName = TaskName.lift
+    name: str = TaskName.lift.value
     """`lift`: a synthetic elevator task, generated on the fly; `text`: problems from a file or the Hub;
-    `reasoning_gym`: problems from one of that package's generators."""
+    `reasoning_gym`: problems from one of that package's generators; `package.module:Class`: a class of your
+    own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Class of your own: its options; `options.NAME=VALUE` sets one."""
     data: str | None = None
     """text: file with one problem per row (JSONL, a JSON list or Parquet), or
     `hub:owner/name[:config][:split]`."""
@@ -92,7 +95,7 @@ class TaskConfig:
     generator_size: int = 10000
     """reasoning_gym: number of training problems, and of held-out problems."""
     generator_options: dict[str, Any] = field(default_factory=dict)
-    """reasoning_gym: options passed to the generator."""
+    """reasoning_gym: options passed to the generator; `generator_options.NAME=VALUE` sets one."""
     reward_threshold: float | None = None
     """reasoning_gym: scores at or above this become 1, all others 0. Default: scores are used as they are."""
     template: str = "{prompt}"
@@ -106,18 +109,28 @@ class TaskConfig:
     max_prompt_tokens: int = 512
     """Longer prompts are dropped; their number is logged."""
     verifier: str = "exact"
-    """text: `exact`, `number`, `regex`, `math`, `math_strict` (math-verify alone), or a function of your own:
-    `package.module:function`."""
+    """text: `exact`, `number`, `regex`, `math`, `math_strict` (math-verify alone), a function of your own as
+    `package.module:function`, or a service as `http://host:port/path`."""
     verifier_pattern: str | None = None
     """regex: the first group of the pattern's last match in a response is taken as its answer."""
     verifier_workers: int = 2
-    """math: number of grading processes per rank."""
+    """math, functions: number of grading processes per rank. Services: of requests at the same time."""
+    verifier_batch: int = 64
+    """Responses per request to a service, and per call of a function that grades batches."""
     verifier_seconds: float = 5.0
-    """math: time limit per response. One that exceeds it gets `verifier_default` and is counted."""
+    """math, functions, services: time limit per response (a batch has that of all its responses). One that
+    exceeds it gets `verifier_default` and is counted."""
     verifier_memory_mib: int = 4096
-    """math: memory limit (address space) of a grading process."""
+    """math, functions: memory limit (address space) of a grading process; 0 is none."""
     verifier_default: float = 0.0
-    """math: reward of a response that cannot be graded, because it exceeds a limit or crashes its process."""
+    """Reward of a response that cannot be graded: it exceeds a limit, crashes its process, or its service is
+    not reached."""
+    verifier_in_process: bool = False
+    """Functions: call it in the training process, without limits."""
+    verifier_retries: int = 3
+    """Services: how often a request without an answer is repeated."""
+    verifier_api_key_env: str | None = None
+    """Services: environment variable that holds the key, which is sent as `Authorization: Bearer KEY`."""
 
 
 @dataclass
@@ -202,7 +215,8 @@ class SglangConfig:
     """Send weights to the servers in FP8, quantized as the trainer quantizes them. Default: true with
     `policy.fp8=blockwise`."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further options of `sglang.launch_server`, by their own names."""
+    """Further options of `sglang.launch_server`, by their own names, with `_` or `-`; `options.NAME=VALUE`
+    sets one. `true` is a flag, a list several words, a mapping JSON; `false` and `null` leave one out."""
 
 
 @dataclass

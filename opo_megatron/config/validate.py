@@ -63,7 +63,7 @@ _FIELD_RULES: tuple[Rule, ...] = (
         "policy.pipeline_model_parallel_size policy.context_parallel_size "
         "policy.expert_model_parallel_size policy.expert_tensor_parallel_size "
         "policy.max_tokens_per_micro_batch policy.head_chunk_tokens task.max_prompt_tokens "
-        "task.verifier_workers "
+        "task.verifier_workers task.verifier_batch "
         "task.generator_size rollout.sglang.servers rollout.sglang.tensor_parallel_size "
         "rollout.sglang.max_running_requests",
         lambda value: value >= 1,
@@ -74,7 +74,7 @@ _FIELD_RULES: tuple[Rule, ...] = (
         "optimizer.lr warm_start.lr optimizer.weight_decay warm_start.weight_decay optimizer.clip "
         "warm_start.clip rollout.top_k eval.top_k eval.every_steps checkpoint.every_steps "
         "on_policy.tolerance algorithm.length_exponent rollout.sglang.restarts algorithm.kl_coefficient "
-        "algorithm.variance_every",
+        "algorithm.variance_every task.verifier_memory_mib task.verifier_retries",
         lambda value: value >= 0,
         "0 or more",
     ),
@@ -82,7 +82,7 @@ _FIELD_RULES: tuple[Rule, ...] = (
         "rollout.temperature eval.temperature optimizer.eps warm_start.eps run.distributed_timeout_minutes "
         "algorithm.loss_constant rollout.sglang.start_timeout_seconds rollout.sglang.timeout_seconds "
         "on_policy.max_importance_weight algorithm.clip_high policy.weight_bucket_mib "
-        "task.verifier_seconds task.verifier_memory_mib "
+        "task.verifier_seconds "
         "policy.model.rotary_base policy.model.layernorm_epsilon policy.model.rope_scaling.factor "
         "policy.model.rope_scaling.low_freq_factor policy.model.rope_scaling.high_freq_factor",
         lambda value: value > 0,
@@ -125,19 +125,25 @@ def check_fields(config: Config) -> None:
 def check_task(config: Config) -> None:
     """Check that a task has the keys that it needs, and that its longest prompt and response fit."""
     task, rollout, model = config.task, config.rollout, config.policy.model
-    if task.name is TaskName.lift:
+    if task.name == TaskName.lift:
         return
+    is_class = all(task.name.partition(":"))
     require(
-        config.warm_start.steps == 0,
-        f"warm_start.steps is {config.warm_start.steps}, but task.name={task.name.value} has no "
+        is_class or task.name in TaskName.__members__,
+        f"task.name is {task.name!r}; it must be one of {', '.join(TaskName.__members__)}, or "
+        "package.module:Class",
+    )
+    require(
+        is_class or config.warm_start.steps == 0,
+        f"warm_start.steps is {config.warm_start.steps}, but task.name={task.name} has no "
         "demonstrations; set warm_start.steps=0",
     )
     require(
-        task.name is not TaskName.text or task.data is not None,
+        task.name != TaskName.text or task.data is not None,
         "task.name is text, but task.data is null; name a JSONL or Parquet file",
     )
     require(
-        task.name is not TaskName.reasoning_gym or task.generator is not None,
+        task.name != TaskName.reasoning_gym or task.generator is not None,
         "task.name is reasoning_gym, but task.generator is null; name a generator, such as chain_sum",
     )
     require(

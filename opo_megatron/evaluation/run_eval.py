@@ -138,6 +138,7 @@ def _open_tasks(
         is_own = benchmark.source is None
         task = make_task(config.task) if is_own else benchmark.task(config.task)
         resources.callback(task.close)
+        task.start()
         for note in task.notes:
             display.log(f"{benchmark.name}: {note}")
         tasks[benchmark.name] = task

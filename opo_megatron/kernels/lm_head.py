@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opo_megatron import kernels
+from opo_megatron.errors import OpoWarning
 from opo_megatron.kernels.exact import linear, log_softmax
 
 Coefficient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
@@ -311,6 +312,7 @@ def _adds_in_float32(device: torch.device, factors: torch.dtype) -> bool:
     warnings.warn(
         f"torch {torch.__version__} cannot add a product of {factors} to float32 in place ({reason}), so the "
         "LM head's gradient needs another buffer of its size",
+        OpoWarning,
         stacklevel=2,
     )
     return False

@@ -45,7 +45,7 @@ class RunFiles:
         if warm_step is not None:
             self.warm_start.truncate_after(warm_step)
         self._delete_rollouts_after(step)
-        (self.dir / "config.yaml").write_text(to_yaml(config))
+        (self.dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         if config.observe.tensorboard:
             last_warm_step = config.warm_start.steps if warm_step is None else warm_step
             self._loggers.append(TensorBoard(self.dir, step, last_warm_step))

@@ -84,7 +84,7 @@ def plan_engine(
     weights = weight_bytes(config, vocab_size, size)
     free = gpu.memory - constant("reserved") - policy_parameters
     working = int((512 + 1.5 * constant("engine_working_tokens") + size / 8 * 1024) * 2**20)
-    share = settings.options.get("mem-fraction-static", settings.options.get("mem_fraction_static"))
+    share = settings.options.get("mem_fraction_static")
     pool = free - working if share is None else free * float(share)
     needed = running * (lengths.longest_prompt + lengths.longest_response) * token
     cache = max(0, int(min(pool - weights, needed) if share is None else pool - weights))

@@ -18,7 +18,7 @@ from opo_megatron.algorithm.config import ObjectiveName, Weight
 from opo_megatron.batch.micro_batch import padded_length, schedule_for, sequence_alignment
 from opo_megatron.config import Config, load_config
 from opo_megatron.config.arithmetic import model_parallel_size, shares_memory, smallest_world
-from opo_megatron.config.choices import Dtype, EngineName, Packing
+from opo_megatron.config.choices import Dtype, EngineName, Packing, TaskName
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.lm_head import default_chunk_tokens
 from opo_megatron.plan.activations import activation_peak, recomputes_all, textbook_activations
@@ -142,7 +142,7 @@ def _vocab_size(config: Config) -> int:
     """Rows of the embedding, without reading the task's data."""
     if config.policy.model.vocab_size is not None:
         return config.policy.model.vocab_size
-    if config.task.name == "lift":
+    if config.task.name == TaskName.lift or config.task.name not in TaskName.__members__:
         return make_task(config.task).vocab_size
     return open_tokenizer(config.task.tokenizer).vocab_size
 

@@ -7,7 +7,7 @@ validated, so that runs of other versions can be compared too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class Run:
     settings: dict[str, Any]
     """config.yaml by dotted key, in its order."""
     rows: list[MetricsRow]
-    """metrics.jsonl, one or more rows, by step."""
+    """metrics.jsonl by step; empty before the first row."""
     dumps: dict[int, Path]
     """Rollout files by step."""
 
@@ -45,7 +45,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Finished OPO steps."""
-        return int(self.rows[-1]["step"])
+        return int(self.rows[-1]["step"]) if self.rows else 0
 
     @property
     def planned(self) -> int | None:
@@ -67,16 +67,31 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """All runs, in the order given.
+    """All runs, in the order given, also those without rows.
 
     Raises:
-        UserError: for a folder that is not a run, has no metrics or a broken line, or is named twice.
+        UserError: for a folder that is not a run, has a broken line, or is named twice.
     """
     resolved = [folder.resolve() for folder in folders]
     for index, folder in enumerate(folders):
         if resolved[index] in resolved[:index]:
             raise UserError(f"{folder} is named twice; name each run once")
     return [_read(folder, name) for folder, name in zip(folders, short_names(resolved), strict=True)]
+
+
+def leave_out_empty(runs: Sequence[Run], log: Callable[[str], None]) -> list[Run]:
+    """The runs with rows; each other one is logged.
+
+    Raises:
+        UserError: where no run has a row.
+    """
+    empty = [run for run in runs if not run.rows]
+    if len(empty) == len(runs):
+        names = ", ".join(str(run.path) for run in runs)
+        raise UserError(f"no metrics.jsonl of {names} has a row yet; wait for the first step, or name others")
+    for run in empty:
+        log(f"{run.path} is left out: its metrics.jsonl has no row yet")
+    return [run for run in runs if run.rows]
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -104,8 +119,6 @@ def _read(folder: Path, name: str) -> Run:
 def _rows(folder: Path) -> list[MetricsRow]:
     file = MetricsFile(folder / "metrics.jsonl")
     rows = file.read()
-    if not rows:
-        raise UserError(f"{folder} has no metrics yet ({file.path} has no row); wait for its first step")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise UserError(f"{file.path} line {number} has no step; fix or delete the line")

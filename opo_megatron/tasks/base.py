@@ -62,8 +62,17 @@ class Task(Protocol):
         """Reward of each response to the prompt at the same index."""
         ...
 
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of what the task reads besides the recipe, by key: a resumed run must read the same."""
+        ...
+
     failures: int
     """Responses so far that the verifier could not grade; they got a default reward."""
+
+    def start(self) -> None:
+        """Start what grading needs; called once before the first reward, on every rank."""
+        ...
 
     def close(self) -> None:
         """Stop the processes that the task started."""
@@ -94,8 +103,15 @@ class PerResponseTask(ABC):
     def rewards(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[float]:
         return [self.reward(*pair) for pair in zip(prompts, responses, strict=True)]
 
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        return {}
+
     def dropped(self, split: Split) -> Sequence[int]:
         return ()
+
+    def start(self) -> None:  # noqa: B027  this class needs nothing
+        pass
 
     def close(self) -> None:  # noqa: B027  this class starts no processes
         pass

@@ -46,7 +46,7 @@ class Benchmark:
     def task(self, config: TaskConfig) -> TextTask:
         """Its problems, all held out, in the recipe's template and tokenizer."""
         assert self.source is not None
-        task_config = replace(config, name=TaskName.text, data=None, held_out_data=self.source)
+        task_config = replace(config, name=TaskName.text.value, data=None, held_out_data=self.source)
         if self.name in FIELDS:
             prompt_field, answer_field = FIELDS[self.name]
             task_config = replace(

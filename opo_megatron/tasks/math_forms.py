@@ -93,7 +93,7 @@ _OPENING, _CLOSING = r"\\\{|[({\[]|\\langle|\\begin\{[a-z]+\*?\}", r"\\\}|[)}\]]
 _AND_OR = r"\\text\{[\s,;]*(?:and|or)\s*\}|,?\s\b(?:and|or)\b\s"
 _NAME = (
     r"(?:[A-Za-z]|\\(?!infty|pi(?![a-z]))[A-Za-z]+)(?:'|_\{?\w+\}?)*(?:\^\{-1\})?(?:\s*\(\s*[a-z]\s*\))?"
-    r"|\\text\{[^{}]*\}|\\(?:angle|triangle|overline|vec|hat)\s*\{?[A-Za-z]{1,4}\}?|[A-Z]\([A-Za-z]\)"
+    r"|\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)|\\text\{[^{}]*\}|\\(?:angle|triangle|overline|vec|hat)\s*\{?[A-Za-z]{1,4}\}?|[A-Z]\([A-Za-z]\)"
 )
 _MEMBER = re.compile(rf"({_NAME})\s*\\in(?![a-z])\s*(.*)")
 _GREEK = "alpha|beta|gamma|delta|theta|phi|omega|lambda|mu|rho|sigma|tau|epsilon"
@@ -117,11 +117,20 @@ def read(answer: str, joins_thousands: bool = True) -> Form:
     return _read(_unwrapped(plain(answer)), joins_thousands)
 
 
+_ANNOUNCEMENT = re.compile(
+    r"(\\text\{)?\s*(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|option|choice)\b(?:\s+is\b)?\s*[:=]?\s*"
+    r"(?(1)\})\s*(?=\S)",
+    re.IGNORECASE,
+)
+"""`The answer is`, in front of an answer."""
+
+
 def _unwrapped(text: str) -> str:
-    r"""Without final dots, and what encloses all of it: `\text{…}`, `{…}`."""
+    r"""Without final dots, an announcement, and what encloses all of it: `\text{…}`, `{…}`."""
     text = text.strip()
     while True:
         stripped = re.sub(r"(?<!\\dots)(?<!\\)[.;,]+$", "", text).strip()
+        stripped = _ANNOUNCEMENT.sub("", stripped, count=1) if _ANNOUNCEMENT.match(stripped) else stripped
         inner = re.fullmatch(r"(?:\\text)?\{([^{}]*)\}", stripped)
         stripped = inner.group(1).strip() if inner else stripped
         if stripped == text:

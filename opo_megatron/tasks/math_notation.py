@@ -105,6 +105,7 @@ def plain(answer: str) -> str:
     text = re.sub(r"([\^_])\s*\{\s*(\w+|\\[A-Za-z]+)\s*\}", r"\1{\2}", text)
     text = re.sub(r"([\^_])\s*(\d+|[A-Za-z]|\\(?!frac|sqrt|binom|text)[A-Za-z]+)", r"\1{\2}", text)
     text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
+    text = re.sub(r"\\pmod\s*(\w+)", r"\\pmod{\1}", text)
     text = _SPACED_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text)
     return re.sub(r"\s+", " ", text).strip()
 

@@ -152,8 +152,11 @@ def root(value: Value, degree: Value) -> Value:
 
 
 def factorial(value: Value) -> Value:
-    if not isinstance(value, Fraction) or value < 0 or value.denominator != 1 or value > 10**6:
+    """Γ(n + 1), so that identities of factorials hold at every point; exact for whole numbers."""
+    if not isinstance(value, Fraction) or abs(value) > 10**6:
         raise Undefined
+    if value.denominator != 1 or value < 0:
+        return mp.gamma(rounded(value) + 1)
     exact = value <= LARGEST_FACTORIAL
     return Fraction(math.factorial(value.numerator)) if exact else mp.factorial(value.numerator)
 

@@ -89,7 +89,7 @@ def compared(config: TaskConfig, answer: str) -> str | None:
 
     Without a number there is nothing for `number` to compare; MATH has solutions with an empty box.
     """
-    if config.name is not TaskName.text:
+    if config.name != TaskName.text:
         return answer
     if config.verifier == "number":
         number = last_number(answer)

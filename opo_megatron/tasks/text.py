@@ -7,6 +7,7 @@ separate file, or one row in ten by a hash of its prompt.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 import zlib
@@ -17,18 +18,12 @@ from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
 from opo_megatron.tasks.base import PerResponseTask, Prompt, Split
 from opo_megatron.tasks.fields import RowError, field_text, find_field, text_of
+from opo_megatron.tasks.graders import IN_BOX, Grader, Submission
 from opo_megatron.tasks.math_answers import reference
 from opo_megatron.tasks.messages import Messages, find_messages, message, text_of_messages
 from opo_megatron.tasks.rows import read_rows
 from opo_megatron.tasks.tokenizers import Tokenizer, open_tokenizer
-from opo_megatron.tasks.verifiers import (
-    GRADED_IN_WORKERS,
-    Verifier,
-    compile_pattern,
-    find_verifier,
-    grading_workers,
-    last_match,
-)
+from opo_megatron.tasks.verifiers import compile_pattern, last_match
 
 HELD_OUT_IN = 10
 SLOT = "{prompt}"
@@ -53,13 +48,10 @@ class TextTask(PerResponseTask):
         self.config = config
         self.tokenizer = open_tokenizer(config.tokenizer)
         self.vocab_size, self.stop_tokens = self.tokenizer.vocab_size, self.tokenizer.stop_tokens
-        self._workers = grading_workers(config)
-        self._default = config.verifier_default
-        self._verify: Verifier | None = None
-        if self._workers is None:
-            self._verify = find_verifier(config.verifier, config.verifier_pattern)
+        self._grader = Grader(config)
         self._prompts: dict[Split, list[Prompt]] = {"train": [], "held_out": []}
         self._dropped: dict[Split, list[int]] = {"train": [], "held_out": []}
+        self._fingerprint: dict[str, str] = {}
         self._read(reading or Reading())
         for split, prompts in self._prompts.items():
             if not prompts and (split == "held_out" or config.data is not None):
@@ -74,15 +66,20 @@ class TextTask(PerResponseTask):
     def _read(self, reading: Reading) -> None:
         """Fill the splits."""
         config, reader = self.config, ProblemReader(self.config, self.tokenizer)
-        files: list[tuple[str | None, Split]] = [(config.data, "train"), (config.held_out_data, "held_out")]
+        files: list[tuple[str, str | None, Split]] = [
+            ("task.data", config.data, "train"),
+            ("task.held_out_data", config.held_out_data, "held_out"),
+        ]
         number = 0
-        for path, role in files:
+        for key, path, role in files:
+            rows_hash = hashlib.sha256()
             for row_number, row in read_rows(path) if path is not None else ():
                 try:
                     text, tokens, answer, solution = reader.read(f"{path}, row {row_number}", row)
                 except RowError as error:
                     reading.refused(error)
                 else:
+                    rows_hash.update(repr((text, answer, solution)).encode())
                     hashed = zlib.crc32(text.encode()) % HELD_OUT_IN == 0
                     split: Split = "held_out" if hashed and config.held_out_data is None else role
                     if len(tokens) > config.max_prompt_tokens:
@@ -92,6 +89,8 @@ class TextTask(PerResponseTask):
                         self._prompts[split].append(prompt)
                         number += 1
                 reading.progress(str(path), row_number)
+            if path is not None:
+                self._fingerprint[key] = rows_hash.hexdigest()
 
     @property
     def notes(self) -> list[str]:
@@ -109,22 +108,25 @@ class TextTask(PerResponseTask):
     def dropped(self, split: Split) -> list[int]:
         return self._dropped[split]
 
+    def start(self) -> None:
+        self._grader.start()
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Of the rows of each file, in their order, and of the source of a user's verifier."""
+        return self._fingerprint | self._grader.fingerprint
+
     def reward(self, prompt: Prompt, response: list[int]) -> float:
-        if self._verify is None:
-            return self.rewards([prompt], [response])[0]
-        return self._verify(prompt.text, self.tokenizer.decode(response), prompt.answer)
+        return self.rewards([prompt], [response])[0]
 
     def rewards(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[float]:
-        if self._workers is None:
-            return super().rewards(prompts, responses)
-        pairs = zip(prompts, responses, strict=True)
-        rewards = self._workers.grade([(self.tokenizer.decode(r), p.answer, p.context) for p, r in pairs])
+        texts = map(self.tokenizer.decode, responses)
+        rewards = self._grader.grade([Submission(*pair) for pair in zip(prompts, texts, strict=True)])
         self.failures += rewards.count(None)
-        return [self._default if reward is None else reward for reward in rewards]
+        return [self.config.verifier_default if reward is None else reward for reward in rewards]
 
     def close(self) -> None:
-        if self._workers is not None:
-            self._workers.close()
+        self._grader.close()
 
     def demonstration(self, prompt: Prompt, rng: random.Random) -> list[int]:
         raise UserError("task.name=text has no demonstrations; set warm_start.steps=0")
@@ -200,7 +202,7 @@ class ProblemReader:
         field, pattern = self.config.answer_field, self._pattern
         text = field_text(place, row, field, "task.answer_field")
         answer = text if pattern is None else _extract(place, pattern, text)
-        return (reference(answer), answer) if self.config.verifier in GRADED_IN_WORKERS else (answer, "")
+        return (reference(answer), answer) if self.config.verifier in IN_BOX else (answer, "")
 
 
 def _extract(place: str, pattern: re.Pattern[str], text: str) -> str:

@@ -6,27 +6,22 @@ regex       the last match of task.verifier_pattern in the response (its first g
 math        the response's last \\boxed{…} equals the answer (or the last box of a reference solution, or what
             follows its ####) in value, order, brackets and units, in worker processes (`math_answers.py`)
 math_strict the verdict of math-verify alone on the whole response, to compare with published numbers
-package.module:function   a user's: function(prompt, response, answer) -> float
+package.module:function   a user's (`user_verifier.py`), in worker processes
+http://host:port/path     a service's (`reward_service.py`)
+
+The first three are here; `graders.py` opens what a recipe names.
 """
 
 from __future__ import annotations
 
-import importlib
-import math
-import os
 import re
-import sys
 import unicodedata
 from collections.abc import Callable
 from decimal import Context, Decimal
 
-from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
-from opo_megatron.tasks.worker_pool import WorkerPool
-from opo_megatron.utils.extras import require_extra
 
 MATH, MATH_STRICT = "math", "math_strict"
-GRADED_IN_WORKERS = (MATH, MATH_STRICT)
 Verifier = Callable[[str, str, str], float]
 
 _SIGNS = str.maketrans({"−": "-", "－": "-", "﹣": "-", "‑": "-"})
@@ -93,75 +88,3 @@ def compile_pattern(key: str, pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise UserError(f"{key}={pattern!r} is not a regular expression ({error}); fix it") from None
-
-
-def find_verifier(name: str, pattern: str | None) -> Verifier:
-    """The verifier of a recipe, if it runs in this process.
-
-    Raises:
-        UserError: for an unknown name, or a regex without its pattern.
-    """
-    if name == "regex":
-        if pattern is None:
-            raise UserError("task.verifier=regex needs task.verifier_pattern; give the regular expression")
-        return regex(pattern)
-    if name in ("exact", "number"):
-        return {"exact": exact, "number": number}[name]
-    return _user_verifier(name)
-
-
-def grading_workers(config: TaskConfig) -> WorkerPool | None:
-    """The worker processes of `math` and `math_strict`; None for verifiers that run in this process."""
-    if config.verifier not in GRADED_IN_WORKERS:
-        return None
-    if config.verifier == MATH_STRICT:
-        require_extra("math_verify", "task.verifier=math_strict", "math")
-    limits = config.verifier_seconds, config.verifier_memory_mib
-    return WorkerPool(config.verifier_workers, *limits, grader=config.verifier)
-
-
-def _user_verifier(path: str) -> Verifier:
-    module, _, function = path.partition(":")
-    if not module or not function:
-        raise UserError(
-            f"task.verifier={path!r} is unknown; choose exact, number, regex, math, math_strict or "
-            "package.module:function"
-        )
-    if os.getcwd() not in sys.path:  # `python -m` searches it, the command `opo` does not
-        sys.path.append(os.getcwd())
-    try:
-        loaded = getattr(importlib.import_module(module), function)
-    except Exception as error:  # a user's module may raise anything
-        raise UserError(
-            f"task.verifier={path} cannot be loaded ({type(error).__name__}: {error}); check the name; "
-            "modules are searched in the current folder and on PYTHONPATH"
-        ) from error
-    if not callable(loaded):
-        raise UserError(f"task.verifier={path} is not a function; name one")
-    return _checked(path, loaded)
-
-
-def _as_number(value: object) -> float:
-    """NaN for what is not a number; text is not a number."""
-    try:
-        return math.nan if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
-
-
-def _checked(path: str, function: Callable[[str, str, str], float]) -> Verifier:
-    def verify(prompt: str, response: str, answer: str) -> float:
-        texts = f"for the answer {answer[:60]!r} and the response {response[:60]!r}"
-        try:
-            value = function(prompt, response, answer)
-        except Exception as error:  # a user's function may raise anything
-            raise UserError(
-                f"the verifier {path} raised {type(error).__name__} ({error}) {texts}; it must return a "
-                "number for any text"
-            ) from error
-        reward = _as_number(value)
-        if not math.isfinite(reward):
-            raise UserError(f"the verifier {path} returned {value!r} {texts}; it must return a finite number")
-        return reward
-
-    return verify

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,12 +14,15 @@ import torch
 from torch import Tensor
 
 from opo_megatron.config.architecture import hf_config
+from opo_megatron.config.json_fields import read_json_object
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UnreadableWeights, UserError
 from opo_megatron.weights.param_mapping import EMBEDDING, HEAD, hf_shapes
 from opo_megatron.weights.safetensors_file import FileWriter, StoredTensor, TensorInfo, read_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 DEFAULT_SHARD_BYTES = 4 * 2**30
 
 _COMPANIONS = (
@@ -74,7 +78,7 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
     """Weight files → their tensors according to the index, None without an index."""
     if (folder / INDEX).exists():
         try:
-            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8-sig"))["weight_map"]
             files: dict[Path, set[str] | None] = {}
             for name, file in weight_map.items():
                 placed = files.setdefault(folder / file, set())
@@ -88,9 +92,24 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
         return files
     if (folder / WEIGHTS).exists():
         return {folder / WEIGHTS: None}
+    raise _no_weights(folder)
+
+
+def _no_weights(folder: Path) -> UnreadableWeights:
+    """Why a folder's weights are not found: what is there instead."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if shards := [name for name in names if _SHARD.search(name)]:
+        reason = f"{folder} has weights in shards ({shards[0]}) without {INDEX}, which says what is in which"
+        return UnreadableWeights(reason, f"download {INDEX} too")
+    if ADAPTER in names:
+        reason = f"{folder} has an adapter ({ADAPTER}), not a whole model"
+        return UnreadableWeights(reason, "merge it into its base model, and name that folder")
+    if names:
+        reason = f"{folder} has {names[0]}, but neither {WEIGHTS} nor {INDEX}"
+        return UnreadableWeights(reason, f"rename a file that holds all weights to {WEIGHTS}")
     hint = "; weights in other formats are not read" if any(folder.glob("*.bin")) else ""
     reason = f"{folder} has neither {WEIGHTS} nor {INDEX}{hint}"
-    raise UnreadableWeights(reason, "name a folder with safetensors")
+    return UnreadableWeights(reason, "name a folder with safetensors")
 
 
 def _is_ignored(name: str, model: ModelConfig) -> bool:
@@ -213,14 +232,15 @@ def write_companions(
     dtype = str(dtypes[EMBEDDING]).removeprefix("torch.")
     folders = [source for source in sources if source is not None]
     source = next((folder / "config.json" for folder in folders if (folder / "config.json").exists()), None)
-    raw = hf_config(model, dtype) if source is None else json.loads(source.read_text())
+    raw = hf_config(model, dtype) if source is None else read_json_object(source)
     key = "torch_dtype" if "torch_dtype" in raw else "dtype"
     changed = raw | ({key: dtype} if raw.get(key, dtype) != dtype else {})
     if quantization is not None:
         changed["quantization_config"] = dict(quantization)
-    # An unchanged config.json is copied byte for byte.
-    text = source.read_text() if source is not None and changed == raw else _json(changed)
-    (target / "config.json").write_text(text)
+    if source is not None and changed == raw:
+        shutil.copyfile(source, target / "config.json")
+    else:
+        (target / "config.json").write_text(_json(changed))
     copy_companions(target, folders)
 
 

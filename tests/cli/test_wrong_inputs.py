@@ -103,21 +103,24 @@ TRAINING_ERRORS = [
     ("task.data=latin.jsonl", "latin.jsonl is not UTF-8 text (invalid continuation byte); convert it"),
     ("task.data=broken.parquet", "broken.parquet is not a readable Parquet file"),
     ("task.answer_pattern=((", "task.answer_pattern='((' is not a regular expression"),
-    ("task.answer_pattern='#### (.+)'", "does not match the answer '1'; fix the pattern or the row"),
+    ("task.answer_pattern=#### (.+)", "does not match the answer '1'; fix the pattern or the row"),
     ("task.template=nothing", "task.template is 'nothing'; it must be a text with {prompt} in it"),
     (
         "task.verifier=numbr",
-        "task.verifier='numbr' is unknown; choose exact, number, regex, math, math_strict or",
+        "task.verifier='numbr' is unknown; choose exact, number, regex, math, math_strict, package.module",
     ),
     ("task.verifier=regex", "needs task.verifier_pattern; give the regular expression"),
     (
         "task.verifier=regex task.verifier_pattern=((",
         "task.verifier_pattern='((' is not a regular expression",
     ),
-    ("task.verifier=no.such:thing", "cannot be loaded (ModuleNotFoundError: No module named 'no'); check"),
-    ("task.verifier=unfinished:verify", "cannot be loaded (SyntaxError: "),
-    ("task.verifier=graders:missing", "cannot be loaded (AttributeError: "),
-    ("task.verifier=graders:constant", "task.verifier=graders:constant is not a function; name one"),
+    ("task.verifier=no.such:thing", "cannot be loaded: ModuleNotFoundError (No module named 'no'); check"),
+    ("task.verifier=unfinished:verify", "cannot be loaded: SyntaxError ("),
+    ("task.verifier=graders:missing", "cannot be loaded: AttributeError ("),
+    (
+        "task.verifier=graders:constant",
+        "cannot be loaded: TypeError (constant is not a function)",
+    ),
     ("task.tokenizer=Qwen/Qwen3-8B", "task.tokenizer=Qwen/Qwen3-8B is neither 'bytes' nor a folder"),
     ("task.tokenizer=folder", "task.tokenizer=folder has no tokenizer that loads"),
     ("task.tokenizer=damaged", "task.tokenizer=damaged has no tokenizer that loads"),
@@ -312,7 +315,8 @@ def test_a_full_disk_is_one_error_line_and_the_run_resumes_afterwards(
 
 
 def test_a_verifier_next_to_the_recipe_is_found_by_the_console_script(monkeypatch, inputs):
-    from opo_megatron.tasks.verifiers import find_verifier
+    from opo_megatron.config.schema import TaskConfig
+    from opo_megatron.tasks.graders import Grader
 
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(inputs))])
-    assert callable(find_verifier("graders:nan", None))
+    Grader(TaskConfig(name="text", verifier="graders:nan", verifier_in_process=True)).start()

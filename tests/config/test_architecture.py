@@ -148,13 +148,106 @@ def test_both_names_of_the_number_of_experts_are_read(
         (LLAMA | {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
         (MOE | {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
         (MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
-        ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "hidden_size=None"),
+        ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "has no hidden_size; download"),
     ],
 )
 def test_unsupported_settings_are_refused_by_name(config: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words) as error:
         read_architecture(folder_of(tmp_path, config))
     assert "\n" not in str(error.value)
+
+
+NUMBERS = ["rope_theta", "rms_norm_eps", "rope_scaling.factor", "rope_scaling.high_freq_factor"]
+INTEGERS = [
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+    "max_position_embeddings", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "decoder_sparse_step", "rope_scaling.original_max_position_embeddings",
+]  # fmt: skip
+NULLABLE = ["num_key_value_heads", "head_dim", "partial_rotary_factor", "attention_dropout"]
+"""Numbers whose null transformers reads as its default."""
+FLAGS = ["attention_bias", "mlp_bias", "tie_word_embeddings", "norm_topk_prob", "use_sliding_window"]
+MAPPINGS = ["rope_scaling", "rope_parameters", "quantization_config"]
+TEXTS = ["model_type", "hidden_act", "rope_scaling.rope_type"]
+LISTS = ["architectures", "layer_types"]
+LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def with_field(field: str, value: Any) -> dict[str, Any]:
+    """A file that is right but for one field."""
+    config = MOE | {"rope_scaling": dict(LLAMA3)}
+    section, _, name = field.rpartition(".")
+    (config[section] if section else config)[name] = value
+    return config
+
+
+WRONG = [
+    *((field, value) for field in NUMBERS for value in (None, "1.0", True, 0, -1.0, float("nan"), [1.0])),
+    *((field, value) for field in NUMBERS for value in (float("inf"), 10**400)),
+    *((field, value) for field in INTEGERS for value in (None, "2", True, 0, -2, 2.5, [2], {}, 10**400)),
+    *((field, value) for field in NULLABLE for value in ("1", True, -1, [1], float("nan"))),
+    *((field, value) for field in FLAGS for value in (None, "false", 0, 1, [], {})),
+    *((field, value) for field in MAPPINGS for value in ("linear", 1.0, True, [], False, "")),
+    *((field, value) for field in TEXTS for value in (None, 1, True, ["silu"])),
+    *((field, value) for field in LISTS for value in ("LlamaForCausalLM", 1, [1], [None], {"a": 1})),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG)
+def test_a_field_of_another_type_is_one_sentence(field: str, value: Any, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, with_field(field, value))
+    with pytest.raises(UserError) as error:
+        read_architecture(folder)
+    shown = json.dumps(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "…"
+    message = str(error.value)
+    assert message.startswith(f"{folder / 'config.json'} has {field}={shown}, which is not ")
+    assert message.endswith("; download it again, or correct the field")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((field, None) for field in NULLABLE + LISTS + MAPPINGS),
+        ("sliding_window", None),
+        ("dtype", None),
+        ("mlp_only_layers", None),
+        ("rope_scaling", {}),
+        ("architectures", []),
+        ("attention_dropout", 0),
+    ],
+)
+def test_null_is_the_default_where_transformers_reads_it_so(field: str, value: Any, tmp_path: Path) -> None:
+    missing = {name: content for name, content in MOE.items() if name != field}
+    expected = read_architecture(folder_of(tmp_path / "missing", missing)).model
+    assert read_architecture(folder_of(tmp_path / "null", MOE | {field: value})).model == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "cannot be read"),
+        (b"", "cannot be read"),
+        (b"[1, 2]", r"is not a JSON object but \[1, 2\]"),
+        (b"null", "is not a JSON object but null"),
+        (b'"llama"', "is not a JSON object but"),
+        (b"version https://git-lfs.github.com/spec/v1", "cannot be read"),
+        ('{"model_type": "llama"}'.encode("utf-16"), "cannot be read"),
+        (b"[" * 100_000, "cannot be read"),
+        (b'{"model_type": "\xe9"}', "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_json_object_is_one_sentence(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=words) as error:
+        read_architecture(tmp_path)
+    assert str(error.value).endswith("; download it again") and "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path: Path) -> None:
+    expected = read_architecture(folder_of(tmp_path, LLAMA))
+    path = tmp_path / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_architecture(tmp_path) == expected
 
 
 def test_a_folder_without_a_readable_file_is_refused(tmp_path: Path) -> None:

@@ -145,7 +145,8 @@ def test_loss_constant_defaults_to_the_tokens_of_the_largest_batch(recipe: Path)
         [],
         ["algorithm.baseline=rloo", "algorithm.loss_normalizer=constant"],
         ["policy.dtype=bf16", "policy.megatron={recompute_granularity: full, recompute_num_layers: 1}"],
-        ["policy.model.num_moe_experts=4", "optimizer.betas=[0, 0.5]", "run.dir='1e-4'", "resume=auto"],
+        ["policy.model.num_moe_experts=4", "optimizer.betas=[0, 0.5]", "run.dir=1e-4", "resume=auto"],
+        ["task.system_prompt=null # \t${run.seed} \\${x} ", "task.template=0123 {prompt}: no", "run.dir=~"],
     ],
 )
 def test_printed_yaml_loads_to_the_same_configuration(recipe: Path, tmp_path: Path, overrides: list[str]):
@@ -274,7 +275,7 @@ def test_validate_checks_a_configuration_made_in_code(recipe: Path):
 
 
 def test_every_task_name_has_a_task():
-    assert set(TASKS) == set(TaskName)
+    assert set(TASKS) == {name.value for name in TaskName}
 
 
 def test_the_description_names_the_batch_its_split_loss_and_layout(recipe: Path):

@@ -59,7 +59,7 @@ OVERRIDE_ERRORS = [
     ("policy.megatron=3", "policy.megatron is 3, but it is a section"),
     ("run.dir=???", "run.dir is not set; add run.dir=VALUE"),
     ("run.dir=${run.nothing}", "run.dir: "),
-    ("run.dir=''", "run.dir is ''; it must be the path of a folder"),
+    ("run.dir=", "run.dir is ''; it must be the path of a folder"),
     # ranges
     ("optimizer.lr=nan", "optimizer.lr is nan; it must be a finite number"),
     ("optimizer.lr=-.inf", "optimizer.lr is -inf; it must be a finite number"),
@@ -75,7 +75,10 @@ OVERRIDE_ERRORS = [
     ("train.steps=-1", "train.steps is -1; it must be 0 or more"),
     ("rollout.prompts_per_step=0", "rollout.prompts_per_step is 0; it must be at least 1"),
     (MODEL + "num_attention_heads=0", "policy.model.num_attention_heads is 0; it must be at least 1"),
-    ("task.name=chess", "task.name is 'chess'; it must be one of lift"),
+    (
+        "task.name=chess",
+        "task.name is 'chess'; it must be one of lift, text, reasoning_gym, or package.module:Class",
+    ),
     ("resume=nowhere", "resume is 'nowhere'; it must be never, auto or the existing folder"),
     # sampling and algorithm
     (
@@ -84,7 +87,7 @@ OVERRIDE_ERRORS = [
     ),
     ("eval.top_p=0.9 observe.kl=eval", "eval.top_p is 0.9, which samples another distribution"),
     ("eval.top_k=3 observe.kl=eval", "set it to 0, or observe.kl=off"),
-    ("observe.wandb_project=' '", "observe.wandb_project is ' '; it must be the name of a project, or null"),
+    ("observe.wandb_project= ", "observe.wandb_project is ' '; it must be the name of a project, or null"),
     ("rollout.samples_per_prompt=0", "rollout.samples_per_prompt is 0; it must be at least 1"),
     ("observe.kl=train", "observe.kl is 'train'; it must be one of off, eval"),
     ("task.name=text", "task.name is text, but task.data is null; name a JSONL or Parquet file"),

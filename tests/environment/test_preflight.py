@@ -14,7 +14,7 @@ from opo_megatron.cli.main import main
 from opo_megatron.config import load_config
 from opo_megatron.environment.preflight import Minimums, node_problems
 from opo_megatron.errors import UserError
-from opo_megatron.rollout.sglang.server import SERVE
+from opo_megatron.rollout.sglang.installation import SERVE
 from tests.support.paths import RECIPES
 
 QUICKSTART = str(RECIPES / "quickstart.yaml")

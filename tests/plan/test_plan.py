@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from opo_megatron.batch.micro_batch import padded_length, schedule_for, sequence_alignment
 from opo_megatron.cli.main import main
 from opo_megatron.config.schema import ModelConfig
+from opo_megatron.errors import UserError
 from opo_megatron.plan.activations import LiveBytes
 from opo_megatron.plan.engine import EnginePlan
 from opo_megatron.plan.hardware import CONSTANTS, GPUS
@@ -307,6 +309,30 @@ policy:
 rollout: {engine: sglang, max_response_tokens: 2048}
 """
 """Each of 4 GPUs holds all of Llama 3.1 8B and of Adam's state: 144 GB."""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("policy.model.num_layers=3", "but the model in policy.init_from=Llama-3.1-8B has 32; remove"),
+        ("policy.model.rotary_base=1", "but the model in policy.init_from=Llama-3.1-8B has 500000.0; remove"),
+        ("policy.model.max_sequence_length=999999", "the model in policy.init_from=Llama-3.1-8B has 131072"),
+        ("policy.init_from=meta-llama/Llama-3.1-8B-Instruct policy.model.num_layers=3",
+         "in policy.init_from=meta-llama/Llama-3.1-8B-Instruct has 32; remove"),
+        ("policy.init_from=Llama-9-8B", "policy.init_from=Llama-9-8B is neither a folder nor a model"),
+        ("policy.tensor_model_parallel_size=3", "not divisible by policy.tensor_model_parallel_size=3"),
+    ],
+)  # fmt: skip
+def test_a_message_of_the_planner_names_the_model_as_the_user_did(
+    overrides: str, words: str, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "large.yaml"
+    recipe.write_text(TOO_LARGE)
+    with pytest.raises(UserError) as error:
+        load_job(str(recipe), overrides.split(), None, GPUS["h100"], None)
+    assert words in str(error.value) and tempfile.gettempdir() not in str(error.value)
+    job = load_job(str(recipe), [], None, GPUS["h100"], None)
+    assert job.config.policy.init_from == "Llama-3.1-8B" and job.vocab_size == 128256
 
 
 def test_the_phase_that_does_not_fit_is_reported_with_its_rank() -> None:

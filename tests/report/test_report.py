@@ -17,7 +17,7 @@ from opo_megatron.cli.main import main
 from opo_megatron.report.arms import MAX_POINTS, band, bin_size, binned, differing_keys, group_runs, mean_of
 from opo_megatron.report.page import as_script_data
 from opo_megatron.report.rollouts import choose_steps, shares, token_texts
-from opo_megatron.report.runs import read_runs, short_names
+from opo_megatron.report.runs import leave_out_empty, read_runs, short_names
 from opo_megatron.tasks import decoder
 from tests.support.fake_runs import BYTES, HOSTILE, make_run
 from tests.support.requirements import require
@@ -217,7 +217,7 @@ def test_hostile_text_is_shown_and_not_interpreted(
 ) -> None:
     require("matplotlib", EXTRA)
     runs = [
-        make_run(tmp_path / f"<b>{template[:2]}", *BYTES, f"task.template='{template}'", texts=texts)
+        make_run(tmp_path / f"<b>{template[:2]}", *BYTES, f"task.template={template}", texts=texts)
         for template, texts in (("{prompt}", (HOSTILE, HOSTILE)), (f"{HOSTILE}{{prompt}}", ("a", "b")))
     ]
     rows = (runs[0] / "metrics.jsonl").read_text() + json.dumps({"step": 7, f"eval/{HOSTILE}": 1.0}) + "\n"
@@ -266,6 +266,45 @@ def test_a_folder_that_is_no_run_is_one_sentence(tmp_path: Path, capsys: pytest.
     assert "examples" in rejected(capsys)
 
 
+WITHOUT_ROWS: dict[str, str | None] = {
+    "no file": None,
+    "an empty file": "",
+    "half a row": '{"step": 0',
+    "half a row of many bytes": '{"step": 0, "reward/mean": 0.' + "5" * 5000,
+    "a warm start so far": None,
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_ROWS)
+def test_a_run_without_rows_is_left_out_and_named(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full, empty = make_run(tmp_path / "full", steps=1), make_run(tmp_path / "empty", steps=1)
+    (empty / "metrics.jsonl").unlink()
+    if (content := WITHOUT_ROWS[name]) is not None:
+        (empty / "metrics.jsonl").write_text(content)
+    if name == "a warm start so far":
+        (empty / "warm_start.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    lines: list[str] = []
+    runs = leave_out_empty(read_runs([full, empty]), lines.append)
+    assert [run.path for run in runs] == [full]
+    assert lines == [f"{empty} is left out: its metrics.jsonl has no row yet"]
+    message = rejected(capsys, empty)
+    assert f"no metrics.jsonl of {empty} has a row yet; wait for the first step" in message
+
+
+def test_a_report_of_some_runs_says_which_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    require("matplotlib", EXTRA)
+    full, empty = make_run(tmp_path / "full", steps=1), make_run(tmp_path / "empty", steps=1)
+    (empty / "metrics.jsonl").write_text("")
+    page = report(capsys, full, empty, "--rollouts", "0", "--out", tmp_path / "p.html")
+    captured = capsys.readouterr()
+    assert captured.err == f"{empty} is left out: its metrics.jsonl has no row yet\n"
+    assert "runs 1, arms 1" in captured.out and str(empty) not in page
+
+
 def test_broken_files_are_named_with_their_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     require("matplotlib", EXTRA)
     run = make_run(tmp_path / "a")
@@ -276,8 +315,6 @@ def test_broken_files_are_named_with_their_line(tmp_path: Path, capsys: pytest.C
     assert f"{metrics} line 3 is not JSON" in rejected(capsys, run)
     metrics.write_text(whole + "[1, 2]\n")
     assert f"{metrics} line 8 has no step" in rejected(capsys, run)
-    metrics.write_text('{"step": 0')
-    assert "has no metrics yet" in rejected(capsys, run)
     metrics.write_text(whole)
     broken = run / "rollouts" / "step_00000006.safetensors"
     broken.write_bytes(broken.read_bytes()[:100])

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from opo_megatron.rollout.sglang.server import SERVE, Server
+from opo_megatron.rollout.sglang.installation import SERVE
+from opo_megatron.rollout.sglang.server import Server
 from tests.support.fixtures import small_config
 
 SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"

@@ -121,10 +121,13 @@ LAWS: dict[str, tuple[Cases, Cases]] = {
             ("5", r"\text{5}"), ("5", "$5$"), ("5", r"\boxed{5}"), ("5", r"\mathbf{5}"), ("5", r"5."),
             ("x^2", "f(x)=x^2"), ("5", r"2+3=5"), ("5", r"\textbf{5}"), ("5", r"\displaystyle 5"),
             ("5", r"\left(5\right)"), ("5", "{5}"), ("5", r"\( 5 \)"), (r"\frac{3}{2}", r"\dfrac{3}{2}."),
-            ("5", r"P(A) = 5"), (r"\frac13", r"x=\frac{1}{3}"),
+            ("5", r"P(A) = 5"), (r"\frac13", r"x=\frac{1}{3}"), ("(1,2)", "(x,y) = (1,2)"),
+            ("(x, y, z) = (1,2,3)", "(1,2,3)"), ("5", r"\text{The answer is } 5"),
+            ("C", r"\text{Option C}"), ("a=1, b=2", "b=2, a=1"), ("5", r"\text{Answer: } 5"),
         ],
         [("5", "5=6"), ("1", "9=1"), ("x=5", "y=5"), ("5", r"2+4=5"), ("5", "5^{2}"),
-         ("5", r"6^{\text{th}}"), ("5", "5i")],
+         ("a=1, b=2", "a=2, b=1"), ("5", r"\text{The answer is not } 5"), ("5", r"6^{\text{th}}"),
+         ("5", "5i")],
     ),
     "a choice is its letter": (
         [
@@ -184,7 +187,8 @@ LAWS: dict[str, tuple[Cases, Cases]] = {
             ("y=2x+1", "2x-y+1=0"), ("x+y=1", "1=x+y"), ("x+y<1", "1>x+y"), ("2x+2y<2", "x+y<1"),
             (r"f(4 - x)", "f(4-x)"), ("3-2f(x)", "-2f(x)+3"), (r"\frac{x^2-1}{x-1}", "x+1"),
             ("sqrt(2)", r"\sqrt2"), ("x**2", "x^2"), (r"\arctan 1", r"\tan^{-1} 1"),
-            (r"\lfloor 2.5\rfloor", "2"),
+            (r"\lfloor 2.5\rfloor", "2"), (r"\frac{n!}{k!(n-k)!}", r"\binom{n}{k}"),
+            (r"x \equiv 3 \pmod{5}", r"x\equiv3\pmod 5"),
         ],
         [
             ("(x+1)(x-1)", "x^2+1"), ("x", r"\sqrt{x^2}"), ("y=2x+1", "x=2y+1"), ("x+y<1", "x+y>1"),

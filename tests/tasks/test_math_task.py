@@ -20,7 +20,6 @@ from opo_megatron.resilience.watchdog import Watchdog
 from opo_megatron.rollout.engine import Sampling
 from opo_megatron.rollout.requests import requests_for
 from opo_megatron.tasks.text import TextTask
-from opo_megatron.tasks.worker_pool import WorkerPool
 from tests.support.fixtures import RECIPE
 from tests.support.requirements import require
 
@@ -58,7 +57,6 @@ def test_verifier_failures_get_the_default_reward_and_are_counted(tmp_path: Path
     path.write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
     limits = {"verifier": "math_strict", "verifier_seconds": 1.0, "verifier_default": 0.25}
     task = TextTask(TaskConfig(name="text", data=str(path), **limits))
-    assert isinstance(task._workers, WorkerPool)
     prompts = [task.prompt("train", 0)] * 2
     hanging = list(rb"\boxed{100000000!}")
     assert task.rewards(prompts, [hanging, list(rf"\boxed{{{prompts[0].answer}}}".encode())]) == [0.25, 1.0]

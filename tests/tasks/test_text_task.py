@@ -16,6 +16,7 @@ from opo_megatron.tasks.rows import parse_hub
 from opo_megatron.tasks.text import HELD_OUT_IN, TextTask
 from opo_megatron.tasks.tokenizers import ByteTokenizer, FolderTokenizer
 from opo_megatron.tasks.verifiers import exact, last_number, number, regex
+from tests.support.paths import ROOT
 from tests.support.requirements import require
 from tests.support.tokenizer_folder import make_tokenizer
 
@@ -113,11 +114,12 @@ def test_parquet_reads_the_same_as_jsonl(tmp_path: Path) -> None:
 
 def test_a_user_verifier_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text("def length(prompt, response, answer): return len(response) / 10\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     path = write_jsonl(tmp_path / "d.jsonl", ROWS)
     task = task_of(path, verifier="mine:length")
     assert task.reward(task.prompt("train", 0), list(b"12345")) == 0.5
-    sys.modules.pop("mine")
+    assert "mine" not in sys.modules
+    task.close()
 
 
 def test_tokenizer_of_a_folder_with_stop_tokens_and_chat(tmp_path: Path) -> None:

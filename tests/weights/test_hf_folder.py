@@ -147,8 +147,41 @@ def test_a_wrong_index_is_detected(sharded: Path) -> None:
     (sharded / INDEX).write_text(json.dumps(index))
     with pytest.raises(UserError, match=f"{second} lacks {name}"):
         read_weights(sharded, MODEL)
-    (sharded / INDEX).write_text("{}")
-    with pytest.raises(UserError, match="cannot be read"):
+    for content in ("{}", "[]", "null", '{"weight_map": null}', '{"weight_map": {"a": 1}}', "{", ""):
+        (sharded / INDEX).write_text(content)
+        with pytest.raises(UserError, match="cannot be read"):
+            read_weights(sharded, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (
+            "model-00001-of-00002 model-00002-of-00002",
+            f"shards (model-00001-of-00002.safetensors) without {INDEX}",
+        ),
+        ("model-00002-of-00002", f"shards (model-00002-of-00002.safetensors) without {INDEX}"),
+        ("model-00001-of-00001", f"download {INDEX} too"),
+        ("adapter_model model-00001-of-00002", f"download {INDEX} too"),
+        ("adapter_model", "has an adapter (adapter_model.safetensors), not a whole model; merge it"),
+        ("consolidated", f"has consolidated.safetensors, but neither {WEIGHTS} nor {INDEX}; rename"),
+        ("weights", f"rename a file that holds all weights to {WEIGHTS}"),
+        ("", f"has neither {WEIGHTS} nor {INDEX}; name a folder with safetensors"),
+    ],
+)
+def test_a_folder_whose_weights_are_not_found_says_what_is_there(
+    files: str, words: str, tmp_path: Path
+) -> None:
+    for name in files.split():
+        save_file({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(UserError) as error:
+        read_weights(tmp_path, MODEL)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_sharded_folder_without_its_index_names_the_index(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    with pytest.raises(UserError, match=rf"has weights in shards .* without {INDEX}.*; download {INDEX} too"):
         read_weights(sharded, MODEL)
 
 

@@ -1,4 +1,4 @@
-"""Rules about the key of SGLang servers: a recipe names it and never holds it."""
+"""Rules about keys, of SGLang servers and reward services: a recipe names them and never holds one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _VARIABLE = re.compile(r"\$\{oc\.env:([A-Za-z_]\w*)\}", re.ASCII)
 _KEY = re.compile(r"[!-~]+")
 """What an HTTP header can carry: printable ASCII without spaces."""
 _SET_BY_THE_RUN = {
-    "api-key": f"would show the key in the list of processes; set {API_KEY}",
-    "admin-api-key": f"would show a key in the list of processes; {API_KEY} protects the whole server",
+    "api_key": f"would show the key in the list of processes; set {API_KEY}",
+    "admin_api_key": f"would show a key in the list of processes; {API_KEY} protects the whole server",
     "host": "is chosen by the run; for a server on another node, use `opo serve --host`",
     "port": "is chosen by the run; for a server on another node, use `opo serve --port`",
 }
@@ -28,9 +28,11 @@ def check_api_key(config: Config) -> None:
     """Raise UserError for a key in the recipe, a variable without one, and options that concern either."""
     settings = config.rollout.sglang
     for option in settings.options:
-        name = option.replace("_", "-").lstrip("-")
+        name = option.replace("-", "_").lstrip("_")
         reason = _SET_BY_THE_RUN.get(name)
-        require(reason is None, f"rollout.sglang.options.{option} {reason}")
+        require(reason is None, f"rollout.sglang.options.{name} {reason}")
+    if config.task.verifier_api_key_env is not None:
+        _check_name("task.verifier_api_key_env", config.task.verifier_api_key_env)
     variable = variable_of(settings)
     if variable is not None and config.rollout.engine is EngineName.sglang:
         named_key(variable)
@@ -50,13 +52,20 @@ def variable_of(settings: SglangConfig) -> str | None:
             f"{API_KEY} does not name a variable, and a key itself has no place in recipes and on command "
             f"lines, which others can read; export NAME_KEY=… and write {API_KEY}='${{oc.env:NAME_KEY}}'"
         )
-    name = match[1]
+    _check_name(API_KEY, match[1])
+    return match[1]
+
+
+def _check_name(key: str, variable: str) -> None:
     require(
-        is_secret_name(name),
-        f"{API_KEY} takes the key from the variable {name}, whose name does not say so, and verifiers would "
-        f"get it with their environment; call it {name}_KEY",
+        re.fullmatch(r"[A-Za-z_]\w*", variable, re.ASCII) is not None,
+        f"{key} is not the name of a variable; export NAME_KEY=… and write NAME_KEY there",
     )
-    return name
+    require(
+        is_secret_name(variable),
+        f"{key} takes the key from the variable {variable}, whose name does not say so, and verifiers would "
+        f"get it with their environment; call it {variable}_KEY",
+    )
 
 
 def named_key(variable: str) -> str:

@@ -1,6 +1,7 @@
 """Starts an SGLang server; run as a file by the interpreter of SGLang's own environment.
 
     <rollout.sglang.python> serve.py --model-path … [any option of sglang.launch_server]   < KEY
+    <rollout.sglang.python> serve.py --check-options [options]    # describes the server's parser as JSON
 
 It adds three things to `python -m sglang.launch_server`.  The server dies with the trainer that started it,
 even if the trainer is killed.  It reads its API key from standard input, because other users can see command
@@ -11,15 +12,17 @@ they have the stubs too.
 Imports nothing from opo_megatron, which is not installed in that environment.
 """
 
+import argparse
 import ctypes
 import hmac
+import json
 import os
 import signal
 import sys
 import types
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG = 1
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
@@ -139,8 +142,29 @@ def serve() -> None:
     run_server(arguments)
 
 
+def describe_parser(words: list[str]) -> dict[str, object]:
+    """The options of the server's parser, each with all its names, and its objection to these words."""
+    from sglang.srt.server_args import ServerArgs
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)
+
+    parser, objection = Parser(add_help=False), None
+    ServerArgs.add_cli_args(parser)
+    try:
+        parser.parse_args(["--model-path", "none", *words])
+    except ValueError as error:
+        objection = str(error)
+    options = [action.option_strings for action in parser._actions]
+    return {"options": options, "objection": objection}
+
+
 stub_cpu_imports()
 
 if __name__ == "__main__":
     die_with_parent()
+    if sys.argv[1:2] == ["--check-options"]:
+        print(json.dumps(describe_parser(sys.argv[2:])))
+        sys.exit()
     serve()

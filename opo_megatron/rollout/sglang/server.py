@@ -21,12 +21,18 @@ from pathlib import Path
 from opo_megatron.config.architecture import hf_config
 from opo_megatron.config.choices import Dtype
 from opo_megatron.config.rules.api_key import variable_of
-from opo_megatron.config.schema import Config, SglangConfig
+from opo_megatron.config.schema import Config
 from opo_megatron.errors import UserError
 from opo_megatron.rollout.sglang.api_key import random_key, shared_key
 from opo_megatron.rollout.sglang.client import Client
+from opo_megatron.rollout.sglang.installation import (
+    SERVE,
+    as_words,
+    by_their_own_names,
+    interpreter,
+    own_environment,
+)
 
-SERVE = Path(__file__).parent / "serve.py"
 CONTEXT_MARGIN = 8
 """Positions of the context length that SGLang reserves."""
 STOP_SECONDS = 10.0
@@ -35,8 +41,6 @@ PORTS = (20000, 32768)
 PORT_ATTEMPTS = 3
 PORT_IS_TAKEN = b"address already in use"
 """In the server's log where it could not bind its port."""
-_TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_PYTHON_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 _CPU_OPTIONS = {
     "device": "cpu",
     "attention-backend": "torch_native",
@@ -68,21 +72,6 @@ def write_model_config(
 
 def _dtype(config: Config) -> str:
     return "bfloat16" if config.policy.dtype is Dtype.bf16 else "float32"
-
-
-def interpreter(settings: SglangConfig) -> Path:
-    """The Python interpreter of SGLang's environment.
-
-    Raises:
-        UserError: where there is none.
-    """
-    python = Path(settings.python).expanduser()
-    if not python.exists():
-        raise UserError(
-            f"rollout.sglang.python={settings.python} does not exist; create that environment with "
-            "`make setup-sglang`, or name the interpreter of one that has SGLang"
-        )
-    return python
 
 
 class _PortTaken(UserError):
@@ -170,19 +159,13 @@ class Server:
             options |= _CPU_OPTIONS | {"max-total-tokens": max(4096, running * longest)}
         else:
             options |= {"enable-memory-saver": True, "base-gpu-id": 0}
-        options |= {key.replace("_", "-"): value for key, value in settings.options.items()}
-        words: list[str] = []
-        for key, value in options.items():
-            if value is True:
-                words.append(f"--{key}")
-            elif value is not False and value is not None:
-                words += [f"--{key}", str(value)]
-        return words
+        return as_words(options | by_their_own_names(settings.options))
 
     def environment(self) -> dict[str, str]:
         """The trainer's environment without the key, and the variables of torchrun and of its Python."""
-        removed = {*_TORCHRUN_VARIABLES, *_PYTHON_VARIABLES, variable_of(self.settings)}
-        environment = {name: value for name, value in os.environ.items() if name not in removed}
+        environment = own_environment()
+        if (variable := variable_of(self.settings)) is not None:
+            del environment[variable]
         environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for CONTEXT_MARGIN
         # Empty on a CPU: SGLang looks for GPUs by torch, not by its option --device.
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus or ())

@@ -93,6 +93,23 @@ def test_what_names_no_key_is_one_sentence_without_it(
     assert words in error and "rollout.sglang.api_key" in error and SECRET not in error
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("REWARD", "takes the key from the variable REWARD, whose name does not say so"),
+        ("MAX_TOKENS", "call it MAX_TOKENS_KEY"),
+        ("hunter2-of-the-test", "is not the name of a variable; export NAME_KEY=…"),
+        ("Bearer x", "is not the name of a variable"),
+        ("${oc.env:SERVER_KEY}", "is not the name of a variable"),
+    ],
+)
+def test_the_variable_of_a_reward_services_key_says_that_it_is_one(
+    name: str, words: str, server_key: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(capsys, "config", str(RECIPE), f"task.verifier_api_key_env={name}")
+    assert words in error and "task.verifier_api_key_env" in error and SECRET not in error
+
+
 @pytest.mark.parametrize("option", ["api_key", "api-key", "admin_api_key", "host", "port", "--port"])
 def test_options_that_the_run_sets_are_one_sentence(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(
@@ -102,7 +119,8 @@ def test_options_that_the_run_sets_are_one_sentence(option: str, capsys: pytest.
         "rollout.engine=sglang",
         f"rollout.sglang.options={{{option}: {SECRET}}}",
     )
-    assert f"rollout.sglang.options.{option} " in error and SECRET not in error
+    name = option.replace("-", "_").strip("_")
+    assert f"rollout.sglang.options.{name} " in error and SECRET not in error
 
 
 def test_a_key_file_is_for_its_owner_and_made_once(tmp_path: Path) -> None:

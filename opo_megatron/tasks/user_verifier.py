@@ -1,0 +1,163 @@
+"""A user's verifier: how it is found and called, what it may return, and what is said of what it raises.
+
+    def reward(prompt, response, answer) -> float                  one response async def reward(prompt,
+    response, answer) -> float            many at the same time def reward(prompts, responses, answers) ->
+    list                a batch, also `async`; None is the default reward
+
+Which of them it is, is told by `async` and by the name of its first parameter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+Mode = Literal["each", "async", "batch"]
+Job = Sequence[str]
+"""The arguments of the verifier: prompt, response, answer."""
+Reply = float | None | dict[str, str]
+"""A reward, None for the default reward, or {"error": words}."""
+BATCH = "prompts"
+"""The first parameter of a verifier that grades a batch."""
+
+
+class NotANumber(ValueError):
+    """A verifier returned something else than a finite number."""
+
+
+def load_function(path: str) -> Callable[..., Any]:
+    """The function `package.module:function`; importing it may raise anything."""
+    module, _, name = path.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    if not callable(function):
+        raise TypeError(f"{name} is not a function")
+    return function  # type: ignore[no-any-return]
+
+
+def source_hash(function: Any) -> str | None:
+    """The hash of the file that a function or class is written in; None where there is none."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # an object, such as one with __call__
+        file = inspect.getsourcefile(type(function))
+    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def call_mode(function: Callable[..., Any]) -> Mode:
+    """How a verifier is called."""
+    try:
+        first = next(iter(inspect.signature(function).parameters), "")
+    except (TypeError, ValueError):  # a builtin
+        first = ""
+    if first == BATCH:
+        return "batch"
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    return "async" if is_async else "each"
+
+
+def call(
+    function: Callable[..., Any],
+    jobs: Sequence[Job],
+    seconds: float,
+    send: Callable[[int, Reply], None],
+    never_caught: tuple[type[BaseException], ...] = (),
+) -> None:
+    """Grade jobs; `send` gets the index and the reply of each, whatever the verifier raises.
+
+    Args:
+        seconds: limit of an asynchronous job.
+        never_caught: what is not the verifier's.
+    """
+    mode = call_mode(function)
+    if mode == "async":
+        asyncio.run(_call_concurrently(function, jobs, seconds, send, never_caught))
+    elif mode == "batch":
+        for index, reply in enumerate(_call_batch(function, jobs, never_caught)):
+            send(index, reply)
+    else:
+        for index, job in enumerate(jobs):
+            send(index, _call_one(function, job, never_caught))
+
+
+def _call_one(function: Callable[..., Any], job: Job, never_caught: tuple[type[BaseException], ...]) -> Reply:
+    try:
+        return as_reward(function(*job))
+    except never_caught:
+        raise
+    except BaseException as error:  # a user's function may raise anything
+        return failure(error)
+
+
+def _call_batch(
+    function: Callable[..., Any], jobs: Sequence[Job], never_caught: tuple[type[BaseException], ...]
+) -> Sequence[Reply]:
+    try:
+        rewards = function(*(list(column) for column in zip(*jobs, strict=True)))
+        rewards = list(asyncio.run(_awaited(rewards)) if inspect.isawaitable(rewards) else rewards)
+        if len(rewards) != len(jobs):
+            raise NotANumber(f"returned {len(rewards)} rewards for {len(jobs)} responses")
+        return [None if reward is None else as_reward(reward) for reward in rewards]
+    except never_caught:
+        raise
+    except BaseException as error:  # a user's function may raise anything
+        return [failure(error)] * len(jobs)
+
+
+async def _awaited(value: Any) -> Any:
+    return await value
+
+
+async def _call_concurrently(
+    function: Callable[..., Any],
+    jobs: Sequence[Job],
+    seconds: float,
+    send: Callable[[int, Reply], None],
+    never_caught: tuple[type[BaseException], ...],
+) -> None:
+    async def one(index: int) -> None:
+        reply: Reply
+        try:
+            reply = as_reward(await asyncio.wait_for(function(*jobs[index]), seconds))
+        except TimeoutError:
+            reply = None
+        except never_caught:
+            raise
+        except BaseException as error:  # a user's function may raise anything
+            reply = failure(error)
+        send(index, reply)
+
+    await asyncio.gather(*map(one, range(len(jobs))))
+
+
+def as_reward(value: Any) -> float:
+    """The number that a verifier returned.
+
+    Raises:
+        NotANumber: for what is not a finite number; text is not a number.
+    """
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise NotANumber(f"returned {value!r:.60}")
+    return number
+
+
+def failure(error: BaseException) -> Reply:
+    """The reply for an error: running out of memory is the response's fault, all else is the verifier's."""
+    if isinstance(error, MemoryError):
+        return None
+    return {"error": str(error) if isinstance(error, NotANumber) else f"raised {described(error)}"}
+
+
+def described(error: BaseException) -> str:
+    """The error in a few words, of one line."""
+    words = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__} ({words})" if words else type(error).__name__
