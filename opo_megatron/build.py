@@ -52,6 +52,7 @@ from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.server import write_model_config
 from opo_megatron.run import Run
 from opo_megatron.tasks import Task, make_task
+from opo_megatron.tasks.stop_tokens import check_stop_tokens, how_responses_end
 from opo_megatron.utils.disk import report_disk_errors
 from opo_megatron.weights.fp8_folder import engine_quantization
 from opo_megatron.weights.hf_folder import read_weights
@@ -131,6 +132,7 @@ def _build(
     task.start()
     for note in task.notes:
         display.log(note)
+    display.log(how_responses_end(task))
     checkpoint = find_checkpoint(config, parallel, display.log)
     progress = read_progress(checkpoint) if checkpoint else RunProgress("warm_start", 0)
     state = read_estimator_state(checkpoint) if checkpoint else {}
@@ -284,7 +286,7 @@ def vocabulary_of(config: Config, task: Task) -> int:
     """Rows of the policy's embedding.
 
     Raises:
-        UserError: where the task has tokens that the policy has no row for.
+        UserError: where the task has tokens, or stops at one, that the policy has no row for.
     """
     rows = config.policy.model.vocab_size
     if rows is not None and task.vocab_size > rows:
@@ -292,7 +294,9 @@ def vocabulary_of(config: Config, task: Task) -> int:
             f"the task's tokenizer has {task.vocab_size} tokens, but the policy's vocabulary is "
             f"policy.model.vocab_size={rows}; set task.tokenizer to the folder of the model's own tokenizer"
         )
-    return task.vocab_size if rows is None else rows
+    rows = task.vocab_size if rows is None else rows
+    check_stop_tokens(task.stop_tokens, rows)
+    return rows
 
 
 def start_policy(

@@ -66,23 +66,31 @@ launch() {
     step=''
 }
 
+# address_of NODE: as this node, a trainer, resolves it; a node may know itself by its loopback alone.
+address_of() {
+    getent ahostsv4 "$1" | awk -v address="$1" 'NR == 1 { address = $1 } END { print address }' || true
+}
+
 # start_engines RECIPE [key=value…]: a server on each of the last OPO_ENGINE_NODES nodes; waits for them.
 start_engines() {
     [ "$OPO_ENGINE_NODES" -gt 0 ] || return 0
-    local port=$((10000 + SLURM_JOB_ID % 10000)) node urls=''
+    local port=$((10000 + SLURM_JOB_ID % 10000)) node address urls='' key=$logs/engine_key
+    rm -f "$key" # of an earlier job with the same logs; the first server makes it anew
+    engine_keys=("rollout.sglang.api_key_file=$key" rollout.sglang.transport=distributed)
+    OPO_ENGINE_ADDRESSES=$(for node in "${nodes[@]:trainers}"; do address_of "$node"; done)
+    export OPO_ENGINE_ADDRESSES
     (in_step "$trainers" "$OPO_ENGINE_NODES" "$logs/engine-%n.log" \
-        --alone opo_megatron serve "$@" --port "$port") &
+        --alone opo_megatron serve "$@" "${engine_keys[@]}" --port "$port") &
     engines=$! name=engine
-    for node in "${nodes[@]:trainers}"; do
-        until curl -fs "http://$node:$port/health" >/dev/null; do
+    for address in $OPO_ENGINE_ADDRESSES; do
+        until curl -fs "http://$address:$port/health" >/dev/null; do
             sleep 2
             kill -0 "$engines" 2>/dev/null || { code=1 && finish; }
             [ -z "$limit" ] || { code=75 && finish; }
         done
-        urls+=",http://$node:$port"
+        urls+=",http://$address:$port"
     done
-    # shellcheck disable=SC2034 # used by opo_70b.sh
-    engine_keys=("rollout.sglang.urls=[${urls:1}]" rollout.sglang.transport=distributed)
+    engine_keys+=("rollout.sglang.urls=[${urls:1}]")
 }
 
 reason() {
@@ -97,7 +105,7 @@ finish_unless_ready() {
 }
 
 finish() {
-    [ -z "$engines" ] || kill "$engines" 2>/dev/null || true
+    [ -z "$engines" ] || { kill "$engines" 2>/dev/null || true; } && rm -f "$logs/engine_key"
     local again=''
     case $code in 75) again=preempted ;; 76) again="preempted: hung; $(reason)" ;; esac
     if [ "$code" = 0 ]; then

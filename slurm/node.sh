@@ -1,13 +1,14 @@
 #!/bin/bash
 # node.sh MODULE [ARGUMENTS…]: the ranks of this node under torchrun; a task of srun.  Its exit code is that of the
 # rank that failed first.  A code that asks for a restart is written to the file OPO_AGAIN; ranks that saved and
-# exited (75) count as 0, because srun would kill nodes that are still shutting down.  With --alone: no torchrun.
+# exited (75) count as 0, because srun would kill nodes that are still shutting down.  With --alone: a server, without
+# torchrun, at this node's of OPO_ENGINE_ADDRESSES.
 set -uo pipefail
 read -ra container <<<"${OPO_RUN:-}"
 python=(${container[@]+"${container[@]}"} "$OPO_PYTHON")
 if [ "$1" = --alone ]; then
-    shift
-    exec "${python[@]}" -m "$@"
+    mapfile -t addresses <<<"$OPO_ENGINE_ADDRESSES"
+    exec "${python[@]}" -m "${@:2}" --host "${addresses[SLURM_PROCID]}"
 fi
 ranks=$(mktemp -d)
 trap 'rm -rf "$ranks"' EXIT

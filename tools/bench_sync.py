@@ -178,6 +178,7 @@ def config_of(size: str, folder: Path, python: str, transport: str = "tensor", u
 
     overrides = [f"run.dir={folder}", "run.threads_per_rank=1", f"rollout.sglang.python={python}"]
     overrides += [f"policy.model.{key}={value}" for key, value in SIZES[size].items()]
+    overrides += [f"rollout.sglang.api_key_file={folder / 'key'}"]
     overrides += [f"rollout.sglang.transport={transport}", "rollout.sglang.max_running_requests=8"]
     if url is not None:
         overrides.append(f"rollout.sglang.urls=[{url}]")

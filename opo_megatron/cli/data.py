@@ -144,6 +144,8 @@ def _show(console: Console, config: Config, task: Task, summary: Summary, rows: 
 
 
 def _settings(config: TaskConfig, task: Task) -> list[str]:
+    from opo_megatron.tasks.stop_tokens import with_texts
+
     lines = [f"task       {config.name}"]
     if config.name == TaskName.text:
         held_out = config.held_out_data or f"one row in ten of {config.data}, by a hash of its prompt"
@@ -153,7 +155,7 @@ def _settings(config: TaskConfig, task: Task) -> list[str]:
     if config.name in (TaskName.text, TaskName.reasoning_gym):
         chat = ", in its chat template" if config.chat else ""
         lines += [f"tokenizer  {config.tokenizer}, {task.vocab_size:,} tokens{chat}"]
-    return [*lines, f"stop at    {_tokens(task, task.stop_tokens)}"]
+    return [*lines, f"stop at    {with_texts(task, task.stop_tokens)}"]
 
 
 def _problem(title: str, config: TaskConfig, task: Task, prompt: Prompt) -> list[str]:
@@ -175,12 +177,13 @@ def _problem(title: str, config: TaskConfig, task: Task, prompt: Prompt) -> list
 
 def _tokens(task: Task, tokens: Sequence[int]) -> str:
     """Ids with their texts; the middle of a long prompt is left out."""
+    from opo_megatron.tasks.stop_tokens import with_texts
+
     first, last = TOKENS_SHOWN
-    texts = [f"{token} {task.raw_text([token])!r}" for token in tokens[:first]]
-    if len(tokens) > first + last:
-        texts.append(f"({len(tokens) - first - last:,} more)")
-    start = max(first, len(tokens) - last)
-    return ", ".join([*texts, *(f"{token} {task.raw_text([token])!r}" for token in tokens[start:])])
+    if len(tokens) <= first + last:
+        return with_texts(task, tokens)
+    more = f"({len(tokens) - first - last:,} more)"
+    return ", ".join([with_texts(task, tokens[:first]), more, with_texts(task, tokens[-last:])])
 
 
 def _lines(text: str) -> list[str]:

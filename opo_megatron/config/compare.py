@@ -17,7 +17,7 @@ from opo_megatron.config.load import to_yaml
 from opo_megatron.config.schema import Config
 from opo_megatron.errors import UserError
 
-_PER_ATTEMPT = ("run.dir", "resume")
+_PER_ATTEMPT = ("run.dir", "resume", "rollout.sglang.api_key", "rollout.sglang.api_key_file")
 
 FIXED = (
     "run.seed",

@@ -22,6 +22,7 @@ from opo_megatron.config.architecture import adopt_architecture
 from opo_megatron.config.choices import EngineName, Fp8
 from opo_megatron.config.entries import Entry, location, override_entries, recipe_entries
 from opo_megatron.config.keys import describe_type, inner_type, key_types
+from opo_megatron.config.rules.api_key import API_KEY
 from opo_megatron.config.schema import Config
 from opo_megatron.config.validate import validate
 from opo_megatron.errors import UserError
@@ -60,7 +61,9 @@ def load_config(
 
 def to_yaml(config: Config) -> str:
     """The configuration as YAML, which loads to the same configuration."""
-    return OmegaConf.to_yaml(OmegaConf.structured(_escaped(config)))
+    tree = OmegaConf.structured(_escaped(config))
+    OmegaConf.update(tree, API_KEY, config.rollout.sglang.api_key)  # the name of a variable, not escaped
+    return OmegaConf.to_yaml(tree)
 
 
 def _escaped(value: Any) -> Any:
@@ -110,6 +113,9 @@ def _store(tree: DictConfig, entry: Entry) -> None:
     hint, value = key_types().get(entry.key), entry.value
     if value is False and entry.key == "policy.optimizer_offload":
         value = 0.0  # a boolean in the recipes of older runs
+    if entry.key == API_KEY and value is not None:
+        # `${oc.env:NAME}` stays as it is: a configuration is printed and saved, and a key is not.
+        value = _escaped(str(value))
     try:
         if inner_type(hint) is str and not isinstance(value, str | None):
             raise ValidationError  # OmegaConf would convert it

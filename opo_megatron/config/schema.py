@@ -197,7 +197,11 @@ class SglangConfig:
     max_running_requests: int | None = None
     """Maximum number of responses a server generates at once. Default: all responses of a step."""
     api_key: str | None = None
-    """API key of the servers; `${oc.env:NAME}` keeps it out of the recipe."""
+    """Key of the servers, as `${oc.env:NAME_KEY}`: the variable that holds it. Default: the key in
+    `api_key_file`, and without one a random key for servers that the run starts."""
+    api_key_file: str | None = None
+    """File with the key of servers on other nodes, readable by its owner alone. `opo serve` makes it, the run
+    that names their `urls` reads it."""
     start_timeout_seconds: float = 900.0
     """Time a server has to become ready. One that takes longer ends the run."""
     timeout_seconds: float = 1800.0

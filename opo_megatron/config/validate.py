@@ -16,6 +16,7 @@ from opo_megatron.config.arithmetic import expert_parallel_size, model_parallel_
 from opo_megatron.config.choices import EngineName, Kl, Packing, RopeType, TaskName
 from opo_megatron.config.megatron_fields import MANAGED_FIELDS, check_megatron_fields
 from opo_megatron.config.rules.algorithm import check_algorithm
+from opo_megatron.config.rules.api_key import check_api_key
 from opo_megatron.config.rules.exact import check_exact
 from opo_megatron.config.rules.gpu import check_gpu_options
 from opo_megatron.config.rules.require import divides, require
@@ -33,6 +34,7 @@ def validate(config: Config, world_size: int | None) -> None:
     """
     check_fields(config)
     check_engine(config)
+    check_api_key(config)
     check_exact(config)
     check_run(config)
     check_faults(config)

@@ -35,6 +35,7 @@ from opo_megatron.resilience.watchdog import Watchdog
 from opo_megatron.rollout.generation import Generation
 from opo_megatron.tasks import Task, make_task
 from opo_megatron.tasks.benchmarks import HELD_OUT, Benchmark, check_vocabulary
+from opo_megatron.tasks.stop_tokens import how_responses_end
 from opo_megatron.utils.disk import report_disk_errors
 
 WORK = "work"
@@ -141,6 +142,8 @@ def _open_tasks(
         for note in task.notes:
             display.log(f"{benchmark.name}: {note}")
         tasks[benchmark.name] = task
+    for line in dict.fromkeys(map(how_responses_end, tasks.values())):
+        display.log(line)
     return tasks
 
 

@@ -17,6 +17,7 @@ from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
 from opo_megatron.tasks.base import Task
 from opo_megatron.tasks.rows import HUB
+from opo_megatron.tasks.stop_tokens import check_stop_tokens
 from opo_megatron.tasks.text import TextTask
 from opo_megatron.tasks.verifiers import MATH
 
@@ -113,7 +114,7 @@ def check_vocabulary(tasks: Sequence[tuple[str, Task]], config: TaskConfig, rows
         rows: of the policy's embedding.
 
     Raises:
-        UserError: for a task with more tokens than the policy's vocabulary.
+        UserError: for a task with more tokens than the policy's vocabulary, or that stops at one beyond it.
     """
     for name, task in tasks:
         if task.vocab_size > rows:
@@ -121,3 +122,4 @@ def check_vocabulary(tasks: Sequence[tuple[str, Task]], config: TaskConfig, rows
                 f"--tasks {name}: task.tokenizer={config.tokenizer} has {task.vocab_size} tokens, but the "
                 f"policy's vocabulary has {rows}; set task.tokenizer to the folder of the model's own"
             )
+        check_stop_tokens(task.stop_tokens, rows)

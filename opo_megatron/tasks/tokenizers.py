@@ -7,12 +7,14 @@ from typing import Any, Protocol
 
 from opo_megatron.errors import UserError
 from opo_megatron.tasks.messages import Messages
+from opo_megatron.tasks.stop_tokens import find_stop_tokens
 from opo_megatron.utils.extras import require_extra
 
 
 class Tokenizer(Protocol):
     vocab_size: int
     stop_tokens: tuple[int, ...]
+    """A response ends at the first of them."""
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt, which begins as the model's texts do and does not end."""
@@ -64,7 +66,10 @@ class FolderTokenizer:
         try:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self.vocab_size = len(self._tokenizer)
-            self.stop_tokens = self._stop_tokens(transformers, folder)
+            ids = max(self._tokenizer.get_vocab().values(), default=-1) + 1  # above the size, with gaps
+            self.stop_tokens = find_stop_tokens(
+                folder, self._tokenizer.eos_token_id, max(ids, self.vocab_size)
+            )
             self._opening = opening_tokens(self._tokenizer)
         except UserError:
             raise
@@ -75,22 +80,12 @@ class FolderTokenizer:
                 "Hugging Face model, or bytes"
             ) from error
 
-    def _stop_tokens(self, transformers: Any, folder: Path) -> tuple[int, ...]:
-        stops = [self._tokenizer.eos_token_id]
-        if (folder / "generation_config.json").exists():
-            ids = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
-            stops += ids if isinstance(ids, list) else [ids]
-        unique = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
-        if not unique:
-            raise UserError(
-                f"the tokenizer in {folder} has no stop token, so responses would not end; set its eos_token"
-            )
-        return unique
-
     def encode(self, text: str) -> list[int]:
         return encode_prompt(self._tokenizer, self._opening, text)
 
     def decode(self, tokens: list[int]) -> str:
+        if tokens and tokens[-1] in self.stop_tokens:  # which the tokenizer may take for a word
+            tokens = tokens[:-1]
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def raw_text(self, tokens: list[int]) -> str:

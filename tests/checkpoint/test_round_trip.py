@@ -145,6 +145,7 @@ def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(tmp_path: Path)
 
     class Fits(Task):
         vocab_size = VOCAB_SIZE - 3
+        stop_tokens = (0, VOCAB_SIZE - 1)
 
     class TooMany(Task):
         vocab_size = VOCAB_SIZE + 1
@@ -154,6 +155,9 @@ def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(tmp_path: Path)
         vocabulary_of(config, TooMany)  # type: ignore[arg-type]
     random_init = replace(config, policy=replace(config.policy, model=replace(config.policy.model)))
     random_init.policy.model.vocab_size = None
+    with pytest.raises(UserError, match="stop token 20 is beyond the policy's vocabulary of 18 tokens"):
+        vocabulary_of(random_init, Fits)  # type: ignore[arg-type]
+    Fits.stop_tokens = (0,)  # type: ignore[assignment]
     assert vocabulary_of(random_init, Fits) == VOCAB_SIZE - 3  # type: ignore[arg-type]
 
 

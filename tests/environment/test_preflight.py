@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from itertools import pairwise
 from pathlib import Path
 
@@ -110,13 +111,56 @@ def test_a_dedicated_node_serves_the_recipes_model(tmp_path: Path, monkeypatch: 
     python = tmp_path / "python"
     python.touch()
     recipe, override = str(RECIPES / "opo_llama3_70b.yaml"), f"rollout.sglang.python={python}"
-    command, environment = serve.server_command(recipe, [override], 10123)
+    overrides = [override, f"rollout.sglang.api_key_file={tmp_path / 'key'}"]
+    command, environment, key = serve.server_command(recipe, overrides, "10.0.0.3", 10123)
     assert command[:2] == [str(python), str(SERVE)]
     options = dict(pairwise(command))
     assert options["--port"] == "10123" and options["--tensor-parallel-size"] == "8"
-    assert [b for a, b in pairwise(command) if a == "--host"][-1] == "0.0.0.0"
+    assert options["--host"] == "10.0.0.3" and command.count("--host") == 1
+    assert key == (tmp_path / "key").read_text().strip() and key not in " ".join(command)
     model_config = (Path(options["--model-path"]) / "config.json").read_text()
     assert '"num_hidden_layers": 80' in model_config and '"weight_block_size"' in model_config
     assert environment["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
     with pytest.raises(UserError, match=r"rollout\.engine is local"):
-        serve.server_command(recipe, [override, "rollout.engine=local"], 1)
+        serve.server_command(recipe, [*overrides, "rollout.engine=local"], "10.0.0.3", 1)
+    with pytest.raises(
+        UserError, match=r"needs a key that the run has as well; add rollout\.sglang\.api_key"
+    ):
+        serve.server_command(recipe, [override], "10.0.0.3", 1)
+
+
+@pytest.mark.parametrize(
+    ("of_name", "of_route", "expected"),
+    [
+        ("10.0.0.3", "10.9.9.9", "10.0.0.3"),
+        ("127.0.1.1", "10.0.0.3", "10.0.0.3"),
+        (None, "10.0.0.3", "10.0.0.3"),
+        ("10.0.0.3", None, "10.0.0.3"),
+        ("127.0.0.1", "127.0.0.1", None),
+        ("127.0.1.1", None, None),
+        (None, None, None),
+    ],
+)
+def test_a_server_listens_where_other_nodes_reach_it(
+    of_name: str | None, of_route: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve(name: str) -> str:
+        if of_name is None:
+            raise socket.gaierror
+        return of_name
+
+    class Probe(socket.socket):
+        def connect(self, address: object) -> None:
+            if of_route is None:
+                raise OSError
+
+        def getsockname(self) -> tuple[str | None, int]:
+            return of_route, 1
+
+    monkeypatch.setattr(socket, "gethostbyname", resolve)
+    monkeypatch.setattr(socket, "socket", Probe)
+    if expected is None:
+        with pytest.raises(UserError, match="leads to no address that other nodes reach; add --host ADDRESS"):
+            serve.own_address()
+    else:
+        assert serve.own_address() == expected

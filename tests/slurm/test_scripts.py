@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from opo_megatron.config import load_config
 from tests.support.cluster import PROGRAMS, ROOT
+from tests.support.paths import RECIPES
 from tests.support.requirements import program
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
@@ -29,7 +31,11 @@ FAKES = {
         }
         case "$*" in
         *"opo_megatron preflight"*) which=preflight ;;
-        *"opo_megatron serve"*) which=engine ;;
+        *"opo_megatron serve"*)
+            which=engine
+            echo "$OPO_ENGINE_ADDRESSES" >"$FAKE/addresses"
+            cat "$OPO_LOGS"/attempt_*/engine_key >"$FAKE/stale" 2>/dev/null
+            touch "$OPO_LOGS/attempt_0/engine_key" ;;
         *) which=train ;;
         esac
         cat "$FAKE/$which.output" >"${log/\\%n/0}" 2>/dev/null
@@ -109,7 +115,7 @@ def test_scripts_are_clean(script: Path) -> None:
 
 def test_the_scripts_are_short_and_print_no_environment() -> None:
     text = {path.name: path.read_text() for path in SCRIPTS}
-    assert sum(len(text[name].splitlines()) for name in ("opo_70b.sh", "common.sh")) < 150
+    assert sum(len(text[name].splitlines()) for name in ("opo_70b.sh", "common.sh")) < 160
     for name, lines in text.items():
         for line in lines.splitlines():
             code = line.split("#")[0].split()
@@ -224,8 +230,40 @@ def test_the_last_nodes_serve_where_engine_nodes_are_set(job: Job) -> None:
     train = next(call for call in rest if "opo_megatron serve" not in call)
     assert "--nodelist=node3 --nodes=1" in engine and engine.endswith("--port 10123")
     assert "--nodelist=node1,node2 --nodes=2" in train and "--nodelist=node1,node2" in preflight
-    assert "rollout.sglang.urls=[http://node3:10123] rollout.sglang.transport=distributed" in train
+    assert "rollout.sglang.transport=distributed rollout.sglang.urls=[http://node3:10123]" in train
     assert (job.folder / "curl.arguments").read_text().endswith("http://node3:10123/health\n")
+
+
+def test_servers_of_a_job_share_a_key_file_and_listen_where_ranks_ask(tmp_path: Path) -> None:
+    folder, job = tmp_path, Job(tmp_path)
+    job.logs = folder / "Ann's job: β #1"
+    getent = folder / "bin" / "getent"
+    getent.write_text('#!/bin/bash\n[ "$2" = node3 ] && echo "10.0.0.3 STREAM node3" && exit\nexit 2')
+    getent.chmod(0o755)
+    (folder / "engine.waits").touch()
+    stale = job.logs / "attempt_0" / "engine_key"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("of an earlier job")
+    assert job.run(FAKE_NODES="1 2 3 4", OPO_ENGINE_NODES="2") == (0, "completed")
+    engine, train = (
+        next(call for call in job.calls if word in call) for word in ("megatron serve", "train ")
+    )
+    assert "rollout.sglang.urls=[http://10.0.0.3:10123,http://node4:10123]" in train
+    assert (folder / "addresses").read_text().split() == ["10.0.0.3", "node4"]
+    settings = [call[call.index("rollout.sglang.api_key_file=") :] for call in (engine, train)]
+    for setting in settings:
+        override = setting[: setting.index(" rollout.sglang.transport")]
+        config = load_config(RECIPES / "quickstart_sglang.yaml", ["run.dir=x", override])
+        assert config.rollout.sglang.api_key_file == str(stale)
+    assert (folder / "stale").read_text() == "" and not stale.exists(), "removed before and after"
+
+
+@pytest.mark.parametrize(("task", "address"), [("0", "10.0.0.3"), ("1", "node4")])
+def test_each_server_of_a_job_listens_at_its_own_address(task: str, address: str, tmp_path: Path) -> None:
+    variables = {"OPO_PYTHON": "echo", "OPO_ENGINE_ADDRESSES": "10.0.0.3\nnode4", "SLURM_PROCID": task}
+    command = ["bash", "slurm/node.sh", "--alone", "opo_megatron", "serve", "a b.yaml", "--port", "1"]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+    assert result.stdout == f"-m opo_megatron serve a b.yaml --port 1 --host {address}\n", result.stderr
 
 
 def test_servers_that_do_not_start_fail_the_job(job: Job) -> None:

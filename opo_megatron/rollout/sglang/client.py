@@ -28,10 +28,8 @@ class Client:
             raise UserError(f"{url!r} is not the address of a server; write it as http://host:port")
         self.url, self.timeout = url.rstrip("/"), timeout
         self._host, self._port = parts.hostname, parts.port
-        self._headers = {"Content-Type": "application/json"}
         self._paths: frozenset[str] | None = None
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._authorization = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
     def post(self, path: str, timeout: float | None = None, **body: Any) -> Any:
         """The reply to a POST.
@@ -56,9 +54,9 @@ class Client:
             return address
 
     def is_healthy(self) -> bool:
-        """Whether the server answers at all."""
+        """Whether the server answers at all.  Asks without the key: another process may have the port."""
         try:
-            return self._request("GET", "/health", None, 5.0)[0] == 200
+            return self._request("GET", "/health", None, 5.0, with_key=False)[0] == 200
         except EngineFailure:
             return False
 
@@ -68,11 +66,14 @@ class Client:
             self._paths = frozenset(self.get("/openapi.json").get("paths", {}))
         return path in self._paths
 
-    def _request(self, method: str, path: str, body: str | None, timeout: float | None) -> tuple[int, bytes]:
+    def _request(
+        self, method: str, path: str, body: str | None, timeout: float | None, with_key: bool = True
+    ) -> tuple[int, bytes]:
+        headers = {"Content-Type": "application/json"} | (self._authorization if with_key else {})
         limit = timeout if timeout is not None else self.timeout
         connection = http.client.HTTPConnection(self._host, self._port, timeout=limit)
         try:
-            connection.request(method, path, body, self._headers)
+            connection.request(method, path, body, headers)
             response = connection.getresponse()
             return response.status, response.read()
         except TimeoutError as error:
@@ -86,7 +87,11 @@ class Client:
     def _checked(self, path: str, status: int, reply: bytes) -> Any:
         text = reply.decode(errors="replace")
         if status in (401, 403):
-            raise UserError(f"{self.url} refuses the API key; set rollout.sglang.api_key to the server's")
+            what = "refuses the key" if self._authorization else "asks for a key"
+            raise UserError(
+                f"{self.url} {what}; set rollout.sglang.api_key_file to the file that `opo serve` has, or "
+                "rollout.sglang.api_key to the variable with the server's key"
+            )
         if 400 <= status < 500:
             raise UserError(f"{self.url}{path} refuses the request ({status}): {_message(text)}")
         if status != 200:

@@ -29,6 +29,7 @@ from opo_megatron.config.schema import Config
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
 from opo_megatron.rollout.engine import GenerationRequest, Progress, Sampling
+from opo_megatron.rollout.sglang.api_key import shared_key
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.replies import rollouts_of, sampling_params
 from opo_megatron.rollout.sglang.server import Server, free_port
@@ -122,7 +123,8 @@ class SglangEngine:
         self.version = None
         self._close_transfers()
         if self.settings.urls:
-            self._clients = [self._client(url) for url in self.settings.urls]
+            key = shared_key(self.settings)
+            self._clients = [self._client(url, key) for url in self.settings.urls]
             for client in self._clients:
                 if not client.is_healthy():
                     raise UserError(f"the SGLang server {client.url} of rollout.sglang.urls does not answer")
@@ -131,11 +133,11 @@ class SglangEngine:
             self._released = set()
             self._server.stop()
             self._server.start(self._show_status)
-        urls = all_gather_objects(self.parallel, self._server.url if self._server else None)
-        self._clients = [self._client(urls[self._owner])]
+        own = (self._server.url, self._server.key) if self._server else None
+        self._clients = [self._client(*all_gather_objects(self.parallel, own)[self._owner])]
 
-    def _client(self, url: str) -> Client:
-        return Client(url, self.settings.timeout_seconds, self.settings.api_key)
+    def _client(self, url: str, key: str | None) -> Client:
+        return Client(url, self.settings.timeout_seconds, key)
 
     def close(self) -> None:
         """Stop the servers that this rank started."""

@@ -1,17 +1,20 @@
 """Starts an SGLang server; run as a file by the interpreter of SGLang's own environment.
 
-    <rollout.sglang.python> serve.py --model-path … [any option of sglang.launch_server]
+    <rollout.sglang.python> serve.py --model-path … [any option of sglang.launch_server]   < KEY
     <rollout.sglang.python> serve.py --check-options [options]    # describes the server's parser as JSON
 
-It adds two things to `python -m sglang.launch_server`.  The server dies with the trainer that started it,
-even if the trainer is killed.  And without a GPU it provides stubs of operators that SGLang imports but never
-calls there.  SGLang's worker processes import this file first, so they have the stubs too.
+It adds three things to `python -m sglang.launch_server`.  The server dies with the trainer that started it,
+even if the trainer is killed.  It reads its API key from standard input, because other users can see command
+lines, and no request passes without it but those of `OPEN_PATHS`.  And without a GPU it provides stubs of
+operators that SGLang imports but never calls there.  SGLang's worker processes import this file first, so
+they have the stubs too.
 
 Imports nothing from opo_megatron, which is not installed in that environment.
 """
 
 import argparse
 import ctypes
+import hmac
 import json
 import os
 import signal
@@ -19,9 +22,14 @@ import sys
 import types
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG = 1
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
+"""What may be asked without the key: whether the server runs, and how much it does."""
+KEYLESS = ("grpc_port", "grpc_mode", "smg_grpc_mode", "encoder_only", "use_ray", "sidecar")
+"""Options of SGLang with which it listens in other ways, that ask for no key."""
+KEYLESS_VARIABLES = ("SGLANG_GRPC_PORT", "SGLANG_RUST_SERVER")
 
 
 def die_with_parent() -> None:
@@ -75,6 +83,65 @@ def stub_cpu_imports() -> None:
     sys.modules |= {"vllm": package, "vllm._custom_ops": operators}
 
 
+class Key(str):
+    """A key that logs do not show: SGLang logs the representation of all its arguments."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'(hidden)'"
+
+
+class KeyGate:
+    """ASGI middleware that refuses what comes without the key: every method, path and protocol.
+
+    SGLang's own check stays.  It lets pass websockets, the method OPTIONS and all paths that begin like an
+    open one, among them /health_generate, which generates.
+    """
+
+    def __init__(self, app: Any, key: str) -> None:
+        self._app, self._expected = app, f"Bearer {key}".encode()
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan" or self._is_open(scope) or self._has_key(scope):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
+            await send({"type": "http.response.start", "status": 401, "headers": headers})
+            await send({"type": "http.response.body", "body": b'{"error": "Unauthorized"}'})
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+    def _is_open(self, scope: dict[str, Any]) -> bool:
+        # The path as it is routed: a URL put together from the request's headers may have another.
+        return scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and scope["path"] in OPEN_PATHS
+
+    def _has_key(self, scope: dict[str, Any]) -> bool:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+
+
+def serve() -> None:
+    """Run the server until it ends."""
+    key = Key(sys.stdin.readline().strip())
+    if not key:
+        sys.exit("serve.py takes the server's key from its standard input, and there is none")
+    os.umask(0o077)  # SGLang's processes unpickle what they get through sockets in the temporary folder
+    for name in KEYLESS_VARIABLES:
+        os.environ.pop(name, None)
+    from sglang.launch_server import run_server
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.server_args import prepare_server_args
+
+    arguments = prepare_server_args(sys.argv[1:])
+    for name in KEYLESS:
+        if getattr(arguments, name, None):
+            sys.exit(f"the option {name} of SGLang opens a port that asks for no key; remove it")
+    arguments.api_key = key
+    http_server.app.add_middleware(KeyGate, key=key)
+    run_server(arguments)
+
+
 def describe_parser(words: list[str]) -> dict[str, object]:
     """The options of the server's parser, each with all its names, and its objection to these words."""
     from sglang.srt.server_args import ServerArgs
@@ -100,7 +167,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--check-options"]:
         print(json.dumps(describe_parser(sys.argv[2:])))
         sys.exit()
-    from sglang.launch_server import run_server
-    from sglang.srt.server_args import prepare_server_args
-
-    run_server(prepare_server_args(sys.argv[1:]))
+    serve()

@@ -20,8 +20,10 @@ from pathlib import Path
 
 from opo_megatron.config.architecture import hf_config
 from opo_megatron.config.choices import Dtype
+from opo_megatron.config.rules.api_key import variable_of
 from opo_megatron.config.schema import Config
 from opo_megatron.errors import UserError
+from opo_megatron.rollout.sglang.api_key import random_key, shared_key
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.installation import (
     SERVE,
@@ -34,6 +36,7 @@ from opo_megatron.rollout.sglang.installation import (
 CONTEXT_MARGIN = 8
 """Positions of the context length that SGLang reserves."""
 STOP_SECONDS = 10.0
+LOOPBACK = "127.0.0.1"
 PORTS = (20000, 32768)
 PORT_ATTEMPTS = 3
 PORT_IS_TAKEN = b"address already in use"
@@ -86,6 +89,7 @@ class Server:
         """
         self.config, self.model_dir, self.log, self.name, self.gpus = config, model_dir, log, name, gpus
         self.settings = config.rollout.sglang
+        self.key = shared_key(self.settings, makes_file=True) or random_key()
         self._process: subprocess.Popen[bytes] | None = None
         self.url = ""
 
@@ -94,7 +98,7 @@ class Server:
         return None if self._process is None else self._process.pid
 
     def client(self) -> Client:
-        return Client(self.url, self.settings.timeout_seconds, self.settings.api_key)
+        return Client(self.url, self.settings.timeout_seconds, self.key)
 
     def start(self, show_status: Callable[[str], None]) -> None:
         """Start the server and wait until it is healthy.
@@ -112,23 +116,26 @@ class Server:
 
     def _start_on(self, port: int, show_status: Callable[[str], None]) -> None:
         python = interpreter(self.settings)
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{LOOPBACK}:{port}"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             begin = log.tell()
             self._process = subprocess.Popen(
                 [str(python.absolute()), str(SERVE), *self.arguments(port)],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self.environment(),
                 start_new_session=True,  # its own process group, which `stop` signals
             )
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:  # it ended; reported below
+            pipe.write(f"{self.key}\n".encode())
         # Also the process group's id, for killing it by hand.
         self.log.with_suffix(".pid").write_text(f"{self._process.pid}\n")
         self._wait_until_ready(show_status, begin)
 
-    def arguments(self, port: int) -> list[str]:
+    def arguments(self, port: int, host: str = LOOPBACK) -> list[str]:
         """Options of `sglang.launch_server`; the recipe's come last and override."""
         rollout, settings = self.config.rollout, self.settings
         samples = rollout.prompts_per_step * rollout.samples_per_prompt
@@ -136,7 +143,7 @@ class Server:
         longest = self.config.policy.model.max_sequence_length + CONTEXT_MARGIN
         options: dict[str, object] = {
             "model-path": self.model_dir,
-            "host": "127.0.0.1",
+            "host": host,
             "port": port,
             "dtype": _dtype(self.config),
             "load-format": "dummy",
@@ -152,13 +159,13 @@ class Server:
             options |= _CPU_OPTIONS | {"max-total-tokens": max(4096, running * longest)}
         else:
             options |= {"enable-memory-saver": True, "base-gpu-id": 0}
-        if settings.api_key is not None:
-            options["api-key"] = settings.api_key
         return as_words(options | by_their_own_names(settings.options))
 
     def environment(self) -> dict[str, str]:
-        """The trainer's environment without the variables of torchrun and of its Python."""
+        """The trainer's environment without the key, and the variables of torchrun and of its Python."""
         environment = own_environment()
+        if (variable := variable_of(self.settings)) is not None:
+            del environment[variable]
         environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for CONTEXT_MARGIN
         # Empty on a CPU: SGLang looks for GPUs by torch, not by its option --device.
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus or ())
@@ -227,5 +234,5 @@ def free_port() -> int:
     while True:
         port = random.SystemRandom().randrange(*PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+            probe.bind((LOOPBACK, port))
             return port

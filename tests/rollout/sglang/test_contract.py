@@ -1,14 +1,18 @@
-"""Violations of on-policyness, provoked on a real server, are detected in the step in which they happen."""
+"""A real server: violations of on-policyness are detected in the step in which they happen, and only the run
+itself may ask it anything."""
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import psutil
 import pytest
 import torch
 
@@ -39,6 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         "rollout.sglang.share_memory=true",  # the order of calls is the same on a CPU, which saves no memory
         "rollout.prompts_per_step=4",
         "rollout.sglang.restarts=1",
+        "rollout.sglang.options={log_level: info, enable_metrics: true}",  # logs all arguments of the server
         "warm_start.steps=0",
         "observe.kl=off",
         "observe.tensorboard=false",
@@ -243,6 +248,66 @@ def test_a_server_that_does_not_release_its_memory_is_stopped(
     assert server is not None and not server.is_alive() and run.policy.memory.is_complete
     run.generation.synchronize()
     assert server.is_alive() and run.generation.sync_difference < 1e-4
+
+
+def without_key(run: Run, method: str, path: str, **headers: str) -> int:
+    """Status of a request with these headers and no others."""
+    address = urlsplit(engine_of(run)._clients[0].url).netloc
+    connection = http.client.HTTPConnection(address, timeout=20)
+    try:
+        connection.request(method, path, "{}" if method in ("POST", "PUT") else None, headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def key_of(run: Run) -> str:
+    server = engine_of(run)._server
+    assert server is not None
+    return server.key
+
+
+@pytest.mark.parametrize("key", [None, "Bearer wrong", "Bearer", "Basic {}", "Bearer {}x", "{}"])
+def test_no_endpoint_answers_without_the_key(run: Run, key: str | None) -> None:
+    """Every path that the server lists, and those that it does not list, by every method."""
+    listed = engine_of(run)._clients[0].get("/openapi.json")["paths"]
+    endpoints = {(method.upper(), path) for path, methods in listed.items() for method in methods}
+    assert len(endpoints) > 90 and ("POST", "/update_weights_from_tensor") in endpoints
+    endpoints |= {("GET", path) for path in ("/", "/docs", "/redoc", "/openapi.json", "/nowhere", "//health")}
+    endpoints |= {
+        ("GET", path) for path in ("/health/x", "/healthy", "/health%2f..%2fgenerate", "/metrics/../generate")
+    }
+    endpoints |= {(method, "/generate") for method in ("OPTIONS", "HEAD", "PUT", "DELETE", "PATCH", "TRACE")}
+    endpoints |= {(method, "/health") for method in ("POST", "OPTIONS")}
+    headers = {} if key is None else {"Authorization": key.format(key_of(run))}
+    statuses = {endpoint: without_key(run, *endpoint, **headers) for endpoint in sorted(endpoints)}
+    answered = {endpoint: status for endpoint, status in statuses.items() if status != 401}
+    assert set(answered) == {("GET", path) for path in ("/health", "/ready")}
+    assert run.generation.engine.version == run.policy.version
+
+
+def test_health_and_metrics_need_no_key_and_other_protocols_do(run: Run) -> None:
+    assert {without_key(run, "GET", path) for path in ("/health", "/ready", "/metrics")} == {200}
+    websocket = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    websocket["Sec-WebSocket-Key"] = "AAAAAAAAAAAAAAAAAAAAAA=="
+    assert without_key(run, "GET", "/v1/realtime", **websocket) in (401, 403)
+    assert without_key(run, "POST", "/generate", Host="127.0.0.1/health?") in (400, 401)
+    both = {"Authorization": f"Bearer {key_of(run)}", "authorization": "Bearer wrong"}
+    assert without_key(run, "GET", "/model_info", **both) == 401
+
+
+def test_the_key_is_in_no_process_list_log_or_file(run: Run) -> None:
+    key, server = key_of(run), engine_of(run)._server
+    assert server is not None and server.pid is not None
+    processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    assert len(processes) >= 3
+    for process in [*processes, psutil.Process()]:
+        assert key not in " ".join(process.cmdline()) and key not in str(process.environ()), process
+    assert "'api_key': '(hidden)'" in server.log.read_text()
+    run.generation.generate(requests(2), Sampling(3, (), (1,)), "test")
+    files = [path for path in Path(run.config.run.dir).rglob("*") if path.is_file()]
+    assert {"config.yaml", "server_0.log"} <= {path.name for path in files}
+    assert [path for path in files if key.encode() in path.read_bytes()] == []
 
 
 def test_an_engine_without_complete_weights_does_not_generate(run: Run) -> None:

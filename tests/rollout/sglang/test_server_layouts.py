@@ -42,6 +42,7 @@ def start_server(folder: Path, vocab_size: int) -> Server:
         f"rollout.sglang.python={sglang_python()}",
         "rollout.engine=sglang",
         "rollout.sglang.max_running_requests=64",
+        f"rollout.sglang.api_key_file={folder / 'key'}",
     )
     write_model_config(config, vocab_size, folder / "model")
     server = Server(config, folder / "model", folder / "server.log", "server", None)
@@ -49,26 +50,31 @@ def start_server(folder: Path, vocab_size: int) -> Server:
     return server
 
 
+def key_file(server: Server) -> str:
+    """The setting with which a run may use the server."""
+    return f"rollout.sglang.api_key_file={server.settings.api_key_file}"
+
+
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("external")
     server = start_server(folder, VOCAB_SIZE)
     try:
-        yield server.url
+        yield server
     finally:
         server.stop()
     assert processes_of(folder) == []
 
 
 @pytest.fixture(scope="module")
-def expected(url: str, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return probe_after_sync(url, tmp_path_factory.mktemp("expected"), "one process")
+def expected(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return probe_after_sync(server, tmp_path_factory.mktemp("expected"), "one process")
 
 
-def probe_after_sync(url: str, folder: Path, case: str) -> dict:
+def probe_after_sync(server: Server, folder: Path, case: str) -> dict:
     ranks, overrides = CASES[case]
     output = folder / "probe.json"
-    arguments = (str(output), url, f"run.dir={folder}", *overrides)
+    arguments = (str(output), server.url, f"run.dir={folder}", key_file(server), *overrides)
     if ranks == 1:
         subprocess.run([sys.executable, str(WORKER), *arguments], cwd=ROOT, timeout=200, check=True)
     else:
@@ -78,27 +84,30 @@ def probe_after_sync(url: str, folder: Path, case: str) -> dict:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_servers_replies_are_the_same_bit_for_bit(
-    case: str, url: str, expected: dict, tmp_path: Path
+    case: str, server: Server, expected: dict, tmp_path: Path
 ) -> None:
-    actual = probe_after_sync(url, tmp_path, case)
+    actual = probe_after_sync(server, tmp_path, case)
     assert actual["tokens"] == expected["tokens"] and actual["log_probs"] == expected["log_probs"]
     assert actual["versions"] == [41] and actual["difference"] < 1e-4
 
 
 @pytest.fixture(scope="module")
-def lift_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def lift_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = start_server(tmp_path_factory.mktemp("lift"), LiftTask.vocab_size)
     try:
-        yield server.url
+        yield server
     finally:
         server.stop()
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "one process"])
-def test_three_steps_run_under_every_layout_and_transport(case: str, lift_url: str, tmp_path: Path) -> None:
+def test_three_steps_run_under_every_layout_and_transport(
+    case: str, lift_server: Server, tmp_path: Path
+) -> None:
     ranks, overrides = CASES[case]
     command = [sys.executable, "-m", "opo_megatron", "train", str(RECIPE), f"run.dir={tmp_path / 'run'}"]
-    command += [*SMALL_MODEL, *overrides, "rollout.engine=sglang", f"rollout.sglang.urls=[{lift_url}]"]
+    command += [*SMALL_MODEL, *overrides, "rollout.engine=sglang", key_file(lift_server)]
+    command += [f"rollout.sglang.urls=[{lift_server.url}]"]
     command += ["warm_start.steps=3", "train.steps=3", "rollout.prompts_per_step=6", "eval.problems=8"]
     command += ["observe.kl=off", "observe.tensorboard=false", "--nproc", str(ranks)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
