@@ -14,11 +14,12 @@ import pytest
 
 from opo_megatron.cli.main import COMMANDS, EPILOG, main
 from opo_megatron.config import Config, load_config
-from opo_megatron.distributed.launch import CHILD, ERROR_CLAIM
+from opo_megatron.distributed.launch import CHILD
+from opo_megatron.distributed.outcome import ERROR_CLAIM, OUTCOME
 from opo_megatron.errors import UserError
 from tests.support.paths import ROOT
 
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", CHILD, ERROR_CLAIM)
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", CHILD, ERROR_CLAIM, OUTCOME)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Replaces `run_ranks`; records the arguments of its calls."""
     calls: list[tuple] = []
-    monkeypatch.setattr("opo_megatron.cli.common.run_ranks", lambda *arguments: calls.append(arguments) or 3)
+    monkeypatch.setattr("opo_megatron.cli.common.run_ranks", lambda *arguments, **_: calls.append(arguments) or 3)
     return calls
 
 
@@ -171,11 +172,14 @@ def test_a_rank_that_loses_its_peers_prints_no_second_error(monkeypatch, capsys,
         raise RuntimeError("connection closed by peer")
 
     monkeypatch.setattr(sys.modules["opo_megatron.train"], "train", lose_peer)
-    monkeypatch.setenv(ERROR_CLAIM, str(tmp_path / "claim"))
-    with pytest.raises(RuntimeError, match="closed by peer"):
-        main(["train", recipe])
-    (tmp_path / "claim").touch()
-    assert main(["train", recipe]) == 2
+    with (tmp_path / "claim").open("w") as claim:
+        monkeypatch.setenv(ERROR_CLAIM, str(claim.fileno()))
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            main(["train", recipe])
+        claim.write("claimed by a peer")
+        claim.flush()
+        monkeypatch.setenv(ERROR_CLAIM, str(claim.fileno()))
+        assert main(["train", recipe]) == 2
     assert capsys.readouterr().err == ""
 
 

@@ -26,6 +26,7 @@ def stuck_in_here():
 
 watchdog = Watchdog(parallel_of(), Path(sys.argv[1]), minutes=0.02)
 watchdog.start()
+watchdog.show()
 watchdog.enter("reward", 7)
 stuck_in_here()
 """
@@ -47,6 +48,7 @@ def test_a_process_that_hangs_exits_and_reports_its_phase_and_stack(tmp_path: Pa
 def test_a_process_that_makes_progress_runs_on_and_leaves_no_files(tmp_path: Path) -> None:
     watchdog = Watchdog(parallel_of(), tmp_path, minutes=0.3 / 60)
     watchdog.start()
+    watchdog.show()
     for step in range(4):
         watchdog.enter("train", step)
         for _ in range(4):
@@ -61,6 +63,7 @@ def test_a_process_that_makes_progress_runs_on_and_leaves_no_files(tmp_path: Pat
 def test_zero_minutes_disable_the_watchdog(tmp_path: Path) -> None:
     watchdog = Watchdog(parallel_of(), tmp_path, minutes=0)
     watchdog.start()
+    watchdog.show()
     watchdog.enter("train", 1)
     watchdog.close()
     assert list(tmp_path.iterdir()) == []

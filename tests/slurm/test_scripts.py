@@ -24,6 +24,9 @@ FAKES = {
         finish() {
             code=$(cat "$FAKE/$which.code" 2>/dev/null || echo 0)
             case $code in 75 | 76) echo "$code" >"$OPO_AGAIN" ;; esac  # as node.sh does
+            mkdir -p "$OPO_RANKS_FOLDER/node0" # and what a rank writes
+            cat "$FAKE/$which.outcome" >"$OPO_RANKS_FOLDER/node0/0.outcome" 2>/dev/null ||
+                echo "exit $code" >"$OPO_RANKS_FOLDER/node0/0.outcome"
             [ "$code" != 75 ] || code=0
             exit "$code"
         }
@@ -109,7 +112,7 @@ def test_scripts_are_clean(script: Path) -> None:
 
 def test_the_scripts_are_short_and_print_no_environment() -> None:
     text = {path.name: path.read_text() for path in SCRIPTS}
-    assert sum(len(text[name].splitlines()) for name in ("opo_70b.sh", "common.sh")) < 150
+    assert sum(len(text[name].splitlines()) for name in ("opo_70b.sh", "common.sh")) < 165
     for name, lines in text.items():
         for line in lines.splitlines():
             code = line.split("#")[0].split()
@@ -256,6 +259,7 @@ name = os.path.join(folder, "rank" + os.environ["RANK"])
 def on_signal(number, frame):
     open(name + ".signal", "a").write(signal.Signals(number).name)
     time.sleep(0.3 * int(os.environ["RANK"]))  # not all at once
+    os.write(int(os.environ["OPO_OUTCOME_FD"]), b"exit 75")
     sys.exit(75)
 signal.signal(signal.SIGUSR1, on_signal)
 open(name + ".ready", "w").write(str(os.getppid()))
@@ -277,6 +281,7 @@ def test_the_signal_reaches_the_ranks_and_not_torchrun(tmp_path: Path, whole_gro
         "OPO_RENDEZVOUS": f"127.0.0.1:{29500 + os.getpid() % 1000}",
         "OPO_RENDEZVOUS_ID": "test",
         "OPO_AGAIN": str(tmp_path / "again"),
+        "OPO_RANKS_FOLDER": str(tmp_path / "ranks"),
     }
     process = subprocess.Popen(
         ["bash", "slurm/node.sh", "a_rank", str(tmp_path)],
