@@ -50,6 +50,9 @@ from opo_megatron.errors import (
 )
 from opo_megatron.utils.start_folder import started_here
 
+PEER_SECONDS = 0.5
+"""How much later than a rank that failed the launcher may find out."""
+
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "eval": eval,
@@ -127,12 +130,12 @@ def _exit_code(arguments: list[str]) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         who = "the run" if arguments[0] == "train" else f"`opo {arguments[0]}`"
-        code = call.code if isinstance(call.code, int) else int(call.code is not None)
+        code = int(call.code if isinstance(call.code, int) else call.code is not None)
         print_error(outcome.ended_early(who, code, caller=_caller(call)))
         return EXIT_FAILED
     except Exception:
         # The exception of a rank that lost its peers adds nothing to the error that one of them printed.
-        if "--debug" not in arguments and outcome.error_is_claimed():
+        if "--debug" not in arguments and outcome.error_is_claimed(PEER_SECONDS):
             return EXIT_USER_ERROR
         raise
 

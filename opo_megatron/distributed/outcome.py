@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 
 OUTCOME = "OPO_OUTCOME_FD"
 """Environment variable with the descriptor of a rank's file: "its last step (17 of 60)", then "exit 0"."""
@@ -91,9 +92,16 @@ def claim(descriptor: int) -> bool:
         fcntl.lockf(descriptor, fcntl.LOCK_UN)
 
 
-def error_is_claimed() -> bool:
-    """Whether another rank of this launcher has printed an error."""
-    return ERROR_CLAIM in _descriptors and os.fstat(_descriptors[ERROR_CLAIM]).st_size > 0
+def error_is_claimed(seconds: float = 0.0) -> bool:
+    """Whether another rank of this launcher, or the launcher, prints an error within this time."""
+    deadline = time.monotonic() + seconds
+    while ERROR_CLAIM in _descriptors:
+        if os.fstat(_descriptors[ERROR_CLAIM]).st_size:
+            return True
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.02)
+    return False
 
 
 def prints_alone() -> bool:

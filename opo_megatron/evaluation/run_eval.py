@@ -119,7 +119,6 @@ def _opened(config: Config, request: EvalTask) -> Iterator[_Evaluation]:
             watchdog = Watchdog(parallel, folder / WORK, config.run.hang_minutes)
             resources.callback(watchdog.close)
             watchdog.start()
-            watchdog.show()
             watchdog.enter("loading")
             tasks = _open_tasks(config, request.benchmarks, display, resources)
             rows = config.policy.model.vocab_size or next(iter(tasks.values())).vocab_size
@@ -127,6 +126,7 @@ def _opened(config: Config, request: EvalTask) -> Iterator[_Evaluation]:
                 rows = read_vocabulary(checkpoint)
             check_vocabulary(list(tasks.items()), config.task, rows)
             policy = frozen_policy(config, parallel, rows, checkpoint)
+            watchdog.show()
             generation = open_generation(config, parallel, policy, display, watchdog, resources)
             initial = config.policy.init_from or f"the random initial weights of {request.source.recipe}"
             yield _Evaluation(generation, tasks, folder, shown(checkpoint) if checkpoint else initial)

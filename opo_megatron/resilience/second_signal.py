@@ -35,6 +35,8 @@ class SecondSignal:
         """
         self._announces = announces
         self._thread: threading.Thread | None = None
+        self._ends = threading.Lock()
+        """Taken by the one of two that ends the process."""
         self._first: dict[str, float] = {}
         """Time of the first signal, by who saw it: the main thread may handle late what the thread saw."""
 
@@ -73,7 +75,7 @@ class SecondSignal:
             self._first[who] = now
             if who == "thread" and self._announces and number == signal.SIGTERM:
                 _print(FIRST)
-        elif now - self._first[who] >= REPEAT_SECONDS:
+        elif now - self._first[who] >= REPEAT_SECONDS and self._ends.acquire(blocking=False):
             _end(number)
 
 

@@ -49,7 +49,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Replaces `run_ranks`; records the arguments of its calls."""
     calls: list[tuple] = []
-    monkeypatch.setattr("opo_megatron.cli.common.run_ranks", lambda *arguments, **_: calls.append(arguments) or 3)
+    monkeypatch.setattr(
+        "opo_megatron.cli.common.run_ranks", lambda *arguments, **_: calls.append(arguments) or 3
+    )
     return calls
 
 
@@ -156,6 +158,36 @@ def test_an_interrupted_training_run_returns_130(monkeypatch, recipe, trained):
 
     monkeypatch.setattr(sys.modules["opo_megatron.train"], "train", interrupt)
     assert main(["train", recipe]) == 130
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        ("sys.exit()", 0),
+        ("sys.exit(0)", 0),
+        ("exit()", 0),
+        ("sys.exit(75)", 75),  # as if it were to be resumed
+        ("sys.exit('done')", 1),
+        ("raise SystemExit", 0),
+        ("import unittest; unittest.main(argv=['x'], module='enum')", 0),
+    ],
+)
+def test_a_call_of_exit_in_anybodys_code_is_an_error_that_names_the_caller(
+    monkeypatch, capsys, recipe, trained, call, code
+):
+    namespace = {"sys": sys, "exit": site_exit()}
+    exec(compile(f"def reward():\n    {call}", "mine.py", "exec"), namespace)
+    monkeypatch.setattr(sys.modules["opo_megatron.train"], "train", lambda *_: namespace["reward"]())
+    assert main(["train", recipe]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: the run ended with exit code {code} before the end of `opo train`: ")
+    assert ("reward (mine.py, line 2) called exit; remove that call" in error) == ("unittest" not in call)
+
+
+def site_exit():
+    import _sitebuiltins
+
+    return _sitebuiltins.Quitter("exit", "Ctrl-D")
 
 
 def test_an_internal_error_is_not_reported_as_a_user_error(monkeypatch, recipe, trained):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ FAKES = {
     # Prints and exits as the test sets for the launched module; records its arguments.
     "srun": """
         printf '%s\\n' "$*" >>"$FAKE/srun.arguments"
+        { printf '%s\\n' "$@" && printf '\\0\\n'; } >>"$FAKE/srun.words"
         for word; do case $word in --output=*) log=${word#--output=} ;; esac; done
         finish() {
             code=$(cat "$FAKE/$which.code" 2>/dev/null || echo 0)
@@ -35,7 +37,8 @@ FAKES = {
         *"opo_megatron serve"*) which=engine ;;
         *) which=train ;;
         esac
-        cat "$FAKE/$which.output" >"${log/\\%n/0}" 2>/dev/null
+        log=${log/%-%n.log/-0.log}
+        cat "$FAKE/$which.output" >"${log//%%/%}" 2>/dev/null
         [ ! -e "$FAKE/$which.waits" ] || {
             trap 'sleep 0.2; finish' USR1
             touch "$FAKE/$which.waiting"
@@ -172,6 +175,126 @@ def test_every_outcome_has_its_status(job: Job, output: str, code: int, status: 
     job.set_result("train", output, code)
     assert job.run()[0] == 1
     assert (job.logs / "status").read_text().startswith(status)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reached"),
+    [
+        ("its last step (17 of 60)", "its last step (17 of 60)"),
+        ("the end of `opo train`", "the end of `opo train`"),
+        ("exit 75", "exit 75"),
+        ("exit 1", "exit 1"),
+        ("", "its start"),
+        ("its last step (60 of 60)\nexit 0", "its last step (60 of 60)"),
+    ],
+)
+def test_a_job_is_completed_by_what_rank_0_wrote_last_and_not_by_an_exit_code(
+    job: Job, outcome: str, reached: str
+) -> None:
+    (job.folder / "train.outcome").write_text(outcome)
+    earlier = job.logs / "attempt_0/train.ranks/node0"  # which does not count
+    earlier.mkdir(parents=True)
+    (earlier / "0.outcome").write_text("exit 0\n")
+    code, status = job.run(SLURM_RESTART_COUNT="1")
+    assert code == 1 and status == f"failed: exit code 0 before {reached}; see {job.logs}/attempt_1"
+
+
+def test_a_preflight_that_did_not_come_to_its_end_stops_the_job(job: Job) -> None:
+    (job.folder / "preflight.outcome").write_text("the end of `opo preflight`")
+    code, status = job.run()
+    assert code == 1 and status.startswith("failed: preflight: ") and len(job.calls) == 1
+
+
+RANKS = {
+    "came to its end": ("echo exit 0 >&9; exit 0", 0, "0", None),
+    "saved": ("echo exit 75 >&9; exit 75", 0, "75", None),
+    "hung": ("echo exit 76 >&9; exit 76", 76, "76", None),
+    "an error in one line": ("echo exit 2 >&9; exit 2", 2, "2", None),
+    "a traceback": ("echo 'its last step (1 of 2)' >&9; exit 1", 1, "1", None),
+    "killed": ("kill -KILL $BASHPID", 137, "137", None),
+    "exit 0 early": ("echo 'its last step (1 of 2)' >&9; exit 0", 1, "1", "0 before its last step (1 of 2)"),
+    "exit 0 at once": ("exit 0", 1, "1", "0 before its start"),
+    "pretends to have saved": ("echo 'its last step (1 of 2)' >&9; exit 75", 1, "1", "75 before its last"),
+    "pretends to hang": ("exit 76", 1, "1", "76 before its start"),
+    "fails in silence": ("exit 7", 1, "1", "7 before its start"),
+    "changes its code": ("echo exit 0 >&9; exit 3", 1, "1", "3 before exit 0"),
+}
+
+
+@pytest.mark.parametrize(("command", "code", "written", "error"), RANKS.values(), ids=RANKS)
+def test_a_rank_of_a_job_ends_with_the_code_that_it_wrote(
+    tmp_path: Path, command: str, code: int, written: str, error: str | None
+) -> None:
+    result = subprocess.run(
+        ["bash", str(ROOT / "slurm/rank.sh"), str(tmp_path), "bash", "-c", command],
+        env={**os.environ, "RANK": "3"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == code and (tmp_path / "3.code").read_text() == f"{written}\n"
+    if error is None:
+        assert "error: " not in result.stderr
+    else:
+        assert f"error: rank 3 ended with exit code {error}" in result.stderr
+
+
+NAMES = {
+    "spaces": "two  words ",
+    "unicode": "gewürze-日本-é",
+    "quotes": """it's "quoted" `here`""",
+    "dollars": "$HOME ${PATH} $(false) !x",
+    "globs": "a*b?[c]{d,e}~",
+    "dashes": "-n --out -- #x",
+    "percents": "100%n%j%%",
+    "backslashes": "a\\b\\n;&|<>()",
+}
+
+
+@pytest.fixture(params=NAMES.values(), ids=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    """A name that a folder may have."""
+    return str(request.param)
+
+
+@pytest.mark.parametrize("engines", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_any_name_of_a_folder_reaches_every_program_unchanged(job: Job, name: str, engines: int) -> None:
+    project = job.folder / name
+    (project / "slurm").parent.mkdir()
+    (project / "slurm").symlink_to(ROOT / "slurm")
+    job.logs = project / name
+    (job.folder / "engine.waits").touch()
+    arguments = (f"recipes/{name}.yaml", f"run.dir={name}/{name}", f"task.data={name}")
+    variables = {"FAKE_NODES": "1 2", "OPO_ENGINE_NODES": str(engines), "OPO_PYTHON": f"{project}/bin/python"}
+    code, status = job.run(*arguments, SLURM_SUBMIT_DIR=str(project), OPO_LOGS=name, **variables)
+    assert (code, status) == (0, "completed")
+    words = [call.split("\n") for call in (job.folder / "srun.words").read_text().split("\0\n")[:-1]]
+    assert len(words) == 2 + engines
+    for call in words:
+        assert set(arguments) <= set(call), "each argument is one word"
+        log = next(word for word in call if word.startswith("--output=")).removeprefix("--output=")
+        expanded = log.removesuffix("-%n.log").replace("%%", "%")  # as SLURM does
+        assert Path(expanded).parent == job.logs / "attempt_0"
+
+
+def test_any_name_of_a_folder_works_for_the_ranks(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "python").write_text(
+        '#!/bin/bash\n[ "$1" != -m ] || [ "$2" != torch.distributed.run ] || {\n'
+        'while [ "$1" != --no-python ]; do shift; done; shift; RANK=0 LOCAL_RANK=0 exec "$@"; }\n'
+        f'printf "%s\\n" "$@" >{shlex.quote(str(folder / "words"))}; echo exit 75 >&9; exit 75\n'
+    )
+    (folder / "python").chmod(0o755)
+    environment = {
+        "OPO_PYTHON": str(folder / "python"),
+        "OPO_RANKS_FOLDER": str(folder / "ranks"),
+        "OPO_AGAIN": str(folder / "again"),
+        "OPO_NODES": "1", "OPO_RANKS_PER_NODE": "1", "OPO_RENDEZVOUS": "x:1", "OPO_RENDEZVOUS_ID": "x",
+    }  # fmt: skip
+    words = ["opo_megatron", "train", f"{name}.yaml", f"run.dir={name}"]
+    command = ["bash", str(ROOT / "slurm/node.sh"), *words]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=False, timeout=30)
+    assert (folder / "words").read_text().splitlines() == ["-m", *words]
+    assert (folder / "again").read_text() == "75\n"
+    assert (folder / "ranks/node0/0.code").read_text() == "75\n"
 
 
 def test_preempted_ranks_requeue_the_job_up_to_the_cap(job: Job) -> None:
