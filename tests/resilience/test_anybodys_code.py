@@ -17,9 +17,9 @@ import pytest
 from opo_megatron.distributed.outcome import ended_by_second
 from opo_megatron.errors import EXIT_HUNG, EXIT_PREEMPTED
 from opo_megatron.resilience.second_signal import FIRST
-from tests.slurm.test_scripts import NAMES, Job
 from tests.support.fixtures import RECIPE, SMALL_MODEL
 from tests.support.paths import ROOT, WORKERS
+from tests.support.slurm_job import NAMES, Job
 from tests.support.tiny_run import lasting
 
 WORKER = WORKERS / "misbehaving_run.py"
@@ -113,9 +113,7 @@ def test_children_of_a_run_can_be_terminated_at_any_moment(tmp_path: Path, deed:
 @pytest.mark.parametrize("rank", ["0", "1"])
 @pytest.mark.parametrize("moment", ["evaluation", "step 2"])
 @pytest.mark.parametrize("deed", ["exit", "exit as if saved", "leave", "leave as if saved", "leave by C"])
-def test_a_rank_of_two_that_leaves_early_is_named(
-    tmp_path: Path, deed: str, moment: str, rank: str
-) -> None:
+def test_a_rank_of_two_that_leaves_early_is_named(tmp_path: Path, deed: str, moment: str, rank: str) -> None:
     process = start_ranks(tmp_path, [deed, moment, rank], "run.dir=run")
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and f"now: {deed}" in output
