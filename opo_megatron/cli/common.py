@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from opo_megatron.distributed.launch import CHILD, run_ranks
 from opo_megatron.distributed.outcome import claim_error, prints_alone
-from opo_megatron.errors import ReplayDiffers, UserError
+from opo_megatron.errors import EXIT_USER_ERROR, ReplayDiffers, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,12 +84,16 @@ def is_launched() -> bool:
     return CHILD in os.environ
 
 
-def print_error(error: UserError | ReplayDiffers | str) -> None:
-    """Print one line on stderr, once where several ranks raise the same error."""
+def print_error(error: UserError | ReplayDiffers | str, code: int = EXIT_USER_ERROR) -> None:
+    """Print one line on stderr, once where several ranks raise the same error.
+
+    Args:
+        code: that the process will exit with.
+    """
     rank = os.environ.get("RANK", "0")
     who = f" (rank {rank})" if prints_alone() and rank != "0" else ""
     if not prints_alone():
         # The launcher terminates all ranks when the first returns; the rank that claims must still print.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if claim_error():
+    if claim_error(code):
         print(f"error{who}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -120,7 +120,7 @@ def _exit_code(arguments: list[str]) -> int:
     except Preempted:
         return EXIT_PREEMPTED
     except ReplayDiffers as difference:
-        print_error(difference)
+        print_error(difference, EXIT_DIFFERS)
         return EXIT_DIFFERS
     except KeyboardInterrupt:
         if not is_launched():
@@ -131,13 +131,14 @@ def _exit_code(arguments: list[str]) -> int:
             traceback.print_exc()
         who = "the run" if arguments[0] == "train" else f"`opo {arguments[0]}`"
         code = int(call.code if isinstance(call.code, int) else call.code is not None)
-        print_error(outcome.ended_early(who, code, caller=_caller(call)))
+        print_error(outcome.ended_early(who, code, caller=_caller(call)), EXIT_FAILED)
         return EXIT_FAILED
     except Exception:
         # The exception of a rank that lost its peers adds nothing to the error that one of them printed.
-        if "--debug" not in arguments and outcome.error_is_claimed(PEER_SECONDS):
-            return EXIT_USER_ERROR
-        raise
+        code_of_peer = None if "--debug" in arguments else outcome.claimed_code(PEER_SECONDS)
+        if code_of_peer is None:
+            raise
+        return code_of_peer
 
 
 def _caller(call: SystemExit) -> str:

@@ -88,7 +88,7 @@ def run_ranks(command: list[str], nproc: int, threads_per_rank: int = 1, writes_
                     _start(command, environment, rank, job)
                 return _wait(job, writes_outcome)
         except _SecondSigterm:
-            if claim(job.claim.fileno()):
+            if claim(job.claim.fileno(), 128 + signal.SIGTERM):
                 print(ended_by_second("SIGTERM"), file=sys.stderr, flush=True)
             return 128 + signal.SIGTERM
         finally:
@@ -193,17 +193,19 @@ def _wait(job: _Job, writes_outcome: bool) -> int:
     for _ in job.ranks:
         rank, code = finished.get()
         if writes_outcome and code >= 0 and (error := _untold(job, rank, code)) is not None:
-            _print_error(job, error)
+            _print_error(job, error, EXIT_FAILED)
             return EXIT_FAILED
         if code == EXIT_INTERRUPTED and signal.SIGINT not in job.forwarded:
-            _print_error(job, f"rank {rank} was interrupted by SIGINT or KeyboardInterrupt; {_OTHERS}")
+            _print_error(job, f"rank {rank} was interrupted by SIGINT or KeyboardInterrupt; {_OTHERS}", code)
         if code == EXIT_PREEMPTED:  # all ranks have agreed to stop
             preempted = True
         elif code > 0:
             return code
         if code < 0:
             if -code not in job.forwarded:
-                _print_error(job, f"rank {rank} was killed by {signal.Signals(-code).name}; {_OTHERS}")
+                _print_error(
+                    job, f"rank {rank} was killed by {signal.Signals(-code).name}; {_OTHERS}", 128 - code
+                )
             return 128 - code
     return EXIT_PREEMPTED if preempted else 0
 
@@ -216,7 +218,7 @@ def _untold(job: _Job, rank: int, code: int) -> str | None:
     return None if told == exit_line(code) else ended_early(f"rank {rank}", code, told)
 
 
-def _print_error(job: _Job, message: str) -> None:
+def _print_error(job: _Job, message: str, code: int) -> None:
     """Print an error unless a rank has; ranks that lose this one print none."""
-    if claim(job.claim.fileno()):
+    if claim(job.claim.fileno(), code):
         print(f"error: {message}", file=sys.stderr, flush=True)

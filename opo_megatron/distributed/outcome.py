@@ -75,33 +75,37 @@ def ended_by_second(name: str) -> str:
     return f"ended by a second {name}, without saving; resume=auto resumes from the last checkpoint"
 
 
-def claim_error() -> bool:
-    """Whether this rank prints its error: it is alone, or the first one that has any."""
-    return ERROR_CLAIM not in _descriptors or claim(_descriptors[ERROR_CLAIM])
+def claim_error(code: int) -> bool:
+    """Whether this rank prints its error: it is alone, or the first one that has any.
+
+    Args:
+        code: that it will exit with; ranks that lose it exit with the same one.
+    """
+    return ERROR_CLAIM not in _descriptors or claim(_descriptors[ERROR_CLAIM], code)
 
 
-def claim(descriptor: int) -> bool:
+def claim(descriptor: int, code: int) -> bool:
     """Whether this process is the first to claim the file."""
     fcntl.lockf(descriptor, fcntl.LOCK_EX)
     try:
         if os.fstat(descriptor).st_size:
             return False
-        os.write(descriptor, b"1")
+        os.write(descriptor, str(code).encode())
         return True
     finally:
         fcntl.lockf(descriptor, fcntl.LOCK_UN)
 
 
-def error_is_claimed(seconds: float = 0.0) -> bool:
-    """Whether another rank of this launcher, or the launcher, prints an error within this time."""
+def claimed_code(seconds: float) -> int | None:
+    """The exit code of the rank (or launcher) that prints an error within this time; None without one."""
     deadline = time.monotonic() + seconds
     while ERROR_CLAIM in _descriptors:
-        if os.fstat(_descriptors[ERROR_CLAIM]).st_size:
-            return True
+        if code := os.pread(_descriptors[ERROR_CLAIM], 10, 0):
+            return int(code)
         if time.monotonic() >= deadline:
             break
         time.sleep(0.02)
-    return False
+    return None
 
 
 def prints_alone() -> bool:

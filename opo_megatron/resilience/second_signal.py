@@ -85,10 +85,11 @@ def _forget_descriptor() -> None:
 
 def _end(number: int) -> None:
     name = signal.Signals(number).name
-    if claim_error():
+    code = 128 + number
+    if claim_error(code):
         _print(ended_by_second(name))
-    write_exit(128 + number)
-    os._exit(128 + number)
+    write_exit(code)
+    os._exit(code)
 
 
 def _print(line: str) -> None:

@@ -204,14 +204,14 @@ def test_a_rank_that_loses_its_peers_prints_no_second_error(monkeypatch, capsys,
         raise RuntimeError("connection closed by peer")
 
     monkeypatch.setattr(sys.modules["opo_megatron.train"], "train", lose_peer)
-    with (tmp_path / "claim").open("w") as claim:
+    with (tmp_path / "claim").open("w+") as claim:
         monkeypatch.setenv(ERROR_CLAIM, str(claim.fileno()))
         with pytest.raises(RuntimeError, match="closed by peer"):
             main(["train", recipe])
-        claim.write("claimed by a peer")
+        claim.write("3")  # the exit code of the peer that prints
         claim.flush()
         monkeypatch.setenv(ERROR_CLAIM, str(claim.fileno()))
-        assert main(["train", recipe]) == 2
+        assert main(["train", recipe]) == 3
     assert capsys.readouterr().err == ""
 
 

@@ -110,9 +110,20 @@ def test_children_of_a_run_can_be_terminated_at_any_moment(tmp_path: Path, deed:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", ["0", "1"])
-@pytest.mark.parametrize("moment", ["evaluation", "step 2"])
-@pytest.mark.parametrize("deed", ["exit", "exit as if saved", "leave", "leave as if saved", "leave by C"])
+@pytest.mark.parametrize(
+    ("deed", "moment", "rank"),
+    [
+        ("exit", "evaluation", "0"),
+        ("exit", "step 2", "1"),
+        ("exit as if saved", "step 2", "0"),
+        ("exit as if saved", "evaluation", "1"),
+        ("leave", "step 2", "0"),
+        ("leave", "step 2", "1"),
+        ("leave as if saved", "evaluation", "0"),
+        ("leave as if saved", "step 2", "1"),
+        ("leave by C", "step 2", "1"),
+    ],
+)
 def test_a_rank_of_two_that_leaves_early_is_named(tmp_path: Path, deed: str, moment: str, rank: str) -> None:
     process = start_ranks(tmp_path, [deed, moment, rank], "run.dir=run")
     output, errors = process.communicate(timeout=120)
@@ -143,8 +154,16 @@ def test_two_ranks_in_folders_of_any_name_write_what_they_should(tmp_path: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["start", "evaluation", "step 2"])
-@pytest.mark.parametrize("deed", ["sleep", "match", "poll"])
+@pytest.mark.parametrize(
+    ("deed", "moment"),
+    [
+        ("sleep", "start"),
+        ("sleep", "step 2"),
+        ("match", "step 2"),
+        ("poll", "evaluation"),
+        ("poll", "step 2"),
+    ],
+)
 def test_a_second_sigterm_ends_two_ranks_that_hang(tmp_path: Path, deed: str, moment: str) -> None:
     process = start_ranks(tmp_path, [deed, moment], "run.dir=run")
     assert process.stdout is not None
