@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +54,7 @@ from opo_megatron.run import Run
 from opo_megatron.tasks import Task, make_task
 from opo_megatron.tasks.stop_tokens import check_stop_tokens, how_responses_end
 from opo_megatron.utils.disk import report_disk_errors
+from opo_megatron.utils.start_folder import absolute, shown
 from opo_megatron.weights.fp8_folder import engine_quantization
 from opo_megatron.weights.hf_folder import read_weights
 from opo_megatron.weights.random_init import random_weights
@@ -92,7 +93,7 @@ def open_run(config: Config, allowed: Sequence[str] = (), saves: bool = True) ->
     """
     with (
         joined_ranks(config) as (parallel, display),
-        report_disk_errors(config.run.dir),
+        report_disk_errors(absolute(config.run.dir)),
         ExitStack() as resources,
     ):
         stop = StopRequest(parallel, config.run.max_minutes)
@@ -121,18 +122,21 @@ def _build(
     saves: bool,
     resources: ExitStack,
 ) -> Run:
-    watchdog = Watchdog(parallel, Path(config.run.dir), config.run.hang_minutes)
+    watchdog = Watchdog(parallel, absolute(config.run.dir), config.run.hang_minutes)
     resources.callback(watchdog.close)
+    watchdog.start()
     if config.observe.wandb_project is not None and parallel.rank == 0:
         load_wandb(config)
     if config.rollout.local.exact:
         check_exact_device(parallel)
+    watchdog.enter("loading the task")
     task = make_task(config.task)
     resources.callback(task.close)
     task.start()
     for note in task.notes:
         display.log(note)
     display.log(how_responses_end(task))
+    watchdog.enter("checking checkpoints")
     checkpoint = find_checkpoint(config, parallel, display.log)
     progress = read_progress(checkpoint) if checkpoint else RunProgress("warm_start", 0)
     state = read_estimator_state(checkpoint) if checkpoint else {}
@@ -141,6 +145,7 @@ def _build(
         check_resume(config, checkpoint / CONFIG_FILE, finished_steps, allowed, inputs)
         check_inputs(config, inputs, task.fingerprint, checkpoint, allowed)
     state[INPUTS] = task.fingerprint
+    watchdog.enter("loading weights")
     in_warm_start = progress.phase == "warm_start"
     vocab_size = vocabulary_of(config, task)
     reference = _reference_weights(config, parallel, vocab_size)
@@ -152,7 +157,7 @@ def _build(
             reference.check(run_of(checkpoint))
     _log_start(config, checkpoint, display)
     files = _open_files(config, parallel, progress, checkpoint, resources)
-    watchdog.start()
+    watchdog.show()
     policy.on_micro_batch = watchdog.progress
     if reference is not None and checkpoint is not None and not in_warm_start:
         reference.adopt(run_of(checkpoint))
@@ -191,13 +196,13 @@ def _build(
 def _reference_weights(config: Config, parallel: Parallel, vocab_size: int) -> ReferenceWeights | None:
     """The initial weights, for a run that measures or penalizes its KL divergence from them."""
     if config.observe.kl is Kl.eval or config.algorithm.kl_coefficient:
-        return ReferenceWeights(Path(config.run.dir), parallel, config.policy.model, vocab_size)
+        return ReferenceWeights(absolute(config.run.dir), parallel, config.policy.model, vocab_size)
     return None
 
 
 def _log_start(config: Config, checkpoint: Path | None, display: Display) -> None:
     if checkpoint is not None:
-        display.log(f"resumed from {checkpoint}")
+        display.log(f"resumed from {shown(checkpoint)}")
         if changed := changed_settings(config, checkpoint / CONFIG_FILE):
             display.log(f"changed settings: {', '.join(map(str, changed))}")
     elif config.policy.init_from is not None:
@@ -247,7 +252,13 @@ def open_generation(
     if shares:  # a server takes the memory that it finds free when it starts
         policy.memory.free_gradients()
         policy.memory.offload_optimizer()
-    engine = _start_engine(config, parallel, policy, display)
+    watchdog.enter("starting the engine")
+
+    def show_status(line: str) -> None:
+        watchdog.progress()  # a server that starts has its own time limit
+        display.status(line)
+
+    engine = _start_engine(config, parallel, policy, display, show_status)
     resources.callback(engine.close)
     return Generation(
         config=config,
@@ -260,15 +271,21 @@ def open_generation(
     )
 
 
-def _start_engine(config: Config, parallel: Parallel, policy: Policy, display: Display) -> RolloutEngine:
+def _start_engine(
+    config: Config,
+    parallel: Parallel,
+    policy: Policy,
+    display: Display,
+    show_status: Callable[[str], None],
+) -> RolloutEngine:
     if config.rollout.engine is EngineName.local:
         return _start_local_engine(config, parallel, policy, display)
-    model_dir = Path(config.run.dir) / "sglang" / "model"
+    model_dir = absolute(config.run.dir) / "sglang" / "model"
     fp8 = engine_quantization(config, policy.vocab_size)
     if parallel.rank == 0:
         write_model_config(config, policy.vocab_size, model_dir, fp8.config if fp8 else None)
     all_gather_objects(parallel, None)  # no server starts before the file is there
-    return SglangEngine(config, parallel, model_dir, display.status, fp8)
+    return SglangEngine(config, parallel, model_dir, show_status, fp8)
 
 
 def _start_local_engine(config: Config, parallel: Parallel, policy: Policy, display: Display) -> LocalEngine:
@@ -307,7 +324,7 @@ def start_policy(
     needs_weights: bool,
 ) -> Policy:
     """The policy with its initial weights: random, or those of `policy.init_from`."""
-    folder = Path(config.policy.init_from) if config.policy.init_from is not None else None
+    folder = absolute(config.policy.init_from) if config.policy.init_from is not None else None
     weights: WeightSource | None = None
     if needs_weights and folder is None:
         weights = random_weights(config.policy.model, vocab_size, config.run.seed)

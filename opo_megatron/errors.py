@@ -1,5 +1,7 @@
 """Exceptions and exit codes.  A user error is one sentence and exit code 2, never a traceback."""
 
+EXIT_FAILED = 1
+"""An error with a traceback, or a process that somebody's call of exit ended."""
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL: the run stopped before its last step and saved; resume=auto resumes it."""
@@ -8,6 +10,7 @@ EXIT_HUNG = 76
 """No progress for run.hang_minutes: the watchdog ended the run; resume=auto resumes it."""
 EXIT_DIFFERS = 3
 """`opo replay`: the step differs from the recorded one."""
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):

@@ -19,6 +19,7 @@ from opo_megatron.checkpoint.progress import RunProgress
 from opo_megatron.checkpoint.saver import CheckpointSaver
 from opo_megatron.config import Config
 from opo_megatron.config.rules.resilience import VOLATILE
+from opo_megatron.distributed import outcome
 from opo_megatron.distributed.process_groups import Parallel, all_reduce
 from opo_megatron.errors import OnPolicyError
 from opo_megatron.observe.console import Display
@@ -65,6 +66,7 @@ class Run:
     _orders: dict[tuple[int, int], PromptOrder] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        outcome.set_step(self.step, self.config.train.steps)
         if STATE in self.saver.state:
             self.fitted_weights.restore(self.saver.state[STATE])
 
@@ -117,6 +119,7 @@ class Run:
         self.files.write_step(row | throughput_metrics(row) | memory_metrics())
         self.display.row(row)
         self.step = row["step"]
+        outcome.set_step(self.step, self.config.train.steps)
         self.saver.save_or_stop(self.progress, self.config.train.steps, row)
 
     def summarize(self) -> None:

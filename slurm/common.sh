@@ -7,10 +7,13 @@
 #   OPO_ENGINE_NODES    default 0: number of nodes, the last ones, that serve SGLang and do not train
 #
 # The status is one line: running, completed, preempted, oom, timeout or failed, followed by the reason.
+# Completed is a run whose rank 0 wrote that it came to its end (attempt_N/train.ranks); no exit code says that.
 # Exit codes of the ranks that ask for a restart: 75, preempted and saved; 76, hung and stopped by the watchdog.
 
 : "${OPO_RANKS_PER_NODE:=8}" "${OPO_MAX_RESTARTS:=20}" "${OPO_ENGINE_NODES:=0}" "${OPO_CONTAINER:=}"
 : "${OPO_PYTHON:=$PWD/.venv/bin/python}" "${OPO_LOGS:=$PWD/runs/slurm/$SLURM_JOB_ID}"
+case $OPO_LOGS in /*) ;; *) OPO_LOGS=$PWD/$OPO_LOGS ;; esac
+export OPO_LOGS
 attempt=${SLURM_RESTART_COUNT:-0}
 logs=$OPO_LOGS/attempt_$attempt
 step='' name='' code=0 limit='' engines=''
@@ -41,7 +44,7 @@ in_step() {
     case $OPO_CONTAINER in
     pyxis:*) container=("--container-image=${OPO_CONTAINER#*:}" "--container-mounts=${OPO_MOUNTS:-$PWD:$PWD}"
         "--container-workdir=$PWD") ;;
-    apptainer:*) export OPO_RUN="apptainer exec --nv ${OPO_CONTAINER#*:}" ;;
+    apptainer:*) export OPO_IMAGE=${OPO_CONTAINER#*:} ;;
     esac
     list=$(IFS=, && echo "${nodes[*]:first:count}")
     exec srun --overlap --nodelist="$list" --nodes="$count" --ntasks="$count" --ntasks-per-node=1 \
@@ -54,7 +57,8 @@ launch() {
     name=$1
     shift
     export OPO_AGAIN="$logs/$name.again"
-    (trap - USR1 TERM && in_step 0 "$trainers" "$logs/$name-%n.log" "$@") &
+    export OPO_RANKS_FOLDER="$logs/$name.ranks"
+    (trap - USR1 TERM && in_step 0 "$trainers" "${logs//%/%%}/$name-%n.log" "$@") &
     step=$!
     code=0
     wait "$step" || code=$?
@@ -79,7 +83,7 @@ start_engines() {
     engine_keys=("rollout.sglang.api_key_file=$key" rollout.sglang.transport=distributed)
     OPO_ENGINE_ADDRESSES=$(for node in "${nodes[@]:trainers}"; do address_of "$node"; done)
     export OPO_ENGINE_ADDRESSES
-    (in_step "$trainers" "$OPO_ENGINE_NODES" "$logs/engine-%n.log" \
+    (in_step "$trainers" "$OPO_ENGINE_NODES" "${logs//%/%%}/engine-%n.log" \
         --alone opo_megatron serve "$@" "${engine_keys[@]}" --port "$port") &
     engines=$! name=engine
     for address in $OPO_ENGINE_ADDRESSES; do
@@ -99,8 +103,14 @@ reason() {
     printf '%s' "${line:-exit code $code without a message}; see $logs"
 }
 
+# outcome: what rank 0 had not reached yet, or "exit CODE", the last thing that it does.
+outcome() {
+    head -qn 1 "$logs/$name.ranks"/node*/0.outcome 2>/dev/null || true
+}
+
 finish_unless_ready() {
     [ -z "$limit" ] || { code=75 && finish; }
+    [ "$code" != 0 ] || [ "$(outcome)" = "exit 0" ] || code=1
     [ "$code" = 0 ] || { status "failed: preflight: $(reason)" && exit 1; }
 }
 
@@ -108,8 +118,10 @@ finish() {
     [ -z "$engines" ] || { kill "$engines" 2>/dev/null || true; } && rm -f "$logs/engine_key"
     local again=''
     case $code in 75) again=preempted ;; 76) again="preempted: hung; $(reason)" ;; esac
-    if [ "$code" = 0 ]; then
+    if [ "$code" = 0 ] && [ "$(outcome)" = "exit 0" ]; then
         status "completed" && exit 0
+    elif [ "$code" = 0 ]; then
+        status "failed: exit code 0 before $(outcome | grep . || echo 'its start'); see $logs"
     elif [ "$again" ] && [ "$attempt" -ge "$OPO_MAX_RESTARTS" ]; then
         status "failed: $again, after $attempt restarts, as many as OPO_MAX_RESTARTS=$OPO_MAX_RESTARTS allows"
     elif [ "$again" ]; then

@@ -4,14 +4,16 @@
 # exited (75) count as 0, because srun would kill nodes that are still shutting down.  With --alone: a server, without
 # torchrun, at this node's of OPO_ENGINE_ADDRESSES.
 set -uo pipefail
-read -ra container <<<"${OPO_RUN:-}"
+container=()
+[ -z "${OPO_IMAGE:-}" ] || container=(apptainer exec --nv "$OPO_IMAGE")
 python=(${container[@]+"${container[@]}"} "$OPO_PYTHON")
 if [ "$1" = --alone ]; then
     mapfile -t addresses <<<"$OPO_ENGINE_ADDRESSES"
     exec "${python[@]}" -m "${@:2}" --host "${addresses[SLURM_PROCID]}"
 fi
-ranks=$(mktemp -d)
-trap 'rm -rf "$ranks"' EXIT
+ranks=$OPO_RANKS_FOLDER/node${SLURM_NODEID:-0}
+rm -rf "$ranks"
+mkdir -p "$ranks"
 trap : USR1 TERM # interrupts the wait below
 (
     trap '' USR1 # SLURM may signal every process of a step; torchrun would die of it
@@ -30,12 +32,12 @@ done
 wait "$torchrun"
 code=$?
 # Oldest first: later failures are consequences of the first.
-for file in $(find "$ranks" -name '*.code' -printf '%T@ %p\n' | sort -n | cut -d' ' -f2); do
+while IFS= read -r file; do
     case $(<"$file") in
     0) ;;
     75) echo 75 >"$OPO_AGAIN" ;;
     76) echo 76 >"$OPO_AGAIN" && exit 76 ;;
     *) exit "$(<"$file")" ;;
     esac
-done
+done < <(find "$ranks" -name '*.code' -printf '%T@ %p\n' | sort -n | cut -d' ' -f2-)
 exit "$code"

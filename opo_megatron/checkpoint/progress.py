@@ -12,6 +12,7 @@ from opo_megatron.checkpoint.manifest import find_damage, read_manifest, share_t
 from opo_megatron.config import Config
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import UserError
+from opo_megatron.utils.start_folder import absolute, shown
 
 STATE_FILE = "run_state.json"
 CONFIG_FILE = "config.yaml"
@@ -61,25 +62,28 @@ def find_checkpoint(config: Config, parallel: Parallel, log: Callable[[str], Non
     """
     if config.resume == "never":
         return None
-    run_dir = Path(config.run.dir)
+    run_dir = absolute(config.run.dir)
     if config.resume != "auto":
-        path = Path(config.resume)
+        path = absolute(config.resume)
         if (reason := damage_of(path, parallel)) is not None:
-            raise UserError(f"{path} {reason}; resume from another one (resume=auto takes the newest)")
+            raise UserError(
+                f"{config.resume} {reason}; resume from another one (resume=auto takes the newest)"
+            )
         if run_of(path) != run_dir.resolve() and run_dir.is_dir() and any(run_dir.iterdir()):
             raise UserError(
-                f"run.dir={run_dir} holds another run than the checkpoint resume={path}; choose a new run.dir"
+                f"run.dir={config.run.dir} holds another run than the checkpoint resume={config.resume}; "
+                "choose a new run.dir"
             )
         return path
     candidates = all_gather_objects(parallel, checkpoints(run_dir) if parallel.rank == 0 else None)[0]
     for path in reversed(candidates):
         if (reason := damage_of(path, parallel)) is None:
             return Path(path)
-        log(f"warning: {path} {reason}; trying the previous one")
+        log(f"warning: {shown(path)} {reason}; trying the previous one")
     if candidates:
         raise UserError(
-            f"no checkpoint of {run_dir} is intact: {candidates[0].name} {reason}; choose another run.dir, "
-            f"or move {run_dir / 'checkpoints'} away to start from scratch"
+            f"no checkpoint of {config.run.dir} is intact: {candidates[0].name} {reason}; choose another "
+            f"run.dir, or move {shown(run_dir / 'checkpoints')} away to start from scratch"
         )
     return None
 

@@ -36,6 +36,7 @@ from opo_megatron.config import Config, to_yaml
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import SaveError
 from opo_megatron.policy.policy import Policy
+from opo_megatron.utils.start_folder import absolute
 
 T = TypeVar("T")
 
@@ -63,7 +64,7 @@ class PendingCheckpoint:
             SaveError: on all ranks if one cannot write; earlier checkpoints are unchanged.
         """
         self.parallel, self.progress = policy.parallel, progress
-        self.final = Path(config.run.dir) / "checkpoints" / progress.folder
+        self.final = absolute(config.run.dir) / "checkpoints" / progress.folder
         self._partial = self.final.with_name(self.final.name + ".partial")
         state = _state_of(policy, config, progress) | {"extra": extra or {}}
         state_text = json.dumps(state, indent=2) + "\n"  # now, since `extra` changes later

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from opo_megatron.checkpoint.progress import RunProgress
@@ -19,6 +18,7 @@ from opo_megatron.config import Config
 from opo_megatron.errors import Preempted, SaveError
 from opo_megatron.policy.policy import Policy
 from opo_megatron.resilience.stop import StopRequest
+from opo_megatron.utils.start_folder import absolute
 
 
 @dataclass(kw_only=True)
@@ -101,7 +101,7 @@ class CheckpointSaver:
         with self._tolerated_failure(pending.progress, must_succeed):
             pending.complete()
             self.saved = pending.progress
-            self.retention.saved(Path(self.config.run.dir), self.is_writer)
+            self.retention.saved(absolute(self.config.run.dir), self.is_writer)
 
     @contextmanager
     def _tolerated_failure(self, progress: RunProgress, must_succeed: bool) -> Iterator[None]:

@@ -7,11 +7,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
-from opo_megatron.distributed.launch import CHILD, ERROR_CLAIM, run_ranks
-from opo_megatron.errors import ReplayDiffers, UserError
+from opo_megatron.distributed.launch import CHILD, run_ranks
+from opo_megatron.distributed.outcome import claim_error, prints_alone
+from opo_megatron.errors import EXIT_USER_ERROR, ReplayDiffers, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,7 +75,8 @@ def world_size(nproc: int | None) -> int | None:
 
 def run_command_on_ranks(arguments: list[str], nproc: int, threads_per_rank: int = 1) -> int:
     """Run `opo ARGUMENTS` on `nproc` ranks; returns the exit code of the first that failed, else 0."""
-    return run_ranks([sys.executable, "-m", "opo_megatron", *arguments], nproc, threads_per_rank)
+    command = [sys.executable, "-m", "opo_megatron", *arguments]
+    return run_ranks(command, nproc, threads_per_rank, writes_outcome=True)
 
 
 def is_launched() -> bool:
@@ -83,21 +84,16 @@ def is_launched() -> bool:
     return CHILD in os.environ
 
 
-def error_is_printed() -> bool:
-    """Whether another rank of this launcher has printed a user error."""
-    claim = os.environ.get(ERROR_CLAIM)
-    return claim is not None and Path(claim).exists()
+def print_error(error: UserError | ReplayDiffers | str, code: int = EXIT_USER_ERROR) -> None:
+    """Print one line on stderr, once where several ranks raise the same error.
 
-
-def print_error(error: UserError | ReplayDiffers) -> None:
-    """Print one line on stderr, once where several ranks raise the same error."""
-    claim, rank = os.environ.get(ERROR_CLAIM), os.environ.get("RANK", "0")
-    who = f" (rank {rank})" if claim is None and rank != "0" else ""
-    if claim is not None:
+    Args:
+        code: that the process will exit with.
+    """
+    rank = os.environ.get("RANK", "0")
+    who = f" (rank {rank})" if prints_alone() and rank != "0" else ""
+    if not prints_alone():
         # The launcher terminates all ranks when the first returns; the rank that claims must still print.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        try:
-            Path(claim).touch(exist_ok=False)
-        except FileExistsError:
-            return
-    print(f"error{who}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if claim_error(code):
+        print(f"error{who}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

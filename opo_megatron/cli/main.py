@@ -1,9 +1,10 @@
 """The command `opo`: parses the command line, prints a user error as one line, sets the exit code.
 
-Exit codes: 0 done; 2 a user error (one line on stderr, no traceback); 3 a replayed step differs from the
-recorded one; 75 stopped before the last step, by SIGTERM, SIGUSR1 or run.max_minutes, and saved: resume=auto
-resumes; 76 hung, ended by its watchdog; 130 interrupted; with `--nproc`, the code of the first rank that
-failed.
+Exit codes: 0 done; 1 an internal error, or ended by a call of exit in anybody's code; 2 a user error (one
+line on stderr, no traceback); 3 a replayed step differs from the recorded one; 75 stopped before the last
+step, by SIGTERM, SIGUSR1 or run.max_minutes, and saved: resume=auto resumes; 76 hung, ended by its watchdog;
+130 interrupted; 143 ended by a second SIGTERM, without saving; with `--nproc`, the code of the first rank
+that failed.
 
 An error is printed once: `opo train` validates the recipe before it starts ranks.  An error that occurs on
 ranks is printed by the first rank that claims the launcher's error file, so that the same error on all ranks
@@ -35,17 +36,22 @@ from opo_megatron.cli import (
     serve,
     train,
 )
-from opo_megatron.cli.common import Parser, error_is_printed, is_launched, print_error
+from opo_megatron.cli.common import Parser, is_launched, print_error
+from opo_megatron.distributed import outcome
 from opo_megatron.errors import (
     EXIT_DIFFERS,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
     EXIT_PREEMPTED,
     EXIT_USER_ERROR,
     Preempted,
     ReplayDiffers,
     UserError,
 )
+from opo_megatron.utils.start_folder import started_here
 
-EXIT_INTERRUPTED = 130
+PEER_SECONDS = 0.5
+"""How much later than a rank that failed the launcher may find out."""
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
@@ -83,17 +89,28 @@ examples:
 
 exit codes:
   0 done    2 a user error, in one line    3 `opo replay`: the step differs    130 interrupted
+  1 an internal error, or ended by a call of exit in anybody's code
   75 stopped before its last step by SIGTERM, SIGUSR1 or run.max_minutes, and saved:
      the same command with resume=auto resumes
   76 no progress for run.hang_minutes: ended, with the stacks of all ranks in run.dir/stacks
+  143 ended by a second SIGTERM, without saving; resume=auto resumes from the last checkpoint
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `opo` with these arguments (default: the process's); returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    outcome.start_command(arguments[0] if arguments else "")
+    code = _exit_code(arguments)
+    outcome.write_exit(code)
+    return code
+
+
+def _exit_code(arguments: list[str]) -> int:
+    """Run the command, and print what ended it."""
     try:
-        return _run(arguments)
+        with started_here():
+            return _run(arguments)
     except UserError as error:
         if "--debug" in arguments:
             traceback.print_exc()
@@ -103,17 +120,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Preempted:
         return EXIT_PREEMPTED
     except ReplayDiffers as difference:
-        print_error(difference)
+        print_error(difference, EXIT_DIFFERS)
         return EXIT_DIFFERS
     except KeyboardInterrupt:
         if not is_launched():
             print("interrupted; resume=auto resumes from the newest checkpoint of run.dir", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except SystemExit as call:  # nothing of ours exits: it would end a run as if it were done
+        if "--debug" in arguments:
+            traceback.print_exc()
+        who = "the run" if arguments[0] == "train" else f"`opo {arguments[0]}`"
+        code = int(call.code if isinstance(call.code, int) else call.code is not None)
+        print_error(outcome.ended_early(who, code, caller=_caller(call)), EXIT_FAILED)
+        return EXIT_FAILED
     except Exception:
         # The exception of a rank that lost its peers adds nothing to the error that one of them printed.
-        if "--debug" not in arguments and error_is_printed():
-            return EXIT_USER_ERROR
-        raise
+        code_of_peer = None if "--debug" in arguments else outcome.claimed_code(PEER_SECONDS)
+        if code_of_peer is None:
+            raise
+        return code_of_peer
+
+
+def _caller(call: SystemExit) -> str:
+    """Who called exit, by the innermost frame."""
+    frames = traceback.extract_tb(call.__traceback__)
+    *_, frame = (frame for frame in frames if "_sitebuiltins" not in frame.filename)  # the function `exit`
+    return f"{frame.name} ({frame.filename}, line {frame.lineno})"
 
 
 def _run(arguments: list[str]) -> int:

@@ -48,7 +48,7 @@ class RunConfig:
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run."""
     hang_minutes: float = 30.0
-    """A rank that makes no progress within a phase for this long ends the run with exit code 76 and writes
+    """If no rank makes progress within its phase for this long, the run ends with exit code 76 and writes
     the stacks of all ranks; 0 disables the watchdog."""
     on_bad_numbers: str = "stop"
     """What happens when a reward, loss or gradient is not finite. The rollouts are saved to bad_batches/

@@ -38,6 +38,11 @@ def evaluation_is_due(config: Config, step: int) -> bool:
 
 def evaluate(run: Run) -> MetricsRow:
     """`eval/*` metrics of the engine's current weights; a collective of all ranks."""
+    with run.watchdog.within("eval"):
+        return _evaluate(run)
+
+
+def _evaluate(run: Run) -> MetricsRow:
     settings, generation, task = run.config.eval, run.generation, run.task
     sampling, samples = evaluation_sampling(run.config, task), settings.samples_per_problem
     problems = evaluation_problems(task, settings.problems)
@@ -109,7 +114,8 @@ def generate_eval(
     """
     requests = requests_for(problems, samples, generation.parallel)
     rollouts = generation.generate(requests, sampling, what)
-    rollouts.rewards = compute_rewards(task, problems, rollouts)
+    with generation.watchdog.within("eval reward"):
+        rollouts.rewards = compute_rewards(task, problems, rollouts)
     try:
         return rollouts, gather_stats(generation.parallel, rollouts)
     except NonFiniteError as error:  # no step that could be skipped

@@ -37,6 +37,7 @@ from opo_megatron.tasks import Task, make_task
 from opo_megatron.tasks.benchmarks import HELD_OUT, Benchmark, check_vocabulary
 from opo_megatron.tasks.stop_tokens import how_responses_end
 from opo_megatron.utils.disk import report_disk_errors
+from opo_megatron.utils.start_folder import absolute, shown
 
 WORK = "work"
 """Subfolder of the results for what exists only while the evaluation runs: rank status, server logs."""
@@ -79,7 +80,7 @@ def evaluate_weights(config: Config, request: EvalTask) -> None:
             if generation.parallel.rank == 0:
                 write_json(folder / "eval.json", results)
         generation.display.close()
-        title = f"{evaluation.weights}; everything is in {folder}"
+        title = f"{evaluation.weights}; everything is in {shown(folder)}"
         generation.display.summary(title, *results_table(measured, results["tasks"]))
 
 
@@ -113,21 +114,23 @@ def _opened(config: Config, request: EvalTask) -> Iterator[_Evaluation]:
     """The engine without weights, the tasks, the folder of the results, and the name of the weights."""
     with joined_ranks(config) as (parallel, display):
         checkpoint = _checkpoint(config, request.source, parallel, display)
-        folder = request.out or _default_folder(request.source, checkpoint)
+        folder = absolute(request.out or _default_folder(request.source, checkpoint))
         config = replace(config, run=replace(config.run, dir=str(folder / WORK)))
         with report_disk_errors(folder), _work_folder(folder, parallel), ExitStack() as resources:
-            watchdog = Watchdog(parallel, Path(config.run.dir), config.run.hang_minutes)
+            watchdog = Watchdog(parallel, folder / WORK, config.run.hang_minutes)
             resources.callback(watchdog.close)
+            watchdog.start()
+            watchdog.enter("loading")
             tasks = _open_tasks(config, request.benchmarks, display, resources)
             rows = config.policy.model.vocab_size or next(iter(tasks.values())).vocab_size
             if checkpoint is not None:
                 rows = read_vocabulary(checkpoint)
             check_vocabulary(list(tasks.items()), config.task, rows)
             policy = frozen_policy(config, parallel, rows, checkpoint)
+            watchdog.show()
             generation = open_generation(config, parallel, policy, display, watchdog, resources)
-            watchdog.start()
             initial = config.policy.init_from or f"the random initial weights of {request.source.recipe}"
-            yield _Evaluation(generation, tasks, folder, str(checkpoint or initial))
+            yield _Evaluation(generation, tasks, folder, shown(checkpoint) if checkpoint else initial)
 
 
 def _open_tasks(
@@ -157,7 +160,7 @@ def _checkpoint(config: Config, source: Source, parallel: Parallel, display: Dis
     if source.checkpoint is not None:
         if (reason := damage_of(source.checkpoint, parallel)) is not None:
             raise UserError(f"{source.checkpoint} {reason}; evaluate another one")
-        return source.checkpoint
+        return absolute(source.checkpoint)
     if source.run is None:
         return None
     newest = replace(config, resume="auto", run=replace(config.run, dir=str(source.run)))

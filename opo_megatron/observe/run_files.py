@@ -12,6 +12,7 @@ from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config import Config, to_yaml
 from opo_megatron.observe.loggers import Axis, MetricLogger, TensorBoard, WandB
 from opo_megatron.observe.metrics_file import MetricsFile, MetricsRow
+from opo_megatron.utils.start_folder import absolute
 
 
 class RunFiles:
@@ -28,7 +29,7 @@ class RunFiles:
             warm_step: the last finished warm-start step; None once the warm start is over.
             source: the run whose checkpoint this one resumes from.
         """
-        self.dir, self.is_writer = Path(config.run.dir), is_writer
+        self.dir, self.is_writer = absolute(config.run.dir), is_writer
         self.metrics = MetricsFile(self.dir / "metrics.jsonl")
         self.warm_start = MetricsFile(self.dir / "warm_start.jsonl")
         self.audit = MetricsFile(self.dir / "audit.jsonl")

@@ -35,6 +35,7 @@ from opo_megatron.run import Run
 from opo_megatron.tasks.base import STREAM_TRAIN
 from opo_megatron.train import opo_step
 from opo_megatron.updates.sft import run_sft
+from opo_megatron.utils.start_folder import absolute
 from opo_megatron.weights.stream import NamedTensors
 
 NORM_TOLERANCE = 1e-5
@@ -53,6 +54,7 @@ def replay(config: Config, run_dir: Path, step: int) -> None:
     Raises:
         ReplayDiffers: naming what differs.
     """
+    run_dir = absolute(run_dir)
     recorded = {row["step"]: row for row in MetricsFile(run_dir / "audit.jsonl").read()}
     if step < 1 or (step not in recorded and not nonfinite_path(run_dir, step).exists()):
         raise UserError(

@@ -1,10 +1,12 @@
 """Stops a run before its last step: on a signal to any rank, or after `run.max_minutes`.
 
-SIGTERM and SIGUSR1 only set a flag.  At the end of every step one small all-reduce tells all ranks
+SIGTERM and SIGUSR1 set a flag.  At the end of every step one small all-reduce tells all ranks
 whether any flag is set; then the run saves and exits with code 75.  Generation may take long, so it is
 interrupted: a flagged rank publishes the stop in the process group's store, which every rank polls once
 a second.  The next attempt generates the step again, since it is a function of (seed, step).
 Evaluations and optimizer steps are not interrupted.
+
+A second SIGTERM (or SIGINT) ends the process at once (`second_signal.py`).
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ import signal
 import threading
 import time
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from opo_megatron.distributed.process_groups import Parallel, all_reduce
 from opo_megatron.errors import Preempted
+from opo_megatron.resilience.second_signal import SecondSignal
+from opo_megatron.utils.signals import SignalHandlers
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 POLL_SECONDS = 1.0
@@ -36,20 +39,22 @@ class StopRequest:
         self._started = self._polled_at = time.monotonic()
         self._signal = 0
         self._is_published = False
-        self._previous: dict[int, Any] = {}
+        self._handlers = SignalHandlers(SIGNALS, self._flag)
+        self._second = SecondSignal(announces=parallel.rank == 0)
 
     def listen(self) -> None:
         """Install the signal handlers, in the main thread, the only one that can."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._flag) for number in SIGNALS}
+            self._handlers.install()
+            self._second.listen()
 
     def close(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+        self._second.close()
+        self._handlers.restore()
 
     def _flag(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number
+        self._second.handled(number)
 
     def _reason(self) -> int:
         if self._signal:

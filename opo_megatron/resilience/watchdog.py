@@ -2,9 +2,11 @@
 
 Every rank's thread writes `status/rank_N.json`: process, phase, step, and a heartbeat count.  A rank that
 stays in a phase longer than `run.hang_minutes` reads the others' files: ranks whose count stands still are
-stopped or gone and are reported, else the ranks that lag behind.  All ranks write their stacks to `stacks/`;
-a stopped rank does so on a signal from another rank of its machine.  Then every rank exits with code 76, and
-resume=auto resumes from the last checkpoint.
+stopped or gone and are reported, else the ranks that lag behind.  While another rank makes progress, a rank
+waits for it.  All ranks write their stacks to `stacks/`; a stopped rank does so on a signal from another rank
+of its machine.  Then every rank exits with code 76, and resume=auto resumes from the last checkpoint.
+
+It watches from the beginning, before a run has its folder: until `show`, files are written by a hang only.
 
 A job that was suspended as a whole continues: a thread that slept much longer than its interval resets the
 timer.  Not detected: a single process whose main thread never releases the GIL.
@@ -22,13 +24,15 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from opo_megatron.distributed.outcome import write_exit
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EXIT_HUNG
+from opo_megatron.utils.signals import keep_in_children, undo_in_children
 
 DUMP_SIGNAL = signal.SIGUSR2
 """Makes a rank write its stacks, whatever Python is doing."""
@@ -50,29 +54,42 @@ class Watchdog:
         self._closed, self._lock = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
         self._stacks: TextIO | None = None
+        self._processes: list[tuple[str, int]] = []
+        """Host and process id of every rank: files of an earlier attempt have others."""
 
     def start(self) -> None:
         """Start watching; a collective of all ranks."""
         if self._limit == 0:
             return
-        for folder in (self._status_dir, self._stacks_dir):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._stacks = self._stacks_of(self.parallel.rank).open("w")
-        # Only the thread that receives the signal: other stacks change while they are read.
-        faulthandler.register(DUMP_SIGNAL, self._stacks, all_threads=False)
-        self._write()
-        all_gather_objects(self.parallel, None)  # a barrier: every file is now of this attempt
+        self._processes = all_gather_objects(self.parallel, (socket.gethostname(), os.getpid()))
         self._since = time.monotonic()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
+
+    def show(self) -> None:
+        """From now on show the phases in files; the run has its folder."""
+        if self._limit == 0:
+            return
+        # Only the thread that receives the signal: other stacks change while they are read.
+        faulthandler.register(DUMP_SIGNAL, self._open_stacks(), all_threads=False)
+        undo_in_children(self, lambda: faulthandler.unregister(DUMP_SIGNAL))
+        self._write()
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """Start a phase; a new phase is written to the file at once."""
         is_new, self._phase, self._since = phase != self._phase, phase, time.monotonic()
         self._step = self._step if step is None else step
-        if is_new and self._thread is not None:
+        if is_new and self._stacks is not None:
             with suppress(OSError):  # a full disk ends the run by itself
                 self._write()
+
+    @contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        """A phase within another one, which continues afterwards."""
+        outer = self._phase
+        self.enter(phase)
+        yield
+        self.enter(outer)
 
     def progress(self) -> None:
         """Record progress within the phase."""
@@ -82,10 +99,11 @@ class Watchdog:
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
+        if self._stacks is not None:
+            keep_in_children(self)
             faulthandler.unregister(DUMP_SIGNAL)
             with suppress(OSError):
                 self._file_of(self.parallel.rank).unlink()
-        if self._stacks is not None:
             self._stacks.close()
             path = self._stacks_of(self.parallel.rank)
             with suppress(OSError):
@@ -101,10 +119,11 @@ class Watchdog:
             if now - before > 5 * self._interval:
                 self._since = now  # this process was suspended
             before = now
-            with suppress(OSError):  # a full disk ends the run by itself
-                self._write()
+            if self._stacks is not None:
+                with suppress(OSError):  # a full disk ends the run by itself
+                    self._write()
             if now - self._since > self._limit:
-                self._end()
+                self._look_around()
 
     def _write(self) -> None:
         path = self._file_of(self.parallel.rank)
@@ -123,11 +142,9 @@ class Watchdog:
             partial.write_text(json.dumps(status))
             os.replace(partial, path)
 
-    def _end(self) -> None:
-        """Write stacks, report the ranks at fault, and exit this process; does not return."""
-        assert self._stacks is not None
-        faulthandler.dump_traceback(self._stacks, all_threads=True)
-        self._stacks.flush()
+    def _look_around(self) -> None:
+        """End this process, unless another rank still makes progress."""
+        stacks = self._open_stacks()
         first = self._read_all()
         for _ in range(3):
             time.sleep(self._interval)
@@ -135,21 +152,57 @@ class Watchdog:
                 self._write()
         now = self._read_all()
         unresponsive = [one["rank"] for one in now if one["count"] == first[one["rank"]]["count"]]
+        working = [one for one in now if one["rank"] not in unresponsive and one["seconds"] <= self._limit]
+        if not working:
+            self._end(stacks, now, unresponsive)
+
+    def _open_stacks(self) -> TextIO:
+        """This rank's file for its stacks, and the folders."""
+        for folder in (self._status_dir, self._stacks_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+        if self._stacks is None:
+            self._stacks = self._stacks_of(self.parallel.rank).open("w")
+        return self._stacks
+
+    def _end(self, stacks: TextIO, now: list[Status], unresponsive: list[int]) -> None:
+        """Write stacks, report the ranks at fault, and exit this process; does not return."""
+        faulthandler.dump_traceback(stacks, all_threads=True)
+        stacks.flush()
         reporter = min(set(range(self.parallel.world_size)) - set(unresponsive), default=self.parallel.rank)
         self._dump_unresponsive([now[rank] for rank in unresponsive])
         if self.parallel.rank == reporter:
             self._log(now, unresponsive)
         else:
             time.sleep(STACKS_SECONDS)  # the launcher stops all ranks when the first exits
+        write_exit(EXIT_HUNG)
         os._exit(EXIT_HUNG)
 
     def _read_all(self) -> list[Status]:
-        return [json.loads(self._file_of(rank).read_text()) for rank in range(self.parallel.world_size)]
+        return [self._read(rank) for rank in range(self.parallel.world_size)]
+
+    def _read(self, rank: int) -> Status:
+        """A rank's file; where it has written none in this attempt, what is known of it."""
+        host, pid = self._processes[rank]
+        with suppress(OSError):
+            status: Status = json.loads(self._file_of(rank).read_text())
+            if (status["host"], status["pid"]) == (host, pid):
+                return status
+        return {
+            "rank": rank,
+            "host": host,
+            "pid": pid,
+            "phase": "start",
+            "step": 0,
+            "seconds": 0.0,
+            "count": 0,
+        }
 
     def _dump_unresponsive(self, unresponsive: Sequence[Status]) -> None:
         """Make stopped ranks of this machine write their stacks."""
         for status in unresponsive:
-            if status["host"] == socket.gethostname() and status["rank"] != self.parallel.rank:
+            writes_stacks = status["count"] > 0  # otherwise the signal would end it
+            is_here = status["host"] == socket.gethostname() and status["rank"] != self.parallel.rank
+            if is_here and writes_stacks:
                 # To the main thread, whose id is the pid: a signal to the process may go to any thread.
                 ctypes.CDLL(None).tgkill(status["pid"], status["pid"], int(DUMP_SIGNAL))
                 with suppress(ProcessLookupError):

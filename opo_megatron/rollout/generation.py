@@ -68,8 +68,9 @@ class Generation:
             self.memory.before_rollout()
             return self.engine.probe(requests, PROBE_SAMPLING)
 
-        probes = self._retry_collectively(send, self.engine.recover, "weights could not be sent")
-        difference, owner = largest_difference(self.policy, self.parallel, probes)
+        with self.watchdog.within("sync"):
+            probes = self._retry_collectively(send, self.engine.recover, "weights could not be sent")
+            difference, owner = largest_difference(self.policy, self.parallel, probes)
         self.sync_difference = difference
         check_sync(difference, owner, self.config.on_policy.tolerance, self.policy.version)
 

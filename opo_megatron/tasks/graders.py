@@ -5,8 +5,6 @@ block the run, and sees no keys."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -14,7 +12,15 @@ from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
 from opo_megatron.tasks.base import Prompt
 from opo_megatron.tasks.reward_service import SCHEMES, RewardService
-from opo_megatron.tasks.user_verifier import Job, Reply, call, described, load_function, source_hash
+from opo_megatron.tasks.user_verifier import (
+    Job,
+    Reply,
+    call,
+    described,
+    load_function,
+    make_importable,
+    source_hash,
+)
 from opo_megatron.tasks.verifiers import MATH, MATH_STRICT, Verifier, exact, number, regex
 from opo_megatron.tasks.worker_pool import UNKNOWN, WorkerPool, verifier_error
 from opo_megatron.utils.extras import require_extra
@@ -135,8 +141,7 @@ class UserInProcess(InProcess):
     """A user's verifier in this process."""
 
     def __init__(self, path: str, seconds: float) -> None:
-        if os.getcwd() not in sys.path:  # `python -m` searches it, the command `opo` does not
-            sys.path.append(os.getcwd())
+        folder = make_importable()
         try:
             function = load_function(path)
         except KeyboardInterrupt:
@@ -144,7 +149,7 @@ class UserInProcess(InProcess):
         except BaseException as error:  # a user's module may raise anything
             raise UserError(
                 f"task.verifier={path} cannot be loaded: {described(error)}; check the name; modules are "
-                f"searched in {os.getcwd()} and on PYTHONPATH"
+                f"searched in {folder} and on PYTHONPATH"
             ) from error
         super().__init__(path, function, seconds)
         self.source = source_hash(function)

@@ -20,6 +20,7 @@ from typing import Any
 from opo_megatron.errors import UserError
 from opo_megatron.tasks.file_formats import check_format
 from opo_megatron.utils.extras import require_extra
+from opo_megatron.utils.start_folder import to_open
 
 HUB = "hub:"
 BYTE_ORDER_MARK = "\ufeff"
@@ -34,7 +35,7 @@ def read_rows(source: str) -> Iterable[tuple[int, Any]]:
     Raises:
         UserError: for a source that cannot be read, with the reason.
     """
-    return _hub_rows(source) if source.startswith(HUB) else _file_rows(Path(source))
+    return _hub_rows(source) if source.startswith(HUB) else _file_rows(to_open(source))
 
 
 def parse_hub(source: str) -> tuple[str, str | None, str]:

@@ -9,6 +9,7 @@ from opo_megatron.errors import UserError
 from opo_megatron.tasks.messages import Messages
 from opo_megatron.tasks.stop_tokens import find_stop_tokens
 from opo_megatron.utils.extras import require_extra
+from opo_megatron.utils.start_folder import to_open
 
 
 class Tokenizer(Protocol):
@@ -128,4 +129,4 @@ def encode_prompt(tokenizer: Any, opening: list[int], text: str) -> list[int]:
 
 def open_tokenizer(name: str) -> Tokenizer:
     """The tokenizer `bytes`, or that of a folder."""
-    return ByteTokenizer() if name == "bytes" else FolderTokenizer(Path(name))
+    return ByteTokenizer() if name == "bytes" else FolderTokenizer(to_open(name))

@@ -8,16 +8,14 @@ do is said by `base.py::Task`.  It runs in the training process, and must give e
 from __future__ import annotations
 
 import importlib
-import os
 import random
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
 from opo_megatron.tasks.base import Prompt, Split
-from opo_megatron.tasks.user_verifier import as_reward, described, source_hash
+from opo_megatron.tasks.user_verifier import as_reward, described, make_importable, source_hash
 
 NEEDED = ("vocab_size", "stop_tokens", "size", "prompt", "decode")
 """And `reward` or `rewards`."""
@@ -52,8 +50,7 @@ class UserTask:
 
     def _made(self) -> Any:
         module, _, name = self.path.partition(":")
-        if os.getcwd() not in sys.path:  # `python -m` searches it, the command `opo` does not
-            sys.path.append(os.getcwd())
+        folder = make_importable()
         try:
             return getattr(importlib.import_module(module), name)(self.config)
         except (KeyboardInterrupt, UserError):
@@ -61,7 +58,7 @@ class UserTask:
         except BaseException as error:  # a user's class may raise anything
             raise UserError(
                 f"task.name={self.path} cannot be made: {described(error)}; it must be a class that is "
-                f"called with the recipe's section task, in a module in {os.getcwd()} or on PYTHONPATH"
+                f"called with the recipe's section task, in a module in {folder} or on PYTHONPATH"
             ) from error
 
     def _call(self, name: str, *arguments: Any) -> Any:

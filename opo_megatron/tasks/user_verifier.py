@@ -14,9 +14,12 @@ import hashlib
 import importlib
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+from opo_megatron.utils.start_folder import start_folder
 
 Mode = Literal["each", "async", "batch"]
 Job = Sequence[str]
@@ -29,6 +32,14 @@ BATCH = "prompts"
 
 class NotANumber(ValueError):
     """A verifier returned something else than a finite number."""
+
+
+def make_importable() -> Path:
+    """Let imports find the folder that the command was started in, which this returns."""
+    folder = start_folder()
+    if str(folder) not in sys.path:  # `python -m` searches it, the command `opo` does not
+        sys.path.append(str(folder))
+    return folder
 
 
 def load_function(path: str) -> Callable[..., Any]:

@@ -16,9 +16,12 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from opo_megatron.errors import UserError
 from opo_megatron.tasks.stray_processes import MARK, kill_marked, kill_worker
+from opo_megatron.utils.secrets import without_secrets
+from opo_megatron.utils.start_folder import start_folder
 
 START_SECONDS = 120.0
 """Time limit of a worker's imports."""
@@ -65,7 +68,7 @@ class WorkerPool:
     _failed_starts: int = 0
     _workers: list[_Worker] = field(default_factory=list)
     _mark: str = field(default_factory=lambda: f"{os.getpid()}-{time.monotonic_ns()}")
-    _folder: str = field(default_factory=os.getcwd)
+    _folder: Path = field(default_factory=start_folder)
 
     def start(self) -> None:
         """Start the workers, and wait until one is ready.
@@ -128,7 +131,7 @@ class WorkerPool:
     def _start(self) -> _Worker:
         command = [sys.executable, "-m", "opo_megatron.tasks.grading_worker"]
         command += [self.grader, str(self.seconds), str(self.memory_mib)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", MARK: self._mark}
+        environment = without_secrets(os.environ) | {"OMP_NUM_THREADS": "1", MARK: self._mark}
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -14,11 +14,12 @@ import pytest
 
 from opo_megatron.cli.main import COMMANDS, EPILOG, main
 from opo_megatron.config import Config, load_config
-from opo_megatron.distributed.launch import CHILD, ERROR_CLAIM
+from opo_megatron.distributed.launch import CHILD
+from opo_megatron.distributed.outcome import ERROR_CLAIM, OUTCOME
 from opo_megatron.errors import UserError
 from tests.support.paths import ROOT
 
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", CHILD, ERROR_CLAIM)
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", CHILD, ERROR_CLAIM, OUTCOME)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Replaces `run_ranks`; records the arguments of its calls."""
     calls: list[tuple] = []
-    monkeypatch.setattr("opo_megatron.cli.common.run_ranks", lambda *arguments: calls.append(arguments) or 3)
+    monkeypatch.setattr(
+        "opo_megatron.cli.common.run_ranks", lambda *arguments, **_: calls.append(arguments) or 3
+    )
     return calls
 
 
@@ -157,6 +160,36 @@ def test_an_interrupted_training_run_returns_130(monkeypatch, recipe, trained):
     assert main(["train", recipe]) == 130
 
 
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        ("sys.exit()", 0),
+        ("sys.exit(0)", 0),
+        ("exit()", 0),
+        ("sys.exit(75)", 75),  # as if it were to be resumed
+        ("sys.exit('done')", 1),
+        ("raise SystemExit", 0),
+        ("import unittest; unittest.main(argv=['x'], module='enum')", 0),
+    ],
+)
+def test_a_call_of_exit_in_anybodys_code_is_an_error_that_names_the_caller(
+    monkeypatch, capsys, recipe, trained, call, code
+):
+    namespace = {"sys": sys, "exit": site_exit()}
+    exec(compile(f"def reward():\n    {call}", "mine.py", "exec"), namespace)
+    monkeypatch.setattr(sys.modules["opo_megatron.train"], "train", lambda *_: namespace["reward"]())
+    assert main(["train", recipe]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: the run ended with exit code {code} before the end of `opo train`: ")
+    assert ("reward (mine.py, line 2) called exit; remove that call" in error) == ("unittest" not in call)
+
+
+def site_exit():
+    import _sitebuiltins
+
+    return _sitebuiltins.Quitter("exit", "Ctrl-D")
+
+
 def test_an_internal_error_is_not_reported_as_a_user_error(monkeypatch, recipe, trained):
     def fail(_config: Config, _allowed: list[str]) -> None:
         raise RuntimeError("a bug")
@@ -171,11 +204,14 @@ def test_a_rank_that_loses_its_peers_prints_no_second_error(monkeypatch, capsys,
         raise RuntimeError("connection closed by peer")
 
     monkeypatch.setattr(sys.modules["opo_megatron.train"], "train", lose_peer)
-    monkeypatch.setenv(ERROR_CLAIM, str(tmp_path / "claim"))
-    with pytest.raises(RuntimeError, match="closed by peer"):
-        main(["train", recipe])
-    (tmp_path / "claim").touch()
-    assert main(["train", recipe]) == 2
+    with (tmp_path / "claim").open("w+") as claim:
+        monkeypatch.setenv(ERROR_CLAIM, str(claim.fileno()))
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            main(["train", recipe])
+        claim.write("3")  # the exit code of the peer that prints
+        claim.flush()
+        monkeypatch.setenv(ERROR_CLAIM, str(claim.fileno()))
+        assert main(["train", recipe]) == 3
     assert capsys.readouterr().err == ""
 
 

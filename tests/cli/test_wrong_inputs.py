@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from opo_megatron.cli.main import main
-from opo_megatron.distributed.launch import CHILD, ERROR_CLAIM
+from opo_megatron.distributed.launch import CHILD
+from opo_megatron.distributed.outcome import ERROR_CLAIM, OUTCOME
 from tests.support.cli_errors import refused, split
 from tests.support.paths import ROOT
 from tests.support.requirements import require
@@ -73,7 +74,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_inputs_folder(monkeypatch: pytest.MonkeyPatch, inputs: Path) -> Iterator[None]:
-    for name in ("RANK", "WORLD_SIZE", "OPO_TEST_DATA", CHILD, ERROR_CLAIM):
+    for name in ("RANK", "WORLD_SIZE", "OPO_TEST_DATA", CHILD, ERROR_CLAIM, OUTCOME):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(inputs)

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from opo_megatron.distributed.launch import CHILD, ERROR_CLAIM
+from opo_megatron.distributed.launch import CHILD
+from opo_megatron.distributed.outcome import ERROR_CLAIM, OUTCOME
 from tests.support.cli_errors import refused, split
 from tests.support.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
 def in_tmp_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("RANK", "WORLD_SIZE", "OPO_TEST_DATA", CHILD, ERROR_CLAIM):
+    for name in ("RANK", "WORLD_SIZE", "OPO_TEST_DATA", CHILD, ERROR_CLAIM, OUTCOME):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text("run: {dir: out}")

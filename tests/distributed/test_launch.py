@@ -45,10 +45,10 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def start_parent(code: str, nproc: int) -> subprocess.Popen[bytes]:
+def start_parent(code: str, nproc: int, before: str = "") -> subprocess.Popen[bytes]:
     """Starts a parent of `nproc` ranks of `code`; returns it once every rank has written its file."""
     run = f"run_ranks({[*PYTHON, code]!r}, {nproc})"
-    script = f"import sys; from opo_megatron.distributed.launch import run_ranks; sys.exit({run})"
+    script = f"import sys; from opo_megatron.distributed import launch; {before}sys.exit(launch.{run})"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen([sys.executable, "-c", script], env=environment)
     wait_for(lambda: all(written(str(rank)) for rank in range(nproc)))
@@ -119,6 +119,49 @@ def test_a_rank_killed_by_a_signal_is_named_and_gives_128_plus_its_number(capfd)
     assert capfd.readouterr().err == "error: rank 0 was killed by SIGKILL; the other ranks are stopped\n"
 
 
+UNTOLD = {
+    "returns 0": ("sys.exit(0)", 0),
+    "leaves like os._exit": ("tell('its last step (17 of 60)'); os._exit(0)", 0),
+    "pretends to have saved": ("tell('its last step (17 of 60)'); os._exit(75)", 75),
+    "pretends to hang": ("tell('its last step (17 of 60)'); os._exit(76)", 76),
+    "fails in silence": ("tell('its last step (17 of 60)'); os._exit(7)", 7),
+    "changes its code at the end": ("tell('exit 0'); atexit.register(os._exit, 3)", 3),
+    "lets a library exit": ("ctypes.CDLL(None).exit(0)", 0),
+}
+TELLING = (
+    "import atexit, ctypes, os, sys\n"
+    "def tell(text): os.pwrite(int(os.environ['OPO_OUTCOME_FD']), text.encode() + b'\\n', 0)\n"
+    "if os.environ['RANK'] == '0':\n    tell('exit 0'); sys.exit(0)\n"
+)
+
+
+@pytest.mark.parametrize(("code", "exit_code"), UNTOLD.values(), ids=UNTOLD)
+def test_a_rank_that_ends_without_having_come_to_its_end_has_failed(capfd, code, exit_code):
+    assert run_ranks([*PYTHON, TELLING + code], 2, writes_outcome=True) == 1
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: rank 1 ended with exit code {exit_code} before ")
+    assert error.count("\n") == 1 and "called exit; remove that call and repeat the command" in error
+    assert ("before its last step (17 of 60): something" in error) == ("17 of 60" in code)
+
+
+@pytest.mark.parametrize(
+    ("told", "exit_code"),
+    [("exit 0", 0), ("exit 75", 75), ("exit 76", 76), ("exit 2", 2), ("exit 130", 130), ("anything", 1)],
+)
+def test_the_exit_code_that_a_rank_wrote_is_its_outcome(told, exit_code):
+    code = TELLING + f"tell({told!r}); sys.exit({exit_code})"
+    assert run_ranks([*PYTHON, code], 2, writes_outcome=True) == exit_code
+
+
+def test_what_ranks_tell_does_not_depend_on_a_folder(monkeypatch, tmp_path):
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    code = TELLING + f"import shutil; shutil.rmtree({str(folder)!r}); os.chdir('/'); tell('exit 0')"
+    assert run_ranks([*PYTHON, code], 2, writes_outcome=True) == 0
+    assert not folder.exists()
+
+
 def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace_period(monkeypatch):
     monkeypatch.setattr(launch.stop_ranks, "__defaults__", (0.5,))
     code = (
@@ -170,6 +213,25 @@ def test_a_second_interrupt_kills_ranks_that_ignore_the_first():
     assert parent.poll() is None
     parent.send_signal(signal.SIGINT)
     parent.wait(timeout=20)
+    assert not any(is_alive(int(written(str(rank)))) for rank in range(2))
+
+
+def test_a_second_sigterm_kills_ranks_that_ignore_both(monkeypatch):
+    code = (
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "open(os.environ['RANK'], 'w').write(str(os.getpid()))\n"
+        "time.sleep(60)\n"
+    )
+    shorter = "launch.REPEAT_SECONDS, launch.stop_ranks.__defaults__ = 0.2, (0.3,); "
+    parent = start_parent(code, 2, before=shorter)
+    for _ in range(2):  # together they are one
+        parent.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    time.sleep(0.3)
+    assert parent.poll() is None
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(timeout=20) == 128 + signal.SIGTERM
     assert not any(is_alive(int(written(str(rank)))) for rank in range(2))
 
 

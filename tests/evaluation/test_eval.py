@@ -11,7 +11,8 @@ import pytest
 
 from opo_megatron.algorithm.diversity import repetition, self_bleu
 from opo_megatron.cli.main import main
-from opo_megatron.distributed.launch import CHILD, ERROR_CLAIM
+from opo_megatron.distributed.launch import CHILD
+from opo_megatron.distributed.outcome import ERROR_CLAIM, OUTCOME
 from opo_megatron.tasks.benchmarks import FIELDS, HELD_OUT, find_benchmarks
 from opo_megatron.tasks.lift import SYMBOLS, LiftTask
 from tests.support.cli_errors import refused
@@ -28,7 +29,7 @@ def use_easy_reward() -> Iterator[None]:
     """A tiny policy never solves the task: this reward is 1 for half of its responses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LiftTask, "reward", easy_reward)
-        for name in ("RANK", "WORLD_SIZE", "OPO_TEST_DATA", CHILD, ERROR_CLAIM):
+        for name in ("RANK", "WORLD_SIZE", "OPO_TEST_DATA", CHILD, ERROR_CLAIM, OUTCOME):
             patch.delenv(name, raising=False)
         yield
 

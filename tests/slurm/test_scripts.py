@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,88 +17,9 @@ from opo_megatron.config import load_config
 from tests.support.cluster import PROGRAMS, ROOT
 from tests.support.paths import RECIPES
 from tests.support.requirements import program
+from tests.support.slurm_job import NAMES, Job
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
-FAKES = {
-    # Prints and exits as the test sets for the launched module; records its arguments.
-    "srun": """
-        printf '%s\\n' "$*" >>"$FAKE/srun.arguments"
-        for word; do case $word in --output=*) log=${word#--output=} ;; esac; done
-        finish() {
-            code=$(cat "$FAKE/$which.code" 2>/dev/null || echo 0)
-            case $code in 75 | 76) echo "$code" >"$OPO_AGAIN" ;; esac  # as node.sh does
-            [ "$code" != 75 ] || code=0
-            exit "$code"
-        }
-        case "$*" in
-        *"opo_megatron preflight"*) which=preflight ;;
-        *"opo_megatron serve"*)
-            which=engine
-            echo "$OPO_ENGINE_ADDRESSES" >"$FAKE/addresses"
-            cat "$OPO_LOGS"/attempt_*/engine_key >"$FAKE/stale" 2>/dev/null
-            touch "$OPO_LOGS/attempt_0/engine_key" ;;
-        *) which=train ;;
-        esac
-        cat "$FAKE/$which.output" >"${log/\\%n/0}" 2>/dev/null
-        [ ! -e "$FAKE/$which.waits" ] || {
-            trap 'sleep 0.2; finish' USR1
-            touch "$FAKE/$which.waiting"
-            while :; do sleep 0.05; done
-        }
-        finish""",
-    # The engine's node is healthy once the engine runs.
-    "curl": """
-        printf '%s\\n' "$*" >>"$FAKE/curl.arguments"
-        [ -e "$FAKE/engine.waiting" ]""",
-    "scontrol": """
-        case $1 in
-        show) printf 'node%s\\n' $FAKE_NODES ;;
-        requeue) cp "$OPO_LOGS/status" "$FAKE/status.requeued"; kill -TERM "$PPID" ;;
-        esac""",
-}
-
-
-class Job:
-    """A run of opo_70b.sh with fake programs."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.logs = folder, folder / "logs"
-        (folder / "bin").mkdir()
-        for name, text in FAKES.items():
-            program = folder / "bin" / name
-            program.write_text("#!/bin/bash\n" + text)
-            program.chmod(0o755)
-
-    def set_result(self, which: str, text: str = "", code: int = 0) -> None:
-        (self.folder / f"{which}.output").write_text(text)
-        (self.folder / f"{which}.code").write_text(str(code))
-
-    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-        environment = {
-            **os.environ,
-            "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
-            "FAKE": str(self.folder),
-            "FAKE_NODES": "1",
-            "OPO_LOGS": str(self.logs),
-            "SLURM_SUBMIT_DIR": str(ROOT),
-            "SLURM_JOB_ID": "123",
-            "SLURM_JOB_NODELIST": "node1",
-            "SLURM_CPUS_ON_NODE": "16",
-        } | variables
-        return subprocess.Popen(
-            ["bash", str(ROOT / "slurm/opo_70b.sh"), *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        )  # fmt: skip
-
-    def run(self, *arguments: str, **variables: str) -> tuple[int, str]:
-        """Exit code and final status."""
-        process = self.start(*arguments, **variables)
-        self.output, _ = process.communicate(timeout=30)
-        return process.returncode, (self.logs / "status").read_text().strip()
-
-    @property
-    def calls(self) -> list[str]:
-        return (self.folder / "srun.arguments").read_text().splitlines()
 
 
 @pytest.fixture
@@ -115,7 +37,7 @@ def test_scripts_are_clean(script: Path) -> None:
 
 def test_the_scripts_are_short_and_print_no_environment() -> None:
     text = {path.name: path.read_text() for path in SCRIPTS}
-    assert sum(len(text[name].splitlines()) for name in ("opo_70b.sh", "common.sh")) < 160
+    assert sum(len(text[name].splitlines()) for name in ("opo_70b.sh", "common.sh")) < 180
     for name, lines in text.items():
         for line in lines.splitlines():
             code = line.split("#")[0].split()
@@ -175,6 +97,114 @@ def test_every_outcome_has_its_status(job: Job, output: str, code: int, status: 
     job.set_result("train", output, code)
     assert job.run()[0] == 1
     assert (job.logs / "status").read_text().startswith(status)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reached"),
+    [
+        ("its last step (17 of 60)", "its last step (17 of 60)"),
+        ("the end of `opo train`", "the end of `opo train`"),
+        ("exit 75", "exit 75"),
+        ("exit 1", "exit 1"),
+        ("", "its start"),
+        ("its last step (60 of 60)\nexit 0", "its last step (60 of 60)"),
+    ],
+)
+def test_a_job_is_completed_by_what_rank_0_wrote_and_by_no_exit_code(
+    job: Job, outcome: str, reached: str
+) -> None:
+    (job.folder / "train.outcome").write_text(outcome)
+    earlier = job.logs / "attempt_0/train.ranks/node0"  # which does not count
+    earlier.mkdir(parents=True)
+    (earlier / "0.outcome").write_text("exit 0\n")
+    code, status = job.run(SLURM_RESTART_COUNT="1")
+    assert code == 1 and status == f"failed: exit code 0 before {reached}; see {job.logs}/attempt_1"
+
+
+def test_a_preflight_that_did_not_come_to_its_end_stops_the_job(job: Job) -> None:
+    (job.folder / "preflight.outcome").write_text("the end of `opo preflight`")
+    code, status = job.run()
+    assert code == 1 and status.startswith("failed: preflight: ") and len(job.calls) == 1
+
+
+RANKS = {
+    "came to its end": ("echo exit 0 >&9; exit 0", 0, "0", None),
+    "saved": ("echo exit 75 >&9; exit 75", 0, "75", None),
+    "hung": ("echo exit 76 >&9; exit 76", 76, "76", None),
+    "an error in one line": ("echo exit 2 >&9; exit 2", 2, "2", None),
+    "a traceback": ("echo 'its last step (1 of 2)' >&9; exit 1", 1, "1", None),
+    "killed": ("kill -KILL $BASHPID", 137, "137", None),
+    "exit 0 early": ("echo 'its last step (1 of 2)' >&9; exit 0", 1, "1", "0 before its last step (1 of 2)"),
+    "exit 0 at once": ("exit 0", 1, "1", "0 before its start"),
+    "pretends to have saved": ("echo 'its last step (1 of 2)' >&9; exit 75", 1, "1", "75 before its last"),
+    "pretends to hang": ("exit 76", 1, "1", "76 before its start"),
+    "fails in silence": ("exit 7", 1, "1", "7 before its start"),
+    "changes its code": ("echo exit 0 >&9; exit 3", 1, "1", "3 before exit 0"),
+}
+
+
+@pytest.mark.parametrize(("command", "code", "written", "error"), RANKS.values(), ids=RANKS)
+def test_a_rank_of_a_job_ends_with_the_code_that_it_wrote(
+    tmp_path: Path, command: str, code: int, written: str, error: str | None
+) -> None:
+    result = subprocess.run(
+        ["bash", str(ROOT / "slurm/rank.sh"), str(tmp_path), "bash", "-c", command],
+        env={**os.environ, "RANK": "3"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == code and (tmp_path / "3.code").read_text() == f"{written}\n"
+    if error is None:
+        assert "error: " not in result.stderr
+    else:
+        assert f"error: rank 3 ended with exit code {error}" in result.stderr
+
+
+@pytest.fixture(params=NAMES.values(), ids=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    """A name that a folder may have."""
+    return str(request.param)
+
+
+@pytest.mark.parametrize("engines", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_any_name_of_a_folder_reaches_every_program_unchanged(job: Job, name: str, engines: int) -> None:
+    project = job.folder / name
+    (project / "slurm").parent.mkdir()
+    (project / "slurm").symlink_to(ROOT / "slurm")
+    job.logs = project / name
+    (job.folder / "engine.waits").touch()
+    arguments = (f"recipes/{name}.yaml", f"run.dir={name}/{name}", f"task.data={name}")
+    variables = {"FAKE_NODES": "1 2", "OPO_ENGINE_NODES": str(engines), "OPO_PYTHON": f"{project}/bin/python"}
+    code, status = job.run(*arguments, SLURM_SUBMIT_DIR=str(project), OPO_LOGS=name, **variables)
+    assert (code, status) == (0, "completed")
+    words = [call.split("\n") for call in (job.folder / "srun.words").read_text().split("\0\n")[:-1]]
+    assert len(words) == 2 + engines
+    for call in words:
+        assert set(arguments) <= set(call), "each argument is one word"
+        log = next(word for word in call if word.startswith("--output=")).removeprefix("--output=")
+        expanded = log.removesuffix("-%n.log").replace("%%", "%")  # as SLURM does
+        assert Path(expanded).parent == job.logs / "attempt_0"
+
+
+def test_any_name_of_a_folder_works_for_the_ranks(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "python").write_text(
+        '#!/bin/bash\n[ "$1" != -m ] || [ "$2" != torch.distributed.run ] || {\n'
+        'while [ "$1" != --no-python ]; do shift; done; shift; RANK=0 LOCAL_RANK=0 exec "$@"; }\n'
+        f'printf "%s\\n" "$@" >{shlex.quote(str(folder / "words"))}; echo exit 75 >&9; exit 75\n'
+    )
+    (folder / "python").chmod(0o755)
+    environment = {
+        "OPO_PYTHON": str(folder / "python"),
+        "OPO_RANKS_FOLDER": str(folder / "ranks"),
+        "OPO_AGAIN": str(folder / "again"),
+        "OPO_NODES": "1", "OPO_RANKS_PER_NODE": "1", "OPO_RENDEZVOUS": "x:1", "OPO_RENDEZVOUS_ID": "x",
+    }  # fmt: skip
+    words = ["opo_megatron", "train", f"{name}.yaml", f"run.dir={name}"]
+    command = ["bash", str(ROOT / "slurm/node.sh"), *words]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=False, timeout=30)
+    assert (folder / "words").read_text().splitlines() == ["-m", *words]
+    assert (folder / "again").read_text() == "75\n"
+    assert (folder / "ranks/node0/0.code").read_text() == "75\n"
 
 
 def test_preempted_ranks_requeue_the_job_up_to_the_cap(job: Job) -> None:
@@ -294,6 +324,7 @@ name = os.path.join(folder, "rank" + os.environ["RANK"])
 def on_signal(number, frame):
     open(name + ".signal", "a").write(signal.Signals(number).name)
     time.sleep(0.3 * int(os.environ["RANK"]))  # not all at once
+    os.write(int(os.environ["OPO_OUTCOME_FD"]), b"exit 75")
     sys.exit(75)
 signal.signal(signal.SIGUSR1, on_signal)
 open(name + ".ready", "w").write(str(os.getppid()))
@@ -315,6 +346,7 @@ def test_the_signal_reaches_the_ranks_and_not_torchrun(tmp_path: Path, whole_gro
         "OPO_RENDEZVOUS": f"127.0.0.1:{29500 + os.getpid() % 1000}",
         "OPO_RENDEZVOUS_ID": "test",
         "OPO_AGAIN": str(tmp_path / "again"),
+        "OPO_RANKS_FOLDER": str(tmp_path / "ranks"),
     }
     process = subprocess.Popen(
         ["bash", "slurm/node.sh", "a_rank", str(tmp_path)],

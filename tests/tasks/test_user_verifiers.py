@@ -105,6 +105,14 @@ def test_what_cannot_be_loaded_is_named_at_the_start(grade: Grade, name: str, wo
         grade(name)
 
 
+def test_keys_are_not_in_the_environment_of_a_verifier(grade: Grade, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ["WANDB_API_KEY", "HF_TOKEN", "MY_SERVER_KEY", "AWS_SECRET_ACCESS_KEY", "REWARD_KEY"]
+    for name in (*keys, "MY_SETTING"):
+        monkeypatch.setenv(name, "value")
+    rewards, _ = grade("shows_environment", *keys, "MY_SETTING", "PATH")
+    assert rewards == [0.0] * len(keys) + [1.0, 1.0]
+
+
 def test_asynchronous_verifiers_run_at_the_same_time(grade: Grade) -> None:
     rewards, pool = grade("asynchronous", *["a"] * 40, verifier_seconds=5.0)
     assert rewards == [USUAL] * 40 and (pool.timeouts, pool.crashes) == (0, 0)

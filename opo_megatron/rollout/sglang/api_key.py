@@ -19,6 +19,7 @@ from pathlib import Path
 from opo_megatron.config.rules.api_key import is_key, named_key, variable_of
 from opo_megatron.config.schema import SglangConfig
 from opo_megatron.errors import UserError
+from opo_megatron.utils.start_folder import absolute
 
 _OTHERS = 0o077
 
@@ -42,7 +43,7 @@ def shared_key(settings: SglangConfig, makes_file: bool = False) -> str | None:
         return named_key(variable)
     if settings.api_key_file is None:
         return None
-    path = Path(settings.api_key_file)
+    path = absolute(settings.api_key_file)
     try:
         if makes_file:
             _make_file(path)

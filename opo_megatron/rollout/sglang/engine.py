@@ -42,6 +42,7 @@ from opo_megatron.rollout.sglang.transfer import (
     Transfer,
     check_success,
 )
+from opo_megatron.utils.start_folder import absolute
 from opo_megatron.weights.fp8_folder import BlockFp8
 from opo_megatron.weights.stream import NamedTensors
 
@@ -75,7 +76,7 @@ class SglangEngine:
         self.config, self.settings, self.parallel = config, config.rollout.sglang, parallel
         self._show_status = show_status
         self.version: int | None = None
-        self._folder = Path(config.run.dir) / "sglang"
+        self._folder = absolute(config.run.dir) / "sglang"
         self._server: Server | None = None
         self._owner = 0
         self._transfers: dict[str, Transfer] = {}

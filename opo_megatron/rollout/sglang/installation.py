@@ -18,6 +18,7 @@ from typing import Any
 from opo_megatron.config.entries import SERVER_OPTIONS
 from opo_megatron.config.schema import SglangConfig
 from opo_megatron.errors import UserError
+from opo_megatron.utils.start_folder import absolute
 
 SERVE = Path(__file__).parent / "serve.py"
 CHECK = "--check-options"
@@ -36,7 +37,7 @@ def interpreter(settings: SglangConfig) -> Path:
     Raises:
         UserError: where there is none.
     """
-    python = Path(settings.python).expanduser()
+    python = absolute(Path(settings.python).expanduser())
     if not python.exists():
         raise UserError(
             f"rollout.sglang.python={settings.python} does not exist; create that environment with "
@@ -110,7 +111,7 @@ def check_names(options: Mapping[str, Any], known: Sequence[Sequence[str]]) -> N
 
 def _ask_parser(settings: SglangConfig, words: Sequence[str]) -> dict[str, Any] | None:
     """The reply of `serve.py`; None where that environment cannot be asked."""
-    python = Path(settings.python).expanduser().absolute()
+    python = absolute(Path(settings.python).expanduser())
     try:
         result = subprocess.run(
             [str(python), str(SERVE), CHECK, *words],

@@ -32,6 +32,7 @@ from opo_megatron.rollout.sglang.installation import (
     interpreter,
     own_environment,
 )
+from opo_megatron.utils.start_folder import start_folder
 
 CONTEXT_MARGIN = 8
 """Positions of the context length that SGLang reserves."""
@@ -121,11 +122,12 @@ class Server:
         with self.log.open("ab") as log:
             begin = log.tell()
             self._process = subprocess.Popen(
-                [str(python.absolute()), str(SERVE), *self.arguments(port)],
+                [str(python), str(SERVE), *self.arguments(port)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self.environment(),
+                cwd=start_folder(),  # of paths among its options
                 start_new_session=True,  # its own process group, which `stop` signals
             )
         assert self._process.stdin is not None
