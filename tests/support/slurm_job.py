@@ -46,7 +46,7 @@ FAKES = {
         [ -e "$FAKE/engine.waiting" ]""",
     "scontrol": """
         case $1 in
-        show) printf 'node%s\\n' $FAKE_NODES ;;
+        show) printf "${FAKE_NAME:-node}%s\\n" $FAKE_NODES ;;
         requeue) cp "$OPO_LOGS/status" "$FAKE/status.requeued"; kill -TERM "$PPID" ;;
         esac""",
 }
@@ -99,7 +99,7 @@ NAMES = {
     "spaces": "two  words ",
     "unicode": "gewürze-日本-é",
     "quotes": """it's "quoted" `here`""",
-    "dollars": "$HOME ${PATH} $(false) !x",
+    "dollars": "$HOME $PATH $(false) !x",
     "globs": "a*b?[c]{d,e}~",
     "dashes": "-n --out -- #x",
     "percents": "100%n%j%%",
