@@ -20,6 +20,8 @@ from tests.support.requirements import require
 
 ROWS = [{"question": "1 + 1 =", "answer": "2"}, {"question": "é 数", "answer": "3"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+GZIPPED = gzip.compress(LINES.encode(), mtime=0)
+"""Without the time, which would be in the test's name."""
 LIST = json.dumps(ROWS, ensure_ascii=False)
 
 
@@ -77,8 +79,8 @@ def test_utf_8_is_read_with_and_without_its_mark(tmp_path: Path, name: str, cont
         ),
         ("a.txt", b"1 + 1\n", "a.txt is neither .jsonl nor .parquet; convert it to one of them"),
         ("a.jsonl", b"question,answer\n", "a.jsonl, line 1 is not JSON"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode()), "a.jsonl.gz is compressed by gzip; unpack it"),
-        ("a.jsonl", gzip.compress(LINES.encode()), "a.jsonl is compressed by gzip; unpack it with gunzip"),
+        ("a.jsonl.gz", GZIPPED, "a.jsonl.gz is compressed by gzip; unpack it"),
+        ("a.jsonl", GZIPPED, "a.jsonl is compressed by gzip; unpack it with gunzip"),
         ("a.jsonl", b"PK\x03\x04rest", "a.jsonl is a zip archive; unpack it with unzip"),
         ("a.jsonl", b"\x28\xb5\x2f\xfdrest", "a.jsonl is compressed by zstd; unpack it with unzstd"),
         ("a.jsonl", LINES.encode("utf-16"), "a.jsonl is UTF-16 text; convert it to UTF-8"),
