@@ -88,11 +88,7 @@ def _children() -> list[int]:
 
 
 def _serve(name: str, seconds: float, replies: TextIO) -> None:
-    own_pid = os.getpid()
-
     def send(*message: Any) -> None:
-        if os.getpid() != own_pid:  # a process that the grader forked, and that returned
-            os._exit(0)
         replies.write(json.dumps(message) + "\n")
         replies.flush()
 

@@ -8,6 +8,7 @@ do is said by `base.py::Task`.  It runs in the training process, and must give e
 from __future__ import annotations
 
 import importlib
+import os
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
 from opo_megatron.tasks.base import Prompt, Split
-from opo_megatron.tasks.user_verifier import as_reward, described, make_importable, source_hash
+from opo_megatron.tasks.user_verifier import as_reward, described, leave_forks, make_importable, source_hash
 
 NEEDED = ("vocab_size", "stop_tokens", "size", "prompt", "decode")
 """And `reward` or `rewards`."""
@@ -62,14 +63,18 @@ class UserTask:
             ) from error
 
     def _call(self, name: str, *arguments: Any) -> Any:
+        own_pid = os.getpid()
         try:
-            return getattr(self._task, name)(*arguments)
+            result = getattr(self._task, name)(*arguments)
         except (KeyboardInterrupt, UserError):
             raise
         except BaseException as error:  # a user's class may raise anything, SystemExit included
+            leave_forks(own_pid)
             raise UserError(
                 f"task.name={self.path} raised {described(error)} in {name}; correct it"
             ) from error
+        leave_forks(own_pid)
+        return result
 
     def _call_optional(self, name: str, default: Any, *arguments: Any) -> Any:
         return self._call(name, *arguments) if hasattr(self._task, name) else default

@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,15 +86,26 @@ def call(
         seconds: limit of an asynchronous job.
         never_caught: what is not the verifier's.
     """
-    mode = call_mode(function)
+    mode, own_pid = call_mode(function), os.getpid()
+
+    def send_from_here(index: int, reply: Reply) -> None:
+        leave_forks(own_pid)
+        send(index, reply)
+
     if mode == "async":
-        asyncio.run(_call_concurrently(function, jobs, seconds, send, never_caught))
+        asyncio.run(_call_concurrently(function, jobs, seconds, send_from_here, never_caught))
     elif mode == "batch":
         for index, reply in enumerate(_call_batch(function, jobs, never_caught)):
-            send(index, reply)
+            send_from_here(index, reply)
     else:
         for index, job in enumerate(jobs):
-            send(index, _call_one(function, job, never_caught))
+            send_from_here(index, _call_one(function, job, never_caught))
+
+
+def leave_forks(own_pid: int) -> None:
+    """End a process that users' code forked, and in which it returned: it would go on as a second run."""
+    if os.getpid() != own_pid:
+        os._exit(0)
 
 
 def _call_one(function: Callable[..., Any], job: Job, never_caught: tuple[type[BaseException], ...]) -> Reply:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +29,8 @@ def grade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Grade]:
     shutil.copy(ROOT / "tests" / "support" / "hostile_verifiers.py", tmp_path / "hostile.py")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "hostile", raising=False)
     opened: list[Grader] = []
 
     def run(name: str, *responses: str, **settings: object) -> tuple[list[float | None], WorkerPool]:
@@ -129,6 +133,17 @@ def test_asynchronous_and_batch_verifiers_lose_only_the_sample_that_hangs(grade:
 def test_batches_are_taken_as_they_are(grade: Grade, in_process: bool) -> None:
     settings = {"verifier_in_process": in_process, "verifier_batch": 2}
     assert grade("asynchronous_batch", "a", "b", "c", **settings)[0] == [4.0] * 3
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+def test_a_fork_that_returns_is_not_a_second_run(grade: Grade, tmp_path: Path, in_process: bool) -> None:
+    """Each process that went on from here would write a line."""
+    rewards, _ = grade("fork", "a", "trigger", "trigger", "b", verifier_in_process=in_process)
+    with (tmp_path / "processes").open("a") as file:
+        file.write("one\n")
+    time.sleep(0.5)
+    assert rewards == [USUAL, 1.0, 1.0, USUAL]
+    assert (tmp_path / "processes").read_text() == "one\n"
 
 
 def test_in_the_training_process_a_mistake_is_the_same_sentence(

@@ -121,8 +121,15 @@ def attempt(fault: list[Any] | None, arguments: list[str]) -> int:
         LiftTask.reward = easy_reward  # type: ignore[method-assign]
     if fault is not None and (len(fault) < 3 or str(fault[2]) == os.environ.get("RANK", "0")):
         point, signal_number = fault[:2]
-        rank = os.getpid()  # also where a child process reaches the point
-        MOMENTS[point](lambda: os.kill(rank, signal_number))
+        rank, sent = os.getpid(), []  # also where a child process reaches the point
+
+        def inject() -> None:
+            """Once: a second SIGTERM would end the run at once."""
+            if not sent:
+                sent.append(signal_number)
+                os.kill(rank, signal_number)
+
+        MOMENTS[point](inject)
     return main(arguments)
 
 
