@@ -152,4 +152,4 @@ class UserInProcess(InProcess):
                 f"searched in {folder} and on PYTHONPATH"
             ) from error
         super().__init__(path, function, seconds)
-        self.source = source_hash(function)
+        self.source = source_hash(path, function)

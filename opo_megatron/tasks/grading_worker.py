@@ -97,7 +97,7 @@ def _serve(name: str, seconds: float, replies: TextIO) -> None:
     except BaseException as error:  # a user's module may raise anything
         send({"failed": described(error)})
         return
-    send({"mode": call_mode(function), "source": None if name in OWN else source_hash(function)})
+    send({"mode": call_mode(function), "source": None if name in OWN else source_hash(name, function)})
     for line in sys.stdin:
         call(function, json.loads(line), seconds, send)
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from opo_megatron.tasks.math_compare import same
 from opo_megatron.tasks.math_forms import Form, Group, Quantity, read, region
-from opo_megatron.tasks.math_notation import balanced, compact, plain
+from opo_megatron.tasks.math_notation import closing_braces, compact, plain
 
 LONGEST = 1000
 """Characters of an answer; longer ones are wrong."""
@@ -23,12 +23,11 @@ LONGEST = 1000
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last \boxed{…} or \fbox{…} whose braces balance; `\boxed 5` is 5."""
-    last = None
+    last, closing = None, closing_braces(text)
     for match in re.finditer(r"\\(?:boxed|fbox)\b\s*", text):
         start = match.end()
         if start < len(text) and text[start] == "{":
-            end = balanced(text, start)
-            last = text[start + 1 : end] if end is not None else last
+            last = text[start + 1 : closing[start]] if start in closing else last
         elif token := re.match(r"[^\s$.,;{}]+", text[start : start + LONGEST]):
             last = token.group()
     return last

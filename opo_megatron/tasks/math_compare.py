@@ -82,17 +82,19 @@ def _same_choice(answer: Form, gold: Form) -> bool:
 
 def _same_named(answer: Form, gold: Form) -> bool:
     if isinstance(answer, Named) and isinstance(gold, Named):
-        names = compact(answer.name), compact(gold.name)
-        if _is_variable(names[0]) and _is_variable(names[1]) and names[0] != names[1]:
-            return _same_equation(answer.sides, gold.sides)
-        return same(answer.value, gold.value)
+        if _may_be_one(compact(answer.name), compact(gold.name)):
+            return same(answer.value, gold.value)
+        return _same_equation(answer.sides, gold.sides)
     if isinstance(answer, Named):
         return same(answer.value, gold)
     return isinstance(gold, Named) and same(answer, gold.value)
 
 
-def _is_variable(name: str) -> bool:
-    return bool(re.fullmatch(r"(?:[A-Za-z]|\\[a-z]+)(?:_\w+)?", name))
+def _may_be_one(one: str, other: str) -> bool:
+    """Whether two names may be the same thing's: equal ones, `y` and `f(x)`, words and a symbol."""
+    values = [bool(re.fullmatch(r"y|[a-z]\([a-z]\)", name)) for name in (one, other)]
+    words = [name.startswith("\\text") for name in (one, other)]
+    return one == other or all(values) or words[0] != words[1]
 
 
 def _same_relation(answer: Form, gold: Form) -> bool:
@@ -153,6 +155,8 @@ def _same_group(answer: Form, gold: Form) -> bool:
         values = _distinct(group.items) if group.brackets in _SETS else []
         return len(values) == 1 and same(values[0], single)
     items = answer.items, gold.items
+    if _are_positions(answer, gold):
+        return len(items[0]) == len(items[1]) and all(map(same, *items))
     if (
         answer.brackets in _SETS
         and gold.brackets in _SETS
@@ -163,6 +167,15 @@ def _same_group(answer: Form, gold: Form) -> bool:
         return matches(*items, same)
     is_bracketed = answer.brackets == gold.brackets or {answer.brackets, gold.brackets} == {"", "{}"}
     return is_bracketed and len(items[0]) == len(items[1]) and all(map(same, *items))
+
+
+def _are_positions(one: Group, other: Group) -> bool:
+    """Whether one list names different variables, and the other only values: `1, 2` for `x = 1, y = 2`."""
+    names = [
+        [compact(item.name) for item in group.items if isinstance(item, Named)] for group in (one, other)
+    ]
+    longer = max(names, key=len)
+    return not min(names, key=len) and len(set(longer)) == len(longer) > 1
 
 
 def _has_dots(group: Group) -> bool:
@@ -195,6 +208,12 @@ def _same_quantity(answer: Form, gold: Form) -> bool:
     if answer.is_percent != gold.is_percent:
         percent, number = (answer, gold) if answer.is_percent else (gold, answer)
         return number.unit is None and _is_percentage(percent.text, number.text)
+    if answer.nouns and gold.nouns and not (answer.nouns <= gold.nouns or gold.nouns <= answer.nouns):
+        return False
+    if (answer.unit is None and answer.nouns and gold.unit) or (
+        gold.unit is None and gold.nouns and answer.unit
+    ):
+        return False
     scale = Fraction(1)
     if answer.unit is not None and gold.unit is not None:
         if answer.unit[:2] != gold.unit[:2]:

@@ -7,7 +7,7 @@ r"""Mathematical expressions as functions that can be evaluated, and whether two
 
 Two expressions are equal if they agree at points where both are defined.  Rational functions are evaluated at
 rational points in exact arithmetic, so that agreement at random points proves an identity up to a negligible
-probability (Schwartz–Zippel); all else is evaluated to 300 digits.  Without `i`, the domain is the
+probability (Schwartz–Zippel); all else is evaluated to 1000 digits.  Without `i`, the domain is the
 real numbers: \sqrt{x^2} is not x, and \sqrt{-1} has no value.
 
 What this grammar does not cover (sums, integrals) is not guessed at: it is `Unreadable`.  So is what can be
@@ -50,6 +50,8 @@ class Expression(NamedTuple):
 def read(text: str) -> Expression | None:
     """The expression of a plain text; None where it is not one."""
     try:
+        if _AMBIGUOUS.search(text):
+            return None
         reader = _Reader(_tokens(_mixed_numbers(text)))
         node = reader.sum()
         reader.expect_end()
@@ -132,13 +134,15 @@ def _value(expression: Expression, point: Point) -> Value | None:
         return None
 
 
-_NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
+_NUMBER = r"(?:\d+(?:\.\d+)?(?![\d.])|\.\d+|\d+\.(?=\s*(?:$|[-+)\]}])))"
 _TOKEN = re.compile(
     rf"\s*(?:(?P<scientific>(?:(?:1|\d*\.\d+)[eE][+-]?|\d+E[+-]?|\d+e)\d+)(?![\d.A-Za-z])"
-    rf"|(?P<repeating>\d*\.\d*\\overline\{{\d+\}})|(?P<number>{_NUMBER})"
+    rf"|(?P<repeating>\d*\.\d*\\(?:overline|bar|dot)\{{\d+\}}|\d*\.\(\d+\))|(?P<number>{_NUMBER})"
     r"|(?P<symbol>\\(?:overline|vec|hat|bar|tilde|dot|overrightarrow)\{[^{}]*\}|\\text\{\s*[A-Za-z]\s*\})"
     r"|(?P<command>\\[A-Za-z]+|\\\{|\\\})|(?P<letter>[A-Za-z])|(?P<other>\S))"
 )
+_AMBIGUOUS = re.compile(r"\\frac\{d[^{}]*\}\{d|\.\d+\(\d")
+"""Derivatives, and `0.1(6)`, which is 0.6 or one sixth."""
 _MIXED = re.compile(
     r"(?<![\d.^_}])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}(?![\^!])|(?<![\d.^_}])(\d+) (\d+)/(\d+)(?![\d.^!])"
 )

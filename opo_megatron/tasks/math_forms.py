@@ -18,8 +18,8 @@ import re
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from opo_megatron.tasks.math_notation import compact, plain
-from opo_megatron.tasks.math_units import Unit, is_written_out, multiplier_of, unit_of
+from opo_megatron.tasks.math_notation import plain
+from opo_megatron.tasks.math_units import Unit, is_written_out, multiplier_of, nouns_of, unit_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Quantity:
     """An expression."""
     unit: Unit | None = None
     is_percent: bool = False
+    nouns: frozenset[str] = frozenset()
+    """Words behind it that are no unit."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ _OPENING, _CLOSING = r"\\\{|[({\[]|\\langle|\\begin\{[a-z]+\*?\}", r"\\\}|[)}\]]
 _AND_OR = r"\\text\{[\s,;]*(?:and|or)\s*\}|,?\s\b(?:and|or)\b\s"
 _NAME = (
     r"(?:[A-Za-z]|\\(?!infty|pi(?![a-z]))[A-Za-z]+)(?:'|_\{?\w+\}?)*(?:\^\{-1\})?(?:\s*\(\s*[a-z]\s*\))?"
-    r"|\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)|\\text\{[^{}]*\}|\\(?:angle|triangle|overline|vec|hat)\s*\{?[A-Za-z]{1,4}\}?|[A-Z]\([A-Za-z]\)"
+    r"|\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)|\\text\{[^{}]*\}|\\(?:angle|triangle|overline|vec|hat)\s*\{?[A-Za-z]{1,4}\}?|[A-Z]\([^()]*\)|[a-z]\(\d+\)|[A-Z]{2,3}"
 )
 _MEMBER = re.compile(rf"({_NAME})\s*\\in(?![a-z])\s*(.*)")
 _GREEK = "alpha|beta|gamma|delta|theta|phi|omega|lambda|mu|rho|sigma|tau|epsilon"
@@ -102,6 +104,10 @@ _VARIABLE = re.compile(rf"(?<![\\A-Za-z])[a-zA-Z](?![A-Za-z]{{2}})|\\(?:{_GREEK}
 _ORDER = re.compile(r"<|>|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])")
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 _CHOICE = re.compile(r"\(?\s*([A-J])\s*\)\s*(?P<behind>.*)|([A-J])\s*[.:]\s*(?P<after>.*)|([A-J])")
+_NO_CONTENT = re.compile(r"(?<![A-Za-z\\])[A-J]\s*[:=)]|^\\?(?:cup|cap|[-+=<>,;])|=")
+"""What stands behind a letter that is no choice: `A: 5, B: 3`, `(A) \\cup (B)`."""
+_DAY = re.compile(r"[A-Za-z]{3,} \d+")
+_DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}[/.]\d{1,2}[/.]\d{2,4}")
 _LABEL = re.compile(r"[A-Z]{2,}")
 _PROSE = re.compile(r"[\s(]*[A-Za-z][A-Za-z\s'-]{2,}[\s).]*")
 _TIME = re.compile(r"\d{1,2} ?: ?\d\d\s*(?:\\text\{\s*)?[ap]\.? ?m\.?\s*\}?", re.IGNORECASE)
@@ -145,7 +151,8 @@ def _read(text: str, joins: bool) -> Form:
     if choice is not None:
         letter = next(group for group in choice.group(1, 3, 5) if group)
         content = _unwrapped(choice["behind"] or choice["after"] or "")
-        return Choice(letter, _read(content, joins) if content else None)
+        if not _NO_CONTENT.search(content):
+            return Choice(letter, _read(content, joins) if content else None)
     if _THOUSANDS.search(text) and joins and not re.search(r"[(\[]|\\\{", text):
         text = _THOUSANDS.sub(lambda number: number.group().replace(",", ""), text)
     for reader in (_read_union, _read_list, _read_equality, _read_order, _read_brackets):
@@ -264,8 +271,8 @@ def _read_equality(text: str, joins: bool) -> Form | None:
             if found is None
             else Region(found.parts, member[1])
         )
-    exact, _, rounded = text.partition(r"\approx ")
-    if rounded:
+    exact, *roundings = re.split(r"\\approx(?![a-z])", text)
+    if roundings and (rounded := roundings[-1].strip()):
         return _read(rounded if not exact or re.fullmatch(_NAME, exact.strip()) else exact.strip(), joins)
     parts = split(text, "=")
     if len(parts) == 1 or "" in parts[1:] or _ORDER.search(text):
@@ -336,13 +343,27 @@ def _read_brackets(text: str, joins: bool) -> Form | None:
     )
     if brackets == "{}":
         builder = split(inner, r"\||:")
-        if len(builder) == 2 and re.match(_NAME, builder[0]):
-            return _read(builder[1], joins)
+        if len(builder) == 2:
+            head = re.fullmatch(rf"({_NAME})\s*(?:\\in(?![a-z])\s*\\mathbb\{{R\}}\s*)?", builder[0])
+            return Words(text) if head is None else _read(builder[1], joins)
     parts = split(inner, "[,;]")
-    items = tuple(_spread([_read(part, joins=False if len(parts) > 1 else joins) for part in parts if part]))
+    items = tuple(_read(part, joins=False if len(parts) > 1 else joins) for part in parts if part)
+    if any(isinstance(item, Group) and item.brackets == "" for item in items):
+        return _read_signs(brackets, items) or Words(text)
     if len(items) == 1 and brackets in ("()", "[]") and len(parts) == 1:
         return items[0] if brackets == "()" and not isinstance(items[0], Quantity) else None
     return Group(brackets, items)
+
+
+def _read_signs(brackets: str, items: tuple[Form, ...]) -> Form | None:
+    r"""`(1, \pm 2)` is two pairs; in a set, the values are more members."""
+    if brackets == "{}":
+        return Group(brackets, tuple(_spread(list(items))))
+    lists = [item for item in items if isinstance(item, Group) and item.brackets == ""]
+    if len(lists) != 1:
+        return None
+    at = items.index(lists[0])
+    return Group("", tuple(Group(brackets, (*items[:at], one, *items[at + 1 :])) for one in lists[0].items))
 
 
 def _encloses(text: str) -> bool:
@@ -357,7 +378,12 @@ def _encloses(text: str) -> bool:
 
 def _is_prose(text: str) -> bool:
     """Words outside of commands: a name, a weekday, `even`; also labels, times, and other alphabets."""
-    if _LABEL.fullmatch(text) or _TIME.fullmatch(text) or re.fullmatch(r"[A-Za-z]{3,} \d+", text):
+    if (
+        _LABEL.fullmatch(text)
+        or _TIME.fullmatch(text)
+        or _DATE.fullmatch(text)
+        or re.fullmatch(r"[A-Za-z]{3,} \d+", text)
+    ):
         return True
     shown = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     if any(ord(letter) > 127 and letter.isalpha() for letter in shown):
@@ -391,7 +417,9 @@ def _read_leaf(text: str) -> Form:
     currency = re.fullmatch(rf"([-+]?)\s*({_CURRENCY})\s*([-+]?.+)", text)
     if currency is not None:
         inner = _read_leaf(currency[1] + currency[3])
-        return Quantity(inner.text, unit_of(currency[2])) if isinstance(inner, Quantity) else inner
+        if not isinstance(inner, Quantity):
+            return Words(text)
+        return Quantity(inner.text, unit_of(currency[2]), nouns=inner.nouns)
     text = re.sub(r"\\text\{([^{}]*)\}\s*/\s*\\text\{([^{}]*)\}", r"\\text{\1/\2}", text)
     for pattern, kind in _SUFFIXES:
         match = pattern.fullmatch(text)
@@ -412,7 +440,8 @@ def _read_leaf(text: str) -> Form:
             return Words(text)
         inner = _read_leaf(number if factor == 1 else rf"{number}\cdot {factor}")
         if isinstance(inner, Quantity) and not inner.is_percent:
-            return Quantity(inner.text, unit_of(match[2], int(exponent or 1)) or inner.unit)
+            unit = unit_of(match[2], int(exponent or 1)) or inner.unit
+            return Quantity(inner.text, unit, nouns=nouns_of(match[2]) | inner.nouns)
     if DOTS in text or re.search(r"\\text\{[^{}]*[^{}\s][^{}]*[^{}\s]", text):
         return Words(text)
     return Quantity(text)
@@ -426,8 +455,11 @@ def _is_bare_unit(tail: str) -> bool:
 
 
 def words_of(text: str) -> str:
-    """Words for comparison: without case, spaces, dots, outer parentheses; labels in capitals keep case."""
-    shown = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    bare = re.sub(r"[\s.]", "", compact(shown))
-    bare = bare[1:-1] if bare.startswith("(") and bare.endswith(")") else bare
-    return bare if _LABEL.fullmatch(bare) else bare.casefold()
+    """Words without case, spaces, outer parentheses, and dots but decimal points; labels keep their case."""
+    shown = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip(" .")
+    shown = shown[1:-1] if shown.startswith("(") and shown.endswith(")") else shown
+    if not _LABEL.fullmatch(shown):
+        shown = re.sub(r"[^\W\d_]{2,}", lambda word: word.group().casefold(), shown)
+    shown = re.sub(r"([ap])\.\s?m\b", r"\1m", shown, flags=re.IGNORECASE)
+    shown = re.sub(r"(?<=\d)(\s*)([AaPp])\s?[Mm]\b", lambda time: time.group(2).lower() + "m", shown)
+    return re.sub(r"\s|(?<!\d)\.|\.(?!\d)", "", re.sub(r"(?<=[\d.]) (?=[\d.])", "_", shown))

@@ -59,13 +59,13 @@ _SYNONYMS = {
     "colon": ":", "degree": r"^{\circ}",
     "pounds": "£", "textsterling": "£", "euro": "€", "texteuro": "€", "yen": "¥", "infin": "infty",
     "arctg": "arctan", "tg": "tan",
-    "to": "rightarrow", "land": "wedge", "percent": "%", "backslash": "setminus",
+    "to": "rightarrow", "mp": "pm", "land": "wedge", "percent": "%", "backslash": "setminus",
 }  # fmt: skip
 _SPACING = re.compile(
     r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|mathstrut|strut|quad|qquad|enspace|thinspace)"
     r"(?![A-Za-z])|(?<!\\)\\[,;:! ]|~|\\[()\[\]](?!\w)|\\hspace\*?\{[^{}]*\}"
 )
-_THOUSANDS = re.compile(rf"(?<=\d)(?:\{{,\}}|,?\\[,;:!]|,?\{{\\[,;:!]\}}|[{THIN}]|\\ )(?=\d{{3}}(?!\d))")
+_THOUSANDS = re.compile(rf"(?<=\d)(?:\{{,\}}|,\\!|(?<!,)\\[,;:! ]|\{{\\[,;:!]\}}|[{THIN}])(?=\d{{3}}(?!\d))")
 """Separators that only thousands have; a bare comma is read where it stands."""
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,/^_])\d{1,3}(?: \d{3})+(?![\d/])")
 _PHANTOM = re.compile(r"\\[hv]?phantom\s*(?:\{[^{}]*\}|[^{}\s])")
@@ -106,13 +106,14 @@ def plain(answer: str) -> str:
     text = re.sub(r"([\^_])\s*(\d+|[A-Za-z]|\\(?!frac|sqrt|binom|text)[A-Za-z]+)", r"\1{\2}", text)
     text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
     text = re.sub(r"\\pmod\s*(\w+)", r"\\pmod{\1}", text)
+    text = re.sub(r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}", text)
     text = _SPACED_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text)
     return re.sub(r"\s+", " ", text).strip()
 
 
 def compact(text: str) -> str:
     """Plain text without spaces, but for those between digits, and between a comma and digits."""
-    return re.sub(r"(?<=\d)(,?) (?=[\d.])", "\\1\0", text).replace(" ", "").replace("\0", " ")
+    return re.sub(r"(?<=[\d.])(,?) (?=[\d.])", "\\1\0", text).replace(" ", "").replace("\0", " ")
 
 
 def _from_unicode(text: str) -> str:
@@ -155,7 +156,16 @@ def _texts(text: str) -> str:
         previous = text
         text = _BOLD.sub(r"\1", text)
         text = re.sub(r"\\text\{\s*\\text\{([^{}]*)\}([^{}]*)\}", r"\\text{\1\2}", text)
+    text = re.sub(r"\\text\{\s*([A-Za-z])\s*\}", _upright, text)
     return re.sub(r"\\text\{\s*\}", " ", text)
+
+
+UNIT_LETTERS = "mshgl"
+"""Upright letters that are units; all others are letters: `2\\mathrm{e}`, `\\text{C}`."""
+
+
+def _upright(match: re.Match[str]) -> str:
+    return match.group() if match.group(1) in UNIT_LETTERS else match.group(1)
 
 
 def balanced(text: str, start: int) -> int | None:
@@ -172,6 +182,21 @@ def balanced(text: str, start: int) -> int | None:
             return index
         index += 1
     return None
+
+
+def closing_braces(text: str) -> dict[int, int]:
+    """Index of each brace that opens a group → of the brace that closes it; in one pass."""
+    found: dict[int, int] = {}
+    stack: list[int] = []
+    index = 0
+    while index < len(text):
+        sign = text[index]
+        if sign == "{":
+            stack.append(index)
+        elif sign == "}" and stack:
+            found[stack.pop()] = index
+        index += 2 if sign == "\\" else 1
+    return found
 
 
 _TAKES_ARGUMENTS = re.compile(r"\\(frac|binom|sqrt)(?![A-Za-z])\s*")

@@ -1,8 +1,8 @@
 """Units of an answer: `5 cm`, `5\\text{ square miles}`, `\\$5`, `9\\text{ a.m.}`.
 
 A unit that one side leaves out is not asked for.  Where both have one, it must be the same, or measure the
-same with another size: 2 hours are 120 minutes.  Words that are no unit (`ways`, `red balls`) say what was
-counted, and are not compared.
+same with another size: 2 hours are 120 minutes.  Words that are no unit (`ways`, `red balls`) are compared in
+the same way: one side may leave them out, or say more.
 """
 
 from __future__ import annotations
@@ -58,21 +58,13 @@ MULTIPLIERS = {
     "trillion": 10**12,
     "dozen": 12,
 }
-_ARITHMETIC = {
-    "squared",
-    "cubed",
-    "half",
-    "halves",
-    "less",
-    "below",
-    "minus",
-    "plus",
-    "times",
-    "over",
-    "not",
-    "mod",
-}
-"""Words behind a number that change its value in ways that are not read."""
+_CHANGING_WORDS = """squared cubed half halves third thirds quarter quarters fourths fifths sixths sevenths
+eighths ninths tenths hundredths thousandths less more fewer below above minus plus times over not no or and
+wrong incorrect mod modulo to through factorial doubled tripled base least most than basis permille"""
+_CHANGING = frozenset(_CHANGING_WORDS.split())
+"""Words behind a number that change what it says, in ways that are not read."""
+_FILLING_WORDS = "of the a an in per each total square squared cubic sq cu units unit"
+_FILLERS = frozenset(_FILLING_WORDS.split())
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 
 
@@ -84,23 +76,38 @@ def unit_of(words: str, exponent: int = 1) -> Unit | None:
         known = [_lookup(part) for part in parts]
         named = [f"{one[0]}:{one[1]}" for one in known if one is not None]
         speed = {"length:201168/125 time:3600": "mph", "length:1000 time:3600": "kph"}.get(" ".join(named))
-        return unit_of(speed) if speed else Unit(" per ".join(named), 1, Fraction(1)) if named else None
+        return (
+            unit_of(speed)
+            if speed
+            else Unit(" ".join(text.split()), exponent, Fraction(1))
+            if named
+            else None
+        )
     power = next((_POWERS[part] for part in parts if part in _POWERS), exponent)
     found = next((one for one in map(_lookup, parts) if one is not None), None)
     return None if found is None else Unit(found[0], power, found[1])
 
 
 def _lookup(word: str) -> tuple[str, Fraction] | None:
-    for name in (word, word.removesuffix("s"), word.removesuffix("es")):
+    plurals = (word.removesuffix("s"), word.removesuffix("es")) if len(word) > 2 else ()
+    for name in (word, *plurals):
         if name in _UNITS:
             return _UNITS[name]
     return None
 
 
+def nouns_of(words: str) -> frozenset[str]:
+    """The words that are no units: what was counted, or which of two."""
+    parts = re.findall(r"[^\W\d_]+", re.sub(r"([ap])\.\s*m\b\.?", r"\1m", words))
+    found = {part.lower() if len(part) > 2 else part for part in parts if _lookup(part.lower()) is None}
+    return frozenset(part.removesuffix("s") for part in found - _FILLERS - MULTIPLIERS.keys())
+
+
 def multiplier_of(words: str) -> int | None:
     """What a number is multiplied by in front of these words; None where that is unclear."""
     parts = re.findall("[a-z]+", words.lower())
-    if unit_of(words) is None and _ARITHMETIC.intersection(parts):
+    known = {"squared", "cubed"} if unit_of(words) is not None else set()
+    if re.search(r"\d|!", words) or (_CHANGING - known).intersection(parts):
         return None
     return math.prod(MULTIPLIERS.get(part.removesuffix("s"), 1) for part in parts)
 

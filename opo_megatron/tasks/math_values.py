@@ -1,4 +1,4 @@
-"""Values of mathematical expressions: exact rational numbers, else real or complex ones of 300 digits.
+"""Values of mathematical expressions: exact rational numbers, else real or complex ones of 1000 digits.
 
 Rational numbers stay exact up to BITS bits.  A value that became complex on its way (the square root of a
 negative number) stays complex in all that follows, so that the type of a result tells whether the expression
@@ -8,6 +8,7 @@ left the real numbers.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -17,8 +18,8 @@ from mpmath import mp, mpc, mpf
 Value: TypeAlias = Any
 """Fraction, mpf or mpc; mpmath has no type hints."""
 
-DIGITS = 300
-TOLERANCE = mpf(10) ** -250
+DIGITS = 1000
+TOLERANCE = mpf(10) ** -950
 """Relative difference of equal values; DIGITS leaves 50 for rounding."""
 BITS = 50_000
 """Largest exact number; larger ones are rounded."""
@@ -74,7 +75,7 @@ FUNCTIONS: dict[str, Callable[[Value], Value]] = {
 def number_of(kind: str, text: str) -> Fraction:
     r"""The value of a number by its notation: `1.5`, scientific `1.5e3`, repeating `0.1\overline{6}`."""
     if kind == "repeating":
-        start, _, period = text.removesuffix("}").partition(r"\overline{")
+        start, period = re.split(r"\\[a-z]+\{|\(", text.rstrip("})"))
         whole, _, decimals = start.partition(".")
         nines = (10 ** len(period) - 1) * 10 ** len(decimals)
         return Fraction((whole or "0") + "." + (decimals or "0")) + Fraction(int(period), nines)

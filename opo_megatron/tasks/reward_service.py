@@ -13,7 +13,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,11 +42,16 @@ class RewardService:
 
     def __init__(self, config: TaskConfig) -> None:
         self.url = config.verifier
-        parts = urlsplit(self.url)
         try:
+            parts = urlsplit(self.url)
             port = parts.port
         except ValueError:
-            port = 0
+            parts, port = urlsplit(""), 0
+        if parts.username or parts.password:
+            raise UserError(
+                "task.verifier has a user or a password in its address, which logs would show; name the "
+                "variable of a key with task.verifier_api_key_env"
+            )
         if not parts.hostname or port == 0:
             raise UserError(
                 f"task.verifier={self.url} is not the address of a service; write it as http://host:port/path"
@@ -73,8 +77,10 @@ class RewardService:
         Raises:
             UserError: where nothing listens at the address.
         """
+        connection = self._kind(self._host, self._port, timeout=START_SECONDS)
         try:
-            socket.create_connection((self._host, self._port), timeout=START_SECONDS).close()
+            connection.connect()
+            connection.close()
         except OSError as error:
             raise UserError(
                 f"task.verifier={self.url} cannot be reached ({error}); start the service first, or "
@@ -110,11 +116,11 @@ class RewardService:
         return [None] * len(batch)
 
     def _posted(self, body: str, seconds: float) -> bytes:
-        connection = self._kind(self._host, self._port, timeout=seconds)
+        connection, deadline = self._kind(self._host, self._port, timeout=seconds), time.monotonic() + seconds
         try:
             connection.request("POST", self._path, body, self._headers)
             response = connection.getresponse()
-            status, reply = response.status, response.read()
+            status, reply = response.status, _read_until(response, deadline)
         except (OSError, http.client.HTTPException) as error:
             raise _Unanswered from error
         finally:
@@ -139,8 +145,18 @@ class RewardService:
             if len(rewards) != count:
                 raise ValueError(f"{len(rewards)} rewards for {count} responses")
             return [None if reward is None else as_reward(reward) for reward in rewards]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f'task.verifier={self.url} replied {reply[:80]!r}, not {{"rewards": [number or null, …]}} '
                 f"({described(error)}); correct the service"
             ) from None
+
+
+def _read_until(response: http.client.HTTPResponse, deadline: float) -> bytes:
+    """The whole reply; a socket's time limit is one of each piece."""
+    pieces = []
+    while piece := response.read1(2**16):
+        pieces.append(piece)
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    return b"".join(pieces)

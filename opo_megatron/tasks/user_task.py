@@ -120,7 +120,7 @@ class UserTask:
     @property
     def fingerprint(self) -> dict[str, str]:
         """Of the class's source, and what the class adds."""
-        source = source_hash(type(self._task))
+        source = source_hash(self.path, type(self._task))
         own = dict(getattr(self._task, "fingerprint", {}))
         return own | ({} if source is None else {"task.name": source})
 

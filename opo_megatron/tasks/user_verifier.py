@@ -16,7 +16,8 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,13 +53,18 @@ def load_function(path: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def source_hash(function: Any) -> str | None:
-    """The hash of the file that a function or class is written in; None where there is none."""
-    try:
-        file = inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:  # an object, such as one with __call__
-        file = inspect.getsourcefile(type(function))
-    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+def source_hash(path: str, function: Any) -> str | None:
+    """The hash of the files of `package.module` and of what it names there; None where there are none.
+
+    What these import is not covered.
+    """
+    files = [getattr(sys.modules.get(path.partition(":")[0]), "__file__", None)]
+    for written in (inspect.unwrap(function) if callable(function) else function, type(function)):
+        with suppress(TypeError, OSError):  # a builtin, or an object such as functools.partial
+            files.append(inspect.getsourcefile(written))
+            break
+    found = [Path(file).read_bytes() for file in dict.fromkeys(files) if file and Path(file).is_file()]
+    return hashlib.sha256(b"\0".join(found)).hexdigest() if found else None
 
 
 def call_mode(function: Callable[..., Any]) -> Mode:
@@ -122,7 +128,10 @@ def _call_batch(
 ) -> Sequence[Reply]:
     try:
         rewards = function(*(list(column) for column in zip(*jobs, strict=True)))
-        rewards = list(asyncio.run(_awaited(rewards)) if inspect.isawaitable(rewards) else rewards)
+        rewards = asyncio.run(_awaited(rewards)) if inspect.isawaitable(rewards) else rewards
+        if isinstance(rewards, Mapping | Set | str | bytes):
+            raise NotANumber(f"returned {rewards!r:.60} for a batch, which is no list")
+        rewards = list(rewards)
         if len(rewards) != len(jobs):
             raise NotANumber(f"returned {len(rewards)} rewards for {len(jobs)} responses")
         return [None if reward is None else as_reward(reward) for reward in rewards]
@@ -145,12 +154,14 @@ async def _call_concurrently(
 ) -> None:
     async def one(index: int) -> None:
         reply: Reply
+        limit = asyncio.timeout(seconds)
         try:
-            reply = as_reward(await asyncio.wait_for(function(*jobs[index]), seconds))
-        except TimeoutError:
-            reply = None
+            async with limit:
+                reply = as_reward(await function(*jobs[index]))
         except never_caught:
             raise
+        except TimeoutError as error:  # its own, unless the limit was reached
+            reply = None if limit.expired() else failure(error)
         except BaseException as error:  # a user's function may raise anything
             reply = failure(error)
         send(index, reply)
@@ -182,5 +193,8 @@ def failure(error: BaseException) -> Reply:
 
 def described(error: BaseException) -> str:
     """The error in a few words, of one line."""
-    words = " ".join(str(error).split())[:200]
+    try:
+        words = " ".join(str(error).split())[:200]
+    except BaseException:  # its __str__ is a user's code as well
+        words = "no text"
     return f"{type(error).__name__} ({words})" if words else type(error).__name__

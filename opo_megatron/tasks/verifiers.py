@@ -24,11 +24,11 @@ from opo_megatron.errors import UserError
 MATH, MATH_STRICT = "math", "math_strict"
 Verifier = Callable[[str, str, str], float]
 
-_SIGNS = str.maketrans({"−": "-", "－": "-", "﹣": "-", "‑": "-"})
+_SIGNS = str.maketrans({"−": "-", "－": "-", "﹣": "-", "‑": "-", "–": "-"})
 _POWER_OF_TEN = re.compile("10([⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+)")
 _SEPARATOR = r"(?:,|\{,\}|\\[,!]|[\u00a0\u2007\u2009\u202f])"
 _NUMBER = re.compile(
-    r"((?<![\w)\]}])-[$€£¥]?|)"
+    r"((?:(?<![\w)\]}])|(?<=_))-\\?[$€£¥]?|)"
     rf"((?<!\d)\d{{1,3}}(?:{_SEPARATOR}\d{{2,3}})*{_SEPARATOR}\d{{3}}(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
     r"(?:[eE]([-+]?\d{1,6})(?![\w.]*\d)|\s*(?:×|\*|x|·|\\times|\\cdot)\s*10\s*\^\s*\{?\s*([-+]?\d{1,6}))?"
 )

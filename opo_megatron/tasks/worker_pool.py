@@ -112,7 +112,10 @@ class WorkerPool:
                         self._crashed(key.data, batch, selector)
                 for worker in [w for w in self._workers if time.monotonic() >= self._deadline(w)]:
                     if worker.mode is None:
-                        raise UserError(f"a grading worker did not start within {START_SECONDS:.0f} seconds")
+                        raise UserError(
+                            f"a worker of task.verifier={self.grader} did not start within "
+                            f"{START_SECONDS:.0f} seconds; see what its module does when it is imported"
+                        )
                     self.timeouts += batch.give_up(worker)
                     self._replace(worker, selector)
         except BaseException:
@@ -174,12 +177,16 @@ class WorkerPool:
         part = os.read(_out(worker), 2**20)
         worker.received += part
         *lines, worker.received = worker.received.split(b"\n")
-        for message in map(json.loads, lines):
-            if worker.mode is None:
-                worker.mode = self._checked_start(*message)
-                continue
-            position, reply = message
-            index = worker.jobs[position]
+        for line in lines:
+            try:
+                message = json.loads(line)
+                if worker.mode is None:
+                    worker.mode = self._checked_start(*message)
+                    continue
+                position, reply = message
+                index = worker.jobs[position]
+            except (ValueError, TypeError, IndexError, KeyError, RecursionError):
+                return False  # the grader wrote into the descriptor of the replies
             worker.open.discard(position)
             if isinstance(reply, dict):
                 raise verifier_error(self.grader, reply["error"], batch.jobs[index])

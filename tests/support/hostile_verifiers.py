@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 USUAL = 0.25
@@ -137,6 +138,29 @@ def _raise(error: BaseException) -> Any:
 sys_exit = on_trigger(lambda: sys.exit(0))
 interrupt = on_trigger(lambda: _raise(KeyboardInterrupt()))
 farewell = on_trigger(lambda: _raise(Farewell("good bye")))
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def _garbage() -> None:
+    """Into every inherited descriptor, the one of the replies among them."""
+    for number in range(3, 50):
+        with suppress(OSError):
+            os.write(number, b"garbage\n")
+
+
+async def own_timeout(prompt: str, response: str, answer: str) -> float:
+    raise TimeoutError("mine")
+
+
+def mapping(prompts: list[str], responses: list[str], answers: list[str]) -> Any:
+    return dict.fromkeys(range(len(prompts)), 1.0)
+
+
+mute, garbage = on_trigger(lambda: _raise(Mute())), on_trigger(_garbage)
 error = on_trigger(lambda: _raise(ValueError("no\nsense")))
 text, nothing, infinite = (on_trigger(lambda value=value: value) for value in ("1.0", None, float("inf")))
 not_a_function = 3

@@ -10,7 +10,8 @@ from opo_megatron.tasks.verifiers import last_number, number
 
 LAWS: dict[str, list[tuple[str, str | None]]] = {
     "a minus sign is read in every alphabet, where nothing stands before it to subtract from": [
-        ("−5", "-5"), ("－5", "-5"), ("it is -5", "-5"), ("(-5)", "-5"), ("= -5", "-5"), ("-$5", "-5"),
+        ("−5", "-5"), ("is –5.", "-5"), (r"-\$5", "-5"), ("_-5_", "-5"), ("3–5", "5"),
+        ("－5", "-5"), ("it is -5", "-5"), ("(-5)", "-5"), ("= -5", "-5"), ("-$5", "-5"),
         ("−$1,234.50", "-1234.50"),
         ("3-5", "5"), ("3−5", "5"), ("x-5", "5"), ("(3)-5", "5"), ("2024-11-27", "27"), ("3 -5", "-5"),
         ("5--3", "-3"), ("-.5", "-0.5"),

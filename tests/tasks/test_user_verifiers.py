@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from opo_megatron.errors import UserError
 from opo_megatron.tasks.base import Prompt
 from opo_megatron.tasks.graders import Grader, Submission
 from opo_megatron.tasks.stray_processes import MARK
+from opo_megatron.tasks.user_verifier import source_hash
 from opo_megatron.tasks.worker_pool import WorkerPool
 from tests.support.hostile_verifiers import USUAL
 from tests.support.paths import ROOT
@@ -61,7 +64,7 @@ def marked(grader: Grader) -> list[int]:
 
 
 OWN = ["pool", "terminate", "thread", "elsewhere", "printing", "fork", "daemon", "late"]
-DEFAULT = ["hang", "exits", "memory", "kill_self", "kill_parent", "leave", "stop"]
+DEFAULT = ["hang", "garbage", "exits", "memory", "kill_self", "kill_parent", "leave", "stop"]
 QUICK = ("pool", "exits", "sys_exit", "text")
 MISTAKES = {
     "sys_exit": r"hostile:sys_exit raised SystemExit \(0\) for the answer '2' and the response 'trigger'; it",
@@ -70,6 +73,9 @@ MISTAKES = {
     "error": r"hostile:error raised ValueError \(no sense\) for",
     "text": "hostile:text returned '1.0' for .* 'trigger'; it must return a finite number for any text",
     "nothing": "hostile:nothing returned None for",
+    "mute": r"hostile:mute raised Mute \(no text\) for",
+    "own_timeout": r"hostile:own_timeout raised TimeoutError \(mine\) for",
+    "mapping": "hostile:mapping returned {.*} for a batch, which is no list for",
     "infinite": "hostile:infinite returned inf for",
     "short": "hostile:short returned 1 rewards for 2 responses for",
 }
@@ -115,6 +121,20 @@ def test_keys_are_not_in_the_environment_of_a_verifier(grade: Grade, monkeypatch
         monkeypatch.setenv(name, "value")
     rewards, _ = grade("shows_environment", *keys, "MY_SETTING", "PATH")
     assert rewards == [0.0] * len(keys) + [1.0, 1.0]
+
+
+def test_a_changed_source_behind_a_wrapper_is_noticed(tmp_path: Path) -> None:
+    module = types.ModuleType("wrapped")
+    sys.modules["wrapped"] = module
+    try:
+        (tmp_path / "wrapped.py").write_text("one")
+        module.__file__ = str(tmp_path / "wrapped.py")
+        hashes = [source_hash("wrapped:part", functools.partial(len)), source_hash("wrapped:part", len)]
+        (tmp_path / "wrapped.py").write_text("two")
+        assert source_hash("wrapped:part", functools.partial(len)) not in [None, *hashes]
+        assert source_hash("builtins:len", len) is None
+    finally:
+        del sys.modules["wrapped"]
 
 
 def test_asynchronous_verifiers_run_at_the_same_time(grade: Grade) -> None:
