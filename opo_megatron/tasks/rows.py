@@ -51,7 +51,10 @@ def parse_hub(source: str) -> tuple[str, str | None, str]:
 
 def parse_json(text: str) -> Any:
     """JSON whose numbers are Decimals, digit by digit as written."""
-    return json.loads(text, parse_float=_decimal, parse_int=_decimal)
+    try:
+        return json.loads(text, parse_float=_decimal, parse_int=_decimal)
+    except RecursionError:
+        raise json.JSONDecodeError("its brackets are nested too deep", text, 0) from None
 
 
 def _decimal(digits: str) -> Decimal | float:

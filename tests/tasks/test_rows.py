@@ -79,6 +79,11 @@ def test_utf_8_is_read_with_and_without_its_mark(tmp_path: Path, name: str, cont
         ),
         ("a.txt", b"1 + 1\n", "a.txt is neither .jsonl nor .parquet; convert it to one of them"),
         ("a.jsonl", b"question,answer\n", "a.jsonl, line 1 is not JSON"),
+        (
+            "a.jsonl",
+            b'{"question":' + b"[" * 9_999,
+            "a.jsonl, line 1 is not JSON (its brackets are nested too deep)",
+        ),
         ("a.jsonl.gz", GZIPPED, "a.jsonl.gz is compressed by gzip; unpack it"),
         ("a.jsonl", GZIPPED, "a.jsonl is compressed by gzip; unpack it with gunzip"),
         ("a.jsonl", b"PK\x03\x04rest", "a.jsonl is a zip archive; unpack it with unzip"),
