@@ -18,6 +18,7 @@ import ctypes, os, re, signal, socket, threading, time
 from opo_megatron.resilience import second_signal
 from opo_megatron.utils.signals import SignalHandlers
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 second_signal.REPEAT_SECONDS = 0.2
 second = second_signal.SecondSignal(announces=True)
 SignalHandlers((signal.SIGTERM, signal.SIGUSR1), lambda number, frame: second.handled(number)).install()
