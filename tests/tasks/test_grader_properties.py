@@ -131,6 +131,17 @@ def deeper(children: st.SearchStrategy) -> st.SearchStrategy:
 
 
 expressions = st.recursive(leaves, deeper, max_leaves=5)
+
+
+def differs(difference: sympy.Expr) -> bool:
+    """Whether SymPy proves an expression not to be 0.
+
+    Its `equals` is wrong about some sums of π that cancel, so that a value at a point must confirm it.
+    """
+    value = difference.subs({x: sympy.Rational(3, 7), y: sympy.Rational(5, 11)}).evalf(60, maxn=400)
+    return difference.equals(0) is False and bool(abs(value) > sympy.Float(10) ** -40)
+
+
 REWRITINGS = [
     sympy.expand,
     sympy.factor,
@@ -150,7 +161,7 @@ def test_nothing_is_accepted_that_sympy_proves_different(
     answer = other if rewrite is None else rewrite(gold)  # type: ignore[operator]
     texts = sympy.latex(gold), sympy.latex(answer)
     if grade(boxed(texts[1]), texts[0]):
-        assert (gold - answer).equals(0) is not False, texts
+        assert not differs(gold - answer), texts
     elif rewrite in REWRITINGS[:3] and len(max(texts, key=len)) < 900:
         raise AssertionError(f"{texts[1]} was refused for {texts[0]}")
 
