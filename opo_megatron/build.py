@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -130,21 +131,10 @@ def _build(
     if config.rollout.local.exact:
         check_exact_device(parallel)
     watchdog.enter("loading the task")
-    task = make_task(config.task)
-    resources.callback(task.close)
-    task.start()
-    for note in task.notes:
-        display.log(note)
-    display.log(how_responses_end(task))
+    task = _open_task(config, display, resources)
     watchdog.enter("checking checkpoints")
     checkpoint = find_checkpoint(config, parallel, display.log)
-    progress = read_progress(checkpoint) if checkpoint else RunProgress("warm_start", 0)
-    state = read_estimator_state(checkpoint) if checkpoint else {}
-    if checkpoint is not None:
-        finished_steps, inputs = progress.step if progress.phase == "step" else 0, state.get(INPUTS, {})
-        check_resume(config, checkpoint / CONFIG_FILE, finished_steps, allowed, inputs)
-        check_inputs(config, inputs, task.fingerprint, checkpoint, allowed)
-    state[INPUTS] = task.fingerprint
+    progress, state = _read_checkpoint(config, task, checkpoint, allowed)
     watchdog.enter("loading weights")
     in_warm_start = progress.phase == "warm_start"
     vocab_size = vocabulary_of(config, task)
@@ -191,6 +181,35 @@ def _build(
         step=-1 if in_warm_start else progress.step,
         warm_step=progress.step if in_warm_start else config.warm_start.steps,
     )
+
+
+def _open_task(config: Config, display: Display, resources: ExitStack) -> Task:
+    """The recipe's task, ready to grade; closed with `resources`."""
+    task = make_task(config.task)
+    resources.callback(task.close)
+    task.start()
+    for note in task.notes:
+        display.log(note)
+    display.log(how_responses_end(task))
+    return task
+
+
+def _read_checkpoint(
+    config: Config, task: Task, checkpoint: Path | None, allowed: Sequence[str]
+) -> tuple[RunProgress, dict[str, Any]]:
+    """How far the run is, and what it remembers beyond the weights.
+
+    Raises:
+        UserError: where a setting, or what the task reads, has changed and must not.
+    """
+    progress, state = RunProgress("warm_start", 0), dict[str, Any]()
+    if checkpoint is not None:
+        progress, state = read_progress(checkpoint), read_estimator_state(checkpoint)
+        finished_steps, inputs = progress.step if progress.phase == "step" else 0, state.get(INPUTS, {})
+        check_resume(config, checkpoint / CONFIG_FILE, finished_steps, allowed, inputs)
+        check_inputs(config, inputs, task.fingerprint, checkpoint, allowed)
+    state[INPUTS] = task.fingerprint
+    return progress, state
 
 
 def _reference_weights(config: Config, parallel: Parallel, vocab_size: int) -> ReferenceWeights | None:

@@ -7,7 +7,6 @@ do is said by `base.py::Task`.  It runs in the training process, and must give e
 
 from __future__ import annotations
 
-import importlib
 import os
 import random
 from collections.abc import Sequence
@@ -16,7 +15,14 @@ from typing import Any
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
 from opo_megatron.tasks.base import Prompt, Split
-from opo_megatron.tasks.user_verifier import as_reward, described, leave_forks, make_importable, source_hash
+from opo_megatron.tasks.user_verifier import (
+    as_reward,
+    described,
+    leave_forks,
+    load_function,
+    make_importable,
+    source_hash,
+)
 
 NEEDED = ("vocab_size", "stop_tokens", "size", "prompt", "decode")
 """And `reward` or `rewards`."""
@@ -50,10 +56,9 @@ class UserTask:
         self.stop_tokens = tuple(stops)
 
     def _made(self) -> Any:
-        module, _, name = self.path.partition(":")
         folder = make_importable()
         try:
-            return getattr(importlib.import_module(module), name)(self.config)
+            return load_function(self.path)(self.config)
         except (KeyboardInterrupt, UserError):
             raise
         except BaseException as error:  # a user's class may raise anything

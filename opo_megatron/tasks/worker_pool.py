@@ -209,7 +209,8 @@ class WorkerPool:
         """Replace a worker; one that died in its first start, or several in a row, would die again."""
         self._failed_starts = self._failed_starts + 1 if worker.mode is None else 0
         if worker.mode is None and (self.source is UNKNOWN or self._failed_starts > MOST_FAILED_STARTS):
-            code = worker.process.wait()
+            kill_worker(worker.process)  # it may be alive, and have written into the replies
+            code = worker.process.returncode
             raise UserError(
                 f"a worker of task.verifier={self.grader} ended with code {code} before its first reply (its "
                 "error is above); check the verifier's module, and task.verifier_memory_mib"
