@@ -28,6 +28,7 @@ from opo_megatron.observe.run_files import RunFiles
 from opo_megatron.observe.step_metrics import memory_metrics, throughput_metrics
 from opo_megatron.observe.summary_table import summary_table
 from opo_megatron.observe.timing import PhaseTimer
+from opo_megatron.observe.utilization import peak_tflops
 from opo_megatron.policy.metric_sums import StepMetrics
 from opo_megatron.policy.policy import LocalParams, Policy
 from opo_megatron.resilience.watchdog import Watchdog
@@ -116,7 +117,7 @@ class Run:
         row["on_policy/sync_diff_max"] = self.generation.sync_difference
         row["run/engine_failures"] = self.generation.failures
         row["run/verifier_failures"] = int(all_reduce(self.parallel, torch.tensor(self.task.failures)))
-        self.files.write_step(row | throughput_metrics(row) | memory_metrics())
+        self.files.write_step(row | throughput_metrics(row, peak_tflops(self.parallel)) | memory_metrics())
         self.display.row(row)
         self.step = row["step"]
         outcome.set_step(self.step, self.config.train.steps)

@@ -92,7 +92,7 @@ def opo_step(run: Run, step: int) -> None:
     with timer.phase("sync"):
         run.generation.synchronize()
 
-    row = step_row(config, step, stats, advantages, metrics, lr) | report
+    row = step_row(config, policy.vocab_size, step, stats, advantages, metrics, lr) | report
     if evaluation_is_due(config, step):
         with timer.phase("eval"):
             row |= evaluate(run)

@@ -1,7 +1,8 @@
 """When a checkpoint is due, and which checkpoints are kept.
 
-A checkpoint is due every `every_steps` steps or `every_minutes` minutes, at the last step, and when the
-metric of `keep_best` is the best so far.  The newest `keep_last` checkpoints are kept, and the best one.
+A checkpoint is due every `every_steps` steps or `every_minutes` minutes, at the last step (`at_end`), and
+when the metric of `keep_best` is the best so far.  The newest `keep_last` checkpoints are kept, and the
+best one.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Retention:
         every = self.config.every_steps
         if self.is_off:
             return False
-        return step == last or (every > 0 and step % every == 0) or minutes_are_over or is_best
+        is_last = step == last and self.config.at_end
+        return is_last or (every > 0 and step % every == 0) or minutes_are_over or is_best
 
     def note_best(self, row: dict[str, Any], progress: RunProgress) -> bool:
         """Whether this step is the best so far by the metric of `keep_best`; if so, it is recorded.

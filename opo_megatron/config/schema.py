@@ -398,8 +398,10 @@ class CheckpointConfig:
     """When checkpoints are written, and which are kept."""
 
     every_steps: int = 50
-    """Steps between checkpoints, in warm-start and OPO steps alike. 0 saves only the last step of either,
-    which is always saved."""
+    """Steps between checkpoints, in warm-start and OPO steps alike. 0 saves only the last step of either."""
+    at_end: bool = True
+    """Save the last step of the warm start and of the run. `false` is for measurements: nothing can be
+    evaluated or resumed afterwards, unless another key saves it."""
     every_minutes: float = 0.0
     """Also save at the end of the step in which this many minutes have passed since the last save; 0 is
     off."""

@@ -11,13 +11,21 @@ from opo_megatron.algorithm.on_policy import HISTOGRAM
 from opo_megatron.batch.stats import BatchStats
 from opo_megatron.config import Config
 from opo_megatron.observe.metrics_file import MetricsRow
+from opo_megatron.observe.utilization import training_tflop
 from opo_megatron.policy.metric_sums import StepMetrics
 
 
 def step_row(
-    config: Config, step: int, stats: BatchStats, advantages: Tensor, metrics: StepMetrics, lr: float
+    config: Config,
+    vocab_size: int,
+    step: int,
+    stats: BatchStats,
+    advantages: Tensor,
+    metrics: StepMetrics,
+    lr: float,
 ) -> MetricsRow:
     """The row of an OPO step, without its times."""
+    model, algorithm = config.policy.model, config.algorithm
     zero_advantage = zero_variance(config.algorithm, stats.rewards, stats.groups)
     lengths = stats.response_lengths.double()
     row: MetricsRow = {
@@ -30,6 +38,8 @@ def step_row(
         "advantage/rms": float(advantages.square().mean().sqrt()),
         "groups/without_signal": float(zero_advantage.double().mean()),
         "tokens/response": metrics.tokens,
+        "tokens/processed": int(stats.sequence_lengths.sum()),
+        "compute/train_tflop": training_tflop(model, vocab_size, algorithm, stats, advantages),
         "loss": metrics.loss,
         "grad_norm": metrics.grad_norm,
         "lr": lr,
@@ -53,10 +63,19 @@ def memory_metrics() -> MetricsRow:
     return {"memory/peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
-def throughput_metrics(row: MetricsRow) -> MetricsRow:
-    """Response tokens per second of all ranks, by phase."""
-    return {
+def throughput_metrics(row: MetricsRow, peak: float | None) -> MetricsRow:
+    """Tokens per second of all ranks, and on GPUs the model FLOPs utilization of the training phase.
+
+    Args:
+        peak: of all GPUs, in 10¹² operations per second; None where it is not known.
+    """
+    throughput = {
         f"throughput/{phase}_tokens_per_second": row["tokens/response"] / row[f"time/{phase}"]
         for phase in ("rollout", "train", "step")
         if row.get("tokens/response") and row.get(f"time/{phase}")
     }
+    if seconds := row.get("time/train"):
+        throughput["throughput/train_tokens_processed_per_second"] = row["tokens/processed"] / seconds
+        if peak is not None:
+            throughput["throughput/mfu"] = row["compute/train_tflop"] / (seconds * peak)
+    return throughput

@@ -151,6 +151,13 @@ def test_every_minutes_makes_checkpoints_due(tmp_path: Path) -> None:
     ]
 
 
+def test_at_end_false_leaves_out_the_last_checkpoint_of_either_stage(tmp_path: Path) -> None:
+    never = ("checkpoint.every_steps=0", "checkpoint.at_end=false")
+    assert train(tmp_path / "run", *SMALL, *never, "train.steps=1") == 0
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert rows(tmp_path / "run")[-1]["step"] == 1
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
