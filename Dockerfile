@@ -36,7 +36,7 @@ ARG BUILD_JOBS=8
 
 WORKDIR /build
 COPY opo_megatron/environment/versions.py opo_megatron/environment/versions.toml requirements/build.txt ./
-RUN python3.12 -m venv /opt/opo && python3.12 environment/versions.py > constraints.txt
+RUN python3.12 -m venv /opt/opo && python3.12 versions.py > constraints.txt
 ENV PATH=/opt/opo/bin:$PATH
 
 # Build tools and torch first: both extensions are compiled against the installed torch.
@@ -49,7 +49,7 @@ RUN MAX_JOBS=${BUILD_JOBS} pip install --no-build-isolation --constraint constra
 
 # Not from PyPI: its `apex` is another package.
 RUN git init --quiet apex \
-    && git -C apex fetch --quiet --depth 1 https://github.com/NVIDIA/apex "$(python3.12 environment/versions.py apex)" \
+    && git -C apex fetch --quiet --depth 1 https://github.com/NVIDIA/apex "$(python3.12 versions.py apex)" \
     && git -C apex checkout --quiet FETCH_HEAD \
     && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 APEX_PARALLEL_BUILD=${BUILD_JOBS} \
         pip install --no-build-isolation ./apex \
