@@ -61,7 +61,7 @@ RUN python3.12 -m venv /opt/sglang && /opt/sglang/bin/pip install --no-deps --re
 
 COPY . /opt/opo_megatron
 WORKDIR /opt/opo_megatron
-RUN pip install --constraint /build/constraints.txt '.[data,modelopt,reasoning-gym,wandb]' \
+RUN pip install --constraint /build/constraints.txt '.[data,math,modelopt,reasoning-gym,wandb]' \
     && opo doctor --sglang-python /opt/sglang/bin/python \
         --need sglang --need transformer-engine --need apex --need nvidia-modelopt
 
