@@ -2,7 +2,7 @@
 
     python tools/explain_mismatch.py                                   # local engine, a small model, CPU
     python tools/explain_mismatch.py --engine sglang                   # a real SGLang server
-    python tools/explain_mismatch.py recipes/mine.yaml policy.init_from=path/to/model policy.device=cuda
+    python tools/explain_mismatch.py mine.yaml policy.init_from=path/to/model policy.device=cuda
 
 The engine samples responses; policy and a float64 reference compute the same tokens with the same bf16
 weights.  Three tables: log-probabilities of each against each; hidden states after every layer; and what each
