@@ -6,13 +6,14 @@
 #
 # Versions and their reasons are in opo_megatron/environment/versions.toml, which is read below.
 #
-# NOT TESTED, for lack of a GPU, a CUDA compiler and Docker:
-#   - that the image builds, and that the base image's tag is still available;
-#   - that Transformer Engine's torch extension and Apex compile against torch 2.13.0: Transformer Engine
-#     2.11.0 is the newest that Megatron-Core accepts, and has been tested with torch 2.11.0 only;
-#   - that SGLang's CUDA kernels start, also with cuda-tile 1.6.0rc7 (see requirements/sglang-cuda.txt).
-# Tested: every requirement below resolves for Python 3.12 (torch 2.13.0 to its build for CUDA 13.0), this
-# file passes hadolint, and its pins equal those of versions.toml.
+# Tested by tools/check_container.py, which carries out this file's commands without Docker (records/container.json):
+# Transformer Engine's torch extension compiles against torch 2.13.0 with nvcc 13.0, both environments install,
+# and on a machine without a GPU Megatron-Core with Transformer Engine's layers, and SGLang's server, are imported.
+#
+# NOT TESTED, for lack of a GPU and Docker:
+#   - the base image: its tag, and the packages of its distribution;
+#   - that Transformer Engine's and SGLang's CUDA kernels run with torch 2.13.0, also with cuda-tile 1.6.0rc7
+#     (see requirements/sglang-cuda.txt).
 
 # CUDA 13.0 for torch's and SGLang's wheels; devel for nvcc and headers; Ubuntu 24.04 for Python 3.12.
 FROM nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04
@@ -20,10 +21,10 @@ FROM nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 # Distribution packages are pinned by the release only: its archive drops old versions.
-# git fetches Apex, curl checks the engines' health.
+# curl checks the engines' health.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends curl git python3.12-dev python3.12-venv \
+    && apt-get install --yes --no-install-recommends curl python3.12-dev python3.12-venv \
     && rm -rf /var/lib/apt/lists/*
 
 # Hopper only: other architectures would make the build longer.
@@ -39,21 +40,13 @@ COPY opo_megatron/environment/versions.py opo_megatron/environment/versions.toml
 RUN python3.12 -m venv /opt/opo && python3.12 versions.py > constraints.txt
 ENV PATH=/opt/opo/bin:$PATH
 
-# Build tools and torch first: both extensions are compiled against the installed torch.
+# Build tools and torch first: the extension is compiled against the installed torch.
 RUN pip install --requirement build.txt \
     && pip install --constraint constraints.txt torch
 
 # The core library is a wheel that includes sm_90; only the torch extension is compiled.
 RUN MAX_JOBS=${BUILD_JOBS} pip install --no-build-isolation --constraint constraints.txt \
         'transformer-engine[core_cu13,pytorch]'
-
-# Not from PyPI: its `apex` is another package.
-RUN git init --quiet apex \
-    && git -C apex fetch --quiet --depth 1 https://github.com/NVIDIA/apex "$(python3.12 versions.py apex)" \
-    && git -C apex checkout --quiet FETCH_HEAD \
-    && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 APEX_PARALLEL_BUILD=${BUILD_JOBS} \
-        pip install --no-build-isolation ./apex \
-    && rm -rf apex
 
 # SGLang pins many packages, so it never shares an environment with the trainer.  Its list is complete.
 COPY requirements/sglang-cuda.txt ./
@@ -63,7 +56,7 @@ COPY . /opt/opo_megatron
 WORKDIR /opt/opo_megatron
 RUN pip install --constraint /build/constraints.txt '.[data,math,modelopt,reasoning-gym,wandb]' \
     && opo doctor --sglang-python /opt/sglang/bin/python \
-        --need sglang --need transformer-engine --need apex --need nvidia-modelopt
+        --need sglang --need transformer-engine --need nvidia-modelopt
 
 # One thread per rank: more on a busy node make steps many times slower.
 ENV OMP_NUM_THREADS=1
