@@ -53,7 +53,7 @@ def test_resuming_repeats_only_what_did_not_work(image: Image) -> None:
     assert [step["result"].partition(":")[0] for step in steps] == ["left out", "ok", "ok", "failed"]
 
 
-def test_only_what_needs_the_distribution_or_git_is_left_out_of_the_real_file() -> None:
+def test_only_distribution_and_git_are_left_out_of_the_real_file() -> None:
     commands = [arguments for name, arguments in instructions(DOCKERFILE.read_text()) if name == "RUN"]
     left_out = [command.split()[0] for command in commands if reason_to_leave_out(command)]
     assert set(left_out) <= {"apt-get", "git"} and len(commands) - len(left_out) >= 4

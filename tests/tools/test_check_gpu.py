@@ -69,7 +69,7 @@ def test_names_of_sections_are_unique() -> None:
     assert len(names) == len(set(names))
 
 
-def test_a_section_that_fails_hangs_or_misses_is_one_line_and_stops_no_other(tmp_path: Path) -> None:
+def test_a_section_that_fails_or_hangs_is_one_line_and_stops_no_other(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     tool = (sys.executable, fake_tool(tmp_path), "--device", "cpu", "--sglang-python", "/elsewhere")
     done = run(*tool, "--keep", str(kept))
@@ -115,7 +115,7 @@ def test_a_wrong_argument_or_machine_is_named(arguments: tuple[str, ...], words:
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 
 
-def test_only_chooses_by_part_of_the_name_and_reaches_what_is_off_by_default(tmp_path: Path) -> None:
+def test_only_chooses_by_part_of_the_name_also_what_is_off_by_default(tmp_path: Path) -> None:
     tool = (sys.executable, fake_tool(tmp_path), "--device", "cpu")
     assert run(*tool, "--only", "good").returncode == 0
     listed = run(*tool, "--only", "LATER", "--dry-run").stdout
