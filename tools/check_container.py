@@ -1,8 +1,8 @@
 """Carries out the Dockerfile without Docker: its commands, in order, in a scratch folder.
 
-    python tools/check_container.py /tmp/container                # everything, up to an hour and 25 GB
-    python tools/check_container.py /tmp/container --resume       # go on after the last step that worked
-    python tools/check_container.py --list                        # what would run
+    python tools/check_container.py                # everything: 20 minutes on two cores, 20 GB
+    python tools/check_container.py --resume       # go on after the last step that worked
+    python tools/check_container.py --list         # what would run
 
 Paths of the image (/opt, /build) become folders of the scratch folder; ENV, ARG, WORKDIR and COPY mean what
 they mean to Docker.  Left out, and recorded as such: the base image (this machine's Python 3.12, nvcc and g++
@@ -22,6 +22,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -203,7 +204,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("scratch", type=Path, nargs="?", help="folder for both environments")
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(tempfile.gettempdir(), "opo_container"),
+        help="folder for both environments (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at the same time")
     parser.add_argument("--resume", action="store_true", help="keep the steps that worked before")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
@@ -213,10 +217,8 @@ def main() -> int:
             reason = reason_to_leave_out(arguments) if name == "RUN" else None
             print(name, arguments, f"   # left out: {reason}" if reason else "")
         return 0
-    if options.scratch is None:
-        parser.error("name a scratch folder with 25 GB free, or --list")
     if options.scratch.exists() and any(options.scratch.iterdir()) and not options.resume:
-        parser.error(f"{options.scratch} is not empty; name a new folder, or --resume")
+        parser.error(f"{options.scratch} is not empty; remove it, name another --scratch, or --resume")
     image = Image(options.scratch.resolve(), options.jobs)
     steps = carry_out(image, options.resume)
     results: dict[str, Any] = {"steps": steps}
