@@ -8,8 +8,8 @@
 #
 # NOT TESTED, for lack of a GPU, a CUDA compiler and Docker:
 #   - that the image builds, and that the base image's tag is still available;
-#   - that Transformer Engine's torch extension and Apex compile against torch 2.13.0: Transformer Engine
-#     2.11.0 is the newest that Megatron-Core accepts, and has been tested with torch 2.11.0 only;
+#   - that Transformer Engine's torch extension compiles against torch 2.13.0: Transformer Engine 2.11.0 is
+#     the newest that Megatron-Core accepts, and has been tested with torch 2.11.0 only;
 #   - that SGLang's CUDA kernels start, also with cuda-tile 1.6.0rc7 (see requirements/sglang-cuda.txt).
 # Tested: every requirement below resolves for Python 3.12 (torch 2.13.0 to its build for CUDA 13.0), this
 # file passes hadolint, and its pins equal those of versions.toml.
@@ -20,10 +20,10 @@ FROM nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 # Distribution packages are pinned by the release only: its archive drops old versions.
-# git fetches Apex, curl checks the engines' health.
+# curl checks the engines' health.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends curl git python3.12-dev python3.12-venv \
+    && apt-get install --yes --no-install-recommends curl python3.12-dev python3.12-venv \
     && rm -rf /var/lib/apt/lists/*
 
 # Hopper only: other architectures would make the build longer.
@@ -39,21 +39,13 @@ COPY opo_megatron/environment/versions.py opo_megatron/environment/versions.toml
 RUN python3.12 -m venv /opt/opo && python3.12 environment/versions.py > constraints.txt
 ENV PATH=/opt/opo/bin:$PATH
 
-# Build tools and torch first: both extensions are compiled against the installed torch.
+# Build tools and torch first: the extension is compiled against the installed torch.
 RUN pip install --requirement build.txt \
     && pip install --constraint constraints.txt torch
 
 # The core library is a wheel that includes sm_90; only the torch extension is compiled.
 RUN MAX_JOBS=${BUILD_JOBS} pip install --no-build-isolation --constraint constraints.txt \
         'transformer-engine[core_cu13,pytorch]'
-
-# Not from PyPI: its `apex` is another package.
-RUN git init --quiet apex \
-    && git -C apex fetch --quiet --depth 1 https://github.com/NVIDIA/apex "$(python3.12 environment/versions.py apex)" \
-    && git -C apex checkout --quiet FETCH_HEAD \
-    && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 APEX_PARALLEL_BUILD=${BUILD_JOBS} \
-        pip install --no-build-isolation ./apex \
-    && rm -rf apex
 
 # SGLang pins many packages, so it never shares an environment with the trainer.  Its list is complete.
 COPY requirements/sglang-cuda.txt ./
@@ -63,7 +55,7 @@ COPY . /opt/opo_megatron
 WORKDIR /opt/opo_megatron
 RUN pip install --constraint /build/constraints.txt '.[data,modelopt,reasoning-gym,wandb]' \
     && opo doctor --sglang-python /opt/sglang/bin/python \
-        --need sglang --need transformer-engine --need apex --need nvidia-modelopt
+        --need sglang --need transformer-engine --need nvidia-modelopt
 
 # One thread per rank: more on a busy node make steps many times slower.
 ENV OMP_NUM_THREADS=1

@@ -196,7 +196,8 @@ def _gpu_findings(machine: Machine, versions: Versions, needs: Sequence[str]) ->
 def _package(part: Part, machine: Machine, required: bool) -> Finding:
     found = machine.installed.get(_normal(part.name))
     wanted, costs, fix = part.wanted, part.costs, part.fix
-    if part.needed == "gpu" and not machine.gpus and not required:
+    replaced = part.useless_with is not None and _normal(part.useless_with) in machine.installed
+    if part.needed == "gpu" and (replaced or not machine.gpus) and not required:
         return Finding(part.name, "unused", False, found, wanted)
     if part.git is not None:  # its version means nothing; its extension module counts
         assert part.module is not None

@@ -39,6 +39,8 @@ class Part:
     why: str = ""
     git: str | None = None
     """Its source, if not the registry."""
+    useless_with: str | None = None
+    """The package that makes this one unnecessary."""
 
     @property
     def wanted(self) -> str:

@@ -42,6 +42,8 @@ _MIN_CAPABILITY = {
 }
 """Minimum compute capability of each recipe, as TE checks it, and the generation's name."""
 
+_APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm whose weight is marked for sequence parallelism, so that its gradient is summed over TP."""
@@ -82,14 +84,46 @@ def layer_spec(config: TransformerConfig, name: LayerSpec, exact: bool) -> tuple
     return spec, RMSNorm
 
 
-def device_fields(policy: PolicyConfig, device: torch.device) -> dict[str, Any]:
-    """Fields of TransformerConfig that depend on the device and on the packages installed.
+def fuses_weight_gradients(policy: PolicyConfig, device: torch.device) -> bool:
+    """Whether layers add their weight gradients to the fp32 `main_grad` within the matrix product.
 
-    Gradient accumulation fusion needs an extension of Apex, which Megatron's own linear layers use (the
-    output layer too) even where all others are TE's.
+    TE's layers do so by themselves, Megatron's by an extension of Apex.
+
+    Raises:
+        UserError: where policy.megatron.gradient_accumulation_fusion asks for it in vain.
     """
-    fused = device.type == "cuda" and find_spec("fused_weight_gradient_mlp_cuda") is not None
-    fields: dict[str, Any] = {"gradient_accumulation_fusion": fused}
+    asked = policy.megatron.get("gradient_accumulation_fusion")
+    if device.type == "meta":  # no kernel runs
+        return False
+    has_apex = device.type == "cuda" and find_spec(_APEX_EXTENSION) is not None
+    possible = has_apex or spec_name(device) == "transformer_engine"
+    if asked and not possible:
+        lacks = (
+            "this policy is on a CPU; remove it"
+            if device.type == "cpu"
+            else f"neither Transformer Engine nor Apex's {_APEX_EXTENSION} is installed; remove it, or "
+            f"install Transformer Engine with: {read_versions().part('transformer-engine').fix}"
+        )
+        raise UserError(f"policy.megatron.gradient_accumulation_fusion is true, but {lacks}")
+    return possible if asked is None else bool(asked)
+
+
+def fuse_weight_gradients(chunk: torch.nn.Module) -> None:
+    """Let the TE layers of `chunk` add their weight gradients to `main_grad` themselves.
+
+    TransformerConfig's `gradient_accumulation_fusion` would, too, but with it Megatron's own output layer
+    refuses to be built without Apex, although its gradient is computed in `kernels/lm_head.py`.
+    """
+    layers = [module for module in chunk.modules() if hasattr(module, "fuse_wgrad_accumulation")]
+    if not layers:
+        raise RuntimeError("no layer of Transformer Engine has the attribute fuse_wgrad_accumulation")
+    for layer in layers:
+        layer.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+
+
+def device_fields(policy: PolicyConfig, device: torch.device) -> dict[str, Any]:
+    """Fields of TransformerConfig that depend on the device and on the packages installed."""
+    fields: dict[str, Any] = {}
     if policy.model.num_moe_experts is not None and spec_name(device) == "transformer_engine":
         fields["moe_grouped_gemm"] = True
     if policy.packing is Packing.thd and spec_name(device) == "transformer_engine":

@@ -24,7 +24,15 @@ from opo_megatron.config.choices import Dtype
 from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.rotary import inverse_frequencies
-from opo_megatron.policy.layer_specs import device_fields, fp8_fields, layer_spec, recompute_fields, spec_name
+from opo_megatron.policy.layer_specs import (
+    device_fields,
+    fp8_fields,
+    fuse_weight_gradients,
+    fuses_weight_gradients,
+    layer_spec,
+    recompute_fields,
+    spec_name,
+)
 
 BUCKET_MULTIPLE = 128
 """The distributed optimizer pads gradient buckets to multiples of this and of the number of ranks."""
@@ -102,10 +110,13 @@ def transformer_config(policy: PolicyConfig, device: torch.device) -> Transforme
             "moe_router_load_balancing_type": "none",  # the objective has no auxiliary loss
             "moe_aux_loss_coeff": 0.0,
         }
+    # Transformer Engine's layers get it when they are built, see `fuse_weight_gradients`.
+    fused = spec_name(device) == "local" and fuses_weight_gradients(policy, device)
+    fields |= policy.megatron | {"gradient_accumulation_fusion": fused}
     if not policy.megatron:
         return TransformerConfig(**fields)
     try:
-        return TransformerConfig(**(fields | policy.megatron))
+        return TransformerConfig(**fields)
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(
             f"Megatron-Core rejects policy.megatron={policy.megatron} ({error}); fix or remove it"
@@ -145,6 +156,8 @@ def build_chunks(
         chunk.rotary_pos_emb.inv_freq = inverse_frequencies(policy.model).to(chunk.rotary_pos_emb.inv_freq)
         if chunk.post_process:
             chunk.output_layer.forward = _pass_through
+        if spec_name(device) == "transformer_engine" and fuses_weight_gradients(policy, device):
+            fuse_weight_gradients(chunk)
         chunks.append(chunk)
     return chunks
 

@@ -29,10 +29,12 @@ from opo_megatron.config.compare import check_resume
 from opo_megatron.distributed.process_groups import initialize, shutdown
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.fp8 import Scales, dequantize_blocks, quantize_blocks
-from opo_megatron.policy import layer_specs, optimizer
+from opo_megatron.policy import layer_specs, model, optimizer
 from opo_megatron.policy.layer_specs import (
     check_context_device,
     fp8_lacks,
+    fuse_weight_gradients,
+    fuses_weight_gradients,
     layer_spec,
     spec_name,
     token_multiple,
@@ -103,16 +105,79 @@ def test_gpu_fields_depend_on_the_installed_packages(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(layer_specs, "find_spec", lambda name: name if name in installed else None)
     policy = config_of()
     assert spec_name(gpu) == "local"
-    assert layer_specs.device_fields(policy, gpu) == {"gradient_accumulation_fusion": False}
-    installed |= {"transformer_engine", "fused_weight_gradient_mlp_cuda"}
+    assert layer_specs.device_fields(policy, gpu) == {}
+    installed |= {"transformer_engine"}
     assert spec_name(gpu) == "transformer_engine" and spec_name(CPU) == "local"
-    assert layer_specs.device_fields(policy, gpu) == {"gradient_accumulation_fusion": True}
-    assert layer_specs.device_fields(policy, CPU) == {"gradient_accumulation_fusion": False}
+    assert layer_specs.device_fields(policy, gpu) == layer_specs.device_fields(policy, CPU) == {}
     packed = config_of("policy.packing=thd")
     assert layer_specs.device_fields(packed, gpu)["apply_rope_fusion"] is True
     assert "apply_rope_fusion" not in layer_specs.device_fields(packed, CPU)
     experts = config_of("policy.model.num_moe_experts=4")
     assert layer_specs.device_fields(experts, gpu)["moe_grouped_gemm"] is True
+
+
+TE, APEX = "transformer_engine", "fused_weight_gradient_mlp_cuda"
+FUSION = "policy.megatron.gradient_accumulation_fusion"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("packages", [(), (TE,), (APEX,), (TE, APEX)])
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_weight_gradients_are_fused_where_the_layers_can_and_the_output_layer_never_asks_for_apex(
+    device: str, packages: tuple[str, ...], asked: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_specs, "find_spec", lambda name: name if name in packages else None)
+    policy = config_of(*([] if asked is None else [f"{FUSION}={str(asked).lower()}"]))
+    where = SimpleNamespace(type=device)
+    possible = device == "cuda" and bool(packages)
+    if asked and not possible:
+        with pytest.raises(UserError) as refused:
+            transformer_config(policy, where)
+        assert str(refused.value).startswith(f"{FUSION} is true, but ")
+        assert ("on a CPU; remove it" if device == "cpu" else "neither Transformer Engine nor Apex's") in str(
+            refused.value
+        )
+        return
+    fused = possible if asked is None else asked
+    assert fuses_weight_gradients(policy, where) is fused
+    # Megatron's output layer reads the config; Transformer Engine's layers get theirs afterwards.
+    on_config = transformer_config(policy, where).gradient_accumulation_fusion
+    assert on_config is (fused and TE not in packages)
+
+
+def test_megatrons_own_linear_layers_ask_for_apex_which_is_why_the_config_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = small_config()
+    parallel = initialize(config)
+    try:
+        monkeypatch.setattr(model, "fuses_weight_gradients", lambda policy, device: True)
+        with pytest.raises(RuntimeError, match=APEX):  # as in a model of Transformer Engine's, by its head
+            model.build_chunks(config.policy, VOCAB_SIZE, 0, 1, parallel.device)
+        monkeypatch.undo()
+        for tied in (False, True):
+            policy = config_of(f"policy.model.tie_embeddings={str(tied).lower()}")
+            (chunk,) = model.build_chunks(policy, VOCAB_SIZE, 0, 1, parallel.device)
+            assert not chunk.output_layer.gradient_accumulation_fusion
+    finally:
+        shutdown()
+
+
+class Fused(torch.nn.Linear):
+    """A layer with Transformer Engine's attribute."""
+
+    fuse_wgrad_accumulation = False
+
+
+def test_fusion_is_set_on_every_layer_that_has_it_and_on_nothing_else() -> None:
+    plain, chunk = torch.nn.Linear(2, 2), torch.nn.ModuleDict()
+    chunk["attention"] = torch.nn.Sequential(Fused(2, 2), torch.nn.ModuleList([Fused(2, 2)]))
+    chunk["output_layer"] = plain
+    fuse_weight_gradients(chunk)
+    assert [m.fuse_wgrad_accumulation for m in chunk.modules() if isinstance(m, Fused)] == [True, True]
+    assert not hasattr(plain, "fuse_wgrad_accumulation") and not Fused.fuse_wgrad_accumulation
+    with pytest.raises(RuntimeError, match="no layer of Transformer Engine has"):
+        fuse_weight_gradients(torch.nn.Sequential(plain))
 
 
 def test_the_transformer_engine_spec_is_megatrons(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,18 +152,42 @@ def test_fp8_needs_a_transformer_engine_that_megatron_supports() -> None:
     assert diagnose(Machine("3.11.9", installed(all_packages())), VERSIONS, ["fp8"]).exit_code == 2  # no GPU
 
 
+def without_transformer_engine(**changes: str) -> Machine:
+    packages = all_packages(**changes)
+    del packages["transformer-engine"]
+    return replace(machine(), installed=installed(packages))
+
+
+@pytest.mark.parametrize(
+    ("where", "needs", "state"),
+    [
+        (machine(), (), "unused"),
+        (machine(apex="0.9.10"), (), "unused"),
+        (machine(transformer_engine="2.13.0"), (), "unused"),
+        (machine(), ("apex",), "missing"),
+        (without_transformer_engine(), (), "missing"),
+        (replace(without_transformer_engine(), gpus=()), (), "unused"),
+    ],
+)
+def test_apex_is_missed_only_on_gpus_without_transformer_engine(
+    where: Machine, needs: tuple[str, ...], state: str
+) -> None:
+    assert states(where, *needs)["apex"] == state
+    assert diagnose(where, VERSIONS, needs).exit_code == (2 if needs else 0)
+
+
 def test_the_unrelated_package_apex_is_not_accepted(tmp_path: Path) -> None:
-    report = diagnose(machine(apex="0.9.10"), VERSIONS)
+    report = diagnose(without_transformer_engine(apex="0.9.10"), VERSIONS)
     apex = next(finding for finding in report.findings if finding.part == "apex")
-    assert apex.state == "missing" and apex.fix.startswith("pip uninstall -y apex, then build")
+    assert apex.state == "missing" and apex.fix.startswith("pip uninstall -y apex, then in a clone of")
     (tmp_path / "fused_weight_gradient_mlp_cuda.py").touch()
-    assert states(replace(machine(), path=(str(tmp_path),)))["apex"] == "ok"
+    assert states(replace(without_transformer_engine(), path=(str(tmp_path),)))["apex"] == "ok"
 
 
 def test_the_report_names_cost_and_fix_of_missing_parts_only() -> None:
     text = describe(diagnose(replace(machine(), sglang=None), VERSIONS))
     assert "cost  rollout.engine=sglang does not start" in text and "make setup-sglang SGLANG=cuda" in text
-    assert text.count("cost  ") == 2  # SGLang and Apex
+    assert text.count("cost  ") == 1
     assert "not ready: sglang" in describe(diagnose(replace(machine(), sglang=None), VERSIONS, ["sglang"]))
 
 
