@@ -22,6 +22,7 @@ def test_three_layouts_take_the_same_steps_as_one_process(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_every_layout_takes_the_same_steps_as_one_process_and_staging_changes_no_bit(
     capfd: pytest.CaptureFixture[str],
 ) -> None:

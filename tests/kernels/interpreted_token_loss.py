@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import mpmath
 import pytest
 import torch
 from torch import Tensor
@@ -73,15 +74,34 @@ def test_one_launch_gives_loss_coefficient_and_mismatch(
     assert_same_sums(sums.mismatch, expected_sums(log_prob, others["engine_log_prob"]))
 
 
-@pytest.mark.parametrize("scale", [1e-8, 1e-7, 1e-5, 1e-3, 9.9e-3, 1.01e-2, 0.1, 3.0, 30.0])
+@pytest.mark.parametrize(
+    "scale",
+    # Around ln 2 / 2 the power of two changes; above 88 float32 overflows, above 354 does w² in float64.
+    [1e-12, 1e-8, 1e-5, 1e-3, 0.1, 0.34, 0.3465, 0.3466, 0.36, 0.7, 1.03, 1.05, 3.0, 30.0, 89.0, 350.0],
+)
 def test_k3_is_accurate_at_every_magnitude(scale: float) -> None:
-    """Against the series Δ²/2 + Δ³/6 + … in float64: e^Δ − 1 − Δ itself loses digits."""
+    """Against mpmath: in float64, e^Δ − 1 − Δ itself loses digits."""
     engine = torch.tensor([-scale, scale, -scale / 3])  # of a token with log π = 0
     sums = MetricSums(CPU, True)
     TokenLoss(None, {"engine_log_prob": engine}, sums).add_mismatch(torch.zeros(3))
-    deltas = (-engine.double()).tolist()
-    expected = sum(math.fsum(delta**n / math.factorial(n) for n in range(2, 120)) for delta in deltas)
-    assert float(sums.mismatch.values[1]) == pytest.approx(expected, rel=1e-9)
+    with mpmath.workdps(60):
+        deltas = [mpmath.mpf(delta) for delta in (-engine.double()).tolist()]
+        k3 = float(mpmath.fsum(mpmath.expm1(delta) - delta for delta in deltas))
+        weights = [float(mpmath.fsum(mpmath.exp(n * delta) for delta in deltas)) for n in (1, 2)]
+    assert sums.mismatch.values[1:4].tolist() == pytest.approx([k3, *weights], rel=4e-7)
+
+
+@pytest.mark.parametrize("edge", HISTOGRAM)
+def test_differences_next_to_a_threshold_are_counted_as_in_float64(edge: float) -> None:
+    sizes = [torch.tensor(edge)]
+    for _ in range(3):
+        below, above = (torch.nextafter(sizes[i], torch.tensor(to)) for i, to in ((0, 0.0), (-1, 1.0)))
+        sizes = [below, *sizes, above]
+    engine, sums = torch.stack(sizes), MetricSums(CPU, True)
+    TokenLoss(None, {"engine_log_prob": engine}, sums).add_mismatch(torch.zeros(7))
+    expected = expected_sums(torch.zeros(7), engine)
+    assert torch.equal(sums.mismatch.values[4:], expected.values[4:])
+    assert 0 < expected.values[4 + HISTOGRAM.index(edge)] < 7
 
 
 def test_chunks_and_forward_only_micro_batches_add_up(kernel: Counted) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,9 +42,9 @@ GROUP_ADVANTAGES = {
     "baselines": "*fp64", "advantages": "*fp64", "epsilon": "fp32",
 }  # fmt: skip
 TOKEN_LOSS = {
-    "log_prob": "*fp32", "advantages": "*fp32", "engine_log_prob": "*fp32", "edges": "*fp64",
-    "loss": "*fp32", "coefficient": "*fp32", "partial": "*fp64", "tokens": "i32", "normalizer": "fp32",
-    "cap": "fp32",
+    "log_prob": "*fp32", "advantages": "*fp32", "engine_log_prob": "*fp32", "edges": "*fp32",
+    "loss": "*fp32", "coefficient": "*fp32", "partial": "*fp64", "tokens": "i32",
+    "inverse_normalizer": "fp32", "cap": "fp32",
 }  # fmt: skip
 LOGITS = {
     "targets": "*i64", "rows": "i32", "stride": "i32", "start": "i32", "inverse_temperature": "fp32",
@@ -105,3 +106,41 @@ def test_kernels_compile_for_hopper(name: str, tmp_path: Path, monkeypatch: pyte
         compiled = triton.compile(source, target=target, options={"num_warps": warps})
         assert ".target sm_90" in compiled.asm["ptx"] and len(compiled.asm["cubin"]) > 0
         assert compiled.metadata.shared <= 48 * 1024
+
+
+def test_a_token_costs_few_enough_instructions_to_stay_memory_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an H100 a token's 20 bytes take as long as about 190 instructions of its share of the card, of
+    which double precision takes two each.  With float64 exponentials a token took 166, 41 of them double."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    operations = [line.split(".")[0] for line in sass(token_loss._kernel, TOKEN_LOSS, MOST, 4)]
+    per_thread = token_loss.BLOCK // (4 * 32)
+    double = sum(name in ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX") for name in operations)
+    assert 4 <= double / per_thread <= 18  # at least the four sums: the count sees them
+    assert len(operations) / per_thread <= 110
+
+
+MOST = {
+    "HAS_LOSS": True,
+    "CAPPED": True,
+    "MEASURES": True,
+    "EDGES": len(HISTOGRAM),
+    "BLOCK": token_loss.BLOCK,
+}
+
+
+def sass(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> list[str]:
+    """The machine instructions for aligned arguments, as the launcher compiles them for aligned tensors."""
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    is_aligned = [name == "tokens" or signature[name].startswith("*") for name in names]
+    attributes = {(i,): [["tt.divisibility", 16]] for i, aligned in enumerate(is_aligned) if aligned}
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    file = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
+    file.write_bytes(compiled.asm["cubin"])
+    command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(file)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", text, re.M)
