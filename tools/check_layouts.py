@@ -94,6 +94,7 @@ class ParallelLayout:
 
 
 LAYOUTS = {
+    "unfused-gradients": ParallelLayout(1, ("policy.megatron.gradient_accumulation_fusion=false",)),
     "tp2": ParallelLayout(2, (TP2,)),
     "tp2+sp": ParallelLayout(2, (TP2, SP)),
     "pp2": ParallelLayout(2, (PP2,)),
@@ -132,12 +133,14 @@ class Machine:
     precision: str = "fp32"
     staged: bool = False
     """Whether ranks communicate by `bench/staged_gloo.py` instead of gloo."""
+    ties: tuple[str, ...] = TIES
 
     @property
     def options(self) -> list[str]:
         """The command line that runs it."""
         group = "staged" if self.staged else "gloo"
-        return ["--device", self.device, "--precision", self.precision, "--process-group", group]
+        options = ["--device", self.device, "--precision", self.precision, "--process-group", group]
+        return [*options, *(f"--embeddings={ties}" for ties in self.ties)]
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -166,6 +169,7 @@ def main() -> int:
         choices=["gloo", "staged"],
         help="default: gloo on a CPU; ranks that share a GPU are always staged",
     )
+    parser.add_argument("--embeddings", choices=TIES, action="append", help="repeatable; default: both")
     parser.add_argument("--ranks-write", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     unknown = [name for name in arguments.layouts if name not in LAYOUTS | REFERENCES]
@@ -197,7 +201,8 @@ def machines_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
         if arguments.process_group == "gloo":
             parser.error("--process-group gloo does not run with --device cuda; leave it out")
     staged = on_gpu or arguments.process_group == "staged"
-    return [Machine(arguments.device, precision, staged) for precision in chosen]
+    ties = tuple(arguments.embeddings or TIES)
+    return [Machine(arguments.device, precision, staged, ties) for precision in chosen]
 
 
 def compare(names: list[str], machine: Machine | None = None) -> int:
@@ -254,7 +259,7 @@ def print_table(names: list[str], results: Results, machine: Machine) -> int:
         table.add_column(heading)
     failures, (most_loss, most_norm) = 0, TOLERANCES[machine.precision]
     for name in names:
-        for ties in TIES:
+        for ties in machine.ties:
             loss, norm = differences(name, ties, results)
             is_equal = loss <= most_loss and norm <= most_norm
             failures += not is_equal
@@ -271,7 +276,7 @@ def run_cases(names: list[str], output: Path, machine: Machine) -> None:
         join_staged()
     results: Results = {}
     for name in names:
-        for ties in TIES:
+        for ties in machine.ties:
             config = case_config(name, ties, machine)
             parallel = initialize(config)
             results[f"{name}/{ties}"] = take_steps(config, parallel)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import check_layouts
 import pytest
+from bench.gpu_layouts import LAYOUT_SECTIONS, ON_CPU
+from bench.gpu_layouts import LAYOUTS as ON_A_GPU
+from bench.gpu_section import Section, Setting
 from check_layouts import LAYOUTS, Machine
 
 from tests.support.requirements import run_ranks_of
@@ -98,3 +101,22 @@ def test_every_layout_of_a_gpu_is_a_valid_recipe(
     machine = Machine("cuda", precision, staged=True)
     if machine.runs(name):
         check_layouts.case_config(name, "tied", machine)
+
+
+def test_sections_of_a_gpu_name_layouts_that_run_in_their_precision() -> None:
+    for names in (*ON_A_GPU.values(), *ON_CPU.values()):
+        assert set(names) <= set(LAYOUTS)
+    assert all(Machine("cuda", "fp8", staged=True).runs(name) for name in ON_A_GPU["2 and 4 ranks"])
+    assert {LAYOUTS[name].ranks for name in ON_A_GPU["2 ranks"]} == {2}
+    assert {LAYOUTS[name].ranks for name in ON_A_GPU["4 ranks"]} == {4}
+    parts = {part for names in ON_A_GPU.values() for name in names for part in LAYOUTS[name].overrides}
+    for key in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context", "expert_model"):
+        assert any(f"policy.{key}_parallel_size" in part for part in parts), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", LAYOUT_SECTIONS, ids=lambda section: section.name)
+def test_sections_of_a_gpu_run_on_a_cpu_as_far_as_it_goes(section: Section, tmp_path: Path) -> None:
+    figures = section.run(Setting("cpu", tmp_path, "python"))
+    assert "not met" not in figures
+    assert figures.get("missing") == "FP8 needs a GPU" or figures["precision"] == "fp32"

@@ -148,11 +148,15 @@ def test_a_chunk_on_a_cpu_has_512_to_1024_tokens() -> None:
 
 @pytest.mark.parametrize("rows", [100, 16384, 32000, 131072, 151936])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_chunk_on_a_gpu_fills_480_mb_in_whole_tiles(rows: int, dtype: torch.dtype) -> None:
+def test_a_chunk_on_a_gpu_fills_512_mib_in_whole_tiles(rows: int, dtype: torch.dtype) -> None:
     tokens = default_chunk_tokens(rows, dtype, torch.device("cuda"))
     assert 512 <= tokens <= 8192 and tokens % 128 == 0
-    assert tokens * rows * dtype.itemsize <= 480e6
-    assert tokens == 8192 or (tokens + 128) * rows * dtype.itemsize > 480e6
+    assert tokens * rows * dtype.itemsize <= 2**29
+    assert tokens == 8192 or (tokens + 128) * rows * dtype.itemsize > 2**29
+
+
+def test_a_chunk_of_the_largest_vocabularies_fills_two_waves() -> None:
+    assert default_chunk_tokens(131072, torch.bfloat16, torch.device("cuda")) == 2048
 
 
 def test_a_chunk_on_a_gpu_has_at_least_512_tokens() -> None:
