@@ -123,7 +123,7 @@ FUSION = "policy.megatron.gradient_accumulation_fusion"
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("packages", [(), (TE,), (APEX,), (TE, APEX)])
 @pytest.mark.parametrize("asked", [None, True, False])
-def test_weight_gradients_are_fused_where_the_layers_can_and_the_output_layer_never_asks_for_apex(
+def test_weight_gradients_are_fused_where_the_layers_can_without_apex(
     device: str, packages: tuple[str, ...], asked: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layer_specs, "find_spec", lambda name: name if name in packages else None)
@@ -145,7 +145,7 @@ def test_weight_gradients_are_fused_where_the_layers_can_and_the_output_layer_ne
     assert on_config is (fused and TE not in packages)
 
 
-def test_megatrons_own_linear_layers_ask_for_apex_which_is_why_the_config_does_not(
+def test_megatrons_own_linear_layers_ask_for_apex_so_the_config_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = small_config()
@@ -169,7 +169,7 @@ class Fused(torch.nn.Linear):
     fuse_wgrad_accumulation = False
 
 
-def test_fusion_is_set_on_every_layer_that_has_it_and_on_nothing_else() -> None:
+def test_fusion_is_set_on_every_layer_that_has_it_and_no_other() -> None:
     plain, chunk = torch.nn.Linear(2, 2), torch.nn.ModuleDict()
     chunk["attention"] = torch.nn.Sequential(Fused(2, 2), torch.nn.ModuleList([Fused(2, 2)]))
     chunk["output_layer"] = plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import check_layouts
@@ -12,9 +13,10 @@ from bench.gpu_layouts import LAYOUTS as ON_A_GPU
 from bench.gpu_section import Section, Setting
 from check_layouts import LAYOUTS, Machine
 
+from tests.support.paths import ROOT
 from tests.support.requirements import run_ranks_of
 
-STAGED_WORKER = Path(__file__).parents[1] / "support/workers/staged_worker.py"
+STAGED_WORKER = ROOT / "tests/support/workers/staged_worker.py"
 
 
 def test_three_layouts_take_the_same_steps_as_one_process(
@@ -26,7 +28,7 @@ def test_three_layouts_take_the_same_steps_as_one_process(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_every_layout_takes_the_same_steps_as_one_process_and_staging_changes_no_bit(
+def test_every_layout_takes_the_same_steps_and_staging_changes_no_bit(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     names = list(LAYOUTS)
@@ -44,7 +46,10 @@ def test_layouts_agree_with_one_process_in_bf16() -> None:
 @pytest.mark.parametrize(
     "ranks", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
 )
-def test_every_operation_of_the_staged_group_gives_gloos_numbers(ranks: int) -> None:
+def test_every_operation_of_the_staged_group_gives_gloos_numbers(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tools")]))
     run_ranks_of(STAGED_WORKER, ranks, timeout=120)
 
 
@@ -87,7 +92,7 @@ def test_impossible_options_are_one_line_and_exit_code_2(
     assert ended.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_experts_are_left_out_in_fp8_and_nothing_else() -> None:
+def test_only_experts_are_left_out_in_fp8() -> None:
     on_gpu = Machine("cuda", "fp8", staged=True)
     assert {name for name in LAYOUTS if not on_gpu.runs(name)} == {n for n in LAYOUTS if LAYOUTS[n].moe}
     assert all(Machine("cuda", "bf16", staged=True).runs(name) for name in LAYOUTS)

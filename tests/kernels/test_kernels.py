@@ -117,7 +117,7 @@ def test_kernels_compile_for_hopper(name: str, tmp_path: Path, monkeypatch: pyte
     ("name", "most", "double"),
     [("token_loss", 110, range(4, 19)), ("head_statistics", 28, (0,)), ("head_gradient", 21, (0,))],
 )
-def test_an_element_costs_few_enough_instructions_to_stay_memory_bound(
+def test_kernels_need_few_enough_instructions_to_be_memory_bound(
     name: str, most: int, double: Sequence[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An H100 moves a byte in the time of about ten instructions of one thread, of which double precision

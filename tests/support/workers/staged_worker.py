@@ -1,4 +1,4 @@
-"""Every operation of the staged process group against gloo's own, in each rank: `staged_worker.py`.
+"""Every operation of the staged process group against gloo's own, in each rank; needs tools/ on PYTHONPATH.
 
 An operation runs twice on equal inputs, on two groups of the same ranks; all tensors that it may write must
 be equal bit for bit.  One process covers all of them: importing torch takes longer than the operations.
@@ -6,18 +6,13 @@ be equal bit for bit.  One process covers all of them: importing torch takes lon
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
-
 from bench.staged_gloo import BACKEND, register
+from torch import Tensor
 
 Case = Callable[[Any, int, int], list[Tensor]]
 """(group, rank, size) → what the operation wrote."""
