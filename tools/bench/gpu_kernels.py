@@ -12,10 +12,6 @@ import importlib.util
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-<<<<<<< HEAD
-=======
-from pathlib import Path
->>>>>>> layouts
 from typing import Any
 
 from bench.gpu_section import Figures, Section, Setting
@@ -300,17 +296,7 @@ def liger(hidden: Any, weight: Any, targets: Any) -> Figures:
 
 
 KERNEL_SECTIONS = [
-<<<<<<< HEAD
     Section("kernel: group advantages", 15, group_advantage, alone=True),
     Section("kernel: tokens", 15, token_kernel, alone=True),
     Section("kernel: head", 45, heads, alone=True),
 ]
-=======
-    Section("kernel: group advantages", 20, group_advantage, alone=True),
-    Section("kernel: tokens", 25, token_kernel, alone=True),
-    Section("kernel: head", 60, heads, alone=True),
-]
-KERNELS: dict[str, Callable[[], Figures]] = {
-    section.name: functools.partial(section.run, Setting("cuda", Path(), "")) for section in KERNEL_SECTIONS
-}
->>>>>>> layouts

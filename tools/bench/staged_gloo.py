@@ -27,10 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-<<<<<<< HEAD
-=======
 from torch.distributed.distributed_c10d import BarrierOptions, ProcessGroupGloo, Work
->>>>>>> layouts
 
 BACKEND = "staged"
 _BYTE_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -43,11 +40,7 @@ def register() -> None:
         dist.Backend.register_backend(BACKEND, StagedGloo, devices=["cpu", "cuda"])
 
 
-<<<<<<< HEAD
-class StagedWork(dist.Work):
-=======
 class StagedWork(Work):
->>>>>>> layouts
     """Handle of operations in flight; `wait` copies their results to where the caller wants them."""
 
     def __init__(self, works: Sequence[Any], results: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
@@ -100,11 +93,7 @@ class StagedGloo(dist.ProcessGroup):
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]
         self._gloo = dist.ProcessGroup(store, rank, size)
-<<<<<<< HEAD
-        kind, backend = dist.ProcessGroup.BackendType.GLOO, dist.ProcessGroupGloo(store, rank, size, timeout)
-=======
         kind, backend = dist.ProcessGroup.BackendType.GLOO, ProcessGroupGloo(store, rank, size, timeout)
->>>>>>> layouts
         backend._set_sequence_number_for_group()
         self._gloo._register_backend(torch.device("cpu"), kind, backend)
         self._gloo._set_default_backend(kind)
@@ -213,11 +202,7 @@ class StagedGloo(dist.ProcessGroup):
         return self._launch(lambda host: self._gloo.recv([*map(host.write, tensors)], source, tag))
 
     def barrier(self, opts: Any = None) -> StagedWork:
-<<<<<<< HEAD
-        options = dist.BarrierOptions()  # the caller's may name a GPU
-=======
         options = BarrierOptions()  # the caller's may name a GPU
->>>>>>> layouts
         return self._launch(lambda host: self._gloo.barrier(options))
 
     # Names of torch before 2.13.
