@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +43,7 @@ from opo_megatron.policy.optimizer import megatron_optimizer
 from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.server import write_model_config
 from opo_megatron.rollout.sglang.transfer import _copy_shared
-from opo_megatron.weights.fp8_folder import BlockFp8
+from opo_megatron.weights.fp8_folder import BlockFp8, engine_quantization
 from tests.support.fixtures import VOCAB_SIZE, ragged_rollouts, small_config, small_policy
 
 CPU = torch.device("cpu")
@@ -53,7 +54,8 @@ BIG = (
     "policy.model.ffn_hidden_size=512",
     "policy.model.num_query_groups=2",
 )
-BLOCKWISE = (*BIG, "policy.fp8=blockwise")
+CORRECT = "on_policy.action=correct"
+BLOCKWISE = (*BIG, "policy.fp8=blockwise", CORRECT)
 
 
 def config_of(*overrides: str, world_size: int = 1) -> Any:
@@ -73,7 +75,7 @@ def config_of(*overrides: str, world_size: int = 1) -> Any:
     ],
 )
 def test_fp8_sets_megatrons_recipe(fp8: str, form: str, recipe: Fp8Recipe) -> None:
-    config = transformer_config(config_of(*BIG, f"policy.fp8={fp8}"), CPU)
+    config = transformer_config(config_of(*BIG, CORRECT, f"policy.fp8={fp8}"), CPU)
     assert (config.fp8, config.fp8_recipe) == (form, recipe)
     assert not config.fp8_param and not config.fp8_dot_product_attention and not config.first_last_layers_bf16
     if fp8 == "delayed":
@@ -173,6 +175,83 @@ def test_contradictory_and_unimplemented_options_are_refused(overrides: tuple[st
     assert words in error_of(*overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("policy.fp8=blockwise",), "policy.fp8=blockwise with rollout.engine=local, whose weights are bf16"),
+        (("policy.fp8=tensorwise",), "set on_policy.action=correct, or rollout.engine=sglang with policy"),
+        (("policy.fp8=delayed", "on_policy.action=warn"), "and on_policy.action=warn does not correct that"),
+        (("policy.fp8=mxfp8", "on_policy.tolerance=1"), "policy.fp8=mxfp8 with rollout.engine=local"),
+        (("policy.fp8=blockwise", SGLANG, "rollout.sglang.fp8=false"), "or rollout.sglang.fp8=true, or pol"),
+        (("policy.fp8=tensorwise", SGLANG), "fp8=tensorwise with rollout.engine=sglang, whose weights"),
+        (("policy.fp8=delayed", SGLANG), "on_policy.action=correct, or policy.fp8=blockwise, or policy"),
+        (("policy.fp8=mxfp8", SGLANG, "on_policy.action=warn"), "samples from another policy than is"),
+    ],
+)  # fmt: skip
+def test_fp8_without_the_same_weights_in_the_engine_must_be_corrected(
+    overrides: tuple[str, ...], words: str
+) -> None:
+    assert words in error_of(*BIG, *overrides)
+    small_config(*BIG, *overrides, CORRECT)
+
+
+def test_fp8_with_the_same_weights_in_the_engine_may_be_refused_beyond_the_tolerance() -> None:
+    for scales in Scales:
+        config = small_config(*BIG, SGLANG, "policy.fp8=blockwise", f"policy.fp8_scales={scales.value}")
+        assert config.rollout.sglang.fp8 and config.policy.fp8_scales is scales
+
+
+@pytest.mark.parametrize("fp8", ["null", "tensorwise", "delayed", "mxfp8"])
+@pytest.mark.parametrize("engine", ["local", "sglang"])
+def test_fp32_scales_belong_to_blocks(fp8: str, engine: str) -> None:
+    overrides = (*BIG, CORRECT, f"policy.fp8={fp8}", "policy.fp8_scales=fp32", f"rollout.engine={engine}")
+    assert f"policy.fp8_scales=fp32 with policy.fp8={fp8}, but only blocks have such scales" in error_of(
+        *overrides
+    )
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Transformer Engine's recipe class, as far as its scales go."""
+
+    @dataclass(frozen=True)
+    class QParams:
+        power_2_scale: bool = False
+        amax_epsilon: float = 0.0
+
+    class Float8BlockScaling:
+        fp8_quant_fwd_inp = fp8_quant_fwd_weight = fp8_quant_bwd_grad = QParams(True)
+
+    module = SimpleNamespace(Float8BlockScaling=Float8BlockScaling, QParams=QParams)
+    for name in ("transformer_engine", "transformer_engine.common"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", module)
+    return Float8BlockScaling
+
+
+@pytest.mark.parametrize("scales", Scales)
+@pytest.mark.parametrize("before", Scales)
+@pytest.mark.parametrize("variable", [None, "0", "1"])
+def test_transformer_engine_has_the_scales_of_the_recipe_or_the_run_does_not_start(
+    scales: Scales, before: Scales, variable: str | None, recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own variable is read when it is imported; where it says something else, it is named."""
+    monkeypatch.delenv("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", raising=False)
+    layer_specs.set_fp8_scales(before)  # an earlier policy of the process
+    is_power = scales is Scales.power_of_two
+    if variable is not None:
+        monkeypatch.setenv("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", variable)
+    if variable == ("1" if is_power else "0"):
+        with pytest.raises(
+            UserError, match=rf"SCALES={variable} contradicts policy\.fp8_scales={scales.value}; unset"
+        ):
+            layer_specs.set_fp8_scales(scales)
+        return
+    layer_specs.set_fp8_scales(scales)
+    for kind in (recipe.fp8_quant_fwd_inp, recipe.fp8_quant_fwd_weight, recipe.fp8_quant_bwd_grad):
+        assert kind.power_2_scale is is_power and kind.amax_epsilon == 0
+
+
 H100, B200, A100 = (9, 0), (10, 0), (8, 0)
 
 
@@ -243,9 +322,10 @@ def test_offload_without_transformer_engine_is_refused(monkeypatch: pytest.Monke
 
 def test_a_resumed_run_keeps_its_fp8_unless_a_change_is_allowed(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(small_config(*BIG)))
+    allowed = ["on_policy.action"]
     with pytest.raises(UserError, match=r"policy\.fp8 is .*blockwise but was None"):
-        check_resume(small_config(*BLOCKWISE), tmp_path / "config.yaml", 3, [])
-    check_resume(small_config(*BLOCKWISE), tmp_path / "config.yaml", 3, ["policy.fp8"])
+        check_resume(small_config(*BLOCKWISE), tmp_path / "config.yaml", 3, allowed)
+    check_resume(small_config(*BLOCKWISE), tmp_path / "config.yaml", 3, [*allowed, "policy.fp8"])
     check_resume(small_config(*BIG, "policy.recompute=full"), tmp_path / "config.yaml", 3, [])
 
 
@@ -254,7 +334,7 @@ def test_a_resumed_run_keeps_its_fp8_unless_a_change_is_allowed(tmp_path: Path) 
 
 @pytest.mark.parametrize(("fp8", "alignment"), [("blockwise", 128), ("tensorwise", 16), ("delayed", 16)])
 def test_fp8_micro_batches_hold_whole_blocks_on_every_rank(fp8: str, alignment: int) -> None:
-    policy = config_of(*BIG, f"policy.fp8={fp8}")
+    policy = config_of(*BIG, CORRECT, f"policy.fp8={fp8}")
     assert token_multiple(policy) == alignment
     parallel = replace(policy, tensor_model_parallel_size=2, sequence_parallel=True)
     assert token_multiple(parallel) == 2 * alignment
@@ -327,6 +407,19 @@ def test_blockwise_fp8_enables_fp8_in_the_sglang_engine(tmp_path: Path) -> None:
     write_model_config(config, VOCAB_SIZE, tmp_path, fp8.config)
     model_config = (tmp_path / "config.json").read_text()
     assert '"weight_block_size"' in model_config and '"ue8m0"' in model_config
+
+
+@pytest.mark.parametrize("scales", Scales)
+def test_the_engine_gets_the_scales_of_the_policy(scales: Scales) -> None:
+    fp8 = engine_quantization(
+        small_config(*BLOCKWISE, SGLANG, f"policy.fp8_scales={scales.value}"), VOCAB_SIZE
+    )
+    assert fp8 is not None and ("scale_fmt" in fp8.config) is (scales is Scales.power_of_two)
+    weight = torch.randn(512, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    name = "model.layers.0.mlp.gate_proj.weight"
+    sent, expected = dict(fp8.tensors(name, weight)), quantize_blocks(name, weight, scales)
+    assert torch.equal(sent[name].view(torch.uint8), expected[0].view(torch.uint8))
+    assert torch.equal(sent[name + "_scale_inv"], expected[1])
 
 
 class Client:
@@ -410,7 +503,7 @@ def test_a_bucket_of_several_dtypes_keeps_each() -> None:
 
 
 def test_power_of_two_scales_equal_transformer_engines() -> None:
-    """TE's kernel truncates 448 / amax to a power of two; ours rounds amax / 448 up to one."""
+    """TE's kernel truncates 448 / amax to a power of two."""
     generator = torch.Generator().manual_seed(0)
     largest = torch.cat([torch.rand(4000, generator=generator) * 10, 448 * 2.0 ** torch.arange(-30, 9)])
     largest = torch.cat(
