@@ -269,8 +269,7 @@ def open_generation(
     """The recipe's engine, without weights, and what surrounds it; closed with `resources`."""
     shares = shares_memory(config, on_gpu=parallel.device.type == "cuda")
     if shares:  # a server takes the memory that it finds free when it starts
-        policy.memory.free_gradients()
-        policy.memory.offload_optimizer()
+        policy.memory.make_room()
     watchdog.enter("starting the engine")
 
     def show_status(line: str) -> None:
@@ -304,7 +303,7 @@ def _start_engine(
     if parallel.rank == 0:
         write_model_config(config, policy.vocab_size, model_dir, fp8.config if fp8 else None)
     all_gather_objects(parallel, None)  # no server starts before the file is there
-    return SglangEngine(config, parallel, model_dir, show_status, fp8)
+    return SglangEngine(config, parallel, model_dir, show_status, fp8, display.log)
 
 
 def _start_local_engine(config: Config, parallel: Parallel, policy: Policy, display: Display) -> LocalEngine:

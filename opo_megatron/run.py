@@ -116,7 +116,8 @@ class Run:
         row["on_policy/sync_diff_max"] = self.generation.sync_difference
         row["run/engine_failures"] = self.generation.failures
         row["run/verifier_failures"] = int(all_reduce(self.parallel, torch.tensor(self.task.failures)))
-        self.files.write_step(row | throughput_metrics(row) | memory_metrics())
+        memory = memory_metrics() | self.generation.memory.metrics
+        self.files.write_step(row | throughput_metrics(row) | memory)
         self.display.row(row)
         self.step = row["step"]
         outcome.set_step(self.step, self.config.train.steps)
