@@ -20,7 +20,7 @@ from opo_megatron.rollout.sglang import compilation
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.compilation import LOG_SECONDS, LOG_SIGN, CompileWatch
 from opo_megatron.rollout.sglang.engine import SglangEngine
-from tests.rollout.sglang.test_sglang_replies import web_server
+from tests.support.web_server import web_server
 
 PARENT = """
 import subprocess, sys, time
@@ -140,7 +140,7 @@ def test_other_ranks_of_the_machine_look_for_themselves(process: Any, compiler: 
     assert "server_0 compiles its kernels (nvcc)" in seen.activity()
 
 
-def test_a_request_waits_for_a_server_that_compiles_and_not_for_one_that_hangs() -> None:
+def test_requests_wait_for_compiling_and_not_for_hanging() -> None:
     with web_server(200, '{"ok": true}', delay=0.5) as url:
         with pytest.raises(EngineFailure, match=r"did not reply for 0\.1 seconds"):
             Client(url, 0.1).post("/generate")

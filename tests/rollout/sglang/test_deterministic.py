@@ -21,8 +21,8 @@ from opo_megatron.rollout.sglang.replies import sampling_params, seeded_params
 from opo_megatron.rollout.sglang.server import Server
 from opo_megatron.rollout.sglang.transfer import _STORE_PREFIXES, group_backend
 from opo_megatron.utils.hashing import hash_of
-from tests.rollout.sglang.test_sglang_replies import web_server
 from tests.support.fixtures import small_config
+from tests.support.web_server import web_server
 
 FP8 = (
     "policy.fp8=blockwise",
@@ -127,7 +127,7 @@ def test_store_prefixes_are_those_of_torchs_own_groups() -> None:
         assert _STORE_PREFIXES[backend] == f"{next(iter(devices))}/"
 
 
-def test_deterministic_on_a_machine_without_gpus_is_refused_when_the_engine_starts(tmp_path: Path) -> None:
+def test_deterministic_without_gpus_is_refused_when_the_engine_starts(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     config = small_config(*DETERMINISTIC, f"run.dir={tmp_path}")
