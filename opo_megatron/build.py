@@ -49,7 +49,7 @@ from opo_megatron.rollout.exact_check import check_exact, check_exact_device
 from opo_megatron.rollout.generation import Generation
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.rollout.memory_sharing import MemorySharing
-from opo_megatron.rollout.sglang.engine import SglangEngine
+from opo_megatron.rollout.sglang.engine import SglangEngine, check_servers_device
 from opo_megatron.rollout.sglang.server import write_model_config
 from opo_megatron.run import Run
 from opo_megatron.tasks import Task, make_task
@@ -130,6 +130,8 @@ def _build(
         load_wandb(config)
     if config.rollout.local.exact:
         check_exact_device(parallel)
+    if config.rollout.engine is EngineName.sglang:
+        check_servers_device(config.rollout.sglang, parallel.device)
     watchdog.enter("loading the task")
     task = _open_task(config, display, resources)
     watchdog.enter("checking checkpoints")

@@ -23,10 +23,12 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config.choices import Transport
 from opo_megatron.config.rules.sglang import NO_DETERMINISTIC_CPU
-from opo_megatron.config.schema import Config
+from opo_megatron.config.schema import Config, SglangConfig
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
 from opo_megatron.rollout.engine import GenerationRequest, Progress, Sampling
@@ -88,10 +90,7 @@ class SglangEngine:
         self._released: set[str] = set()
         self._watch: CompileWatch | None = None
         self._announced: set[int] = set()
-        if self.settings.transport is Transport.distributed:
-            group_backend(self.settings.distributed_backend, parallel.device)
-        if self.settings.deterministic and not self.settings.urls and parallel.device.type == "cpu":
-            raise UserError(NO_DETERMINISTIC_CPU.format("and this run is on a CPU"))
+        check_servers_device(self.settings, parallel.device)
         if not self.settings.urls:
             group = server_group(
                 all_gather_objects(parallel, socket.gethostname()), parallel.rank, self._servers_per_node()
@@ -371,6 +370,18 @@ class SglangEngine:
                 f"a prompt of {longest} tokens and rollout.max_response_tokens={sampling.max_tokens} exceed "
                 f"policy.model.max_sequence_length={limit}; shorten one or raise the other"
             )
+
+
+def check_servers_device(settings: SglangConfig, device: torch.device) -> None:
+    """Check that servers on the trainer's devices can do what the recipe sets.
+
+    Raises:
+        UserError: for NCCL or deterministic inference on a CPU.
+    """
+    if settings.transport is Transport.distributed:
+        group_backend(settings.distributed_backend, device)
+    if settings.deterministic and not settings.urls and device.type == "cpu":
+        raise UserError(NO_DETERMINISTIC_CPU.format("and this run is on a CPU"))
 
 
 def check_is_deterministic(client: Client) -> None:
