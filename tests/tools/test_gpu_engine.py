@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from bench import gpu_engine, gpu_runs
-from bench.gpu_engine import ENGINE_SECTIONS, differences, differing, memory_not_released, server_differences
+from bench.gpu_engine import (
+    ENGINE_SECTIONS,
+    differences,
+    differing,
+    forward,
+    memory_not_released,
+    operands_of,
+    responses,
+    run_of,
+    server_differences,
+)
 from bench.gpu_runs import medians, metrics_of, overrides_of, train
 from bench.gpu_section import Setting
 
@@ -84,7 +96,7 @@ def test_the_runs_of_the_sections_are_recipes_that_load(
 # ---------------------------------------------------------------------- bytes
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def parallel() -> Iterator[Parallel]:
     yield initialize(small_config())
     shutdown()
@@ -211,3 +223,64 @@ def test_the_transports_run_on_a_cpu(section: Any, tmp_path: Path) -> None:
     assert "not met" not in figures and figures["steps"] >= 3
     assert figures["run/engine_failures"] == ("killed" in section.name)
     assert 0 < figures["on_policy/logprob_diff_mean"] < 0.05 and figures["on_policy/ess"] > 0.99
+
+
+# ---------------------------------------------------------------------- parts of the sections for GPUs
+
+
+class Workspace:
+    """A quantized weight of Transformer Engine: bytes, and scales padded to a multiple of 4."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self._rowwise_data = torch.arange(rows * columns).to(torch.uint8).view(rows, columns)
+        self._rowwise_scale_inv = torch.ones(-(-rows // 128), -(-(columns // 128) // 4) * 4)
+
+
+@pytest.mark.parametrize("is_used", [True, False])
+def test_only_operands_of_products_count(is_used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    multiplied: list[Any] = []
+    linear = SimpleNamespace(general_gemm=lambda weight, x, bias=None: multiplied.append((weight, x, bias)))
+    norm_linear = SimpleNamespace(general_gemm=linear.general_gemm)
+    module = SimpleNamespace(linear=linear, layernorm_linear=norm_linear)
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.module", module)
+    chunk = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity())
+    workspaces = [Workspace(256, 384), Workspace(128, 256)]
+    for child, workspace in zip(chunk, workspaces, strict=False):
+        child._fp8_workspaces = {"weight": workspace}  # type: ignore[assignment]
+
+    def forward(policy: Any) -> None:
+        linear.general_gemm(workspaces[0], 1, bias=2)
+        norm_linear.general_gemm(workspaces[1] if is_used else Workspace(128, 256), 3)
+
+    monkeypatch.setattr(gpu_engine, "forward", forward)
+    policy: Any = SimpleNamespace(chunks=[chunk])
+    original = linear.general_gemm
+    if not is_used:
+        with pytest.raises(RuntimeError, match="no product took the quantized weight of 1"):
+            operands_of(policy)
+    else:
+        found = operands_of(policy)
+        assert set(found) == {"0.weight", "1.weight"}
+        assert found["0.weight"][0] is workspaces[0]._rowwise_data and found["0.weight"][1].shape == (2, 3)
+    assert linear.general_gemm is norm_linear.general_gemm is original
+    assert multiplied[0] == (workspaces[0], 1, 2) and len(multiplied) == 2
+
+
+def test_a_forward_pass_of_a_policy_runs(parallel: Parallel) -> None:
+    policy = small_policy(small_config(*BLOCKS), parallel)
+    seen: list[None] = []
+    policy.on_micro_batch = lambda: seen.append(None)
+    forward(policy)
+    assert seen
+
+
+def test_repeated_requests_are_compared_in_the_order_of_the_first(tmp_path: Path) -> None:
+    """With the local engine, whose samples are repeatable in any order."""
+    config = small_config(f"run.dir={tmp_path / 'run'}", "observe.tensorboard=false", "warm_start.steps=0")
+    with run_of(config) as run:
+        first, again, reordered = responses(run), responses(run), responses(run, step=-1)
+    assert len(first) == 48 * 8 and first == again
+    assert differing(first, reordered, 0) == 0  # in bits, another order rounds otherwise
+    assert differing(first, first[::-1], 0) > 0
