@@ -49,7 +49,7 @@ from opo_megatron.rollout.exact_check import check_exact, check_exact_device
 from opo_megatron.rollout.generation import Generation
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.rollout.memory_sharing import MemorySharing
-from opo_megatron.rollout.sglang.engine import SglangEngine
+from opo_megatron.rollout.sglang.engine import SglangEngine, check_servers_device
 from opo_megatron.rollout.sglang.server import write_model_config
 from opo_megatron.run import Run
 from opo_megatron.tasks import Task, make_task
@@ -130,6 +130,8 @@ def _build(
         load_wandb(config)
     if config.rollout.local.exact:
         check_exact_device(parallel)
+    if config.rollout.engine is EngineName.sglang:
+        check_servers_device(config.rollout.sglang, parallel.device)
     watchdog.enter("loading the task")
     task = _open_task(config, display, resources)
     watchdog.enter("checking checkpoints")
@@ -269,8 +271,7 @@ def open_generation(
     """The recipe's engine, without weights, and what surrounds it; closed with `resources`."""
     shares = shares_memory(config, on_gpu=parallel.device.type == "cuda")
     if shares:  # a server takes the memory that it finds free when it starts
-        policy.memory.free_gradients()
-        policy.memory.offload_optimizer()
+        policy.memory.make_room()
     watchdog.enter("starting the engine")
 
     def show_status(line: str) -> None:
@@ -304,7 +305,7 @@ def _start_engine(
     if parallel.rank == 0:
         write_model_config(config, policy.vocab_size, model_dir, fp8.config if fp8 else None)
     all_gather_objects(parallel, None)  # no server starts before the file is there
-    return SglangEngine(config, parallel, model_dir, show_status, fp8)
+    return SglangEngine(config, parallel, model_dir, show_status, fp8, display.log)
 
 
 def _start_local_engine(config: Config, parallel: Parallel, policy: Policy, display: Display) -> LocalEngine:

@@ -117,7 +117,9 @@ class Run:
         row["on_policy/sync_diff_max"] = self.generation.sync_difference
         row["run/engine_failures"] = self.generation.failures
         row["run/verifier_failures"] = int(all_reduce(self.parallel, torch.tensor(self.task.failures)))
-        self.files.write_step(row | throughput_metrics(row, peak_tflops(self.parallel)) | memory_metrics())
+        throughput = throughput_metrics(row, peak_tflops(self.parallel))
+        memory = memory_metrics() | self.generation.memory.metrics
+        self.files.write_step(row | throughput | memory)
         self.display.row(row)
         self.step = row["step"]
         outcome.set_step(self.step, self.config.train.steps)

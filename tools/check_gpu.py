@@ -33,6 +33,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from bench.gpu_engine import ENGINE_SECTIONS
 from bench.gpu_kernels import KERNEL_SECTIONS
 from bench.gpu_layouts import LAYOUT_SECTIONS
 from bench.gpu_libraries import LIBRARY_SECTIONS, versions
@@ -45,6 +46,7 @@ from opo_megatron.utils.terminal import prepare_terminal
 ROOT = Path(__file__).parent.parent
 SECTIONS: list[Section] = [
     *LIBRARY_SECTIONS,
+    *ENGINE_SECTIONS,
     *LAYOUT_SECTIONS,
     *KERNEL_SECTIONS,
     *TRAINING_SECTIONS,

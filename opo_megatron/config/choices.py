@@ -36,6 +36,13 @@ class Fp8(str, Enum):
     mxfp8 = "mxfp8"
 
 
+class Scales(str, Enum):
+    """Number format of the scales of FP8 blocks."""
+
+    fp32 = "fp32"
+    power_of_two = "power_of_two"
+
+
 class Recompute(str, Enum):
     none = "none"
     selective = "selective"
@@ -70,6 +77,13 @@ class Transport(str, Enum):
     tensor = "tensor"
     distributed = "distributed"
     disk = "disk"
+
+
+class GroupBackend(str, Enum):
+    """Library of the process group by which `distributed` sends weights."""
+
+    nccl = "nccl"
+    gloo = "gloo"
 
 
 class Better(str, Enum):

@@ -29,6 +29,7 @@ FIXED = (
     "policy.model",
     "policy.dtype",
     "policy.fp8",
+    "policy.fp8_scales",
     "on_policy.action",
     "on_policy.max_importance_weight",
 )
@@ -38,7 +39,9 @@ FREE = (
     "rollout.sglang",
     "policy.model.max_sequence_length",
 )
-"""Their parts that may change."""
+"""Their parts that may change, except `FIXED_IN_FREE`."""
+FIXED_IN_FREE = ("rollout.sglang.deterministic",)
+"""What a run promises: its samples are repeatable, or not."""
 
 
 HASHED = ("task.data", "task.held_out_data")
@@ -75,7 +78,8 @@ def check_resume(
     free = (*FREE, *(key for key in HASHED if key in (inputs or {})))
     changes = [change for change in changed_settings(config, recipe) if not _is_in(change.key, allowed)]
     for change in changes:
-        if _is_in(change.key, FIXED) and not _is_in(change.key, free):
+        may_change = _is_in(change.key, free) and not _is_in(change.key, FIXED_IN_FREE)
+        if _is_in(change.key, FIXED) and not may_change:
             raise UserError(
                 f"{change.key} is {change.now} but was {change.before} when the checkpoint {recipe.parent} "
                 f"was written; restore it, or add --allow {change.key} to change the curve on purpose"

@@ -23,10 +23,12 @@ from opo_megatron.config.choices import (
     Dtype,
     EngineName,
     Fp8,
+    GroupBackend,
     Kl,
     Packing,
     Recompute,
     RopeType,
+    Scales,
     Schedule,
     TaskName,
     Transport,
@@ -194,6 +196,9 @@ class SglangConfig:
     transport: Transport = Transport.tensor
     """How weights reach a server. `tensor`: shared memory or CUDA IPC, within a node; `distributed`:
     broadcast; `disk`: a shared folder."""
+    distributed_backend: GroupBackend | None = None
+    """Library of the broadcasts of `transport=distributed`. `gloo` copies through host memory, and works
+    where trainer and server share a GPU; `nccl` needs one for each. Default: nccl on GPUs, gloo on a CPU."""
     max_running_requests: int | None = None
     """Maximum number of responses a server generates at once. Default: all responses of a step."""
     api_key: str | None = None
@@ -214,6 +219,9 @@ class SglangConfig:
     fp8: bool | None = None
     """Send weights to the servers in FP8, quantized as the trainer quantizes them. Default: true with
     `policy.fp8=blockwise`."""
+    deterministic: bool = False
+    """Sample by SGLang's deterministic inference, with a seed of the run for every response: the same run on
+    the same GPUs samples the same tokens. GPUs only. Log-probabilities still differ from the policy's."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further options of `sglang.launch_server`, by their own names, with `_` or `-`; `options.NAME=VALUE`
     sets one. `true` is a flag, a list several words, a mapping JSON; `false` and `null` leave one out."""
@@ -316,6 +324,9 @@ class PolicyConfig:
     """Run the layers' matrix products in FP8, with Transformer Engine. `blockwise` (128×128 blocks of
     weights, 1×128 of activations) is the format that servers can share. `tensorwise` and `delayed` have one
     scale per tensor, of this step or of earlier ones. `mxfp8` is for Blackwell."""
+    fp8_scales: Scales = Scales.power_of_two
+    """Scales of `fp8=blockwise`, of trainer and servers: `power_of_two`, Transformer Engine's default, or
+    `fp32`, which uses more of FP8's range."""
     recompute: Recompute = Recompute.none
     """Activations recomputed in the backward pass: those of attention (`selective`), or all but the input of
     each layer (`full`)."""

@@ -21,6 +21,7 @@ from opo_megatron.config.rules.exact import check_exact
 from opo_megatron.config.rules.gpu import check_gpu_options
 from opo_megatron.config.rules.require import divides, require
 from opo_megatron.config.rules.resilience import check_faults
+from opo_megatron.config.rules.sglang import check_sglang
 from opo_megatron.config.schema import Config, PolicyConfig, RopeScalingConfig
 
 __all__ = ["MANAGED_FIELDS", "validate"]
@@ -35,6 +36,7 @@ def validate(config: Config, world_size: int | None) -> None:
     check_fields(config)
     check_engine(config)
     check_api_key(config)
+    check_sglang(config)
     check_exact(config)
     check_run(config)
     check_faults(config)

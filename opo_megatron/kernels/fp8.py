@@ -1,12 +1,13 @@
 """Block-wise FP8 quantization of weights, one scale per 128×128 block: the format of DeepSeek-V3.
 
-For a block B with amax = max |w|, s = amax / 448, and every weight becomes
+For a block B with amax = max |w|, every weight becomes
 
-    q = round_to_E4M3(w / s),    dequantized  q · s,
+    e = 448 / amax,    q = round_to_E4M3(w · e),    dequantized  q · s  with  s = 1 / e,
 
-where 448 is the largest E4M3 number.  The quotient is float32, rounded to nearest, ties to even, as torch
-and the hardware do.  Power-of-two scales (UE8M0) round s up: nothing overflows, the quotient is exact,
-and up to half of the range is unused.
+where 448 is the largest E4M3 number.  Quotients and products are float32, rounded to nearest, ties to even:
+the arithmetic of Transformer Engine's kernel, so that trainer and server have the same bytes (w / s would
+round a few of them to the other side).  Power-of-two scales (UE8M0) round e down: nothing overflows, the
+product is exact, and up to half of the range is unused.
 
 The rounding error is at most 2⁻⁴ relative for a normal number, 2⁻¹⁰ · s for a subnormal one
 (|w| < 2⁻⁶ · s).  A shard split at multiples of 128 has the same bytes as the full matrix; another
@@ -15,27 +16,18 @@ shard has not.
 
 from __future__ import annotations
 
-from enum import Enum
-
 import torch
 from torch import Tensor
 
-from opo_megatron.config.choices import FP8_BLOCK
+from opo_megatron.config.choices import FP8_BLOCK, Scales
 from opo_megatron.errors import UserError
+
+__all__ = ["Scales", "blocks", "dequantize_blocks", "quantize_blocks"]
 
 LARGEST = 448.0
 """Largest number of E4M3 without infinities (torch.float8_e4m3fn)."""
-SMALLEST_SCALE = 2.0**-126
-"""float32's smallest normal number; blocks with amax below 448 times that use less of the range."""
 STRIP_ELEMENTS = 2**22
 """Weights quantized at a time, which bounds the float32 buffer."""
-
-
-class Scales(Enum):
-    """Number format of the scales."""
-
-    fp32 = "fp32"
-    power_of_two = "power_of_two"
 
 
 @torch.no_grad()
@@ -80,24 +72,24 @@ def _quantize_strip(weight: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
     padding = (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK)
     padded = torch.nn.functional.pad(weight.float(), padding) if any(padding) else weight.float()
     tiles = padded.view(padded.shape[0] // FP8_BLOCK, FP8_BLOCK, padded.shape[1] // FP8_BLOCK, FP8_BLOCK)
-    largest = tiles.abs().amax((1, 3))
-    scale = (largest / LARGEST).clamp_min(SMALLEST_SCALE)
-    if scales is Scales.power_of_two:
-        scale = _power_of_two(scale)
-    scale = torch.where(largest == 0, torch.ones_like(scale), scale)
-    quotient = (tiles / scale[:, None, :, None]).clamp_(-LARGEST, LARGEST)
-    values = quotient.view(padded.shape)[:rows, :columns].to(torch.float8_e4m3fn)
-    return values, scale
+    factor = _factors(tiles.abs().amax((1, 3)), weight.dtype, scales)
+    product = (tiles * factor[:, None, :, None]).clamp_(-LARGEST, LARGEST)
+    values = product.view(padded.shape)[:rows, :columns].to(torch.float8_e4m3fn)
+    return values, factor.reciprocal()
 
 
-def _power_of_two(scale: Tensor) -> Tensor:
-    """The smallest power of two ≥ a positive, normal float32, exactly.
+def _factors(largest: Tensor, dtype: torch.dtype, scales: Scales) -> Tensor:
+    """e of blocks with these maxima; NaN where a maximum is not finite.
 
-    Adding 2²³ − 1 to the bits carries into the exponent unless the fraction is 0.
+    Where 448 / amax is beyond float32, Transformer Engine takes the largest number of the weights' type.
     """
-    bits = scale.view(torch.int32)
-    rounded = ((bits + 0x7FFFFF) & ~0x7FFFFF).view(torch.float32)
-    return torch.where(scale.isfinite(), rounded, scale)
+    limit = torch.finfo(dtype if dtype.itemsize == 2 else torch.float32).max
+    factor = torch.full_like(largest, LARGEST) / largest  # `448 / largest` would round twice
+    factor = torch.where(factor.isinf(), limit, factor)
+    if scales is Scales.power_of_two:  # rounded down: the bits of the fraction are cleared
+        factor = (factor.view(torch.int32) & ~0x7FFFFF).view(torch.float32)
+    factor = torch.where(largest == 0, 1.0, factor)
+    return torch.where(largest.isfinite(), factor, torch.nan)
 
 
 def dequantize_blocks(quantized: Tensor, scale: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ imported; everything else follows from `spec_name`.
 
 The recipes of `policy.fp8`, by scaling granularity (TE's `common/recipe`):
 
-    blockwise    weights 128×128, activations and gradients 1×128, all E4M3, current scaling by powers of
-                 two: TE's default, so `kernels/fp8.py` with `Scales.power_of_two` gives the same bytes
+    blockwise    weights 128×128, activations and gradients 1×128, all E4M3, current scaling, by powers of
+                 two or not (`policy.fp8_scales`): `kernels/fp8.py` gives the same bytes
     tensorwise   per-tensor current scaling, from this step's amax; gradients in E5M2
     delayed      per-tensor delayed scaling, from the amax of the last 1,024 steps; gradients in E5M2
     mxfp8        1×32, for Blackwell
@@ -18,6 +18,7 @@ stream.  Embedding and head stay in bf16 as well.
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,7 +27,7 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 
-from opo_megatron.config.choices import FP8_BLOCK, FP8_MULTIPLE, Dtype, Fp8, Packing, Recompute
+from opo_megatron.config.choices import FP8_BLOCK, FP8_MULTIPLE, Dtype, Fp8, Packing, Recompute, Scales
 from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.environment.versions import numbers, read_versions
 from opo_megatron.errors import UserError
@@ -41,6 +42,8 @@ _MIN_CAPABILITY = {
     Fp8.mxfp8: ((10, 0), "Blackwell"),
 }
 """Minimum compute capability of each recipe, as TE checks it, and the generation's name."""
+TE_SCALES_VARIABLE = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
+"""With the value 1, TE's blocks have fp32 scales unless the program says otherwise."""
 
 _APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
 
@@ -141,6 +144,24 @@ def fp8_fields(policy: PolicyConfig) -> dict[str, Any]:
     if policy.fp8 is Fp8.delayed:
         fields |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     return fields
+
+
+def set_fp8_scales(scales: Scales) -> None:
+    """Make Transformer Engine quantize blocks with such scales, whose class Megatron passes no option.
+
+    Raises:
+        UserError: where Transformer Engine's own variable asks for others.
+    """
+    from transformer_engine.common.recipe import Float8BlockScaling, QParams
+
+    is_power = scales is Scales.power_of_two
+    if (value := os.environ.get(TE_SCALES_VARIABLE)) is not None and (value == "1") is is_power:
+        raise UserError(
+            f"{TE_SCALES_VARIABLE}={value} contradicts policy.fp8_scales={scales.value}; unset the variable, "
+            f"or set policy.fp8_scales={(Scales.fp32 if is_power else Scales.power_of_two).value}"
+        )
+    for name in ("fp8_quant_fwd_inp", "fp8_quant_fwd_weight", "fp8_quant_bwd_grad"):
+        setattr(Float8BlockScaling, name, QParams(power_2_scale=is_power, amax_epsilon=0.0))
 
 
 def recompute_fields(policy: PolicyConfig) -> dict[str, Any]:

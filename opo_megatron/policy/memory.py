@@ -40,6 +40,22 @@ class PolicyMemory:
             chunk.offload_grad_buffers(synchronize=self._on_gpu, empty_cache=self._on_gpu)
         self._gradients_freed = True
 
+    def make_room(self) -> None:
+        """Free all that an engine may use: gradients, the optimizer, and what torch's allocator keeps."""
+        self.free_gradients()
+        self.offload_optimizer()
+        self.release_cached()
+
+    def release_cached(self) -> None:
+        """Give back memory that is free, but that torch's allocator keeps: an engine cannot take that.
+
+        Every sync leaves buckets and the probe's activations there, whether or not anything is offloaded.
+        Buckets that were shared by CUDA IPC count as used until they are collected.
+        """
+        if self._on_gpu:
+            torch.cuda.ipc_collect()
+            torch.cuda.empty_cache()
+
     def offload_optimizer(self) -> None:
         """Move master weights and moments to host memory."""
         if self._offloaded or self._policy.optimizer is None:
@@ -52,8 +68,6 @@ class PolicyMemory:
             self._offloaded.append((storage, host))
         for storage, _ in self._offloaded:
             storage.resize_(0)
-        if self._on_gpu:
-            torch.cuda.empty_cache()
 
     def reload(self) -> None:
         """Restore everything bit for bit, with zero gradients."""

@@ -20,7 +20,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
-from opo_megatron.config.choices import Dtype
+from opo_megatron.config.choices import Dtype, Fp8
 from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.rotary import inverse_frequencies
@@ -31,6 +31,7 @@ from opo_megatron.policy.layer_specs import (
     fuses_weight_gradients,
     layer_spec,
     recompute_fields,
+    set_fp8_scales,
     spec_name,
 )
 
@@ -134,6 +135,8 @@ def build_chunks(
 ) -> list[GPTModel]:
     """This rank's model chunks (one, or one per virtual stage), with uninitialized weights."""
     config = transformer_config(policy, device)
+    if policy.fp8 is Fp8.blockwise and spec_name(device) == "transformer_engine":
+        set_fp8_scales(policy.fp8_scales)
     stages = policy.virtual_pipeline_model_parallel_size or 1
     last = policy.pipeline_model_parallel_size - 1
     spec, norm = layer_spec(config, spec_name(device), exact)

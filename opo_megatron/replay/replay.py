@@ -253,6 +253,9 @@ class _RecordedEngine:
 
     def wake(self) -> None: ...
 
+    def activity(self) -> str | None:
+        return None
+
     def recover(self) -> None: ...
 
     def close(self) -> None: ...

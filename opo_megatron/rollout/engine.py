@@ -72,6 +72,10 @@ class RolloutEngine(Protocol):
         """Allocate all released memory again; weights are undefined until the next update."""
         ...
 
+    def activity(self) -> str | None:
+        """A line for the display where the engine does something else than to answer; None otherwise."""
+        ...
+
     def recover(self) -> None:
         """Make the engine usable after an EngineFailure, without weights; a collective of all ranks."""
         ...

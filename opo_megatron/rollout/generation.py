@@ -69,7 +69,7 @@ class Generation:
             return self.engine.probe(requests, PROBE_SAMPLING)
 
         with self.watchdog.within("sync"):
-            probes = self._retry_collectively(send, self.engine.recover, "weights could not be sent")
+            probes = self._retry_collectively(send, self._recover, "weights could not be sent")
             difference, owner = largest_difference(self.policy, self.parallel, probes)
         self.sync_difference = difference
         check_sync(difference, owner, self.config.on_policy.tolerance, self.policy.version)
@@ -98,7 +98,7 @@ class Generation:
                 self.stop.raise_if_stopping()
 
         def recover() -> None:
-            self.engine.recover()
+            self._recover()
             self.synchronize()
 
         return self._retry_collectively(
@@ -122,6 +122,11 @@ class Generation:
         samples = redistribute_to_dp(self.parallel, rollouts, schedule, total)
         return replace(stats, energies=measure_energies(self.policy, samples, schedule, total, temperature))
 
+    def _recover(self) -> None:
+        """Make the engine usable again; it holds no weights then."""
+        self.memory.before_restart()
+        self.engine.recover()
+
     def _progress(self, what: str) -> Progress:
         """Shows an engine's progress as `what`, and tells the watchdog of it."""
         started = time.monotonic()
@@ -133,6 +138,10 @@ class Generation:
                 last = (done, tokens)
                 self.watchdog.progress()
             rate = tokens / max(1e-9, time.monotonic() - started)
+            if (activity := self.engine.activity()) is not None:
+                self.watchdog.progress()  # compiling has a time limit of its own
+                self.display.status(activity)
+                return
             text = f"{what}  {done}/{total} responses  {rate:,.0f} tokens/s"
             self.display.status(text, done / max(1, total))
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from opo_megatron.config import Config
-from opo_megatron.config.choices import FP8_BLOCK
+from opo_megatron.config.choices import FP8_BLOCK, Scales
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
-from opo_megatron.kernels.fp8 import Scales, blocks, quantize_blocks
+from opo_megatron.kernels.fp8 import blocks, quantize_blocks
 from opo_megatron.weights.param_mapping import HEAD, Stages, parameters
 from opo_megatron.weights.safetensors_file import TensorInfo
 
@@ -122,8 +122,8 @@ def _module(weight: str) -> str:
 
 
 def engine_quantization(config: Config, vocab_size: int) -> BlockFp8 | None:
-    """Quantization of the weights sent to SGLang with `rollout.sglang.fp8`, with Transformer Engine's scales,
-    so that server and trainer have the same bytes; None without it."""
+    """Quantization of the weights sent to SGLang with `rollout.sglang.fp8`, with the scales of the trainer's
+    own products, so that both have the same bytes; None without it."""
     if not config.rollout.sglang.fp8:
         return None
-    return BlockFp8(replace(config.policy.model, vocab_size=vocab_size), Scales.power_of_two)
+    return BlockFp8(replace(config.policy.model, vocab_size=vocab_size), config.policy.fp8_scales)

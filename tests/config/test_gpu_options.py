@@ -28,7 +28,6 @@ from opo_megatron.config.choices import Fp8
 from opo_megatron.config.compare import check_resume
 from opo_megatron.distributed.process_groups import initialize, shutdown
 from opo_megatron.errors import UserError
-from opo_megatron.kernels.fp8 import Scales, dequantize_blocks, quantize_blocks
 from opo_megatron.policy import layer_specs, model, optimizer
 from opo_megatron.policy.layer_specs import (
     check_context_device,
@@ -41,10 +40,6 @@ from opo_megatron.policy.layer_specs import (
 )
 from opo_megatron.policy.model import transformer_config
 from opo_megatron.policy.optimizer import megatron_optimizer
-from opo_megatron.rollout.sglang.engine import SglangEngine
-from opo_megatron.rollout.sglang.server import write_model_config
-from opo_megatron.rollout.sglang.transfer import _copy_shared
-from opo_megatron.weights.fp8_folder import BlockFp8
 from tests.support.fixtures import VOCAB_SIZE, ragged_rollouts, small_config, small_policy
 
 CPU = torch.device("cpu")
@@ -55,7 +50,8 @@ BIG = (
     "policy.model.ffn_hidden_size=512",
     "policy.model.num_query_groups=2",
 )
-BLOCKWISE = (*BIG, "policy.fp8=blockwise")
+CORRECT = "on_policy.action=correct"
+BLOCKWISE = (*BIG, "policy.fp8=blockwise", CORRECT)
 
 
 def config_of(*overrides: str, world_size: int = 1) -> Any:
@@ -75,7 +71,7 @@ def config_of(*overrides: str, world_size: int = 1) -> Any:
     ],
 )
 def test_fp8_sets_megatrons_recipe(fp8: str, form: str, recipe: Fp8Recipe) -> None:
-    config = transformer_config(config_of(*BIG, f"policy.fp8={fp8}"), CPU)
+    config = transformer_config(config_of(*BIG, CORRECT, f"policy.fp8={fp8}"), CPU)
     assert (config.fp8, config.fp8_recipe) == (form, recipe)
     assert not config.fp8_param and not config.fp8_dot_product_attention and not config.first_last_layers_bf16
     if fp8 == "delayed":
@@ -308,9 +304,10 @@ def test_offload_without_transformer_engine_is_refused(monkeypatch: pytest.Monke
 
 def test_a_resumed_run_keeps_its_fp8_unless_a_change_is_allowed(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(small_config(*BIG)))
+    allowed = ["on_policy.action"]
     with pytest.raises(UserError, match=r"policy\.fp8 is .*blockwise but was None"):
-        check_resume(small_config(*BLOCKWISE), tmp_path / "config.yaml", 3, [])
-    check_resume(small_config(*BLOCKWISE), tmp_path / "config.yaml", 3, ["policy.fp8"])
+        check_resume(small_config(*BLOCKWISE), tmp_path / "config.yaml", 3, allowed)
+    check_resume(small_config(*BLOCKWISE), tmp_path / "config.yaml", 3, [*allowed, "policy.fp8"])
     check_resume(small_config(*BIG, "policy.recompute=full"), tmp_path / "config.yaml", 3, [])
 
 
@@ -319,7 +316,7 @@ def test_a_resumed_run_keeps_its_fp8_unless_a_change_is_allowed(tmp_path: Path) 
 
 @pytest.mark.parametrize(("fp8", "alignment"), [("blockwise", 128), ("tensorwise", 16), ("delayed", 16)])
 def test_fp8_micro_batches_hold_whole_blocks_on_every_rank(fp8: str, alignment: int) -> None:
-    policy = config_of(*BIG, f"policy.fp8={fp8}")
+    policy = config_of(*BIG, CORRECT, f"policy.fp8={fp8}")
     assert token_multiple(policy) == alignment
     parallel = replace(policy, tensor_model_parallel_size=2, sequence_parallel=True)
     assert token_multiple(parallel) == 2 * alignment
@@ -377,112 +374,3 @@ def test_recomputed_activations_give_the_same_gradient() -> None:
     for recompute in ("selective", "full"):
         for ours, theirs in zip(gradients[recompute], gradients["none"], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
-
-
-# ---------------------------------------------------------------------- weights sent to the engine
-
-
-def test_blockwise_fp8_enables_fp8_in_the_sglang_engine(tmp_path: Path) -> None:
-    assert small_config(*BLOCKWISE, SGLANG).rollout.sglang.fp8 is True
-    assert small_config(*BLOCKWISE, SGLANG, "rollout.sglang.fp8=false").rollout.sglang.fp8 is False
-    assert small_config(*BLOCKWISE).rollout.sglang.fp8 is False
-    assert small_config(*BIG, SGLANG).rollout.sglang.fp8 is False
-    config = small_config(*BLOCKWISE, SGLANG)
-    fp8 = BlockFp8(replace(config.policy.model, vocab_size=VOCAB_SIZE), Scales.power_of_two)
-    write_model_config(config, VOCAB_SIZE, tmp_path, fp8.config)
-    model_config = (tmp_path / "config.json").read_text()
-    assert '"weight_block_size"' in model_config and '"ue8m0"' in model_config
-
-
-class Client:
-    """A server that accepts every POST."""
-
-    url = "http://nowhere"
-
-    def post(self, path: str, **body: Any) -> dict[str, bool]:
-        return {"success": True}
-
-    def offers(self, path: str) -> bool:
-        return True
-
-
-class Transfer:
-    """Records what a server would receive."""
-
-    def __init__(self) -> None:
-        self.received: dict[str, torch.Tensor] = {}
-
-    def send(self, bucket: Any) -> Any:
-        return lambda: self.received.update(bucket)
-
-    def finish(self) -> None:
-        pass
-
-
-def engine_with(fp8: BlockFp8) -> tuple[SglangEngine, Transfer]:
-    engine, transfer = SglangEngine.__new__(SglangEngine), Transfer()
-    client: Any = Client()
-    engine.config = small_config(*BLOCKWISE, SGLANG)
-    engine.settings, engine.parallel = engine.config.rollout.sglang, SimpleNamespace(rank=0)  # type: ignore[assignment]
-    engine._fp8, engine._owner, engine._clients, engine._released = fp8, 0, [client], set()
-    engine._transfers = {client.url: transfer}  # type: ignore[dict-item]
-    return engine, transfer
-
-
-def test_the_engine_receives_the_trainers_fp8_bytes(tmp_path: Path) -> None:
-    """Quantizing shard by shard at TP 2, as the trainer does, equals quantizing the whole, as it is sent."""
-    model = replace(small_config(*BLOCKWISE).policy.model, vocab_size=VOCAB_SIZE)
-    generator = torch.Generator().manual_seed(0)
-    gate = torch.randn(512, 256, generator=generator).bfloat16()
-    norm = torch.ones(256, dtype=torch.bfloat16)
-    engine, transfer = engine_with(BlockFp8(model, Scales.power_of_two))
-    name = "model.layers.0.mlp.gate_proj.weight"
-    engine.update_weights(iter([[(name, gate), ("model.norm.weight", norm)]]), 3)
-    assert engine.version == 3
-    assert set(transfer.received) == {name, name + "_scale_inv", "model.norm.weight"}
-    assert transfer.received["model.norm.weight"].dtype is torch.bfloat16
-    sent, scale = transfer.received[name], transfer.received[name + "_scale_inv"]
-    for rank, shard in enumerate(gate.chunk(2)):
-        values, own = quantize_blocks(name, shard, Scales.power_of_two)
-        assert torch.equal(values.view(torch.uint8), sent.chunk(2)[rank].view(torch.uint8))
-        assert torch.equal(own, scale.chunk(2)[rank])
-    assert torch.equal(scale.log2(), scale.log2().round())
-    assert float((dequantize_blocks(sent, scale) - gate.float()).abs().max()) <= 2**-4 * float(
-        gate.abs().max()
-    )
-
-
-def test_a_non_finite_weight_raises_after_the_whole_stream_is_consumed() -> None:
-    model = replace(small_config(*BLOCKWISE).policy.model, vocab_size=VOCAB_SIZE)
-    engine, transfer = engine_with(BlockFp8(model, Scales.power_of_two))
-    bad = torch.full((512, 256), math.nan, dtype=torch.bfloat16)
-    stream = iter([[("model.layers.0.mlp.gate_proj.weight", bad)], [("model.norm.weight", torch.ones(256))]])
-    with pytest.raises(UserError, match="NaN or infinite"):
-        engine.update_weights(stream, 3)
-    assert engine.version is None and transfer.received == {} and next(stream, None) is None
-
-
-def test_a_bucket_of_several_dtypes_keeps_each() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(128, 128, generator=generator)
-    values, scale = quantize_blocks("w", weight, Scales.power_of_two)
-    bucket = [("a", values), ("b", scale), ("c", weight.bfloat16()), ("d", torch.ones(3))]
-    for (name, tensor), (_, copy) in zip(bucket, shared := _copy_shared(bucket), strict=True):
-        assert copy.dtype is tensor.dtype and copy.shape == tensor.shape, name
-        assert torch.equal(copy.view(torch.uint8), tensor.view(torch.uint8))
-        assert copy.storage_offset() * copy.element_size() % 16 == 0
-    assert len({copy.untyped_storage().data_ptr() for _, copy in shared}) == 1 and copy.is_shared()
-
-
-def test_power_of_two_scales_equal_transformer_engines() -> None:
-    """TE's kernel truncates 448 / amax to a power of two; ours rounds amax / 448 up to one."""
-    generator = torch.Generator().manual_seed(0)
-    largest = torch.cat([torch.rand(4000, generator=generator) * 10, 448 * 2.0 ** torch.arange(-30, 9)])
-    largest = torch.cat(
-        [largest, largest.nextafter(torch.tensor(math.inf)), largest.nextafter(torch.tensor(0.0))]
-    )
-    blocks = torch.zeros(len(largest) * 128, 128)
-    blocks[::128, 0] = largest
-    _, ours = quantize_blocks("w", blocks, Scales.power_of_two)
-    encoded = ((448 / largest).view(torch.int32) & ~0x7FFFFF).view(torch.float32)
-    assert torch.equal(ours[:, 0], 1 / encoded)

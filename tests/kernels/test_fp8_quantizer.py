@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from fractions import Fraction
 from itertools import pairwise
 
@@ -21,6 +22,7 @@ GRID = sorted(
     | {Fraction(8 + m, 8) * Fraction(2) ** e for e in range(-6, 9) for m in range(8) if (e, m) != (8, 7)}
 )
 """All non-negative E4M3 values, from the definition: 3 mantissa bits, bias 7, at most 448."""
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def nearest(value: Fraction) -> Fraction:
@@ -36,6 +38,25 @@ def nearest(value: Fraction) -> Fraction:
     return sign * GRID[left if below < above else right]
 
 
+def float32(value: float) -> float:
+    """The nearest float32 of a float64 quotient or product of float32 numbers, as hardware rounds."""
+    return float(np.float32(value))
+
+
+def power_below(value: float) -> float:
+    """The largest power of two that is not above, down to float32's smallest normal number."""
+    return math.ldexp(1.0, math.frexp(value)[1] - 1)
+
+
+def factor_of(largest: float, dtype: torch.dtype, scales: Scales) -> float:
+    """Transformer Engine's factor of a block, in float64 with every rounding written out."""
+    if largest == 0:
+        return 1.0
+    factor = 448.0 / largest
+    factor = float32(factor) if factor < FLOAT32_MAX else torch.finfo(dtype).max
+    return power_below(factor) if scales is Scales.power_of_two else factor
+
+
 def reference(weight: Tensor, scales: Scales) -> tuple[list[list[Fraction]], list[list[float]]]:
     """Reference implementation, element by element: E4M3 values, and scales in float32."""
     rows, columns = weight.shape
@@ -45,18 +66,11 @@ def reference(weight: Tensor, scales: Scales) -> tuple[list[list[Fraction]], lis
         scale_rows.append([])
         for left in range(0, columns, FP8_BLOCK):
             block = weight[top : top + FP8_BLOCK, left : left + FP8_BLOCK].double()
-            largest = float(block.abs().max())
-            scale = max(float(np.float32(largest / 448)), 2.0**-126) if largest else 1.0
-            if scales is Scales.power_of_two and largest:
-                power = Fraction(2) ** -126
-                while power * 448 < Fraction(largest):
-                    power *= 2
-                scale = float(power)
-            scale_rows[-1].append(scale)
+            factor = factor_of(float(block.abs().max()), weight.dtype, scales)
+            scale_rows[-1].append(float32(1 / factor))
             for i, row in enumerate(block.tolist()):
                 for j, element in enumerate(row):
-                    quotient = np.float32(element) / np.float32(scale)
-                    values[top + i][left + j] = nearest(Fraction(float(quotient)))
+                    values[top + i][left + j] = nearest(Fraction(float32(element * factor)))
     return values, scale_rows
 
 
@@ -155,14 +169,43 @@ def test_power_of_two_scales_are_the_smallest_without_overflow() -> None:
         assert bool(quantized.float().isfinite().all()) and float(quantized.float().max()) >= LARGEST / 2
 
 
-def test_blocks_of_zeros_and_of_subnormals_are_finite() -> None:
-    weight = torch.zeros(FP8_BLOCK, 3 * FP8_BLOCK)
-    weight[0, FP8_BLOCK], weight[5, 2 * FP8_BLOCK] = 1e-45, 7.0
-    for scales in Scales:
-        quantized, scale = quantize_blocks("w", weight, scales)
-        assert scale[0, 0] == 1 and float(quantized[:, :FP8_BLOCK].float().abs().max()) == 0
-        assert scale[0, 1] == 2.0**-126
-        assert bool(quantized.float().isfinite().all())
+@pytest.mark.parametrize("scales", Scales)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("largest", [0.0, 1e-40, 1e-38, 1.3e-36, 1.4e-36, 7.0, 3e38])
+def test_blocks_whose_factor_leaves_float32_follow_transformer_engine(
+    largest: float, dtype: torch.dtype, scales: Scales
+) -> None:
+    weight = torch.zeros(FP8_BLOCK, 2 * FP8_BLOCK, dtype=dtype)
+    weight[5, :4] = largest * torch.tensor([1.0, -0.5, 0.3, 0.01])
+    quantized, scale = quantize_blocks("w", weight, scales)
+    values, expected = reference(weight, scales)
+    assert scale.tolist() == expected and expected[0][1] == 1
+    assert fractions(quantized) == values
+
+
+@pytest.mark.parametrize("scales", Scales)
+def test_factors_and_scales_are_rounded_once(scales: Scales) -> None:
+    """448 times a reciprocal, which rounds twice, is off by one bit in a quarter of the blocks."""
+    generator = torch.Generator().manual_seed(0)
+    largest = torch.rand(200, generator=generator) * 10
+    weight = torch.zeros(FP8_BLOCK, len(largest) * FP8_BLOCK)
+    weight[0, ::FP8_BLOCK] = largest
+    _, scale = quantize_blocks("w", weight, scales)
+    expected = [float32(1 / factor_of(value, torch.float32, scales)) for value in largest.tolist()]
+    assert scale[0].tolist() == expected
+
+
+def test_dividing_by_the_scale_would_give_other_bytes() -> None:
+    """Weights of the policy's type whose exact quotients are ties, which the rounded factor decides."""
+    ties = [float((a + b) / 2) for a, b in pairwise(GRID) if a >= Fraction(1, 8)]
+    weight = torch.zeros(FP8_BLOCK, FP8_BLOCK)
+    weight[0, : len(ties)], weight[0, -1] = 7 / 64 * torch.tensor(ties), 49.0
+    assert torch.equal(weight.bfloat16().float(), weight)
+    quantized, _ = quantize_blocks("w", weight.bfloat16())
+    assert fractions(quantized) == reference(weight.bfloat16(), Scales.fp32)[0]
+    divided = (weight / (weight.max() / LARGEST)).to(torch.float8_e4m3fn)
+    assert fractions(divided)[0][: len(ties)] == [nearest(Fraction(v)) for v in ties]
+    assert 0 < int((divided.view(torch.uint8) != quantized.view(torch.uint8)).sum()) < len(ties)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

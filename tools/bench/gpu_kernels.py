@@ -298,5 +298,5 @@ def liger(hidden: Any, weight: Any, targets: Any) -> Figures:
 KERNEL_SECTIONS = [
     Section("kernel: group advantages", 15, group_advantage, alone=True),
     Section("kernel: tokens", 15, token_kernel, alone=True),
-    Section("kernel: head", 45, heads, alone=True),
+    Section("kernel: head", 35, heads, alone=True),
 ]

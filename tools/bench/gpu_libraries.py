@@ -73,6 +73,6 @@ def triton(setting: Setting) -> Figures:
 
 
 LIBRARY_SECTIONS = [
-    Section("library: Transformer Engine", 60, transformer_engine),
-    Section("library: Triton", 60, triton),
+    Section("library: Transformer Engine", 30, transformer_engine),
+    Section("library: Triton", 40, triton),
 ]

@@ -4,12 +4,23 @@ FP8 of a policy is Transformer Engine's: weights and activations are quantized i
 parameters and the weight stream stay in bf16.  An engine samples from the same policy only if it quantizes
 alike.  Only the FP8 recipe `blockwise` allows that: its weights have one scale per 128×128 block, a function
 of that block alone.  So every matrix must consist of whole blocks on every rank, and the query, key and value
-rows that Megatron keeps in one matrix must begin at block boundaries.
+rows that Megatron keeps in one matrix must begin at block boundaries.  Any other engine generates off-policy
+rollouts, which only importance weights make usable.
 """
 
 from __future__ import annotations
 
-from opo_megatron.config.choices import FP8_BLOCK, FP8_MULTIPLE, Device, Dtype, EngineName, Fp8, Recompute
+from opo_megatron.algorithm.config import MismatchAction
+from opo_megatron.config.choices import (
+    FP8_BLOCK,
+    FP8_MULTIPLE,
+    Device,
+    Dtype,
+    EngineName,
+    Fp8,
+    Recompute,
+    Scales,
+)
 from opo_megatron.config.rules.require import require
 from opo_megatron.config.schema import Config, PolicyConfig
 
@@ -58,6 +69,11 @@ def check_fp8(config: Config) -> None:
         f"rollout.sglang.fp8 is true and policy.fp8 is {fp8}, so the engine would generate with other "
         "weights than the policy's; set policy.fp8=blockwise or rollout.sglang.fp8=false",
     )
+    require(
+        policy.fp8 is Fp8.blockwise or policy.fp8_scales is Scales.power_of_two,
+        f"policy.fp8_scales={policy.fp8_scales.value} with policy.fp8={fp8}, but only blocks have "
+        "such scales; set policy.fp8=blockwise, or remove policy.fp8_scales",
+    )
     if policy.fp8 is None:
         return
     require(
@@ -76,7 +92,25 @@ def check_fp8(config: Config) -> None:
         "FP8 are not implemented; set policy.fp8=null",
     )
     same_as_engine = config.rollout.engine is EngineName.sglang and engine_has_fp8
+    if not same_as_engine:
+        check_fp8_is_corrected(config, policy.fp8)
     check_fp8_shapes(policy, FP8_BLOCK if same_as_engine else FP8_MULTIPLE)
+
+
+def check_fp8_is_corrected(config: Config, fp8: Fp8) -> None:
+    """Check that rollouts of an engine with other weights than the FP8 policy's are corrected."""
+    if config.rollout.engine is EngineName.local:
+        engine, remedy = "rollout.engine=local", "rollout.engine=sglang with policy.fp8=blockwise"
+    elif fp8 is Fp8.blockwise:
+        engine, remedy = "rollout.sglang.fp8=false", "rollout.sglang.fp8=true"
+    else:
+        engine, remedy = "rollout.engine=sglang", "policy.fp8=blockwise"
+    require(
+        config.on_policy.action is MismatchAction.correct,
+        f"policy.fp8={fp8.value} with {engine}, whose weights are bf16, samples from another policy than is "
+        f"trained, and on_policy.action={config.on_policy.action.value} does not correct that; set "
+        f"on_policy.action=correct, or {remedy}, or policy.fp8=null",
+    )
 
 
 def check_fp8_shapes(policy: PolicyConfig, multiple: int) -> None:

@@ -71,6 +71,10 @@ class LocalEngine:
 
     def wake(self) -> None: ...
 
+    def activity(self) -> str | None:
+        """It never does anything else than to generate."""
+        return None
+
     def recover(self) -> None:
         """Nothing to do: the engine lives in this process."""
 

@@ -1,33 +1,48 @@
 """HTTP to one SGLang server: JSON in, JSON out, and what its failures mean.
 
 A server that cannot be reached, closes the connection or does not answer has failed (`EngineFailure`): it
-can be restarted.  A request that it refuses is a mistake in the request (`UserError`).
+can be restarted.  One that compiles its kernels does not answer either, and is waited for.  A request that it
+refuses is a mistake in the request (`UserError`).
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import select
 import socket
+import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 from opo_megatron.errors import EngineFailure, UserError
 
+POLL_SECONDS = 1.0
+"""Interval at which a server that does not answer is looked at."""
+
 
 class Client:
     """One server; safe to use from several threads, each request has a connection of its own."""
 
-    def __init__(self, url: str, timeout: float, api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        timeout: float,
+        api_key: str | None = None,
+        is_compiling: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Args:
         url: `http://host:port`.
         timeout: seconds without a reply after which the server counts as hung.
+        is_compiling: whether it compiles its kernels: those seconds do not count.
         """
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname or not parts.port:
             raise UserError(f"{url!r} is not the address of a server; write it as http://host:port")
         self.url, self.timeout = url.rstrip("/"), timeout
         self._host, self._port = parts.hostname, parts.port
+        self._is_compiling = is_compiling
         self._paths: frozenset[str] | None = None
         self._authorization = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
@@ -74,6 +89,8 @@ class Client:
         connection = http.client.HTTPConnection(self._host, self._port, timeout=limit)
         try:
             connection.request(method, path, body, headers)
+            if timeout is None:
+                self._wait_for_reply(connection.sock, limit)
             response = connection.getresponse()
             return response.status, response.read()
         except TimeoutError as error:
@@ -83,6 +100,24 @@ class Client:
             raise EngineFailure(f"{self.url}{path} closed the connection ({what})") from error
         finally:
             connection.close()
+
+    def _wait_for_reply(self, connection: socket.socket, limit: float) -> None:
+        """Wait until a reply begins.
+
+        Raises:
+            TimeoutError: after `limit` seconds in which the server did not compile.
+        """
+        poll, waited = select.poll(), 0.0
+        poll.register(connection, select.POLLIN)
+        while True:
+            started = time.monotonic()
+            if poll.poll(1e3 * min(POLL_SECONDS, limit)):
+                return
+            if self._is_compiling():
+                continue
+            waited += time.monotonic() - started
+            if waited >= limit:
+                raise TimeoutError
 
     def _checked(self, path: str, status: int, reply: bytes) -> Any:
         text = reply.decode(errors="replace")

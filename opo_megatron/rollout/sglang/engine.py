@@ -23,15 +23,19 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config.choices import Transport
-from opo_megatron.config.schema import Config
+from opo_megatron.config.rules.sglang import NO_DETERMINISTIC_CPU
+from opo_megatron.config.schema import Config, SglangConfig
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
 from opo_megatron.rollout.engine import GenerationRequest, Progress, Sampling
 from opo_megatron.rollout.sglang.api_key import shared_key
 from opo_megatron.rollout.sglang.client import Client
-from opo_megatron.rollout.sglang.replies import rollouts_of, sampling_params
+from opo_megatron.rollout.sglang.compilation import CompileWatch
+from opo_megatron.rollout.sglang.replies import rollouts_of, seeded_params
 from opo_megatron.rollout.sglang.server import Server, free_port
 from opo_megatron.rollout.sglang.transfer import (
     Bucket,
@@ -41,6 +45,7 @@ from opo_megatron.rollout.sglang.transfer import (
     TensorTransfer,
     Transfer,
     check_success,
+    group_backend,
 )
 from opo_megatron.utils.start_folder import absolute
 from opo_megatron.weights.fp8_folder import BlockFp8
@@ -64,15 +69,17 @@ class SglangEngine:
         model_dir: Path,
         show_status: Callable[[str], None],
         fp8: BlockFp8 | None = None,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Find the servers and start the managed ones; a collective of all ranks.
 
         Args:
             model_dir: folder with the `config.json` that managed servers build their model from.
-            show_status: shows one line.
+            show_status: shows one line, which the next one replaces.
             fp8: how weights are quantized before sending; None sends them as they are.
+            log: prints one line that stays.
         """
-        self._fp8 = fp8
+        self._fp8, self._log = fp8, log
         self.config, self.settings, self.parallel = config, config.rollout.sglang, parallel
         self._show_status = show_status
         self.version: int | None = None
@@ -81,6 +88,9 @@ class SglangEngine:
         self._owner = 0
         self._transfers: dict[str, Transfer] = {}
         self._released: set[str] = set()
+        self._watch: CompileWatch | None = None
+        self._announced: set[int] = set()
+        check_servers_device(self.settings, parallel.device)
         if not self.settings.urls:
             group = server_group(
                 all_gather_objects(parallel, socket.gethostname()), parallel.rank, self._servers_per_node()
@@ -88,8 +98,8 @@ class SglangEngine:
             self._owner = group[0]
             if self.is_sender:
                 name = f"server_{parallel.rank}"
-                log = self._folder / f"{name}.log"
-                self._server = Server(config, model_dir, log, name, self._gpus(len(group)))
+                file = self._folder / f"{name}.log"
+                self._server = Server(config, model_dir, file, name, self._gpus(len(group)))
         self._clients: list[Client] = []
         self.recover()
 
@@ -129,16 +139,49 @@ class SglangEngine:
             for client in self._clients:
                 if not client.is_healthy():
                     raise UserError(f"the SGLang server {client.url} of rollout.sglang.urls does not answer")
+                if self.settings.deterministic:
+                    check_is_deterministic(client)
             return
-        if self._server is not None and not self._server.is_alive():
+        # Without its KV cache a server cannot be asked whether it is healthy: it would generate a token.
+        if self._server is not None and (self._released or not self._server.is_alive()):
             self._released = set()
             self._server.stop()
-            self._server.start(self._show_status)
-        own = (self._server.url, self._server.key) if self._server else None
-        self._clients = [self._client(*all_gather_objects(self.parallel, own)[self._owner])]
+            self._server.start(self._show_starting)
+        url, key, self._watch = all_gather_objects(self.parallel, self._own_address())[self._owner]
+        self._clients = [self._client(url, key)]
+
+    def _own_address(self) -> tuple[str, str, CompileWatch] | None:
+        """For the ranks that share this rank's server, on the same machine."""
+        if self._server is None:
+            return None
+        assert self._server.watch is not None
+        return self._server.url, self._server.key, self._server.watch
 
     def _client(self, url: str, key: str | None) -> Client:
-        return Client(url, self.settings.timeout_seconds, key)
+        return Client(url, self.settings.timeout_seconds, key, self._shows_compiling)
+
+    def _show_starting(self, line: str) -> None:
+        assert self._server is not None
+        self._announce_compiling(self._server.watch)
+        self._show_status(line)
+
+    def _shows_compiling(self) -> bool:
+        """Whether the server that does not answer compiles, which is shown then."""
+        if (line := self.activity()) is None:
+            return False
+        self._announce_compiling(self._watch)
+        self._show_status(line)
+        return True
+
+    def _announce_compiling(self, watch: CompileWatch | None) -> None:
+        """Log it once for each server process, for runs without a terminal."""
+        if watch is not None and watch.pid not in self._announced and watch.activity() is not None:
+            self._announced.add(watch.pid)
+            self._log(f"SGLang {watch.name} compiles its kernels, which takes about a minute; the run waits")
+
+    def activity(self) -> str | None:
+        """What the server does instead of answering, as far as this machine shows it."""
+        return None if self._watch is None else self._watch.activity()
 
     def close(self) -> None:
         """Stop the servers that this rank started."""
@@ -238,7 +281,8 @@ class SglangEngine:
             if kind is Transport.tensor:
                 transfer: Transfer = TensorTransfer(client, ranks, self.parallel.device)
             elif kind is Transport.distributed:
-                transfer = DistributedTransfer(client, ranks, free_port(), self.parallel.device)
+                backend = group_backend(self.settings.distributed_backend, self.parallel.device)
+                transfer = DistributedTransfer(client, ranks, free_port(), backend)
             else:
                 transfer = DiskTransfer(client, self._folder / "weights")
             self._transfers[client.url] = transfer
@@ -328,6 +372,31 @@ class SglangEngine:
             )
 
 
+def check_servers_device(settings: SglangConfig, device: torch.device) -> None:
+    """Check that servers on the trainer's devices can do what the recipe sets.
+
+    Raises:
+        UserError: for NCCL or deterministic inference on a CPU.
+    """
+    if settings.transport is Transport.distributed:
+        group_backend(settings.distributed_backend, device)
+    if settings.deterministic and not settings.urls and device.type == "cpu":
+        raise UserError(NO_DETERMINISTIC_CPU.format("and this run is on a CPU"))
+
+
+def check_is_deterministic(client: Client) -> None:
+    """Check that a server which already ran samples repeatably.
+
+    Raises:
+        UserError: where it does not.
+    """
+    if not client.get("/server_info").get("enable_deterministic_inference"):
+        raise UserError(
+            f"rollout.sglang.deterministic=true, but the SGLang server {client.url} of rollout.sglang.urls "
+            "was started without it; add it to the server's `opo serve`, or set it to false here"
+        )
+
+
 class _Balance:
     """Sends each post to the server with the fewest outstanding tokens."""
 
@@ -341,7 +410,7 @@ class _Balance:
             reply = client.post(
                 "/generate",
                 input_ids=[list(request.tokens) for request in requests],
-                sampling_params=sampling_params(sampling),
+                sampling_params=seeded_params(requests, sampling),
                 return_logprob=True,
             )
         if not isinstance(reply, list) or len(reply) != len(requests):

@@ -10,13 +10,27 @@ import torch
 from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
 from opo_megatron.errors import EngineFailure, UserError
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
+from opo_megatron.utils.hashing import hash_of
 
 UNKNOWN_VERSION = -1
 """Version of a token whose server reports no number."""
 
 
+def seeded_params(requests: Sequence[GenerationRequest], sampling: Sampling) -> list[dict[str, Any]]:
+    """SGLang's parameters of each request, with the seed that the local engine would take.
+
+    SGLang ignores seeds outside its deterministic mode, and in that mode gives all requests without one the
+    same: they are always sent.
+    """
+    params = sampling_params(sampling)
+    return [
+        params | {"sampling_seed": hash_of((*sampling.seed, request.prompt_id, request.sample_index))}
+        for request in requests
+    ]
+
+
 def sampling_params(sampling: Sampling) -> dict[str, Any]:
-    """`sampling` in SGLang's parameters.  It ignores seeds outside its deterministic mode."""
+    """`sampling` in SGLang's parameters, without its seed."""
     params: dict[str, Any] = {
         "max_new_tokens": sampling.max_tokens,
         "temperature": 0.0 if sampling.greedy else sampling.temperature,

@@ -25,6 +25,7 @@ from opo_megatron.config.schema import Config
 from opo_megatron.errors import UserError
 from opo_megatron.rollout.sglang.api_key import random_key, shared_key
 from opo_megatron.rollout.sglang.client import Client
+from opo_megatron.rollout.sglang.compilation import CompileWatch
 from opo_megatron.rollout.sglang.installation import (
     SERVE,
     as_words,
@@ -92,6 +93,8 @@ class Server:
         self.settings = config.rollout.sglang
         self.key = shared_key(self.settings, makes_file=True) or random_key()
         self._process: subprocess.Popen[bytes] | None = None
+        self.watch: CompileWatch | None = None
+        """Of the process that was started last."""
         self.url = ""
 
     @property
@@ -135,7 +138,9 @@ class Server:
             pipe.write(f"{self.key}\n".encode())
         # Also the process group's id, for killing it by hand.
         self.log.with_suffix(".pid").write_text(f"{self._process.pid}\n")
-        self._wait_until_ready(show_status, begin)
+        limit = self.settings.start_timeout_seconds
+        self.watch = CompileWatch(self.name, self._process.pid, self.log, limit, begin)
+        self._wait_until_ready(self.watch, show_status)
 
     def arguments(self, port: int, host: str = LOOPBACK) -> list[str]:
         """Options of `sglang.launch_server`; the recipe's come last and override."""
@@ -161,6 +166,8 @@ class Server:
             options |= _CPU_OPTIONS | {"max-total-tokens": max(4096, running * longest)}
         else:
             options |= {"enable-memory-saver": True, "base-gpu-id": 0}
+        if settings.deterministic:
+            options |= {"enable-deterministic-inference": True, "attention-backend": "triton"}
         return as_words(options | by_their_own_names(settings.options))
 
     def environment(self) -> dict[str, str]:
@@ -178,13 +185,10 @@ class Server:
             environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
         return environment
 
-    def _wait_until_ready(self, show_status: Callable[[str], None], begin: int) -> None:
-        """Args:
-        begin: offset in the log where this start's output begins.
-        """
+    def _wait_until_ready(self, watch: CompileWatch, show_status: Callable[[str], None]) -> None:
         started, client = time.monotonic(), self.client()
         while True:
-            if PORT_IS_TAKEN in self.log.read_bytes()[begin:]:
+            if PORT_IS_TAKEN in self.log.read_bytes()[watch.begin :]:
                 # The server keeps running without serving, and another process may reply on the port.
                 raise _PortTaken(f"another process took {self.url} before the SGLang server; start again")
             if client.is_healthy():
@@ -202,7 +206,7 @@ class Server:
                     f"the SGLang server was not ready after rollout.sglang.start_timeout_seconds="
                     f"{self.settings.start_timeout_seconds:g}; raise that, or read {self.log}"
                 )
-            show_status(f"starting SGLang {self.name}  {seconds:.0f} s")
+            show_status(watch.activity() or f"starting SGLang {self.name}  {seconds:.0f} s")
             time.sleep(0.5)
 
     def _last_error(self) -> str:
@@ -211,8 +215,10 @@ class Server:
         return errors[-1].strip() if errors else "it printed nothing"
 
     def is_alive(self) -> bool:
-        """Whether the process runs and is healthy."""
-        return self._process is not None and self._process.poll() is None and self.client().is_healthy()
+        """Whether the process runs, and is healthy or compiles its kernels."""
+        if self._process is None or self._process.poll() is not None or self.watch is None:
+            return False
+        return self.client().is_healthy() or self.watch.activity() is not None
 
     def stop(self) -> None:
         """Stop the server and its workers, by process group; takes at most some seconds."""

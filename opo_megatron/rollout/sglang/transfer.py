@@ -2,7 +2,8 @@
 
     tensor        same node: one buffer in shared memory (a CUDA IPC handle on GPUs), whose handle is sent
                   by HTTP; every engine rank maps the same full tensors and copies its slice
-    distributed   any node: each tensor is broadcast to the engine's ranks (gloo, NCCL on GPUs)
+    distributed   any node: each tensor is broadcast to the engine's ranks (by NCCL on GPUs; by gloo on a CPU,
+                  or where trainer and server share a GPU, which NCCL refuses)
     disk          a folder that both sides can read
 
 Versions, sessions and flushing are in `engine.py`.  `send` prepares a bucket, and the slow part runs in a
@@ -32,6 +33,7 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.multiprocessing import reductions
 
+from opo_megatron.config.choices import GroupBackend
 from opo_megatron.errors import EngineFailure, UserError
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.weights.safetensors_file import FileWriter, TensorInfo
@@ -235,10 +237,9 @@ _DEVICE_INDEX = 6
 class DistributedTransfer:
     """By broadcast in a process group of this process and the engine's ranks."""
 
-    def __init__(self, client: Client, engine_ranks: int, port: int, device: torch.device) -> None:
+    def __init__(self, client: Client, engine_ranks: int, port: int, backend: GroupBackend) -> None:
         """Join a new group with the server; a collective of this process and the engine's ranks."""
         self._client, host = client, client.address_towards()
-        backend = "gloo" if device.type == "cpu" else "nccl"
         timeout = timedelta(seconds=client.timeout)
         size = 1 + engine_ranks
         store = dist.TCPStore(host, port, size, is_master=True, timeout=timeout, wait_for_workers=False)
@@ -251,14 +252,14 @@ class DistributedTransfer:
                 rank_offset=1,
                 world_size=size,
                 group_name=GROUP,
-                backend=backend,
+                backend=backend.value,
             )
             # The same prefixes as torch's group helper uses on the server's side.
             prefixed: Any = store
-            for prefix in (GROUP, f"{GROUP}/", f"{device.type}/"):
+            for prefix in (GROUP, f"{GROUP}/", _STORE_PREFIXES[backend]):
                 prefixed = dist.PrefixStore(prefix, prefixed)
             try:
-                if backend == "gloo":
+                if backend is GroupBackend.gloo:
                     self._group: Any = dist.ProcessGroupGloo(prefixed, 0, size, timeout)
                 else:
                     options = dist.ProcessGroupNCCL.Options()
@@ -302,6 +303,24 @@ class DistributedTransfer:
     def close(self) -> None:
         with contextlib.suppress(EngineFailure):
             self._client.post("/destroy_weights_update_group", timeout=10.0, group_name=GROUP)
+
+
+def group_backend(chosen: GroupBackend | None, device: torch.device) -> GroupBackend:
+    """The library that sends weights from this device, `chosen` or the usual one.
+
+    Raises:
+        UserError: for NCCL on a CPU.
+    """
+    if chosen is GroupBackend.nccl and device.type == "cpu":
+        raise UserError(
+            "rollout.sglang.distributed_backend=nccl, but this run's weights are on a CPU, whose memory NCCL "
+            "does not read; set rollout.sglang.distributed_backend=gloo"
+        )
+    return chosen or (GroupBackend.gloo if device.type == "cpu" else GroupBackend.nccl)
+
+
+_STORE_PREFIXES = {GroupBackend.gloo: "cpu/", GroupBackend.nccl: "cuda/"}
+"""torch makes the backend of a group under the name of the first device that the library serves."""
 
 
 def _broadcast_options() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -153,4 +154,46 @@ def test_a_server_that_hangs_is_restarted(tmp_path: Path) -> None:
             rollouts = run.generation.generate(requests, Sampling(60, (), (1,)), "test")
         assert hung == [1] and run.generation.failures == 1 and len(rollouts) == 32
         assert time.monotonic() - started > 15
+    assert processes_of(run_dir) == []
+
+
+def compiling_interpreter(folder: Path, begins: Path) -> Path:
+    """SGLang's interpreter, which has a compiler among its children once the file `begins` is there."""
+    compiler, interpreter = folder / "nvcc", folder / "python"
+    shutil.copy("/bin/sleep", compiler)
+    interpreter.write_text(
+        "#!/bin/sh\n"
+        f"( while [ ! -e '{begins}' ]; do sleep 0.1; done; exec '{compiler}' 600 ) &\n"
+        f"exec '{sglang_python()}' \"$@\"\n"
+    )
+    interpreter.chmod(0o700)
+    return interpreter
+
+
+def test_a_server_that_compiles_is_neither_restarted_nor_hung(tmp_path: Path) -> None:
+    """Stopped like one that hangs, for twice its time limit, but with a compiler among its processes."""
+    run_dir, begins = tmp_path / "run", tmp_path / "begins"
+    python = compiling_interpreter(tmp_path, begins)
+    overrides = ("rollout.sglang.timeout_seconds=6", f"rollout.sglang.python={python}")
+    with open_run(small_config(*settings(run_dir, *overrides))) as run:
+        run.generation.synchronize()
+        pid = int((run_dir / "sglang" / "server_0.pid").read_text())
+        shown, status = list[str](), run.generation.display.status
+        run.generation.display.status = lambda text, done=0.0: (shown.append(text), status(text, done))  # type: ignore[assignment,func-returns-value]
+
+        def stop() -> None:
+            begins.touch()
+            time.sleep(0.5)  # the compiler starts
+            kill(run_dir, signal.SIGSTOP)
+            time.sleep(12)
+            os.killpg(pid, signal.SIGCONT)
+
+        requests = [GenerationRequest(i, i, 0, (1, 3, 5)) for i in range(32)]
+        started = time.monotonic()
+        with during_request("/generate", (1,), stop) as stopped:
+            rollouts = run.generation.generate(requests, Sampling(60, (), (1,)), "test")
+        assert stopped == [1] and len(rollouts) == 32 and time.monotonic() - started > 12
+        assert run.generation.failures == 0
+        assert int((run_dir / "sglang" / "server_0.pid").read_text()) == pid
+        assert any("SGLang server_0 compiles its kernels (nvcc)" in text for text in shown)
     assert processes_of(run_dir) == []

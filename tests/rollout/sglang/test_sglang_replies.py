@@ -6,10 +6,6 @@ import base64
 import json
 import pickle
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +24,7 @@ from opo_megatron.rollout.sglang.server import Server
 from opo_megatron.rollout.sglang.transfer import _handle, _pickled, check_allocator
 from tests.support.fixtures import small_config
 from tests.support.paths import RECIPES
+from tests.support.web_server import web_server
 
 STOP = 7
 SAMPLING = Sampling(max_tokens=3, stop_tokens=(STOP,), seed=(1,), temperature=0.7)
@@ -111,32 +108,6 @@ def test_ranks_of_a_node_share_its_servers_in_equal_parts(
 def test_servers_that_do_not_divide_the_ranks_are_rejected() -> None:
     with pytest.raises(UserError, match=r"rollout\.sglang\.servers=2 does not divide the 3 ranks"):
         server_group("aaa", 0, 2)
-
-
-@contextmanager
-def web_server(status: int, body: str, delay: float = 0.0) -> Iterator[str]:
-    """A web server that gives the same reply to every request."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            threading.Event().wait(delay)
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        do_GET = do_POST
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def test_http_replies_are_parsed_or_raise() -> None:
