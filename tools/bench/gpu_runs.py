@@ -43,7 +43,7 @@ QUICK = (
 )
 SEVERAL_SERVERS = (
     "rollout.sglang.options.max_total_tokens=65536",  # by default a server takes the whole GPU for its cache
-    "rollout.sglang.options.mem_fraction_static=0.85",
+    "rollout.sglang.options.mem_fraction_static=0.9",
     "rollout.sglang.options.disable_cuda_graph=true",  # capturing takes longer than these few steps
 )
 """Options with which several servers start side by side on one GPU."""

@@ -157,23 +157,18 @@ def test_a_server_that_hangs_is_restarted(tmp_path: Path) -> None:
     assert processes_of(run_dir) == []
 
 
-def compiling_interpreter(folder: Path, begins: Path) -> Path:
-    """SGLang's interpreter, which has a compiler among its children once the file `begins` is there."""
+def compiling_interpreter(folder: Path) -> Path:
+    """SGLang's interpreter, with a compiler among its children from the start."""
     compiler, interpreter = folder / "nvcc", folder / "python"
     shutil.copy("/bin/sleep", compiler)
-    interpreter.write_text(
-        "#!/bin/sh\n"
-        f"( while [ ! -e '{begins}' ]; do sleep 0.1; done; exec '{compiler}' 600 ) &\n"
-        f"exec '{sglang_python()}' \"$@\"\n"
-    )
+    interpreter.write_text(f"#!/bin/sh\n'{compiler}' 600 &\nexec '{sglang_python()}' \"$@\"\n")
     interpreter.chmod(0o700)
     return interpreter
 
 
 def test_a_server_that_compiles_is_neither_restarted_nor_hung(tmp_path: Path) -> None:
     """Stopped like one that hangs, for twice its time limit, but with a compiler among its processes."""
-    run_dir, begins = tmp_path / "run", tmp_path / "begins"
-    python = compiling_interpreter(tmp_path, begins)
+    run_dir, python = tmp_path / "run", compiling_interpreter(tmp_path)
     overrides = ("rollout.sglang.timeout_seconds=6", f"rollout.sglang.python={python}")
     with open_run(small_config(*settings(run_dir, *overrides))) as run:
         run.generation.synchronize()
@@ -182,8 +177,6 @@ def test_a_server_that_compiles_is_neither_restarted_nor_hung(tmp_path: Path) ->
         run.generation.display.status = lambda text, done=0.0: (shown.append(text), status(text, done))  # type: ignore[assignment,func-returns-value]
 
         def stop() -> None:
-            begins.touch()
-            time.sleep(0.5)  # the compiler starts
             kill(run_dir, signal.SIGSTOP)
             time.sleep(12)
             os.killpg(pid, signal.SIGCONT)
