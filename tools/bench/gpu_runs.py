@@ -36,6 +36,7 @@ QUICK = (
     "warm_start.steps=20",
     "eval.every_steps=0",
     "eval.problems=16",
+    "checkpoint.at_end=false",
     "observe.tensorboard=false",
     # Engine and policy round differently: the difference is reported, and the run goes on.
     "on_policy.action=warn",
