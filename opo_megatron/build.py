@@ -28,6 +28,7 @@ from opo_megatron.config import Config
 from opo_megatron.config.arithmetic import shares_memory
 from opo_megatron.config.choices import Dtype, EngineName, Kl
 from opo_megatron.config.compare import INPUTS, changed_settings, check_inputs, check_resume
+from opo_megatron.config.rules.exact import exact_switch
 from opo_megatron.config.schema import OptimizerConfig
 from opo_megatron.distributed.process_groups import (
     Parallel,
@@ -128,8 +129,8 @@ def _build(
     watchdog.start()
     if config.observe.wandb_project is not None and parallel.rank == 0:
         load_wandb(config)
-    if config.rollout.local.exact:
-        check_exact_device(parallel)
+    if (switch := exact_switch(config)) is not None:
+        check_exact_device(switch, parallel)
     watchdog.enter("loading the task")
     task = _open_task(config, display, resources)
     watchdog.enter("checking checkpoints")

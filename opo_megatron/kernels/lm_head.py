@@ -33,7 +33,7 @@ from torch import Tensor
 
 from opo_megatron import kernels
 from opo_megatron.errors import OpoWarning
-from opo_megatron.kernels.exact import linear, log_softmax
+from opo_megatron.kernels import exact as exact_kernels
 
 Coefficient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """(log π [m], slice of the tokens) → (loss [m], ∂loss/∂log π [m])."""
@@ -270,7 +270,8 @@ def _exact_softmax(
     temperature: float,
 ) -> Gradient:
     """`_softmax` with the matrix product and log-softmax of the engine's exact mode."""
-    log_probs = log_softmax(linear(hidden[part], weight), temperature)
+    logits = exact_kernels.logits(hidden[part], weight)
+    log_probs = exact_kernels.log_softmax(logits, temperature)
     probabilities, target = log_probs.exp(), targets[part]
     output.log_prob[part] = log_probs.gather(1, target.unsqueeze(1))[:, 0]
     output.entropy[part] = -(probabilities * log_probs).sum(1)

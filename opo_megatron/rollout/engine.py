@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.utils.hashing import hash_of
 from opo_megatron.weights.stream import NamedTensors
 
 
@@ -38,6 +39,11 @@ class Sampling:
     greedy: bool = False
     energies: bool = False
     """Also return each response's Σ energy and Σ energy·‖h‖², where the engine can."""
+
+
+def sampling_key(sampling: Sampling, request: GenerationRequest) -> int:
+    """Signed 64-bit key of one response's random numbers."""
+    return hash_of((*sampling.seed, request.prompt_id, request.sample_index))
 
 
 Progress = Callable[[int, int, int], None]

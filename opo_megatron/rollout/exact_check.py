@@ -29,14 +29,19 @@ STOP_SHARE = 8
 """One token id in this many is a stop token, so that lengths differ."""
 
 
-def check_exact_device(parallel: Parallel) -> None:
+def check_exact_device(switch: str, parallel: Parallel) -> None:
     """Check that the device is a CPU.
+
+    Args:
+        switch: the key that makes the run exact.
 
     Raises:
         UserError: naming this rank's device.
     """
     if parallel.device.type != "cpu":
-        raise UserError(needs("policy.device", parallel.device.type, "cpu", "where exactness is not proven"))
+        raise UserError(
+            needs(switch, "policy.device", parallel.device.type, "cpu", "where exactness is not proven")
+        )
 
 
 def check_exact(config: Config, policy: Policy, engine: LocalEngine, parallel: Parallel) -> int:

@@ -17,10 +17,10 @@ from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.exact import padded_keys
-from opo_megatron.rollout.engine import GenerationRequest, Progress, Sampling
+from opo_megatron.kernels.exact_sampling import uniforms
+from opo_megatron.rollout.engine import GenerationRequest, Progress, Sampling, sampling_key
 from opo_megatron.rollout.local.decoder import Decoder, KeyValueCache
-from opo_megatron.rollout.local.sampler import sample, uniforms
-from opo_megatron.utils.hashing import hash_of
+from opo_megatron.rollout.local.sampler import sample
 from opo_megatron.weights.stream import NamedTensors
 
 PREFILL_TOKENS = 16384
@@ -150,7 +150,7 @@ class _Batch:
         self.slots = min(engine.slots, n)
         self.cache = engine.cache(self.slots, length)
         self.keys = torch.tensor(
-            [hash_of((*sampling.seed, r.prompt_id, r.sample_index)) for r in requests],
+            [sampling_key(sampling, request) for request in requests],
             dtype=torch.int64,
             device=self.device,
         )

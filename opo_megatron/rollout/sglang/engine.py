@@ -31,7 +31,7 @@ from opo_megatron.errors import EngineFailure, Preempted, UserError
 from opo_megatron.rollout.engine import GenerationRequest, Progress, Sampling
 from opo_megatron.rollout.sglang.api_key import shared_key
 from opo_megatron.rollout.sglang.client import Client
-from opo_megatron.rollout.sglang.replies import rollouts_of, sampling_params
+from opo_megatron.rollout.sglang.replies import generate_body, rollouts_of
 from opo_megatron.rollout.sglang.server import Server, free_port
 from opo_megatron.rollout.sglang.transfer import (
     Bucket,
@@ -282,7 +282,7 @@ class SglangEngine:
         size = max(1, -(-len(requests) // POSTS_PER_CALL))
         parts = [requests[i : i + size] for i in range(0, len(requests), size)]
         replies: list[list[Any]] = [[] for _ in parts]
-        balance = _Balance(self._clients)
+        balance = _Balance(self._clients, self.settings.exact)
         finished = tokens = 0
         with ThreadPoolExecutor(POSTS_PER_CALL) as threads, self.abort_on_preempt():
             posted = {threads.submit(balance.post, part, sampling): i for i, part in enumerate(parts)}
@@ -313,7 +313,9 @@ class SglangEngine:
         if not self.is_sender:
             return {}
         replies = {
-            f"the SGLang server {client.url}": _Balance([client]).post(requests, sampling)
+            f"the SGLang server {client.url}": _Balance([client], self.settings.exact).post(
+                requests, sampling
+            )
             for client in self._clients
         }
         return {name: rollouts_of(requests, reply, sampling) for name, reply in replies.items()}
@@ -331,19 +333,16 @@ class SglangEngine:
 class _Balance:
     """Sends each post to the server with the fewest outstanding tokens."""
 
-    def __init__(self, clients: Sequence[Client]) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, clients: Sequence[Client], exact: bool) -> None:
+        self._lock, self._exact = threading.Lock(), exact
         self._outstanding = dict.fromkeys(clients, 0)
 
-    def post(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Any]:
+    def post(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, trace: bool = False
+    ) -> list[Any]:
         tokens = sum(len(request.tokens) + sampling.max_tokens for request in requests)
         with self._on_least_busy(tokens) as client:
-            reply = client.post(
-                "/generate",
-                input_ids=[list(request.tokens) for request in requests],
-                sampling_params=sampling_params(sampling),
-                return_logprob=True,
-            )
+            reply = client.post("/generate", **generate_body(requests, sampling, self._exact, trace))
         if not isinstance(reply, list) or len(reply) != len(requests):
             raise EngineFailure(f"{client.url} did not return {len(requests)} responses for as many prompts")
         return reply

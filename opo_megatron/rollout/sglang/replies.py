@@ -10,9 +10,32 @@ import torch
 from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
 from opo_megatron.errors import EngineFailure, UserError
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
+from opo_megatron.rollout.sglang import exact_mode
 
 UNKNOWN_VERSION = -1
 """Version of a token whose server reports no number."""
+
+
+def generate_body(
+    requests: Sequence[GenerationRequest], sampling: Sampling, exact: bool = False, trace: bool = False
+) -> dict[str, Any]:
+    """The body of a request to /generate.
+
+    Args:
+        exact: the server runs in exact mode, and draws by the run's random numbers.
+        trace: it also returns the digests of its operations.
+    """
+    common = sampling_params(sampling)
+    body: dict[str, Any] = {
+        "input_ids": [list(request.tokens) for request in requests],
+        "sampling_params": common,
+        "return_logprob": True,
+    }
+    if exact:
+        carried = exact_mode.carried(requests, sampling, trace)
+        body["sampling_params"] = [common | {"custom_params": one} for one in carried]
+        body["custom_logit_processor"] = exact_mode.SEEDED
+    return body
 
 
 def sampling_params(sampling: Sampling) -> dict[str, Any]:
