@@ -305,18 +305,27 @@ def _start_engine(
     if parallel.rank == 0:
         write_model_config(config, policy.vocab_size, model_dir, fp8.config if fp8 else None)
     all_gather_objects(parallel, None)  # no server starts before the file is there
-    return SglangEngine(config, parallel, model_dir, show_status, fp8)
+    engine = SglangEngine(config, parallel, model_dir, show_status, fp8)
+    _check_exact(config, policy, engine, parallel, display)
+    return engine
 
 
 def _start_local_engine(config: Config, parallel: Parallel, policy: Policy, display: Display) -> LocalEngine:
     dtype = torch.bfloat16 if config.policy.dtype is Dtype.bf16 else torch.float32
     slots, exact = config.rollout.local.slots, config.rollout.local.exact
     engine = LocalEngine(config.policy.model, policy.vocab_size, dtype, parallel.device, slots, exact)
-    if exact and policy.optimizer is not None:  # the promise is about the training pass
+    _check_exact(config, policy, engine, parallel, display)
+    return engine
+
+
+def _check_exact(
+    config: Config, policy: Policy, engine: LocalEngine | SglangEngine, parallel: Parallel, display: Display
+) -> None:
+    """Test exact mode where it is on; the promise is about the training pass."""
+    if exact_switch(config) is not None and policy.optimizer is not None:
         display.status("testing that engine and policy agree bit for bit")
         compared = check_exact(config, policy, engine, parallel)
         display.log(f"exact mode: {compared} log-probabilities of engine and policy are equal bit for bit")
-    return engine
 
 
 def vocabulary_of(config: Config, task: Task) -> int:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 
 from opo_megatron.kernels import exact
+from opo_megatron.policy.packed_attention import PackedAttention
 
 
 class ExactColumnLinear(ColumnParallelLinear):
@@ -33,12 +34,21 @@ class ExactRowLinear(RowParallelLinear):
         return exact.linear(input, weight)
 
 
-class ExactAttention(DotProductAttention):
-    """Causal attention over unpacked sequences."""
+class ExactAttention(PackedAttention):
+    """Causal attention over padded rows, or over one row of packed sequences."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """query [s, b, heads, head_dim], key, value [s, b, groups, head_dim] → [s, b, heads · head_dim]."""
-        mask = exact.causal_mask(query.shape[0], query.device)
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *_: Any, **__: Any
+    ) -> Tensor:
+        """query [s, b, heads, head_dim], key, value [t, b, groups, head_dim] → [s, b, heads · head_dim].
+
+        Args:
+            mask: [1, 1, s, t], where this rank's queries are a part of the sequence; otherwise causal.
+        """
+        if self.context_size == 1 or mask is None:
+            mask = exact.causal_mask(query.shape[0], query.device)
+        else:
+            mask = F.pad(mask, (0, exact.padded_keys(mask.shape[-1]) - mask.shape[-1]), value=True)
         keys, values = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
         mixed = exact.attention(query.transpose(0, 1), keys, values, mask)
         return mixed.transpose(0, 1).flatten(2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,6 +45,9 @@ def sampling_key(sampling: Sampling, request: GenerationRequest) -> int:
     """Signed 64-bit key of one response's random numbers."""
     return hash_of((*sampling.seed, request.prompt_id, request.sample_index))
 
+
+Digests = Mapping[str, int]
+"""Operation → digest of its rows, in the order of the forward pass (`kernels/exact_digest.py`)."""
 
 Progress = Callable[[int, int, int], None]
 """Called from time to time with (finished responses, all responses, tokens generated so far)."""

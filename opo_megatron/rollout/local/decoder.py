@@ -182,18 +182,18 @@ class Decoder:
             attend: stores keys and values, and computes attention.
         """
         x = F.embedding(tokens, self._tensors["embedding"])
-        self._observed("embedding", x)
+        self._observed("the embedding", x)
         cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
         batch_size, length = tokens.shape
         heads = (self.groups * self.queries_per_group, self.groups, self.groups)
         for i in range(self.model.num_layers):
-            layer = f"layer {i + 1}"
+            of = f"of layer {i + 1}"
             y = self._norm(x, f"{i}.norm")
-            self._observed(f"{layer}, norm", y)
+            self._observed(f"the norm {of}", y)
             qkv = self._linear(y, f"{i}.qkv")
             if self.model.add_qkv_bias:
                 qkv = qkv + self._tensors[f"{i}.qkv_bias"]
-            self._observed(f"{layer}, linear qkv", qkv)
+            self._observed(f"the linear layer of queries, keys and values {of}", qkv)
             query, key, value = (
                 part.view(batch_size, length, count, self.head_dim)
                 for part, count in zip(
@@ -202,22 +202,22 @@ class Decoder:
             )
             if self.model.qk_layernorm:
                 query, key = self._norm(query, f"{i}.q_norm"), self._norm(key, f"{i}.k_norm")
-                self._observed(f"{layer}, QK-norm", query, key)
+                self._observed(f"the norm of queries and keys {of}", query, key)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-            self._observed(f"{layer}, rotary embedding", query, key)
+            self._observed(f"the rotary embedding {of}", query, key)
             attended = attend(i, query, key, value).reshape(batch_size, length, -1)
-            self._observed(f"{layer}, attention", attended)
+            self._observed(f"the attention {of}", attended)
             out = self._linear(attended, f"{i}.out")
-            self._observed(f"{layer}, linear out", out)
+            self._observed(f"the linear layer of the attention's output {of}", out)
             x = x + out
             y = self._norm(x, f"{i}.mlp_norm")
-            self._observed(f"{layer}, MLP norm", y)
+            self._observed(f"the norm of the MLP {of}", y)
             if self.model.num_moe_experts is None:
-                x = x + self._mlp(y, f"{i}.", layer)
+                x = x + self._mlp(y, f"{i}.", of)
             else:
                 x = x + self._experts(y, i)
         x = self._norm(x, "norm")
-        self._observed("final norm", x)
+        self._observed("the final norm", x)
         return x
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
@@ -251,14 +251,14 @@ class Decoder:
         mixed = torch.bmm(weights, values.reshape(batch_size * self.groups, total, head_dim))
         return mixed.view(batch_size, self.groups * shared, length, head_dim).transpose(1, 2)
 
-    def _mlp(self, x: Tensor, name: str, layer: str) -> Tensor:
+    def _mlp(self, x: Tensor, name: str, of: str) -> Tensor:
         gate_up = self._linear(x, name + "gate_up")
-        self._observed(f"{layer}, linear gate and up", gate_up)
+        self._observed(f"the linear layer of gate and up {of}", gate_up)
         gate, up = gate_up.chunk(2, -1)
         activated = F.silu(gate) * up
-        self._observed(f"{layer}, SwiGLU", activated)
+        self._observed(f"SwiGLU {of}", activated)
         down = self._linear(activated, name + "down")
-        self._observed(f"{layer}, linear down", down)
+        self._observed(f"the linear layer of the MLP's output {of}", down)
         return down
 
     def _observed(self, operation: str, *outputs: Tensor) -> None:
@@ -279,7 +279,7 @@ class Decoder:
         for expert in range(self.model.num_moe_experts):
             token, slot = (chosen == expert).nonzero(as_tuple=True)
             if token.numel():
-                output = self._mlp(flat[token].unsqueeze(0), f"{layer}.{expert}.", f"layer {layer + 1}")[0]
+                output = self._mlp(flat[token].unsqueeze(0), f"{layer}.{expert}.", f"of layer {layer + 1}")[0]
                 mixed.index_add_(0, token, output * weights[token, slot].unsqueeze(1))
         return mixed.view_as(x)
 

@@ -20,6 +20,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from opo_megatron.config.choices import Transport
 from opo_megatron.config.schema import Config
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
-from opo_megatron.rollout.engine import GenerationRequest, Progress, Sampling
+from opo_megatron.rollout.engine import Digests, GenerationRequest, Progress, Sampling
+from opo_megatron.rollout.sglang import exact_mode
 from opo_megatron.rollout.sglang.api_key import shared_key
 from opo_megatron.rollout.sglang.client import Client
+from opo_megatron.rollout.sglang.exact_batchings import BATCHINGS, CACHED, check_size, replies_batched
 from opo_megatron.rollout.sglang.replies import generate_body, rollouts_of
 from opo_megatron.rollout.sglang.server import Server, free_port
 from opo_megatron.rollout.sglang.transfer import (
@@ -319,6 +322,42 @@ class SglangEngine:
             for client in self._clients
         }
         return {name: rollouts_of(requests, reply, sampling) for name, reply in replies.items()}
+
+    # ------------------------------------------------------------------ check of exact mode
+
+    def batchings(self) -> Sequence[str]:
+        return [one for one in BATCHINGS if one != CACHED or not exact_mode.disables_prefixes(self.settings)]
+
+    def check_size(self, batching: str) -> tuple[int, int]:
+        return check_size(batching, exact_mode.chunk_tokens(self.settings))
+
+    def generate_batched(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, batching: str
+    ) -> Rollouts | None:
+        """The responses of every server that this rank sends weights to, batched as the name says.
+
+        Raises:
+            EngineFailure: where a server did not do what the name says.
+        """
+        if not self.is_sender:
+            return None
+        rollouts = []
+        for client in self._clients:
+            post = partial(_Balance([client], exact=True).post, sampling=sampling)
+            replies = replies_batched(client, post, requests, batching)
+            rollouts.append(rollouts_of(requests, replies, sampling))
+        return Rollouts.concatenate(rollouts)
+
+    def trace(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling
+    ) -> tuple[Rollouts, list[Digests]] | None:
+        """Responses of the first server, and the digests of its operations."""
+        if not self.is_sender:
+            return None
+        client = self._clients[0]
+        client.post(f"/flush_cache?timeout={FLUSH_SECONDS}")  # cached tokens would not be computed
+        replies = _Balance([client], exact=True).post(requests, sampling, trace=True)
+        return rollouts_of(requests, replies, sampling), [exact_mode.digests_of(reply) for reply in replies]
 
     def _check_lengths(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> None:
         longest = max((len(request.tokens) for request in requests), default=0)

@@ -75,7 +75,7 @@ class ExactForCausalLM(nn.Module):
         hidden = self.decoder.forward(input_ids.unsqueeze(0), positions.unsqueeze(0), attend)[0]
         output = self.logits_processor(input_ids, hidden, None, forward_batch)
         if trace.is_wanted:
-            trace.add_rows("LM head", output.next_token_logits, [1] * len(trace.requests))
+            trace.add_rows("the LM head", output.next_token_logits, [1] * len(trace.requests))
             output.customized_info = {TRACE: trace.requests}
         return output
 

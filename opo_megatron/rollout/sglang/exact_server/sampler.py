@@ -13,7 +13,7 @@ from sglang.srt.layers.sampler import Sampler, register_sampler_backend
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from torch import Tensor
 
-from .operations import exact, exact_digest, exact_sampling
+from .operations import exact, exact_sampling
 
 # SGLang sets this name on every CPU, whatever its option --sampling-backend says.
 NAME = "pytorch"
@@ -61,10 +61,6 @@ class ExactSampler(Sampler):  # type: ignore[misc]
                 log_probs, top_logprobs_nums, token_ids_logprobs, tokens
             )
             result.write_output_to(logits_output)
-        if any(one.get(TRACE) for one in carried):
-            digests = exact_digest.row_digests(log_probs).tolist()
-            for trace, digest in zip(logits_output.customized_info[TRACE], digests, strict=True):
-                trace["log-softmax of the sampler"] = digest
         return tokens
 
     def _draw(self, log_probs: Tensor, uniform: Tensor, sampling_info: Any) -> Tensor:
