@@ -132,6 +132,8 @@ class SglangEngine:
             for client in self._clients:
                 if not client.is_healthy():
                     raise UserError(f"the SGLang server {client.url} of rollout.sglang.urls does not answer")
+                if self.settings.exact:
+                    exact_mode.check_server(self.config, client)
             return
         if self._server is not None and not self._server.is_alive():
             self._released = set()

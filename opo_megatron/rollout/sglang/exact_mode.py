@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from opo_megatron.config.schema import ModelConfig, SglangConfig
-from opo_megatron.errors import EngineFailure
+from opo_megatron.config.schema import Config, ModelConfig, SglangConfig
+from opo_megatron.errors import EngineFailure, UserError
 from opo_megatron.kernels.exact_sampling import key_at
 from opo_megatron.rollout.engine import GenerationRequest, Sampling, sampling_key
+from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.installation import by_their_own_names
-from opo_megatron.utils.hashing import MASK, signed
+from opo_megatron.utils.hashing import MASK, hash_of_text, signed
 
 PACKAGE = "exact_server"
 CHUNK = "chunked-prefill-size"
@@ -30,6 +31,32 @@ KEY, TRACE = "opo_key", "opo_trace"
 """Names that `exact_server/` has as well, and cannot import from here."""
 SEEDED = json.dumps({"callable": f"c{PACKAGE}.sampler\nSeeded\n.".encode().hex()})
 """The custom logit processor of every request: a pickled reference to its class."""
+
+
+def options(config: Config) -> dict[str, object]:
+    """Options of a server in exact mode.  Its name tells which recipes it is exact for."""
+    return dict(OPTIONS) | {"served-model-name": server_name(config)}
+
+
+def server_name(config: Config) -> str:
+    """The name of a server that computes with this recipe's operations; the vocabulary comes from the task."""
+    described = model_description(replace(config.policy.model, vocab_size=None))
+    text = json.dumps([described, config.policy.dtype.value], sort_keys=True)
+    return f"opo-exact-{hash_of_text(text) & MASK:016x}"
+
+
+def check_server(config: Config, client: Client) -> None:
+    """Check that a server that runs already was started in exact mode for this recipe's model.
+
+    Raises:
+        UserError: where it was not.
+    """
+    if client.get("/server_info").get("served_model_name") != server_name(config):
+        raise UserError(
+            f"the SGLang server {client.url} of rollout.sglang.urls does not run the exact operations of this "
+            "recipe's model; start it by `opo serve` with this recipe and rollout.sglang.exact=true, or set "
+            "rollout.sglang.exact=false"
+        )
 
 
 def model_description(model: ModelConfig) -> dict[str, Any]:
@@ -50,7 +77,8 @@ def carried(requests: Sequence[GenerationRequest], sampling: Sampling, trace: bo
 
 def chunk_tokens(settings: SglangConfig) -> int:
     """Tokens that a server prefills at once."""
-    return int((dict(OPTIONS) | by_their_own_names(settings.options))[CHUNK])
+    chunk: int = by_their_own_names(settings.options).get(CHUNK, OPTIONS[CHUNK])
+    return chunk
 
 
 def disables_prefixes(settings: SglangConfig) -> bool:

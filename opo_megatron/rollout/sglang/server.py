@@ -165,7 +165,7 @@ class Server:
         else:
             options |= {"enable-memory-saver": True, "base-gpu-id": 0}
         if settings.exact:
-            options |= exact_mode.OPTIONS
+            options |= exact_mode.options(self.config)
         return as_words(options | by_their_own_names(settings.options))
 
     def environment(self) -> dict[str, str]:

@@ -101,7 +101,7 @@ class _Trace:
             request[operation] = int(digests.sum())
 
 
-def _model_of(config: Any) -> SimpleNamespace:
+def _model_of(config: Any) -> Any:
     """`policy.model`, as the trainer wrote it.
 
     Raises:
