@@ -2,10 +2,10 @@
 
 The run's recipe resumes from the nearest earlier checkpoint, in a separate folder, up to step K.  Under the
 run's parallel layout all digests must be equal; under another one, the norms of all weights within 1e-5.
-Where the engine would not generate the same responses (another layout, SGLang outside exact mode), or the step
-was non-finite, the recorded rollouts replace generation.  In exact mode the local engine generates what SGLang
-did; with `--rollouts` a server does it again.  The file of the step's rollouts must have the recorded digests.
-The error names what differs: reward, token or weight.
+Where the engine would not generate the same responses (another layout, SGLang outside exact mode), or the
+step was non-finite, the recorded rollouts replace generation.  In exact mode the local engine generates what
+SGLang did; with `--rollouts` a server does it again.  The file of the step's rollouts must have the recorded
+digests.  The error names what differs: reward, token or weight.
 """
 
 from __future__ import annotations

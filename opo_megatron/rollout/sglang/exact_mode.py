@@ -39,7 +39,7 @@ def options(config: Config) -> dict[str, object]:
 
 
 def server_name(config: Config) -> str:
-    """The name of a server that computes with this recipe's operations; the vocabulary comes from the task."""
+    """The name of a server with the operations of this recipe; the vocabulary comes from the task."""
     described = model_description(replace(config.policy.model, vocab_size=None))
     text = json.dumps([described, config.policy.dtype.value], sort_keys=True)
     return f"opo-exact-{hash_of_text(text) & MASK:016x}"
@@ -51,7 +51,8 @@ def check_server(config: Config, client: Client) -> None:
     Raises:
         UserError: where it was not.
     """
-    if client.get("/server_info").get("served_model_name") != server_name(config):
+    info = client.get("/server_info")
+    if info.get("served_model_name") != server_name(config):
         raise UserError(
             f"the SGLang server {client.url} of rollout.sglang.urls does not run the exact operations of this "
             "recipe's model; start it by `opo serve` with this recipe and rollout.sglang.exact=true, or set "

@@ -16,6 +16,7 @@ from opo_megatron.observe.metrics_file import MetricsFile
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.rollout.sglang.engine import SglangEngine
+from opo_megatron.rollout.sglang.exact_batchings import RETRACTED
 from opo_megatron.run import Run
 from opo_megatron.train import opo_step
 from opo_megatron.updates.sft import run_sft
@@ -86,7 +87,7 @@ def test_three_steps_have_no_difference_at_all(run: Run) -> None:
     rows = MetricsFile(Path(run.config.run.dir) / "metrics.jsonl").read()
     assert [row["on_policy/logprob_diff_max"] for row in rows] == [0.0, 0.0, 0.0]
     assert [row["on_policy/sync_diff_max"] for row in rows] == [0.0, 0.0, 0.0]
-    assert all(row["grad_norm"] > 0 for row in rows)
+    assert max(row["grad_norm"] for row in rows) > 0
 
 
 SAMPLINGS = {
@@ -116,6 +117,14 @@ def in_posts(engine: SglangEngine, parts: Sequence[Sequence[int]], at_once: bool
         rollouts = Rollouts.concatenate(list(threads.map(post, parts)))
     order = [i for part in parts for i in part]
     return rollouts.select([order.index(i) for i in range(48)])
+
+
+def test_retracted_requests_sample_the_same(run: Run) -> None:
+    """`generate_batched` fails where the server retracts none."""
+    engine, sampling = engine_of(run), Sampling(24, (), (5, 6))
+    actual = engine.generate_batched(requests(40), sampling, RETRACTED)
+    assert actual is not None
+    assert_same(actual, local_engine(run).generate(requests(40), sampling))
 
 
 def test_neither_arrival_order_nor_batch_size_nor_the_cache_changes_a_bit(run: Run) -> None:
