@@ -54,9 +54,9 @@ def check_server(config: Config, client: Client) -> None:
     info = client.get("/server_info")
     if info.get("served_model_name") != server_name(config):
         raise UserError(
-            f"the SGLang server {client.url} of rollout.sglang.urls does not run the exact operations of this "
-            "recipe's model; start it by `opo serve` with this recipe and rollout.sglang.exact=true, or set "
-            "rollout.sglang.exact=false"
+            f"the SGLang server {client.url} of rollout.sglang.urls does not run the operations of this "
+            "recipe's model in exact mode; start it by `opo serve` with this recipe and "
+            "rollout.sglang.exact=true, or set rollout.sglang.exact=false"
         )
 
 

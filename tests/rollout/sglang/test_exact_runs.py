@@ -159,7 +159,8 @@ def test_another_models_server_is_refused(server: Server, tmp_path: Path) -> Non
     result = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode == 2
     assert (
-        "does not run the exact operations of this recipe's model; start it by `opo serve`" in result.stderr
+        "does not run the operations of this recipe's model in exact mode; start it by `opo serve`"
+        in result.stderr
     )
 
 

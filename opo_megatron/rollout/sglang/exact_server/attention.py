@@ -1,12 +1,13 @@
 """SGLang's attention backend of exact mode: `kernels/exact.py` over the paged cache.
 
-Keys and values are gathered from the slots of each request.  Requests with equally many new tokens, which all
+Keys and values are copied from the slots of each request.  Requests with equally many new tokens, which all
 requests have while they decode, are one batch: masked keys have weight 0 and change no bit.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,8 +30,11 @@ class _Batch:
 
     rows: Tensor
     """[b, new]: the new tokens in the flat batch."""
-    slots: Tensor
-    """[b, t]: cache slots of all tokens; t is the longest request's length, padded."""
+    places: Tensor
+    """[b · groups · t]: rows of the cache [slots · groups, head_dim] with the keys of each group; t is the
+    longest request's length, padded."""
+    shape: tuple[int, int, int]
+    """(b, groups, t)."""
     mask: Tensor
     """[b, 1, new, t]: True where a key comes after its query or belongs to none."""
 
@@ -42,6 +46,7 @@ class ExactAttention(AttentionBackend):  # type: ignore[misc]
         super().__init__()
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
+        self._groups = self.token_to_kv_pool.get_key_buffer(0).shape[1]
         self._batches: list[_Batch] = []
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
@@ -51,7 +56,7 @@ class ExactAttention(AttentionBackend):  # type: ignore[misc]
             new = [1] * len(lengths)
         else:
             new = forward_batch.extend_seq_lens.tolist()
-        first_rows = [sum(new[:i]) for i in range(len(new))] if max(new) > 1 else list(range(len(new)))
+        first_rows = [0, *accumulate(new)]
         groups: dict[int, list[int]] = {}
         for request, count in enumerate(new):
             groups.setdefault(count, []).append(request)
@@ -65,11 +70,13 @@ class ExactAttention(AttentionBackend):  # type: ignore[misc]
             slots = torch.full((len(requests), keys.numel()), DUMMY_SLOT, dtype=torch.int64)
             slots[:, :longest] = table[pool_rows[requests], :longest]
             slots.masked_fill_(keys >= total, DUMMY_SLOT)
+            places = slots.unsqueeze(1) * self._groups + torch.arange(self._groups).unsqueeze(1)
             positions = total - count + torch.arange(count)  # [b, new]
             self._batches.append(
                 _Batch(
                     rows=torch.tensor([first_rows[i] for i in requests]).unsqueeze(1) + torch.arange(count),
-                    slots=slots,
+                    places=places.flatten(),
+                    shape=(len(requests), self._groups, keys.numel()),
                     mask=(keys > positions.unsqueeze(2)).unsqueeze(1),
                 )
             )
@@ -88,11 +95,13 @@ class ExactAttention(AttentionBackend):  # type: ignore[misc]
         pool = self.token_to_kv_pool
         if save_kv_cache:
             pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
-        caches = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        buffers = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        caches = [buffer.view(-1, layer.head_dim) for buffer in buffers]
         query = q.view(-1, layer.tp_q_head_num, layer.head_dim)
         output = torch.empty_like(query)
         for batch in self._batches:
-            keys, values = (cache[batch.slots].transpose(1, 2) for cache in caches)
+            # Copying whole rows is ten times faster than indexing [slots, groups] and transposing.
+            keys, values = (cache.index_select(0, batch.places).unflatten(0, batch.shape) for cache in caches)
             output[batch.rows] = exact.attention(query[batch.rows], keys, values, batch.mask)
         return output.flatten(1)
 
