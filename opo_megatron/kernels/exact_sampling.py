@@ -38,7 +38,7 @@ def probabilities(log_probs: Tensor) -> Tensor:
     return log_probs.exp()[..., :width]
 
 
-def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """[n, V], not necessarily normalized, and uniform numbers [n] → tokens [n].
 
     The first token whose cumulative probability exceeds the threshold: never one of probability 0.

@@ -190,7 +190,7 @@ def _check_responses(
         if sampled.setdefault(key, list(response)) != list(response):
             switch = exact_switch(config)
             raise OnPolicyError(
-                f"{switch}=true, but {batching} the sampler draws other tokens from the same probabilities "
+                f"{switch}=true, but {batching} the sampler samples other tokens from the same probabilities "
                 f"on this machine, so a resumed run would not sample the same again; set {switch}=false"
             )
 

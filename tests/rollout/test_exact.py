@@ -196,13 +196,17 @@ def test_the_check_detects_rows_that_depend_on_their_batch(
         check_exact(config, policy, engine_for(config), parallel)
 
 
-def test_the_check_detects_draws_that_depend_on_their_batch(
+def test_the_check_detects_samples_that_depend_on_their_batch(
     parallel: Parallel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = sampler.draw
-    monkeypatch.setattr(sampler, "draw", lambda p, uniform: draw(p, uniform if len(p) > 1 else 1 - uniform))
+    inverse_cdf = sampler.inverse_cdf
+
+    def altered(p: Tensor, uniform: Tensor) -> Tensor:
+        return inverse_cdf(p, uniform if len(p) > 1 else 1 - uniform)
+
+    monkeypatch.setattr(sampler, "inverse_cdf", altered)
     config, policy = make_exact(parallel)
-    with pytest.raises(OnPolicyError, match=r"with 3 slots the sampler draws other tokens from the same"):
+    with pytest.raises(OnPolicyError, match=r"with 3 slots the sampler samples other tokens from the same"):
         check_exact(config, policy, engine_for(config), parallel)
 
 

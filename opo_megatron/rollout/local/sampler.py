@@ -6,7 +6,7 @@ from torch import Tensor
 
 from opo_megatron.algorithm.energy import energy
 from opo_megatron.kernels.exact import log_softmax
-from opo_megatron.kernels.exact_sampling import draw, probabilities, truncate
+from opo_megatron.kernels.exact_sampling import inverse_cdf, probabilities, truncate
 from opo_megatron.rollout.engine import Sampling
 
 
@@ -21,7 +21,7 @@ def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor,
     if sampling.greedy:
         tokens = log_probs.argmax(-1)
     else:
-        tokens = draw(truncate(probabilities(log_probs), sampling.top_k, sampling.top_p), uniform)
+        tokens = inverse_cdf(truncate(probabilities(log_probs), sampling.top_k, sampling.top_p), uniform)
     log_prob = log_probs.gather(1, tokens.unsqueeze(1))[:, 0]
     if not sampling.energies:
         return tokens, log_prob, None

@@ -19,7 +19,7 @@ from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.installation import by_their_own_names
 from opo_megatron.utils.hashing import MASK, hash_of_text, signed
 
-PACKAGE = "exact_server"
+PACKAGE = "opo_megatron.rollout.sglang.exact_server"
 CHUNK = "chunked-prefill-size"
 OPTIONS: Mapping[str, object] = {
     "enable-custom-logit-processor": True,  # lets a request's parameters reach the sampler

@@ -22,7 +22,7 @@ def generate_body(
     """The body of a request to /generate.
 
     Args:
-        exact: the server runs in exact mode, and draws by the run's random numbers.
+        exact: the server runs in exact mode, and samples by the run's random numbers.
         trace: it also returns the digests of its operations.
     """
     common = sampling_params(sampling)

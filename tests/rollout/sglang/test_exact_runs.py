@@ -212,7 +212,7 @@ def uninterrupted(command: tuple[str, ...], tmp_path_factory: pytest.TempPathFac
     return run_dir
 
 
-def test_a_run_killed_at_five_moments_equals_one_that_was_not(
+def test_five_kills_of_the_run_change_nothing(
     command: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
     schedules = [[moment, int(SIGKILL)] for moment in MOMENTS]
@@ -220,7 +220,7 @@ def test_a_run_killed_at_five_moments_equals_one_that_was_not(
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_a_run_whose_server_is_killed_at_five_moments_equals_one_whose_was_not(
+def test_five_kills_of_the_server_change_nothing(
     command: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
     assert attempts(tmp_path / "run", ["server", list(MOMENTS)], command=command) == [0, 0]

@@ -4,11 +4,12 @@ import importlib.util
 import os
 from pathlib import Path
 
-import exact_server.attention
-from exact_server.model import EntryClass as EntryClass
-from exact_server.operations import Decoder
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.sampler import Sampler, register_sampler_backend
+
+from opo_megatron.rollout.local.decoder import Decoder
+from opo_megatron.rollout.sglang.exact_server import attention
+from opo_megatron.rollout.sglang.exact_server.model import EntryClass as EntryClass
 
 ALTERED = os.environ["ALTERED"]
 
@@ -28,7 +29,7 @@ def altered_operations():
 
 
 if ALTERED == "attention":
-    register_attention_backend(exact_server.attention.NAME)(usual_attention)
+    register_attention_backend(attention.NAME)(usual_attention)
 elif ALTERED == "sampler":
     register_sampler_backend("pytorch", Sampler)
 else:

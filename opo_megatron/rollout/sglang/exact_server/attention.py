@@ -16,7 +16,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
-from .operations import exact
+from opo_megatron.kernels import exact
 
 # On CPUs every backend of another name gets Triton kernels for the tables of the cache.
 NAME = "torch_native"

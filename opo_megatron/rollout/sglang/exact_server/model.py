@@ -16,8 +16,10 @@ from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.radix_attention import RadixAttention
 from torch import Tensor, nn
 
-from .operations import Decoder, RopeType, exact_digest
-from .sampler import TRACE, parameters
+from opo_megatron.config.choices import RopeType
+from opo_megatron.kernels.exact_digest import row_digests
+from opo_megatron.rollout.local.decoder import Decoder
+from opo_megatron.rollout.sglang.exact_server.sampler import TRACE, parameters
 
 MODEL = "opo_model"
 """`policy.model` in the server's `config.json`."""
@@ -97,7 +99,7 @@ class _Trace:
         self.add_rows(operation, output[0], self._rows)
 
     def add_rows(self, operation: str, output: Tensor, rows: list[int]) -> None:
-        for request, digests in zip(self.requests, exact_digest.row_digests(output).split(rows), strict=True):
+        for request, digests in zip(self.requests, row_digests(output).split(rows), strict=True):
             request[operation] = int(digests.sum())
 
 

@@ -13,7 +13,7 @@ from sglang.srt.layers.sampler import Sampler, register_sampler_backend
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from torch import Tensor
 
-from .operations import exact, exact_sampling
+from opo_megatron.kernels import exact, exact_sampling
 
 # SGLang sets this name on every CPU, whatever its option --sampling-backend says.
 NAME = "pytorch"
@@ -35,7 +35,7 @@ def parameters(sampling_info: Any) -> list[dict[str, Any]]:
 
 
 class ExactSampler(Sampler):  # type: ignore[misc]
-    """Records log softmax(z / T) and draws from its exponential."""
+    """Records log softmax(z / T) and samples from its exponential."""
 
     def forward(
         self,
@@ -55,7 +55,7 @@ class ExactSampler(Sampler):  # type: ignore[misc]
         log_probs = exact.log_softmax(logits_output.next_token_logits, sampling_info.temperatures)
         carried = parameters(sampling_info)
         keys = torch.tensor([one.get(KEY, 0) for one in carried], dtype=torch.int64)
-        tokens = self._draw(log_probs, exact_sampling.uniforms(keys, positions.long() + 1), sampling_info)
+        tokens = self._sample(log_probs, exact_sampling.uniforms(keys, positions.long() + 1), sampling_info)
         if return_logprob:
             result = self.output_logprob_processor.compute_logprobs(
                 log_probs, top_logprobs_nums, token_ids_logprobs, tokens
@@ -63,7 +63,7 @@ class ExactSampler(Sampler):  # type: ignore[misc]
             result.write_output_to(logits_output)
         return tokens
 
-    def _draw(self, log_probs: Tensor, uniform: Tensor, sampling_info: Any) -> Tensor:
+    def _sample(self, log_probs: Tensor, uniform: Tensor, sampling_info: Any) -> Tensor:
         tokens = log_probs.argmax(-1)
         if sampling_info.is_all_greedy:
             return tokens
@@ -74,7 +74,9 @@ class ExactSampler(Sampler):  # type: ignore[misc]
                 truncations.setdefault((top_k, top_p), []).append(row)
         for (top_k, top_p), rows in truncations.items():
             chances = exact_sampling.probabilities(log_probs[rows])
-            tokens[rows] = exact_sampling.draw(exact_sampling.truncate(chances, top_k, top_p), uniform[rows])
+            tokens[rows] = exact_sampling.inverse_cdf(
+                exact_sampling.truncate(chances, top_k, top_p), uniform[rows]
+            )
         return tokens
 
 
