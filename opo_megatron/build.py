@@ -45,7 +45,6 @@ from opo_megatron.policy.device import check_device
 from opo_megatron.policy.policy import Policy
 from opo_megatron.resilience.stop import StopRequest
 from opo_megatron.resilience.watchdog import Watchdog
-from opo_megatron.rollout.engine import RolloutEngine
 from opo_megatron.rollout.exact_check import check_exact, check_exact_device
 from opo_megatron.rollout.generation import Generation
 from opo_megatron.rollout.local.engine import LocalEngine
@@ -278,8 +277,9 @@ def open_generation(
         watchdog.progress()  # a server that starts has its own time limit
         display.status(line)
 
-    engine = _start_engine(config, parallel, policy, display, show_status)
+    engine = _start_engine(config, parallel, policy, show_status)
     resources.callback(engine.close)
+    _check_exact(config, policy, engine, parallel, display)
     return Generation(
         config=config,
         parallel=parallel,
@@ -295,27 +295,18 @@ def _start_engine(
     config: Config,
     parallel: Parallel,
     policy: Policy,
-    display: Display,
     show_status: Callable[[str], None],
-) -> RolloutEngine:
+) -> LocalEngine | SglangEngine:
     if config.rollout.engine is EngineName.local:
-        return _start_local_engine(config, parallel, policy, display)
+        dtype = torch.bfloat16 if config.policy.dtype is Dtype.bf16 else torch.float32
+        slots, exact = config.rollout.local.slots, config.rollout.local.exact
+        return LocalEngine(config.policy.model, policy.vocab_size, dtype, parallel.device, slots, exact)
     model_dir = absolute(config.run.dir) / "sglang" / "model"
     fp8 = engine_quantization(config, policy.vocab_size)
     if parallel.rank == 0:
         write_model_config(config, policy.vocab_size, model_dir, fp8.config if fp8 else None)
     all_gather_objects(parallel, None)  # no server starts before the file is there
-    engine = SglangEngine(config, parallel, model_dir, show_status, fp8)
-    _check_exact(config, policy, engine, parallel, display)
-    return engine
-
-
-def _start_local_engine(config: Config, parallel: Parallel, policy: Policy, display: Display) -> LocalEngine:
-    dtype = torch.bfloat16 if config.policy.dtype is Dtype.bf16 else torch.float32
-    slots, exact = config.rollout.local.slots, config.rollout.local.exact
-    engine = LocalEngine(config.policy.model, policy.vocab_size, dtype, parallel.device, slots, exact)
-    _check_exact(config, policy, engine, parallel, display)
-    return engine
+    return SglangEngine(config, parallel, model_dir, show_status, fp8)
 
 
 def _check_exact(
