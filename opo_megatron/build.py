@@ -299,8 +299,15 @@ def _start_engine(
 ) -> LocalEngine | SglangEngine:
     if config.rollout.engine is EngineName.local:
         dtype = torch.bfloat16 if config.policy.dtype is Dtype.bf16 else torch.float32
-        slots, exact = config.rollout.local.slots, config.rollout.local.exact
-        return LocalEngine(config.policy.model, policy.vocab_size, dtype, parallel.device, slots, exact)
+        return LocalEngine(
+            config.policy.model,
+            policy.vocab_size,
+            dtype,
+            parallel.device,
+            config.rollout.local.slots,
+            config.rollout.local.exact,
+            config.policy.exact_sum_parts,
+        )
     model_dir = absolute(config.run.dir) / "sglang" / "model"
     fp8 = engine_quantization(config, policy.vocab_size)
     if parallel.rank == 0:

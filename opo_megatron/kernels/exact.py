@@ -11,9 +11,8 @@ dependence and their fixes (measured with MKL, float32, one thread):
   queries and a multiple of `KEY_MULTIPLE` keys; no product has fewer than `COLUMNS` columns.
 - **Long sums** are split depending on their length.  The sum over keys is split here, every
   `KEY_BLOCK`; masked keys after a response have weight 0, and adding 0 changes no bit.
-- **Exponentials** differ between full vector registers and the remainder, so that the start of a row
-  must not decide which is used: softmax takes rows of a multiple of `KEY_MULTIPLE` keys, and SwiGLU,
-  in Megatron's MLP and in the decoder, halves of rows that hold gate and up.
+- **Exponentials** differ between full vector registers and the remainder of a loop, so there is none:
+  softmax takes rows of a multiple of `KEY_MULTIPLE` keys, SiLU of a multiple of `VECTOR_BYTES`.
 - **log π** is one function, `log_softmax`, for sampler and LM head.
 
 `torch.nn.functional.rms_norm`, rotary embeddings, biases and residual sums need no change.  In
@@ -46,15 +45,42 @@ KEY_MULTIPLE = 16
 """Keys are padded to a multiple of this."""
 KEY_BLOCK = 128
 """Keys summed by one product; BLAS splits longer sums in halves."""
+VECTOR_BYTES = 128
+"""Two registers of AVX-512, which a vector loop takes at once."""
 MASKED = -10000.0
 """Megatron's score of a masked key: its softmax weight underflows to 0."""
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ: [..., K], [N, K] → [..., N], in x's type."""
+def linear(x: Tensor, weight: Tensor, parts: int = 1) -> Tensor:
+    """x Wᵀ: [..., K], [N, K] → [..., N], in x's type.
+
+    Args:
+        parts: of the sum over K, added in order; see `partial_products`.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    result: Tensor = _Linear.apply(rows, weight) if torch.is_grad_enabled() else _product(rows, weight)
+    if torch.is_grad_enabled():
+        result: Tensor = _Linear.apply(rows, weight, parts)
+    else:
+        result = _product(rows, weight, parts)
     return result.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def partial_products(x: Tensor, weight: Tensor, parts: int) -> Tensor:
+    """[n, K], [N, K] → [parts, n, N] float32, over equal parts of K.
+
+    Ranks that share a weight matrix by its columns compute some of the parts each; added by `add_in_order`,
+    all parts give the same bits on any number of ranks.
+    """
+    pairs = zip(x.float().chunk(parts, 1), weight.float().chunk(parts, 1), strict=True)
+    return torch.stack([_tiled(own.contiguous(), columns.contiguous()) for own, columns in pairs])
+
+
+def add_in_order(partials: Tensor) -> Tensor:
+    """[parts, …] → their sum, from the first to the last."""
+    total = partials[0]
+    for partial in partials[1:]:
+        total = total + partial
+    return total
 
 
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -66,20 +92,22 @@ class _Linear(torch.autograd.Function):
     """The tiled product with the usual gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, parts: int) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight)
+        return _product(x, weight, parts)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
-        return gradient @ weight, gradient.t() @ x
+        return gradient @ weight, gradient.t() @ x, None
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
+def _product(x: Tensor, weight: Tensor, parts: int) -> Tensor:
     """[n, K], [N, K] → [n, N]: float32 sums, rounded once."""
-    return _tiled(x.float(), weight.float()).to(x.dtype)
+    if parts == 1:
+        return _tiled(x.float(), weight.float()).to(x.dtype)
+    return add_in_order(partial_products(x, weight, parts)).to(x.dtype)
 
 
 def _tiled(x: Tensor, weight: Tensor) -> Tensor:
@@ -129,6 +157,12 @@ def _heights(columns: int, width: int, device: torch.device) -> tuple[int, ...]:
     full = _whole_tiles(x, weight, 1)
     equal = (rows for rows in TILE_ROWS if torch.equal(torch.mm(x[:rows], weight.t()), full[:rows]))
     return (*equal, TILE)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x · sigmoid(x)."""
+    width, multiple = x.shape[-1], VECTOR_BYTES // x.dtype.itemsize
+    return F.silu(F.pad(x, (0, -width % multiple)))[..., :width] if width % multiple else F.silu(x)
 
 
 def padded_keys(length: int) -> int:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from opo_megatron.utils.hashing import GOLDEN, MASK, mix_tensor, shift_right, signed
 
-ALIGNMENT = 16
-"""Exponentials are taken of rows of a multiple of this: a vector register's remainder rounds differently."""
+ALIGNMENT = 32
+"""Exponentials are taken of rows of a multiple of this: the remainder of a vector loop rounds differently."""
 
 
 def uniforms(keys: Tensor, positions: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from opo_megatron.config.choices import Dtype
 from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.errors import UserError
+from opo_megatron.kernels import exact as exact_kernels
 from opo_megatron.kernels.rotary import inverse_frequencies
 from opo_megatron.policy.layer_specs import device_fields, fp8_fields, layer_spec, recompute_fields, spec_name
 
@@ -123,9 +124,11 @@ def build_chunks(
 ) -> list[GPTModel]:
     """This rank's model chunks (one, or one per virtual stage), with uninitialized weights."""
     config = transformer_config(policy, device)
+    if exact:
+        config.activation_func = exact_kernels.silu
     stages = policy.virtual_pipeline_model_parallel_size or 1
     last = policy.pipeline_model_parallel_size - 1
-    spec, norm = layer_spec(config, spec_name(device), exact)
+    spec, norm = layer_spec(config, spec_name(device), policy.exact_sum_parts if exact else None)
     layers = config.num_layers // (policy.pipeline_model_parallel_size * stages)
     chunks = []
     for stage in range(stages):

@@ -13,12 +13,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.kernels import exact
 from opo_megatron.kernels.exact_digest import row_digests
+from opo_megatron.kernels.lm_head import gather_logits
 from opo_megatron.policy.model import head_weight
 from opo_megatron.policy.policy import Policy
 from opo_megatron.rollout.engine import Digests
@@ -46,7 +48,7 @@ def policy_digests(policy: Policy, parallel: Parallel, rollouts: Rollouts) -> Di
     with recorder.listening():
         policy.log_probs(rollouts, schedule, 1.0)
     total: Counter[str] = Counter()
-    replica = recorder.digests if parallel.dp_rank == 0 else {}
+    replica = recorder.digests if parallel.dp_rank == parallel.tp_rank == 0 else {}
     for digests in all_gather_objects(parallel, replica):
         total.update(digests)
     return {name: signed(digest & MASK) for name, digest in total.items()}
@@ -107,37 +109,64 @@ class _Recorder:
             self._query_norm = result
         elif name.startswith("the norm of queries and keys"):
             assert self._query_norm is not None
-            self._record(name, torch.cat((self._query_norm, result), -2))
+            self._record(name, self._query_norm, result, shard_dim=-2)
         elif name.startswith("the attention of"):
             rotary = name.replace("the attention", "the rotary embedding")
-            self._record(rotary, torch.cat((inputs[0], inputs[1]), -2))
-            self._record(name, result)
+            self._record(rotary, inputs[0], inputs[1], shard_dim=-2)
+            self._record(name, result, shard_dim=-1)
         elif name.startswith("the linear layer of queries"):
-            self._record(name, self._by_kind(result))
+            self._record(name, *self._by_kind(result), shard_dim=-1)
+        elif name.startswith("the linear layer of gate"):
+            self._record(name, *result.chunk(2, -1), shard_dim=-1)
         elif name.startswith("the linear layer of the MLP's output"):
-            self._record(name.replace("the linear layer of the MLP's output", "SwiGLU"), inputs[0])
+            activated = name.replace("the linear layer of the MLP's output", "SwiGLU")
+            self._record(activated, inputs[0], shard_dim=-1)
             self._record(name, result)
         else:
             self._record(name, result)
         if name == "the final norm":
-            hidden = result.detach().reshape(self._rows.numel(), -1)[self._head_rows]
-            if hidden.numel():
-                weight = head_weight(self._policy.chunks[-1])[: self._policy.vocab_size]
-                self._add(HEAD, row_digests(exact.logits(hidden, weight)))
+            self._record_head(result)
 
-    def _by_kind(self, qkv: Tensor) -> Tensor:
+    def _record_head(self, hidden: Tensor) -> None:
+        """Recorded here, because the head is no module.  A collective of the tensor-parallel ranks."""
+        rows = self._all_rows(hidden)[self._head_rows]
+        shard, weight = self._policy.head.vocabulary(head_weight(self._policy.chunks[-1]))
+        logits = gather_logits(exact.logits(rows, weight), shard)
+        if rows.numel():
+            self._add(HEAD, row_digests(logits))
+
+    def _by_kind(self, qkv: Tensor) -> list[Tensor]:
         """Megatron's order, group by group, → all queries, all keys, all values."""
-        model = self._policy.config.model
+        model, ranks = self._policy.config.model, self._policy.parallel.tp_size
         groups, width = model.num_query_groups, model.kv_channels
         assert groups is not None and width is not None
-        grouped = qkv.unflatten(-1, (groups, -1))
+        grouped = qkv.unflatten(-1, (groups // ranks, -1))
         shared = model.num_attention_heads // groups
-        parts = grouped.split([shared * width, width, width], -1)
-        return torch.cat([part.flatten(-2) for part in parts], -1)
+        return [part.flatten(-2) for part in grouped.split([shared * width, width, width], -1)]
 
-    def _record(self, name: str, output: Tensor) -> None:
-        rows = output.detach().reshape(self._rows.numel(), -1)  # [s, b, …] or [T, …]
-        self._add(name, row_digests(rows[self._rows]))
+    def _record(self, name: str, *outputs: Tensor, shard_dim: int | None = None) -> None:
+        """Args:
+        shard_dim: along which each output is sharded over tensor-parallel ranks.
+        """
+        dim = -1 if shard_dim is None else shard_dim
+        if shard_dim is not None:
+            outputs = tuple(self._gathered(output, shard_dim) for output in outputs)
+        self._add(name, row_digests(self._all_rows(torch.cat(outputs, dim))[self._rows]))
+
+    def _all_rows(self, output: Tensor) -> Tensor:
+        """[s, b, …] or [T, …], where s may be sharded over tensor-parallel ranks → [rows, …]."""
+        rows = self._rows.numel()
+        if output.shape[:2].numel() < rows and self._policy.config.sequence_parallel:
+            output = self._gathered(output, 0)
+        return output.detach().reshape(rows, -1)
+
+    def _gathered(self, output: Tensor, dim: int) -> Tensor:
+        parallel = self._policy.parallel
+        if parallel.tp_size == 1:
+            return output
+        shards = [torch.empty_like(output) for _ in range(parallel.tp_size)]
+        dist.all_gather(shards, output.detach().contiguous(), group=parallel.tp_group)
+        return torch.cat(shards, dim)
 
     def _add(self, name: str, digests: Tensor) -> None:
         self.digests[name] = self.digests.get(name, 0) + int(digests.sum())

@@ -217,13 +217,11 @@ SGLANG = ("rollout.engine=sglang", "rollout.sglang.exact=true")
     ("switch", "override"),
     [
         *((EXACT, one) for one in ("rollout.engine=sglang", "policy.device=cuda", "run.threads_per_rank=2")),
-        (EXACT, "policy.tensor_model_parallel_size=2"),
         (EXACT, "policy.model.num_moe_experts=4"),
         *(
             (SGLANG[1], one)
             for one in ("rollout.engine=local", "policy.device=cuda", "run.threads_per_rank=2")
         ),
-        (SGLANG[1], "policy.tensor_model_parallel_size=2"),
         (SGLANG[1], "rollout.sglang.tensor_parallel_size=2"),
         (SGLANG[1], "rollout.sglang.fp8=true"),
         (SGLANG[1], "policy.fp8=blockwise"),
@@ -236,6 +234,28 @@ def test_settings_that_cannot_be_exact_are_rejected(switch: str, override: str) 
         UserError, match=rf"{re.escape(switch)} needs {key}=.*, but it is .*; set {key}=.* or "
     ):
         small_config(*before, switch, override)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parts", "message"),
+    [
+        (2, 1, "policy.exact_sum_parts to be a multiple of it, but it is 1; set policy.exact_sum_parts=2"),
+        (4, 2, "policy.exact_sum_parts to be a multiple of it, but it is 2; set policy.exact_sum_parts=4"),
+        (2, 3, "policy.exact_sum_parts to be a multiple of it, but it is 3; set policy.exact_sum_parts=2"),
+        (1, 5, "ffn_hidden_size is 48, which is not divisible by policy.exact_sum_parts=5"),
+        (1, 3, "attention heads is 32, which is not divisible by policy.exact_sum_parts=3"),
+        (1, 0, "policy.exact_sum_parts is 0; it must be at least 1"),
+    ],
+)
+def test_parts_of_sums_are_split_evenly_over_ranks(ranks: int, parts: int, message: str) -> None:
+    layout = (f"policy.tensor_model_parallel_size={ranks}", "policy.model.num_query_groups=4")
+    with pytest.raises(UserError, match=re.escape(message)):
+        small_config(EXACT, *layout, f"policy.exact_sum_parts={parts}", world_size=ranks)
+
+
+def test_parts_of_sums_need_exact_mode() -> None:
+    with pytest.raises(UserError, match=r"exact_sum_parts is 2, but only exact mode adds sums in parts"):
+        small_config("policy.exact_sum_parts=2")
 
 
 def test_experts_are_refused_with_sglang_too() -> None:
@@ -311,6 +331,29 @@ def test_the_gradient_of_a_linear_layer_is_the_standard_one() -> None:
     actual = torch.autograd.grad(exact.linear(x, weight).square().sum(), (x, weight))
     expected = torch.autograd.grad(F.linear(x, weight).square().sum(), (x, weight))
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_the_sum_of_parts_is_the_same_on_any_number_of_ranks(parts: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(70, 64, generator=generator), torch.randn(40, 64, generator=generator)
+    whole = exact.linear(x, weight, parts)
+    torch.testing.assert_close(whole, x @ weight.t(), rtol=1e-5, atol=1e-5)
+    for ranks in (2, parts):
+        shards = zip(x.chunk(ranks, 1), weight.chunk(ranks, 1), strict=True)
+        own = [exact.partial_products(rows, columns, parts // ranks) for rows, columns in shards]
+        assert torch.equal(exact.add_in_order(torch.cat(own)), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 24, 48, 176, 352])
+def test_silu_of_an_element_depends_on_nothing_else(width: int, dtype: torch.dtype) -> None:
+    x = torch.randn(5, 2 * width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    whole = exact.silu(x)
+    torch.testing.assert_close(whole, F.silu(x), rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-2)
+    for part in (slice(0, width), slice(width, None)):
+        assert torch.equal(exact.silu(x[:, part]), whole[:, part])
+        assert torch.equal(exact.silu(x[2:3, part]), whole[2:3, part])
 
 
 @pytest.mark.parametrize("length", [1, 7, 16, 130, 300])

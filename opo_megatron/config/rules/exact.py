@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from opo_megatron.config.choices import Device, EngineName
 from opo_megatron.config.entries import SERVER_OPTIONS
-from opo_megatron.config.rules.require import require
-from opo_megatron.config.schema import Config
+from opo_megatron.config.rules.require import divides, require
+from opo_megatron.config.schema import Config, PolicyConfig
 
 OTHER_SUMS = "which splits sums over ranks"
 PROVEN_OPTIONS = frozenset(
@@ -37,14 +37,18 @@ def exact_switch(config: Config) -> str | None:
 
 def check_exact(config: Config) -> None:
     """Raise UserError at the first setting for which exactness is not proven."""
-    switch = exact_switch(config)
+    switch, parts = exact_switch(config), config.policy.exact_sum_parts
     if switch is None:
+        require(
+            parts == 1,
+            f"policy.exact_sum_parts is {parts}, but only exact mode adds sums in parts; set it to 1, or "
+            "rollout.local.exact=true or rollout.sglang.exact=true",
+        )
         return
     engine = EngineName.local if switch == "rollout.local.exact" else EngineName.sglang
     policy, sglang = config.policy, config.rollout.sglang
     required: list[tuple[str, object, object, str]] = [
         ("rollout.engine", config.rollout.engine.value, engine.value, "whose operations are others"),
-        ("policy.tensor_model_parallel_size", policy.tensor_model_parallel_size, 1, OTHER_SUMS),
         (
             "policy.expert_model_parallel_size",
             policy.expert_model_parallel_size,
@@ -66,6 +70,7 @@ def check_exact(config: Config) -> None:
     )
     for key, value, needed, reason in required:
         require(value == needed, needs(switch, key, value, needed, reason))
+    check_parts(switch, policy)
     if engine is EngineName.sglang:
         for name, value in sglang.options.items():
             is_proven = name.replace("_", "-") in PROVEN_OPTIONS or value is None
@@ -75,6 +80,19 @@ def check_exact(config: Config) -> None:
                 f"{_text(value)} is not proven to leave them alone; remove it or set "
                 "rollout.sglang.exact=false",
             )
+
+
+def check_parts(switch: str, policy: PolicyConfig) -> None:
+    """Check that parts of sums can be split over tensor-parallel ranks, and sums into parts."""
+    parts, ranks, model = policy.exact_sum_parts, policy.tensor_model_parallel_size, policy.model
+    require(
+        parts % ranks == 0,
+        f"{switch}=true with policy.tensor_model_parallel_size={ranks} needs policy.exact_sum_parts to be a "
+        f"multiple of it, but it is {parts}; set policy.exact_sum_parts={ranks}",
+    )
+    divides("policy.exact_sum_parts", parts, "policy.model.ffn_hidden_size", model.ffn_hidden_size)
+    width = model.num_attention_heads * (model.kv_channels or 0)
+    divides("policy.exact_sum_parts", parts, "the width of all attention heads", width)
 
 
 def needs(switch: str, key: str, value: object, needed: object, reason: str) -> str:

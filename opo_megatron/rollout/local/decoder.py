@@ -61,10 +61,14 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         exact: bool = False,
+        sum_parts: int = 1,
     ) -> None:
+        """Args:
+        sum_parts: `policy.exact_sum_parts`.
+        """
         assert model.num_query_groups is not None and model.kv_channels is not None
         self.model, self.vocab_size, self.dtype, self.device = model, vocab_size, dtype, device
-        self.exact = exact
+        self.exact, self.sum_parts = exact, sum_parts
         self.groups, self.head_dim = model.num_query_groups, model.kv_channels
         self.queries_per_group = model.num_attention_heads // self.groups
         self._tensors: dict[str, Tensor] = {}
@@ -222,7 +226,9 @@ class Decoder:
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         weight = self._tensors[name]
-        return exact_kernels.linear(x, weight) if self.exact else x @ weight.t()
+        if not self.exact:
+            return x @ weight.t()
+        return exact_kernels.linear(x, weight, self.sum_parts if name.endswith((".out", ".down")) else 1)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self._tensors[name], self.model.layernorm_epsilon)
@@ -255,7 +261,7 @@ class Decoder:
         gate_up = self._linear(x, name + "gate_up")
         self._observed(f"the linear layer of gate and up {of}", gate_up)
         gate, up = gate_up.chunk(2, -1)
-        activated = F.silu(gate) * up
+        activated = (exact_kernels.silu if self.exact else F.silu)(gate) * up
         self._observed(f"SwiGLU {of}", activated)
         down = self._linear(activated, name + "down")
         self._observed(f"the linear layer of the MLP's output {of}", down)

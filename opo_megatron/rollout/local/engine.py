@@ -41,8 +41,9 @@ class LocalEngine:
         device: torch.device,
         slots: int,
         exact: bool = False,
+        sum_parts: int = 1,
     ) -> None:
-        self.decoder = Decoder(model, vocab_size, dtype, device, exact)
+        self.decoder = Decoder(model, vocab_size, dtype, device, exact, sum_parts)
         self.slots = slots
         self.version: int | None = None
         self._cache: KeyValueCache | None = None

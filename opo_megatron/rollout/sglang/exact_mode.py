@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from opo_megatron.config.schema import Config, ModelConfig, SglangConfig
+from opo_megatron.config.schema import Config, PolicyConfig, SglangConfig
 from opo_megatron.errors import EngineFailure, UserError
 from opo_megatron.kernels.exact_sampling import key_at
 from opo_megatron.rollout.engine import GenerationRequest, Sampling, sampling_key
@@ -40,7 +40,8 @@ def options(config: Config) -> dict[str, object]:
 
 def server_name(config: Config) -> str:
     """The name of a server with the operations of this recipe; the vocabulary comes from the task."""
-    described = model_description(replace(config.policy.model, vocab_size=None))
+    policy = replace(config.policy, model=replace(config.policy.model, vocab_size=None))
+    described = model_description(policy)
     text = json.dumps([described, config.policy.dtype.value], sort_keys=True)
     return f"opo-exact-{hash_of_text(text) & MASK:016x}"
 
@@ -60,11 +61,11 @@ def check_server(config: Config, client: Client) -> None:
         )
 
 
-def model_description(model: ModelConfig) -> dict[str, Any]:
-    """`policy.model` as JSON, for the server's `config.json`."""
-    fields = asdict(model)
-    fields["rope_scaling"]["type"] = model.rope_scaling.type.value
-    return {MODEL: fields}
+def model_description(policy: PolicyConfig) -> dict[str, Any]:
+    """`policy.model` and how its sums are split as JSON, for the server's `config.json`."""
+    fields = asdict(policy.model)
+    fields["rope_scaling"]["type"] = policy.model.rope_scaling.type.value
+    return {MODEL: fields | {"exact_sum_parts": policy.exact_sum_parts}}
 
 
 def carried(requests: Sequence[GenerationRequest], sampling: Sampling, trace: bool) -> list[dict[str, Any]]:

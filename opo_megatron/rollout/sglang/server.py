@@ -70,7 +70,7 @@ def write_model_config(
     if quantization is not None:
         description["quantization_config"] = dict(quantization)
     if config.rollout.sglang.exact:
-        description |= exact_mode.model_description(config.policy.model)
+        description |= exact_mode.model_description(config.policy)
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 

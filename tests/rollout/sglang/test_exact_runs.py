@@ -21,7 +21,7 @@ from tests.support.altered_operations import NAMED
 from tests.support.fixtures import RECIPE, SMALL_MODEL, small_config
 from tests.support.interrupted import COMMAND, assert_same_run, attempts
 from tests.support.servers import ROOT, processes_of, sglang_python
-from tests.support.tiny_run import rows
+from tests.support.tiny_run import lasting, rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -88,11 +88,13 @@ def test_every_family_is_exact_and_samples_what_the_local_engine_samples(
     opo("train", str(RECIPE), f"run.dir={tmp_path / 'local'}", *settings, *LOCAL, "rollout.temperature=0.8")
     chains = [[row["chain"] for row in rows(tmp_path / name, "audit.jsonl")] for name in ("sglang", "local")]
     assert chains[0] == chains[1] and len(chains[0]) == 4
+    assert lasting(tmp_path / "sglang") == lasting(tmp_path / "local")
 
 
 # ---------------------------------------------------------------------- layouts and transports
 
 PP2, VPP2 = "policy.pipeline_model_parallel_size=2", "policy.virtual_pipeline_model_parallel_size=2"
+TP2, PARTS = "policy.tensor_model_parallel_size=2", "policy.exact_sum_parts=2"
 THD, CP2 = "policy.packing=thd", "policy.context_parallel_size=2"
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "pp2": (2, (PP2,)),
@@ -102,6 +104,8 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "cp2": (2, (THD, CP2)),
     "pp2 packed, distributed": (2, (PP2, THD, "rollout.sglang.transport=distributed")),
     "disk": (1, ("rollout.sglang.transport=disk",)),
+    "tp2": (2, (TP2,)),
+    "tp2 sequence parallel": (2, (TP2, "policy.sequence_parallel=true")),
 }
 
 
@@ -113,6 +117,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         f"run.dir={folder}",
         f"rollout.sglang.python={sglang_python()}",
         *EXACT,
+        PARTS,
         "rollout.sglang.max_running_requests=64",
         f"rollout.sglang.api_key_file={folder / 'key'}",
     )
@@ -128,7 +133,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def local_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("local") / "run"
-    opo("train", str(RECIPE), f"run.dir={run_dir}", *SHORT, *LOCAL)
+    opo("train", str(RECIPE), f"run.dir={run_dir}", *SHORT, *LOCAL, PARTS)
     return run_dir
 
 
@@ -142,12 +147,12 @@ def test_every_layout_and_transport_is_exact(
         f"rollout.sglang.urls=[{server.url}]",
         f"rollout.sglang.api_key_file={server.settings.api_key_file}",
     )
-    run_steps(tmp_path / "run", *SHORT, *urls, *overrides, "--nproc", str(ranks))
+    run_steps(tmp_path / "run", *SHORT, *urls, PARTS, *overrides, "--nproc", str(ranks))
     assert sampled(tmp_path / "run", 1) == sampled(local_run, 1)
 
 
 def test_two_servers_sample_what_one_samples(local_run: Path, tmp_path: Path) -> None:
-    run_steps(tmp_path / "run", *SHORT, "rollout.sglang.servers=2", "--nproc", "2")
+    run_steps(tmp_path / "run", *SHORT, PARTS, "rollout.sglang.servers=2", "--nproc", "2")
     assert len(list((tmp_path / "run" / "sglang").glob("*.pid"))) == 2
     assert sampled(tmp_path / "run", 1) == sampled(local_run, 1)
 

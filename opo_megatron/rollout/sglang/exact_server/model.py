@@ -22,7 +22,7 @@ from opo_megatron.rollout.local.decoder import Decoder
 from opo_megatron.rollout.sglang.exact_server.sampler import TRACE, parameters
 
 MODEL = "opo_model"
-"""`policy.model` in the server's `config.json`."""
+"""`policy.model` and `policy.exact_sum_parts` in the server's `config.json`."""
 
 
 class ExactLogits(LogitsProcessor):  # type: ignore[misc]
@@ -43,7 +43,12 @@ class ExactForCausalLM(nn.Module):
         super().__init__()
         model = _model_of(config)
         self.decoder = Decoder(
-            model, config.vocab_size, torch.get_default_dtype(), torch.device("cpu"), exact=True
+            model,
+            config.vocab_size,
+            torch.get_default_dtype(),
+            torch.device("cpu"),
+            exact=True,
+            sum_parts=model.exact_sum_parts,
         )
         for name, tensor in self.decoder.tensors().items():  # SGLang looks for a model's memory here
             self.register_parameter(name.replace(".", "_"), nn.Parameter(tensor, requires_grad=False))
