@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.exact_batchings import RETRACTED
+from opo_megatron.rollout.sglang.installation import SERVE
 from opo_megatron.run import Run
 from opo_megatron.train import opo_step
 from opo_megatron.updates.sft import run_sft
@@ -79,6 +81,31 @@ def assert_same(actual: Rollouts, expected: Rollouts) -> None:
     assert torch.equal(actual.finish_reasons, expected.finish_reasons)
     assert actual.engine_log_prob is not None and expected.engine_log_prob is not None
     assert torch.equal(actual.engine_log_prob, expected.engine_log_prob)
+
+
+SHARED = (
+    "opo_megatron.kernels.exact",
+    "opo_megatron.kernels.exact_digest",
+    "opo_megatron.kernels.exact_sampling",
+    "opo_megatron.kernels.rotary",
+    "opo_megatron.rollout.local.decoder",
+)
+
+
+def test_files_that_the_server_shares_need_torch_alone() -> None:
+    program = f"""
+import importlib, runpy, sys
+import torch
+before = set(sys.modules)
+runpy.run_path({str(SERVE)!r})["share_files"]()
+for name in {SHARED!r}:
+    importlib.import_module(name)
+known = (*sys.stdlib_module_names, "torch", "torchvision", "vllm", "opo_megatron")
+print(*(name for name in set(sys.modules) - before if name.partition(".")[0] not in known))
+"""
+    argv = [sglang_python(), "-c", program]
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=200, check=True)
+    assert result.stdout.strip() == ""
 
 
 def test_three_steps_have_no_difference_at_all(run: Run) -> None:
