@@ -285,7 +285,7 @@ def test_options_of_a_server_that_may_change_an_operation_are_refused(option: st
 
 
 def test_options_of_a_server_that_change_no_operation_are_taken() -> None:
-    options = ("chunked_prefill_size=64", "enable-mixed-chunk=true", "log_level=info", "kv_cache_dtype=null")
+    options = ("chunked_prefill_size=64", "enable-mixed-chunk=true", "log_level=info")
     small_config(*SGLANG, *(f"rollout.sglang.options.{option}" for option in options))
 
 

@@ -73,7 +73,12 @@ def check_exact(config: Config) -> None:
     check_parts(switch, policy)
     if engine is EngineName.sglang:
         for name, value in sglang.options.items():
-            is_proven = name.replace("_", "-") in PROVEN_OPTIONS or value is None
+            require(
+                value is not None,
+                f"{SERVER_OPTIONS}.{name} is null, which may leave out an option of rollout.sglang.exact=true; "
+                "give it a value or remove it",
+            )
+            is_proven = name.replace("_", "-") in PROVEN_OPTIONS
             require(
                 is_proven,
                 f"rollout.sglang.exact=true chooses the server's operations, and {SERVER_OPTIONS}.{name}="

@@ -33,7 +33,13 @@ from opo_megatron.rollout.engine import Digests, GenerationRequest, Progress, Sa
 from opo_megatron.rollout.sglang import exact_mode
 from opo_megatron.rollout.sglang.api_key import shared_key
 from opo_megatron.rollout.sglang.client import Client
-from opo_megatron.rollout.sglang.exact_batchings import BATCHINGS, CACHED, check_size, replies_batched
+from opo_megatron.rollout.sglang.exact_batchings import (
+    BATCHINGS,
+    CACHED,
+    CHUNKED,
+    check_size,
+    replies_batched,
+)
 from opo_megatron.rollout.sglang.replies import generate_body, rollouts_of
 from opo_megatron.rollout.sglang.server import Server, free_port
 from opo_megatron.rollout.sglang.transfer import (
@@ -328,7 +334,9 @@ class SglangEngine:
     # ------------------------------------------------------------------ check of exact mode
 
     def batchings(self) -> Sequence[str]:
-        return [one for one in BATCHINGS if one != CACHED or not exact_mode.disables_prefixes(self.settings)]
+        absent = {CACHED} if exact_mode.disables_prefixes(self.settings) else set()
+        absent |= {CHUNKED} if exact_mode.chunk_tokens(self.settings) <= 0 else set()
+        return [batching for batching in BATCHINGS if batching not in absent]
 
     def check_size(self, batching: str) -> tuple[int, int]:
         return check_size(batching, exact_mode.chunk_tokens(self.settings))

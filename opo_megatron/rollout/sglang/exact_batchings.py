@@ -27,8 +27,10 @@ CHUNKS = 3
 MEAN_PROMPT = 16
 """Tokens, by which requests are counted that fill these chunks."""
 FLUSH_SECONDS = 30
-PAUSE_SECONDS = 0.03
-"""Time to the first retraction; the next ones take longer, so that requests end."""
+PAUSE_SECONDS = (0.03, 0.01, 0.003)
+"""Time to the first retraction; shorter where all requests had ended by then."""
+SLOWER = 1.5
+"""Each retraction comes this many times later than the one before, so that requests end."""
 
 Post = Callable[[Sequence[GenerationRequest]], list[Any]]
 """Sends requests to one server and returns its replies."""
@@ -42,7 +44,7 @@ def check_size(batching: str, chunk: int) -> tuple[int, int]:
     """
     if batching in (ALONE, THREE):
         return FEW, 2
-    return FEW + -(-CHUNKS * chunk // MEAN_PROMPT), 2
+    return FEW + -(-CHUNKS * max(chunk, MEAN_PROMPT) // MEAN_PROMPT), 2
 
 
 def replies_batched(
@@ -58,27 +60,30 @@ def replies_batched(
     if batching == ALONE:
         return [reply for request in requests for reply in post([request])]
     if batching == RETRACTED:
-        return _retracted(client, post, requests)
+        for seconds in PAUSE_SECONDS:
+            replies = _interrupted(client, post, requests, seconds)
+            if any(_info(reply, "num_retractions") for reply in replies):
+                return replies
+        raise EngineFailure(f"{client.url} retracted no request")
     replies = post(requests)
     if batching == CACHED and not any(_info(reply, "cached_tokens") for reply in replies):
         raise EngineFailure(f"{client.url} took no prompt from its prefix cache")
     return replies
 
 
-def _retracted(client: Client, post: Post, requests: Sequence[GenerationRequest]) -> list[Any]:
+def _interrupted(
+    client: Client, post: Post, requests: Sequence[GenerationRequest], seconds: float
+) -> list[Any]:
+    """Replies to requests that are all retracted every so often until they end."""
     with ThreadPoolExecutor(1) as thread:
-        pending, seconds = thread.submit(post, requests), PAUSE_SECONDS
+        pending = thread.submit(post, requests)
         while True:
             try:
-                replies = pending.result(seconds)
-                break
+                return pending.result(seconds)
             except TimeoutError:
                 client.post("/pause_generation", mode="retract")
                 client.post("/continue_generation")
-                seconds *= 1.5
-    if not any(_info(reply, "num_retractions") for reply in replies):
-        raise EngineFailure(f"{client.url} retracted no request")
-    return replies
+                seconds *= SLOWER
 
 
 def _info(reply: Any, name: str) -> int:

@@ -78,7 +78,7 @@ def carried(requests: Sequence[GenerationRequest], sampling: Sampling, trace: bo
 
 
 def chunk_tokens(settings: SglangConfig) -> int:
-    """Tokens that a server prefills at once."""
+    """Tokens that a server prefills at once; -1: any number."""
     chunk: int = by_their_own_names(settings.options).get(CHUNK, OPTIONS[CHUNK])
     return chunk
 
