@@ -128,7 +128,7 @@ def _tiled(x: Tensor, weight: Tensor) -> Tensor:
 def _whole_tiles(x: Tensor, weight: Tensor, tiles: int) -> Tensor:
     """[tiles · TILE, K], [N, K] → [tiles · TILE, N], by a single batched call."""
     product = torch.bmm(x.view(tiles, TILE, x.shape[1]), weight.t().expand(tiles, -1, -1))
-    return product.view(tiles * TILE, -1)
+    return product.view(tiles * TILE, weight.shape[0])
 
 
 def _last_tile(x: Tensor, weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def row_digests(x: Tensor) -> Tensor:
     """[n, …] → signed 64-bit digest of each row [n]."""
-    rows = x.detach().reshape(x.shape[0], -1).contiguous()
+    rows = x.detach().flatten(1).contiguous()
     bits = rows.view(_INTEGERS[rows.dtype.itemsize]).long()
     positions = torch.arange(1, bits.shape[1] + 1, device=bits.device) * signed(GOLDEN)
     return mix_tensor(mix_tensor(bits + positions).sum(1))

@@ -75,7 +75,7 @@ def check_exact(config: Config) -> None:
         for name, value in sglang.options.items():
             require(
                 value is not None,
-                f"{SERVER_OPTIONS}.{name} is null, which may leave out an option of rollout.sglang.exact=true; "
+                f"{SERVER_OPTIONS}.{name} is null, which may leave out what rollout.sglang.exact=true sets; "
                 "give it a value or remove it",
             )
             is_proven = name.replace("_", "-") in PROVEN_OPTIONS
