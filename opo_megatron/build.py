@@ -28,6 +28,7 @@ from opo_megatron.config import Config
 from opo_megatron.config.arithmetic import shares_memory
 from opo_megatron.config.choices import Dtype, EngineName, Kl
 from opo_megatron.config.compare import INPUTS, changed_settings, check_inputs, check_resume
+from opo_megatron.config.rules.exact import exact_switch
 from opo_megatron.config.schema import OptimizerConfig
 from opo_megatron.distributed.process_groups import (
     Parallel,
@@ -44,7 +45,6 @@ from opo_megatron.policy.device import check_device
 from opo_megatron.policy.policy import Policy
 from opo_megatron.resilience.stop import StopRequest
 from opo_megatron.resilience.watchdog import Watchdog
-from opo_megatron.rollout.engine import RolloutEngine
 from opo_megatron.rollout.exact_check import check_exact, check_exact_device
 from opo_megatron.rollout.generation import Generation
 from opo_megatron.rollout.local.engine import LocalEngine
@@ -128,8 +128,8 @@ def _build(
     watchdog.start()
     if config.observe.wandb_project is not None and parallel.rank == 0:
         load_wandb(config)
-    if config.rollout.local.exact:
-        check_exact_device(parallel)
+    if (switch := exact_switch(config)) is not None:
+        check_exact_device(switch, parallel)
     if config.rollout.engine is EngineName.sglang:
         check_servers_device(config.rollout.sglang, parallel.device)
     watchdog.enter("loading the task")
@@ -278,8 +278,9 @@ def open_generation(
         watchdog.progress()  # a server that starts has its own time limit
         display.status(line)
 
-    engine = _start_engine(config, parallel, policy, display, show_status)
+    engine = _start_engine(config, parallel, policy, show_status, display.log)
     resources.callback(engine.close)
+    _check_exact(config, policy, engine, parallel, display)
     return Generation(
         config=config,
         parallel=parallel,
@@ -295,28 +296,36 @@ def _start_engine(
     config: Config,
     parallel: Parallel,
     policy: Policy,
-    display: Display,
     show_status: Callable[[str], None],
-) -> RolloutEngine:
+    log: Callable[[str], None],
+) -> LocalEngine | SglangEngine:
     if config.rollout.engine is EngineName.local:
-        return _start_local_engine(config, parallel, policy, display)
+        dtype = torch.bfloat16 if config.policy.dtype is Dtype.bf16 else torch.float32
+        return LocalEngine(
+            config.policy.model,
+            policy.vocab_size,
+            dtype,
+            parallel.device,
+            config.rollout.local.slots,
+            config.rollout.local.exact,
+            config.policy.exact_sum_parts,
+        )
     model_dir = absolute(config.run.dir) / "sglang" / "model"
     fp8 = engine_quantization(config, policy.vocab_size)
     if parallel.rank == 0:
         write_model_config(config, policy.vocab_size, model_dir, fp8.config if fp8 else None)
     all_gather_objects(parallel, None)  # no server starts before the file is there
-    return SglangEngine(config, parallel, model_dir, show_status, fp8, display.log)
+    return SglangEngine(config, parallel, model_dir, show_status, fp8, log)
 
 
-def _start_local_engine(config: Config, parallel: Parallel, policy: Policy, display: Display) -> LocalEngine:
-    dtype = torch.bfloat16 if config.policy.dtype is Dtype.bf16 else torch.float32
-    slots, exact = config.rollout.local.slots, config.rollout.local.exact
-    engine = LocalEngine(config.policy.model, policy.vocab_size, dtype, parallel.device, slots, exact)
-    if exact and policy.optimizer is not None:  # the promise is about the training pass
+def _check_exact(
+    config: Config, policy: Policy, engine: LocalEngine | SglangEngine, parallel: Parallel, display: Display
+) -> None:
+    """Test exact mode where it is on; the promise is about the training pass."""
+    if exact_switch(config) is not None and policy.optimizer is not None:
         display.status("testing that engine and policy agree bit for bit")
         compared = check_exact(config, policy, engine, parallel)
         display.log(f"exact mode: {compared} log-probabilities of engine and policy are equal bit for bit")
-    return engine
 
 
 def vocabulary_of(config: Config, task: Task) -> int:

@@ -1,14 +1,19 @@
-"""Benchmarks exact mode: the quickstart with and without `rollout.local.exact=true` → records/exact.json
+"""Benchmarks exact mode, with both engines → records/exact.json
 
-python tools/bench_exact.py                # two whole quickstarts
-python tools/bench_exact.py --steps 20     # shorter ones; prints only
+python tools/bench_exact.py                  # four whole quickstarts, and rollouts of two sizes of model
+python tools/bench_exact.py --steps 20       # shorter ones; prints only
+python tools/bench_exact.py --engine local   # one engine; prints only
 
-Both run on one thread, one after the other, from the same seed.  Rounding makes them diverge after some
-steps, so times are also given per thousand response tokens.  Exit code 1 where any step of the exact run has
-a maximum |Δ log π| other than 0, or where the run without exact mode has no difference at all.
+Whole runs of the quickstart with and without exact mode, on one thread, one after the other, from the same
+seed.  Rounding makes them diverge after some steps, so times are also given per thousand response tokens.
+Then rollouts alone (`bench/exact_rollouts.py`).  Exit code 1 where a requirement is not met.
 """
 
 from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import argparse
 import json
@@ -19,15 +24,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.exact_rollouts import tokens_per_second
 from bench.record import write_record
 from bench_loop import PHASES, ROOT, phases, rows_of
 
 from opo_megatron.utils.terminal import prepare_terminal
 
-MODES = {
-    "exact": ("rollout.local.exact=true", "on_policy.tolerance=0"),
-    "usual": ("rollout.local.exact=false",),
-}
+RECIPES = {"local": "quickstart.yaml", "sglang": "quickstart_sglang.yaml"}
+HIDDEN_SIZES = (128, 768)
+STEP, MANY, ONE = 1.2, 1.25, 2.0
+"""How many times the usual time a step may take, and the rollout of 48 requests and of one at hidden 768."""
 
 
 def main() -> int:
@@ -35,28 +41,66 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, metavar="N", help="number of OPO steps; writes no record")
+    parser.add_argument("--engine", choices=RECIPES, help="measure only this engine; writes no record")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of each rollout; default 5")
     arguments = parser.parse_args()
+    engines = [arguments.engine] if arguments.engine else list(RECIPES)
     with tempfile.TemporaryDirectory() as folder:
         results: dict[str, Any] = {
-            mode: measure(Path(folder) / mode, settings, arguments.steps) for mode, settings in MODES.items()
+            engine: quickstarts(Path(folder), engine, arguments.steps) for engine in engines
         }
-    results["exact / usual"] = {name: ratio(results, name) for name in ("seconds of a step", *PHASES)}
+        results["tokens/s of rollouts"] = {
+            f"hidden {hidden}": tokens_per_second(
+                ROOT / "recipes" / "quickstart.yaml", Path(folder) / str(hidden), hidden, arguments.repeats
+            )
+            for hidden in HIDDEN_SIZES
+        }
     print(json.dumps(results, indent=2))
-    if arguments.steps is None:
+    if arguments.steps is None and arguments.engine is None:
         print(f"written to {write_record('exact', results)}")
-    differences = results["exact"]["largest |Δ log π| of every step"]
-    is_exact = bool(differences) and all(difference == 0.0 for difference in differences)
-    has_difference = max(results["usual"]["largest |Δ log π| of every step"]) > 0
-    if not is_exact:
-        print(f"NOT MET: every step is exact; the largest difference is {max(differences, default=None)}")
-    if not has_difference:
-        print("NOT MET: without exact mode there is a difference to remove")
-    return 0 if is_exact and has_difference else 1
+    missed = [claim for engine in engines for claim in unmet(results, engine)]
+    for claim in missed:
+        print(f"NOT MET: {claim}")
+    return 1 if missed else 0
 
 
-def measure(run: Path, settings: tuple[str, ...], steps: int | None) -> dict[str, Any]:
+def unmet(results: dict[str, Any], engine: str) -> list[str]:
+    """The requirements that an engine misses."""
+    runs, rollouts = results[engine], results["tokens/s of rollouts"]["hidden 768"]
+
+    def ratio(case: str) -> float:
+        return float(rollouts[case][f"{engine}, usual"] / rollouts[case][f"{engine}, exact"])
+
+    differences = runs["exact"]["largest |Δ log π| of every step"]
+    step = runs["exact / usual"]["seconds of a step"]
+    requirements = {
+        f"every step is exact; the largest difference is {max(differences, default=None)}": (
+            bool(differences) and set(differences) == {0.0}
+        ),
+        "without exact mode there is a difference to remove": (
+            max(runs["usual"]["largest |Δ log π| of every step"]) > 0
+        ),
+        f"a step takes at most {STEP} times the usual; it takes {step:.2f}": step <= STEP,
+        f"48 requests at hidden 768: at most {MANY} times; {ratio('48 × 60'):.2f}": ratio("48 × 60") <= MANY,
+        f"one request at hidden 768: at most {ONE} times; {ratio('1 × 60'):.2f}": ratio("1 × 60") <= ONE,
+    }
+    return [f"{engine}: {claim}" for claim, holds in requirements.items() if not holds]
+
+
+def quickstarts(folder: Path, engine: str, steps: int | None) -> dict[str, Any]:
+    """A quickstart in each mode, and the ratio of their times per response token."""
+    exact = (f"rollout.{engine}.exact=true", "on_policy.tolerance=0")
+    result: dict[str, Any] = {
+        mode: measure(folder / engine / mode, RECIPES[engine], settings, steps)
+        for mode, settings in (("exact", exact), ("usual", ()))
+    }
+    result["exact / usual"] = {name: ratio(result, name) for name in ("seconds of a step", *PHASES)}
+    return result
+
+
+def measure(run: Path, recipe: str, settings: tuple[str, ...], steps: int | None) -> dict[str, Any]:
     """One quickstart by `opo train`."""
-    command = [sys.executable, "-m", "opo_megatron", "train", str(ROOT / "recipes" / "quickstart.yaml")]
+    command = [sys.executable, "-m", "opo_megatron", "train", str(ROOT / "recipes" / recipe)]
     command += [f"run.dir={run}", *settings]
     if steps is not None:
         command.append(f"train.steps={steps}")
@@ -85,8 +129,10 @@ def seconds_per_token(row: dict[str, Any], name: str) -> float:
     return float(seconds / row["tokens/response"])
 
 
-def ratio(results: dict[str, Any], name: str) -> float:
-    exact, usual = (results[mode]["median seconds per 1000 response tokens"][name] for mode in MODES)
+def ratio(result: dict[str, Any], name: str) -> float:
+    exact, usual = (
+        result[mode]["median seconds per 1000 response tokens"][name] for mode in ("exact", "usual")
+    )
     return float(exact / usual)
 
 

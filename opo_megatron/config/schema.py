@@ -177,7 +177,7 @@ class LocalEngineConfig:
     """Responses decoded at once per rank. A finished response frees its slot for the next."""
     exact: bool = False
     """Make the log-probabilities recorded while sampling bitwise equal to those of the training pass, so that
-    `on_policy.tolerance` may be 0. CPU, fp32 and dense models only, without tensor parallelism."""
+    `on_policy.tolerance` may be 0. CPU and dense models only."""
 
 
 @dataclass
@@ -222,6 +222,10 @@ class SglangConfig:
     deterministic: bool = False
     """Sample by SGLang's deterministic inference, with a seed of the run for every response: the same run on
     the same GPUs samples the same tokens. GPUs only. Log-probabilities still differ from the policy's."""
+    exact: bool = False
+    """Run the policy's own operations inside the servers: recorded log-probabilities are bitwise equal to
+    those of the training pass, so that `on_policy.tolerance` may be 0, and responses depend on the run's seed
+    alone, so that a resumed run samples the same again. CPU and dense models only."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further options of `sglang.launch_server`, by their own names, with `_` or `-`; `options.NAME=VALUE`
     sets one. `true` is a flag, a list several words, a mapping JSON; `false` and `null` leave one out."""
@@ -342,6 +346,9 @@ class PolicyConfig:
     """Pipeline stages that the layers are split into."""
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per pipeline stage (interleaved schedule). Default: no virtual stages."""
+    exact_sum_parts: int = 1
+    """Parts, added in order, of the sums that tensor parallelism splits in exact mode. A multiple of
+    `tensor_model_parallel_size`; a run computes the same bits with any number of ranks that divides it."""
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions along the sequence."""
     context_parallel_size: int = 1

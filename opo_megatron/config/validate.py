@@ -65,6 +65,7 @@ _FIELD_RULES: tuple[Rule, ...] = (
         "policy.pipeline_model_parallel_size policy.context_parallel_size "
         "policy.expert_model_parallel_size policy.expert_tensor_parallel_size "
         "policy.max_tokens_per_micro_batch policy.head_chunk_tokens task.max_prompt_tokens "
+        "policy.exact_sum_parts "
         "task.verifier_workers task.verifier_batch "
         "task.generator_size rollout.sglang.servers rollout.sglang.tensor_parallel_size "
         "rollout.sglang.max_running_requests",

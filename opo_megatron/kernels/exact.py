@@ -6,24 +6,27 @@ engine and the policy share the operations of this file and get the same bits.  
 dependence and their fixes (measured with MKL, float32, one thread):
 
 - **Matrix products** with fewer than 4 rows or fewer than 12 columns sum in another order than
-  larger ones.  Linear layers multiply in tiles of `TILE` rows, the last one zero-padded; attention
-  has at least `QUERY_ROWS` queries and a multiple of `KEY_MULTIPLE` keys; no product has fewer than
-  `COLUMNS` columns.
+  larger ones.  Linear layers multiply in tiles of `TILE` rows; a last, smaller tile is zero-padded to
+  the next of `TILE_ROWS` whose bits are those of `TILE` rows.  Attention has at least `QUERY_ROWS`
+  queries and a multiple of `KEY_MULTIPLE` keys; no product has fewer than `COLUMNS` columns.
 - **Long sums** are split depending on their length.  The sum over keys is split here, every
   `KEY_BLOCK`; masked keys after a response have weight 0, and adding 0 changes no bit.
-- **Exponentials** differ between full vector registers and the remainder, so that the start of a row
-  must not decide which is used: softmax takes rows of a multiple of `KEY_MULTIPLE` keys, and SwiGLU,
-  in Megatron's MLP and in the decoder, halves of rows that hold gate and up.
+- **Exponentials** differ between full vector registers and the remainder of a loop, so there is none:
+  softmax takes rows of a multiple of `KEY_MULTIPLE` keys, SiLU of a multiple of `VECTOR_BYTES`.
 - **log π** is one function, `log_softmax`, for sampler and LM head.
 
-`torch.nn.functional.rms_norm`, rotary embeddings, biases and residual sums need no change.  A run
-checks all this on its machine before it starts.  Only the forward pass is batch-invariant; gradients
-are computed as usual.
+`torch.nn.functional.rms_norm`, rotary embeddings, biases and residual sums need no change.  In
+bfloat16, products and attention compute in float32 from bfloat16 operands and round once; logits stay
+in float32.  A run checks all this on its machine before it starts.  Only the forward pass is
+batch-invariant; gradients are computed as usual.
+
+SGLang's process loads this file too, so it needs nothing but torch.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +35,8 @@ from torch import Tensor
 
 TILE = 64
 """Rows of one matrix product of a linear layer."""
+TILE_ROWS = range(4, TILE, 4)
+"""Rows of a smaller product, where a test shows that it gives the bits of one with `TILE` rows."""
 QUERY_ROWS = 4
 """Minimum number of queries of an attention product."""
 COLUMNS = 16
@@ -40,45 +45,124 @@ KEY_MULTIPLE = 16
 """Keys are padded to a multiple of this."""
 KEY_BLOCK = 128
 """Keys summed by one product; BLAS splits longer sums in halves."""
+VECTOR_BYTES = 128
+"""Two registers of AVX-512, which a vector loop takes at once."""
 MASKED = -10000.0
 """Megatron's score of a masked key: its softmax weight underflows to 0."""
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ: [..., K], [N, K] → [..., N]."""
+def linear(x: Tensor, weight: Tensor, parts: int = 1) -> Tensor:
+    """x Wᵀ: [..., K], [N, K] → [..., N], in x's type.
+
+    Args:
+        parts: of the sum over K, added in order; see `partial_products`.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    result: Tensor = _Linear.apply(rows, weight) if torch.is_grad_enabled() else _tiled(rows, weight)
+    if torch.is_grad_enabled():
+        result: Tensor = _Linear.apply(rows, weight, parts)
+    else:
+        result = _product(rows, weight, parts)
     return result.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def partial_products(x: Tensor, weight: Tensor, parts: int) -> Tensor:
+    """[n, K], [N, K] → [parts, n, N] float32, over equal parts of K.
+
+    Ranks that share a weight matrix by its columns compute some of the parts each; added by `add_in_order`,
+    all parts give the same bits on any number of ranks.
+    """
+    pairs = zip(x.float().chunk(parts, 1), weight.float().chunk(parts, 1), strict=True)
+    return torch.stack([_tiled(own.contiguous(), columns.contiguous()) for own, columns in pairs])
+
+
+def add_in_order(partials: Tensor) -> Tensor:
+    """[parts, …] → their sum, from the first to the last."""
+    total = partials[0]
+    for partial in partials[1:]:
+        total = total + partial
+    return total
+
+
+def logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """h Wᵀ of the LM head: [n, H], [V, H] → [n, V] float32, without a gradient."""
+    return _tiled(hidden.float(), weight.float())
 
 
 class _Linear(torch.autograd.Function):
     """The tiled product with the usual gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, parts: int) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _tiled(x, weight)
+        return _product(x, weight, parts)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
-        return gradient @ weight, gradient.t() @ x
+        return gradient @ weight, gradient.t() @ x, None
+
+
+def _product(x: Tensor, weight: Tensor, parts: int) -> Tensor:
+    """[n, K], [N, K] → [n, N]: float32 sums, rounded once."""
+    if parts == 1:
+        return _tiled(x.float(), weight.float()).to(x.dtype)
+    return add_in_order(partial_products(x, weight, parts)).to(x.dtype)
 
 
 def _tiled(x: Tensor, weight: Tensor) -> Tensor:
-    """[n, K], [N, K] → [n, N], in tiles of `TILE` rows, by a single batched call."""
-    n, width = x.shape
-    tiles = -(-n // TILE)
-    if n % TILE:
-        padded = x.new_zeros(tiles * TILE, width)
-        padded[:n] = x
-        x = padded
+    """[n, K], [N, K] → [n, N] of float32, in tiles of `TILE` rows and one smaller tile."""
     columns = weight.shape[0]
     if columns < COLUMNS:
         weight = F.pad(weight, (0, 0, 0, COLUMNS - columns))
-    product = torch.bmm(x.view(tiles, TILE, width), weight.t().expand(tiles, -1, -1))
-    return product.view(tiles * TILE, -1)[:n, :columns]
+    n = x.shape[0]
+    whole = n // TILE
+    if n % TILE == 0:
+        return _whole_tiles(x, weight, whole)[:, :columns]
+    rest = _last_tile(x[whole * TILE :], weight)
+    if whole:
+        rest = torch.cat((_whole_tiles(x[: whole * TILE], weight, whole), rest))
+    return rest[:, :columns]
+
+
+def _whole_tiles(x: Tensor, weight: Tensor, tiles: int) -> Tensor:
+    """[tiles · TILE, K], [N, K] → [tiles · TILE, N], by a single batched call."""
+    product = torch.bmm(x.view(tiles, TILE, x.shape[1]), weight.t().expand(tiles, -1, -1))
+    return product.view(tiles * TILE, weight.shape[0])
+
+
+def _last_tile(x: Tensor, weight: Tensor) -> Tensor:
+    """[n < TILE, K], [N, K] → [n, N], zero-padded to as few rows as give the same bits."""
+    n, width = x.shape
+    rows = min(height for height in _heights(*weight.shape, x.device) if height >= n)
+    padded = x
+    if n < rows:
+        padded = x.new_zeros(rows, width)
+        padded[:n] = x
+    return torch.mm(padded, weight.t())[:n]
+
+
+@cache
+def _heights(columns: int, width: int, device: torch.device) -> tuple[int, ...]:
+    """`TILE`, and those of `TILE_ROWS` whose products have the same bits for this shape of weights.
+
+    BLAS chooses its order of summation by shape.  Another order would show in about every third element of
+    a product of random numbers.
+    """
+    generator = torch.Generator().manual_seed(0)
+    float32 = torch.float32  # the server builds its model with another default
+    x = torch.randn(TILE, width, generator=generator, dtype=float32).to(device)
+    weight = torch.randn(min(columns, 4 * TILE), width, generator=generator, dtype=float32).to(device)
+    weight = weight.repeat(-(-columns // weight.shape[0]), 1)[:columns]
+    full = _whole_tiles(x, weight, 1)
+    equal = (rows for rows in TILE_ROWS if torch.equal(torch.mm(x[:rows], weight.t()), full[:rows]))
+    return (*equal, TILE)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x · sigmoid(x)."""
+    width, multiple = x.shape[-1], VECTOR_BYTES // x.dtype.itemsize
+    return F.silu(F.pad(x, (0, -width % multiple)))[..., :width] if width % multiple else F.silu(x)
 
 
 def padded_keys(length: int) -> int:
@@ -92,7 +176,7 @@ def causal_mask(length: int, device: torch.device) -> Tensor:
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q kᵀ / √head_dim) v of every head.
+    """softmax(q kᵀ / √head_dim) v of every head, computed in float32.
 
     Args:
         query: [b, s, heads, head_dim].
@@ -100,8 +184,10 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tens
         mask: True where a key is masked, broadcast to [b, heads, s, padded t].
 
     Returns:
-        [b, s, heads, head_dim].
+        [b, s, heads, head_dim], in the query's type.
     """
+    result_type = query.dtype
+    query, keys, values = query.float(), keys.float(), values.float()
     batch, length, heads, head_dim = query.shape
     groups, total = keys.shape[1], padded_keys(keys.shape[2])
     heads_per_group = heads // groups
@@ -123,7 +209,7 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tens
     for begin in range(KEY_BLOCK, total, KEY_BLOCK):
         end = begin + KEY_BLOCK
         mixed = mixed + torch.bmm(weights[:, :, begin:end], values[:, begin:end])
-    return mixed[:, :rows, :head_dim].reshape(batch, heads, length, head_dim).transpose(1, 2)
+    return mixed[:, :rows, :head_dim].reshape(batch, heads, length, head_dim).transpose(1, 2).to(result_type)
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:
@@ -131,6 +217,10 @@ def _pad_rows(x: Tensor, rows: int) -> Tensor:
     return x if x.shape[1] >= rows else F.pad(x, (0, 0, 0, rows - x.shape[1]))
 
 
-def log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """log π_T = log softmax(z / T) over the last dimension, in float32."""
+def log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """log π_T = log softmax(z / T) over the last dimension, in float32.
+
+    Args:
+        temperature: one number, or one of each row [n, 1].
+    """
     return torch.log_softmax(logits.float() / temperature, -1)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from opo_megatron import kernels
 from opo_megatron.errors import OpoWarning
-from opo_megatron.kernels.exact import linear, log_softmax
+from opo_megatron.kernels import exact as exact_kernels
 
 Coefficient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """(log π [m], slice of the tokens) → (loss [m], ∂loss/∂log π [m])."""
@@ -114,7 +114,7 @@ def chunked_logprobs(
         targets: [n] token ids of the whole vocabulary.
         coefficient: the objective; None: forward only.
         d_weight: [V, H], accumulates the weight's gradient.
-        exact: log-probabilities bit for bit as the engine's in exact mode; unsharded vocabulary only.
+        exact: log-probabilities bit for bit as the engine's in exact mode.
     """
     n = hidden.shape[0]
     output = HeadOutput(*(hidden.new_empty(n, dtype=torch.float32) for _ in range(3)))
@@ -272,14 +272,32 @@ def _exact_softmax(
     temperature: float,
 ) -> Gradient:
     """`_softmax` with the matrix product and log-softmax of the engine's exact mode."""
-    log_probs = log_softmax(linear(hidden[part], weight), temperature)
+    logits = gather_logits(exact_kernels.logits(hidden[part], weight), vocabulary)
+    log_probs = exact_kernels.log_softmax(logits, temperature)
     probabilities, target = log_probs.exp(), targets[part]
     output.log_prob[part] = log_probs.gather(1, target.unsqueeze(1))[:, 0]
     output.entropy[part] = -(probabilities * log_probs).sum(1)
     output.sum_squares[part] = probabilities.square().sum(1)
     total = torch.ones_like(output.log_prob[part])
-    owned = torch.ones_like(target, dtype=torch.bool)
-    return partial(_gradient, probabilities, total, target, owned, temperature, weight.dtype)
+    own = probabilities[:, vocabulary.start : vocabulary.start + weight.shape[0]]
+    local_target = target - vocabulary.start
+    owned = (local_target >= 0) & (local_target < own.shape[1])
+    local_target = local_target.clamp(0, own.shape[1] - 1)
+    return partial(_gradient, own.contiguous(), total, local_target, owned, temperature, weight.dtype)
+
+
+def gather_logits(logits: Tensor, vocabulary: VocabularyShard) -> Tensor:
+    """[m, V of this shard] → [m, V], on every rank of the tensor-parallel group."""
+    group = vocabulary.group
+    if group is None:
+        return logits
+    widths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(widths, torch.tensor([logits.shape[1]]), group=group)
+    widest = max(int(width) for width in widths)
+    padded = torch.nn.functional.pad(logits, (0, widest - logits.shape[1]))
+    shards = [torch.empty_like(padded) for _ in widths]
+    dist.all_gather(shards, padded, group=group)
+    return torch.cat([shard[:, : int(width)] for shard, width in zip(shards, widths, strict=True)], 1)
 
 
 def _reduce(values: Tensor, vocabulary: VocabularyShard, operation: Any) -> None:

@@ -4,17 +4,22 @@
 
 Megatron-Core 0.16.1 supports Llama 3's scaling with fixed constants only, so the policy model uses these
 frequencies too.  The arithmetic is float32, operation by operation as in transformers.
+
+SGLang's process loads this file in exact mode, so it needs nothing but torch.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from opo_megatron.config.choices import RopeType
-from opo_megatron.config.schema import ModelConfig, RopeScalingConfig
+
+if TYPE_CHECKING:
+    from opo_megatron.config.schema import ModelConfig, RopeScalingConfig
 
 
 def inverse_frequencies(model: ModelConfig) -> Tensor:

@@ -1,52 +1,132 @@
 """Exact mode in the policy: Megatron's layers computed with the operations of `kernels/exact.py`.
 
 Every module with parameters is a subclass of Megatron's, so names, checkpoints, gradients and their
-reduction stay the same; only the rounding of the forward pass changes.  Megatron's MLP is unchanged:
-its SwiGLU splits gate and up from one tensor, as the local engine's decoder does.
+reduction stay the same; only the rounding of the forward pass changes.  Megatron's MLP is unchanged but for
+its activation function.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from opo_megatron.kernels import exact
+from opo_megatron.policy.packed_attention import PackedAttention
 
 
 class ExactColumnLinear(ColumnParallelLinear):
     """The column-parallel projections: query, key and value; gate and up."""
 
     def _forward_impl(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any
-    ) -> Tensor:  # Megatron passes `input` by keyword
+        self,
+        input: Tensor,  # Megatron passes it by keyword
+        weight: Tensor,
+        bias: Tensor | None = None,
+        allreduce_dgrad: bool = False,
+        sequence_parallel: bool = False,
+        **_: Any,
+    ) -> Tensor:
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
+        elif allreduce_dgrad:
+            input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
         product = exact.linear(input, weight)
         return product if bias is None else product + bias
 
 
 class ExactRowLinear(RowParallelLinear):
-    """The row-parallel projections: attention output; MLP down."""
+    """The row-parallel projections: attention output; MLP down.
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, **_: Any) -> Tensor:
-        return exact.linear(input, weight)
+    Their sums are split over ranks.  Every rank computes its share of the parts of `policy.exact_sum_parts`;
+    all parts are gathered and added in order.
+    """
+
+    def __init__(self, *args: Any, parts: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.own_parts = parts // dist.get_world_size(self.tp_group)
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, None]:
+        """[s, b, K / ranks] → [s, b, N], or this rank's part of s under sequence parallelism."""
+        product = _RowProduct.apply(
+            input_, self.weight, self.own_parts, self.tp_group, self.sequence_parallel
+        )
+        return product, None
 
 
-class ExactAttention(DotProductAttention):
-    """Causal attention over unpacked sequences."""
+class _RowProduct(torch.autograd.Function):
+    """The product over all ranks with the usual gradient."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """query [s, b, heads, head_dim], key, value [s, b, groups, head_dim] → [s, b, heads · head_dim]."""
-        mask = exact.causal_mask(query.shape[0], query.device)
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, parts: int, group: Any, sequence_parallel: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.group, ctx.sequence_parallel = group, sequence_parallel
+        partials = exact.partial_products(x.flatten(0, 1), weight, parts)
+        total = exact.add_in_order(_gathered(partials, group))
+        product = total.to(x.dtype).unflatten(0, x.shape[:2])
+        if sequence_parallel:
+            product = product.chunk(dist.get_world_size(group))[dist.get_rank(group)].contiguous()
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, weight = ctx.saved_tensors
+        if ctx.sequence_parallel:
+            gradient = _gathered(gradient, ctx.group)
+        rows = gradient.flatten(0, 1)
+        return (rows @ weight).view_as(x), rows.t() @ x.flatten(0, 1), None, None, None
+
+
+def _gathered(x: Tensor, group: Any) -> Tensor:
+    """The tensors of all ranks, concatenated."""
+    size = dist.get_world_size(group)
+    if size == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(size)]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+class ExactAttention(PackedAttention):
+    """Causal attention over padded rows, or over one row of packed sequences."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *_: Any, **__: Any
+    ) -> Tensor:
+        """query [s, b, heads, head_dim], key, value [t, b, groups, head_dim] → [s, b, heads · head_dim].
+
+        Args:
+            mask: [1, 1, s, t], where this rank's queries are a part of the sequence; otherwise causal.
+        """
+        if self.context_size == 1 or mask is None:
+            mask = exact.causal_mask(query.shape[0], query.device)
+        else:
+            mask = F.pad(mask, (0, exact.padded_keys(mask.shape[-1]) - mask.shape[-1]), value=True)
         keys, values = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
         mixed = exact.attention(query.transpose(0, 1), keys, values, mask)
         return mixed.transpose(0, 1).flatten(2)
 
 
-def use_exact_layers(spec: Any) -> None:
-    """Replace modules of a dense layer's local spec by the classes of this file, in place."""
+def use_exact_layers(spec: Any, parts: int) -> None:
+    """Replace modules of a dense layer's local spec by the classes of this file, in place.
+
+    Args:
+        parts: `policy.exact_sum_parts`.
+    """
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp
-    attention.linear_qkv, attention.linear_proj = ExactColumnLinear, ExactRowLinear
+    row_linear = ModuleSpec(module=ExactRowLinear, params={"parts": parts})
+    attention.linear_qkv, attention.linear_proj = ExactColumnLinear, row_linear
     attention.core_attention = ExactAttention
-    mlp.submodules.linear_fc1, mlp.submodules.linear_fc2 = ExactColumnLinear, ExactRowLinear
+    mlp.submodules.linear_fc1, mlp.submodules.linear_fc2 = ExactColumnLinear, row_linear

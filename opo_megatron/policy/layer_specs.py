@@ -63,8 +63,12 @@ def spec_name(device: torch.device) -> LayerSpec:
     return "transformer_engine" if has_engine else "local"
 
 
-def layer_spec(config: TransformerConfig, name: LayerSpec, exact: bool) -> tuple[Any, type]:
-    """The spec of one layer, and the class of the final norm."""
+def layer_spec(config: TransformerConfig, name: LayerSpec, exact_parts: int | None) -> tuple[Any, type]:
+    """The spec of one layer, and the class of the final norm.
+
+    Args:
+        exact_parts: `policy.exact_sum_parts` in exact mode, otherwise None.
+    """
     if name == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -82,8 +86,8 @@ def layer_spec(config: TransformerConfig, name: LayerSpec, exact: bool) -> tuple
     attention.core_attention = PackedAttention
     if attention.q_layernorm is not IdentityOp:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if exact:
-        use_exact_layers(spec)
+    if exact_parts is not None:
+        use_exact_layers(spec, exact_parts)
     return spec, RMSNorm
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from opo_megatron.config.choices import Dtype, Fp8
 from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.errors import UserError
+from opo_megatron.kernels import exact as exact_kernels
 from opo_megatron.kernels.rotary import inverse_frequencies
 from opo_megatron.policy.layer_specs import (
     device_fields,
@@ -137,9 +138,11 @@ def build_chunks(
     config = transformer_config(policy, device)
     if policy.fp8 is Fp8.blockwise and spec_name(device) == "transformer_engine":
         set_fp8_scales(policy.fp8_scales)
+    if exact:
+        config.activation_func = exact_kernels.silu
     stages = policy.virtual_pipeline_model_parallel_size or 1
     last = policy.pipeline_model_parallel_size - 1
-    spec, norm = layer_spec(config, spec_name(device), exact)
+    spec, norm = layer_spec(config, spec_name(device), policy.exact_sum_parts if exact else None)
     layers = config.num_layers // (policy.pipeline_model_parallel_size * stages)
     chunks = []
     for stage in range(stages):

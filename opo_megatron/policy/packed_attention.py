@@ -47,9 +47,8 @@ class PackedAttention(DotProductAttention):
     ) -> Tensor:
         """Packed: query [T, heads, head_dim], key and value [T, groups, head_dim] → [T, 1, heads · head_dim];
         with C context-parallel ranks, T / C positions of each."""
-        attend = super().forward
         if packed_seq_params is None:
-            return attend(query, key, value, attention_mask, *args, **kwargs)
+            return self.attend(query, key, value, attention_mask, *args, **kwargs)
         ends = packed_seq_params.cu_seqlens_q.tolist()
         lengths = [end - start for start, end in pairwise(ends)]
         masks: list[Tensor | None] = [attention_mask] * len(lengths)
@@ -66,7 +65,17 @@ class PackedAttention(DotProductAttention):
             masks,
             strict=True,
         )
-        return torch.cat([attend(*part, *args, **kwargs) for part in parts])
+        return torch.cat([self.attend(*part, *args, **kwargs) for part in parts])
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """query [s, b, heads, head_dim], key and value [t, b, groups, head_dim] → [s, b, heads · head_dim].
+
+        Args:
+            mask: True where a key is masked; None is causal, where s = t.
+        """
+        return super().forward(query, key, value, mask, *args, **kwargs)
 
 
 def _gather_row(own: Tensor, lengths: list[int], size: int) -> Tensor:

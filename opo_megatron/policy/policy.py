@@ -32,6 +32,7 @@ from opo_megatron.algorithm.objective import Objective
 from opo_megatron.batch.micro_batch import MicroBatch, MicroBatchPlan, build_micro_batches, schedule_for
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config.choices import Dtype
+from opo_megatron.config.rules.exact import exact_switch
 from opo_megatron.config.schema import Config, OptimizerConfig
 from opo_megatron.distributed.process_groups import Parallel, all_reduce
 from opo_megatron.errors import NonFiniteError, UserError
@@ -87,13 +88,14 @@ class Policy:
         """Number of optimizer steps that these weights have had."""
         self.on_micro_batch: Callable[[], None] = lambda: None
         """Called at the start of each micro-batch."""
+        is_exact = exact_switch(config) is not None
         self.chunks = build_chunks(
             self.config,
             vocab_size,
             parallel.pp_rank,
             parallel.dp_size,
             parallel.device,
-            exact=config.rollout.local.exact,
+            exact=is_exact,
         )
         stages = Stages(self.config.model.num_layers, parallel.pp_size, parallel.vpp_size)
         padded = padded_vocab_size(self.config, vocab_size, parallel.dp_size)
@@ -111,7 +113,7 @@ class Policy:
                 padded // parallel.tp_size, self.megatron_config.params_dtype, parallel.device
             ),
             self.megatron_config.sequence_parallel,
-            config.rollout.local.exact,
+            is_exact,
         )
         self.ddp_chunks = [self._wrap(chunk, trains=optimizer is not None) for chunk in self.chunks]
         self.megatron_config.finalize_model_grads_func = _reduce_gradients

@@ -2,9 +2,10 @@
 
 The run's recipe resumes from the nearest earlier checkpoint, in a separate folder, up to step K.  Under the
 run's parallel layout all digests must be equal; under another one, the norms of all weights within 1e-5.
-Where the engine would not generate the same responses (another layout, SGLang), or the step was non-finite,
-the recorded rollouts replace generation.  The file of the step's rollouts must have the recorded digests.
-The error names what differs: reward, token or weight.
+Where the engine would not generate the same responses (another layout, SGLang outside exact mode), or the
+step was non-finite, the recorded rollouts replace generation.  In exact mode the local engine generates what
+SGLang did; with `--rollouts` a server does it again.  The file of the step's rollouts must have the recorded
+digests.  The error names what differs: reward, token or weight.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from opo_megatron.build import open_run
 from opo_megatron.checkpoint.progress import PHASES, RunProgress, checkpoints
 from opo_megatron.config import Config
 from opo_megatron.config.choices import EngineName, Kl
-from opo_megatron.config.schema import CheckpointConfig, ObserveConfig
+from opo_megatron.config.rules.exact import exact_switch
+from opo_megatron.config.schema import CheckpointConfig, ObserveConfig, RolloutConfig
 from opo_megatron.distributed.process_groups import all_gather_objects
 from opo_megatron.errors import NonFiniteError, ReplayDiffers, UserError
 from opo_megatron.observe.metrics_file import MetricsFile, MetricsRow
@@ -45,16 +47,24 @@ ALLOWED = ("rollout.engine", "on_policy.action")
 NO_ROLLOUTS = in_hex(0)
 
 
-def replay(config: Config, run_dir: Path, step: int) -> None:
+def replay(config: Config, run_dir: Path, step: int, with_own_engine: bool = False) -> None:
     """Repeat step `step` of the run in `run_dir`.
 
     Args:
         config: the run's, except for parallel layout and device.
+        with_own_engine: generate by the run's engine, which may be SGLang, and never read recorded rollouts.
 
     Raises:
         ReplayDiffers: naming what differs.
+        UserError: where the engine does not generate the same again.
     """
     run_dir = absolute(run_dir)
+    regenerates = config.rollout.engine is EngineName.local or exact_switch(config) is not None
+    if with_own_engine and not regenerates:
+        raise UserError(
+            "--rollouts, but with rollout.engine=sglang only a run in exact mode (rollout.sglang.exact=true) "
+            "samples the same again; replay without it, which reads the recorded rollouts"
+        )
     recorded = {row["step"]: row for row in MetricsFile(run_dir / "audit.jsonl").read()}
     if step < 1 or (step not in recorded and not nonfinite_path(run_dir, step).exists()):
         raise UserError(
@@ -64,12 +74,16 @@ def replay(config: Config, run_dir: Path, step: int) -> None:
     folder = run_dir / "replays" / f"step_{step:08d}"
     if os.environ.get("RANK", "0") == "0":
         shutil.rmtree(folder, ignore_errors=True)  # left by a killed replay
-    regenerates = config.rollout.engine is EngineName.local
-    with open_run(_for_replay(config, run_dir, folder, step), ALLOWED, saves=False) as run:
+    with open_run(_for_replay(config, run_dir, folder, step, with_own_engine), ALLOWED, saves=False) as run:
         try:
             layout = layout_of(config, run.parallel)
             later = range(max(run.step, 0) + 1, step + 1)
             is_same = all(recorded[j]["layout"] == layout for j in later if j in recorded)
+            if with_own_engine and not is_same:
+                raise UserError(
+                    f"--rollouts under another layout ({layout}) than the run's, whose weights differ by "
+                    "rounding; replay with the run's layout, or without --rollouts"
+                )
             _Replay(run, run_dir, recorded, is_same, regenerates and is_same).run_until(step)
         finally:
             if run.parallel.rank == 0:
@@ -78,7 +92,7 @@ def replay(config: Config, run_dir: Path, step: int) -> None:
                     folder.parent.rmdir()
 
 
-def _for_replay(config: Config, run_dir: Path, folder: Path, step: int) -> Config:
+def _for_replay(config: Config, run_dir: Path, folder: Path, step: int, with_own_engine: bool) -> Config:
     """The recipe without evaluations, checkpoints and logs that the step does not need."""
 
     def is_before(path: Path) -> bool:
@@ -91,11 +105,22 @@ def _for_replay(config: Config, run_dir: Path, folder: Path, step: int) -> Confi
         config,
         run=replace(config.run, dir=str(folder), max_minutes=0.0),
         resume=str(earlier[-1]) if earlier else "never",
-        rollout=replace(config.rollout, engine=EngineName.local),
+        rollout=config.rollout if with_own_engine else _with_local_engine(config),
         eval=replace(config.eval, every_steps=0, problems=1, greedy=False),
         observe=ObserveConfig(tensorboard=False, kl=Kl.off),
         checkpoint=CheckpointConfig(every_steps=0),
         on_policy=replace(config.on_policy, action=MismatchAction.warn) if refuses else config.on_policy,
+    )
+
+
+def _with_local_engine(config: Config) -> RolloutConfig:
+    """Sampling by the local engine, exact where the run's engine is."""
+    rollout, is_exact = config.rollout, exact_switch(config) is not None
+    return replace(
+        rollout,
+        engine=EngineName.local,
+        local=replace(rollout.local, exact=is_exact),
+        sglang=replace(rollout.sglang, exact=False),
     )
 
 

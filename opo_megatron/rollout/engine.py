@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.utils.hashing import hash_of
 from opo_megatron.weights.stream import NamedTensors
 
 
@@ -39,6 +40,14 @@ class Sampling:
     energies: bool = False
     """Also return each response's Σ energy and Σ energy·‖h‖², where the engine can."""
 
+
+def sampling_key(sampling: Sampling, request: GenerationRequest) -> int:
+    """Signed 64-bit key of one response's random numbers."""
+    return hash_of((*sampling.seed, request.prompt_id, request.sample_index))
+
+
+Digests = Mapping[str, int]
+"""Operation → digest of its rows, in the order of the forward pass (`kernels/exact_digest.py`)."""
 
 Progress = Callable[[int, int, int], None]
 """Called from time to time with (finished responses, all responses, tokens generated so far)."""

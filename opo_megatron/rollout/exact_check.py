@@ -1,26 +1,31 @@
 """Exact mode is checked at startup: are engine and policy bitwise equal on this machine?
 
-The engine gets the policy's weights and generates responses to random prompts with 1, 3 and the recipe's
-number of slots, so that rows are refilled and batches have one, few and many rows; one prompt fills the
-model's context.  Every recorded log-probability must equal that of the training pass, with and without
-gradients and with two padded lengths.  The difference must be exactly 0.
+The engine gets the policy's weights and generates responses to random prompts, batched in different ways:
+with one, few and many rows, and in all other ways that an engine puts requests together.  Some prompts fill
+the model's context.  Every recorded log-probability must equal that of the training pass, with and without
+gradients and with two padded lengths, and every response must be the same however it was batched.  The
+difference must be exactly 0; otherwise the error names the operation that differs.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 
 from opo_megatron.algorithm.objective import PolicyGradient
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config import Config
-from opo_megatron.config.rules.exact import needs
+from opo_megatron.config.rules.exact import exact_switch, needs
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
-from opo_megatron.errors import OnPolicyError, UserError
+from opo_megatron.errors import EngineFailure, OnPolicyError, UserError
 from opo_megatron.policy.policy import Policy
-from opo_megatron.rollout.engine import GenerationRequest, Sampling
-from opo_megatron.rollout.local.engine import LocalEngine
+from opo_megatron.rollout.engine import Digests, GenerationRequest, Sampling
+from opo_megatron.rollout.exact_trace import first_difference, policy_digests
+from opo_megatron.weights.stream import NamedTensors
 
 LONGEST_PROMPT = 32
 """Maximum tokens of a prompt that does not fill the context."""
@@ -29,58 +34,107 @@ STOP_SHARE = 8
 """One token id in this many is a stop token, so that lengths differ."""
 
 
-def check_exact_device(parallel: Parallel) -> None:
+class ExactEngine(Protocol):
+    """An engine that can be checked."""
+
+    def update_weights(self, buckets: NamedTensors, version: int) -> None: ...
+
+    def batchings(self) -> Sequence[str]:
+        """The ways in which requests are put together, such as `with 3 slots`; the same on every rank."""
+        ...
+
+    def check_size(self, batching: str) -> tuple[int, int]:
+        """How many requests a batching takes, and how many of the first fill the context."""
+        ...
+
+    def generate_batched(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, batching: str
+    ) -> Rollouts | None:
+        """The responses of every copy of the weights that this rank sends to; None where it sends to none."""
+        ...
+
+    def trace(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling
+    ) -> tuple[Rollouts, list[Digests]] | None:
+        """Responses of one copy of the weights, and the digests of their operations; None on other ranks."""
+        ...
+
+
+def check_exact_device(switch: str, parallel: Parallel) -> None:
     """Check that the device is a CPU.
+
+    Args:
+        switch: the key that makes the run exact.
 
     Raises:
         UserError: naming this rank's device.
     """
     if parallel.device.type != "cpu":
-        raise UserError(needs("policy.device", parallel.device.type, "cpu", "where exactness is not proven"))
+        reason = "where exactness is not proven"
+        raise UserError(needs(switch, "policy.device", parallel.device.type, "cpu", reason))
 
 
-def check_exact(config: Config, policy: Policy, engine: LocalEngine, parallel: Parallel) -> int:
+def check_exact(config: Config, policy: Policy, engine: ExactEngine, parallel: Parallel) -> int:
     """Compare engine and policy under different batchings; a collective.  Returns the tokens compared.
 
     Afterwards gradients are zero and the engine holds the policy's weights.
 
     Raises:
-        OnPolicyError: where any log-probability differs in any bit.
+        OnPolicyError: where any log-probability differs in any bit, or a response depends on its batch.
     """
     engine.update_weights(policy.stream_weights(), policy.version)
-    configured, compared = engine.slots, 0
+    compared, sampled = 0, dict[tuple[int, ...], list[int]]()
     try:
-        for slots in sorted({1, 3, configured}):
-            engine.slots = slots
-            rollouts = engine.generate(
-                _requests(policy, parallel.rank, slots, count=slots + slots // 2 + 2),
-                _sampling(config, policy),
-            )
-            all_rollouts = Rollouts.concatenate(all_gather_objects(parallel, rollouts))
+        for batching in engine.batchings():
+            rollouts = _generate(config, policy, engine, parallel, batching)
             for pad_to_longest in (False, True):
-                difference = _largest_difference(config, policy, parallel, all_rollouts, pad_to_longest)
+                difference = _largest_difference(config, policy, parallel, rollouts, pad_to_longest)
                 if not difference == 0:  # NaN is a difference too
-                    raise OnPolicyError(
-                        f"rollout.local.exact=true, but with {slots} slots engine and policy differ by "
-                        f"{difference:.2g} in a token's log-probability on this machine, so exactness cannot "
-                        "be claimed; set rollout.local.exact=false and an on_policy.tolerance above that"
-                    )
-            compared += all_rollouts.response_tokens.numel()
+                    raise _not_exact(config, policy, engine, parallel, batching, difference)
+            _check_responses(config, rollouts, batching, sampled)
+            compared += rollouts.response_tokens.numel()
     finally:
-        engine.slots = configured
         policy.zero_gradients()
     return compared
 
 
-def _requests(policy: Policy, rank: int, slots: int, count: int) -> list[GenerationRequest]:
-    """Random prompts of different lengths; with 3 slots the first two fill the context."""
-    rng = random.Random(f"exact/{rank}/{slots}")
+def _generate(
+    config: Config, policy: Policy, engine: ExactEngine, parallel: Parallel, batching: str
+) -> Rollouts:
+    """The responses of all ranks' engines.
+
+    Raises:
+        UserError: on all ranks, where an engine fails.
+    """
+    count, longest = engine.check_size(batching)
+    requests = _requests(policy, parallel.rank, count, longest)
+    rollouts, failure = None, None
+    try:
+        rollouts = engine.generate_batched(requests, _sampling(config, policy), batching)
+    except (EngineFailure, UserError) as error:
+        failure = str(error)
+    gathered = all_gather_objects(parallel, (rollouts, failure))
+    for _, text in gathered:
+        if text is not None:
+            raise UserError(f"{exact_switch(config)}=true could not be tested {batching}: {text}")
+    return Rollouts.concatenate([one for one, _ in gathered if one is not None])
+
+
+def _requests(policy: Policy, rank: int, count: int, longest: int) -> list[GenerationRequest]:
+    """Random prompts of different lengths, the first `longest` of which fill the context.
+
+    More requests begin with the same ones.
+    """
+    rng = random.Random(f"exact/{rank}/{longest}")
     prompt_limit = policy.config.model.max_sequence_length - _response_limit(policy)
-    lengths = [rng.randint(1, min(LONGEST_PROMPT, prompt_limit)) for _ in range(count)]
-    if slots == 3:
-        lengths[:2] = [prompt_limit, max(1, prompt_limit - 1)]
-    prompts = [tuple(rng.randrange(policy.vocab_size) for _ in range(length)) for length in lengths]
-    return [GenerationRequest(i, i, rank, prompt) for i, prompt in enumerate(prompts)]
+    requests = []
+    for i in range(count):
+        length = rng.randint(1, min(LONGEST_PROMPT, prompt_limit))
+        if i < longest:
+            length = max(1, prompt_limit - i)
+        prompt = tuple(rng.randrange(policy.vocab_size) for _ in range(length))
+        requests.append(GenerationRequest(i, i, rank, prompt))
+    return requests
 
 
 def _response_limit(policy: Policy) -> int:
@@ -115,3 +169,60 @@ def _largest_difference(
     )
     assert metrics.mismatch is not None
     return metrics.mismatch.max
+
+
+def _check_responses(
+    config: Config, rollouts: Rollouts, batching: str, sampled: dict[tuple[int, ...], list[int]]
+) -> None:
+    """Compare responses with those to the same requests in other batches.
+
+    Args:
+        sampled: the responses so far; updated.
+
+    Raises:
+        OnPolicyError: where one differs.
+    """
+    ends = rollouts.prompt_lengths.cumsum(0).tolist()
+    samples = rollouts.sample_indices.tolist()
+    for i, response in enumerate(rollouts.responses()):
+        begin = ends[i] - int(rollouts.prompt_lengths[i])
+        key = (samples[i], int(rollouts.prompt_ids[i]), *rollouts.prompt_tokens[begin : ends[i]].tolist())
+        if sampled.setdefault(key, list(response)) != list(response):
+            switch = exact_switch(config)
+            raise OnPolicyError(
+                f"{switch}=true, but {batching} the sampler samples other tokens from the same probabilities "
+                f"on this machine, so a resumed run would not sample the same again; set {switch}=false"
+            )
+
+
+def _not_exact(
+    config: Config,
+    policy: Policy,
+    engine: ExactEngine,
+    parallel: Parallel,
+    batching: str,
+    difference: float,
+) -> OnPolicyError:
+    """The error, with the operation that differs; a collective."""
+    switch = exact_switch(config)
+    operation = _differing_operation(config, policy, engine, parallel)
+    return OnPolicyError(
+        f"{switch}=true, but {batching} engine and policy differ by {difference:.2g} in a token's "
+        f"log-probability on this machine, first in {operation}, so exactness cannot be claimed; set "
+        f"{switch}=false and an on_policy.tolerance above that"
+    )
+
+
+def _differing_operation(config: Config, policy: Policy, engine: ExactEngine, parallel: Parallel) -> str:
+    """The first operation whose bits differ for a few responses; a collective."""
+    requests = _requests(policy, 0, 3, longest=0)
+    sampling = replace(_sampling(config, policy), stop_tokens=())
+    traces = all_gather_objects(parallel, engine.trace(requests, sampling))
+    rollouts, engine_digests = next(trace for trace in traces if trace is not None)
+    for i, digests in enumerate(engine_digests):
+        operation = first_difference(digests, policy_digests(policy, parallel, rollouts.select([i])))
+        if operation is not None:
+            return operation
+    if _largest_difference(config, policy, parallel, rollouts, False) != 0:
+        return "the sampler, which records other log-probabilities than those of its logits"
+    return "an operation whose rows depend on the others of their batch"

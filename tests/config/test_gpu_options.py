@@ -187,7 +187,7 @@ def test_the_transformer_engine_spec_is_megatrons(monkeypatch: pytest.MonkeyPatc
     norm = type("TENorm", (), {})
     monkeypatch.setattr(extension, "TENorm", norm, raising=False)
     config = transformer_config(config_of(*BLOCKWISE), CPU)
-    spec, last = layer_spec(config, "transformer_engine", exact=False)
+    spec, last = layer_spec(config, "transformer_engine", exact_parts=None)
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
     assert last is norm
     assert attention.linear_qkv.__name__ == mlp.linear_fc1.__name__ == "TELayerNormColumnParallelLinear"
@@ -221,7 +221,6 @@ SGLANG = "rollout.engine=sglang"
         (("policy.megatron.fp8=hybrid",), "is set by the project; set policy.fp8 instead"),
         (("policy.megatron.fp8_recipe=delayed",), "set policy.fp8 instead"),
         (("policy.recompute=full", "policy.megatron.recompute_granularity=full"), "is set too; remove one"),
-        (("policy.packing=thd", "rollout.local.exact=true"), "needs policy.packing=padded, but it is thd"),
         ((*BIG, "policy.optimizer_offload=1.5"), "offload is 1.5; it must be between 0 and 1"),
         ((*BIG, "policy.optimizer_offload=1", "policy.device=cpu"), "is in host memory anyway; set policy"),
         (("policy.optimizer_offload=0.5",), "offload=0.5 with policy.dtype=fp32 and policy."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,16 +14,19 @@ from torch import Tensor
 from opo_megatron.algorithm.objective import PolicyGradient
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config import Config
+from opo_megatron.config.choices import Dtype
 from opo_megatron.distributed.process_groups import Parallel, initialize, shutdown
 from opo_megatron.errors import OnPolicyError, UserError
 from opo_megatron.kernels import exact
 from opo_megatron.policy.policy import Policy
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.exact_check import check_exact
+from opo_megatron.rollout.exact_trace import policy_digests
 from opo_megatron.rollout.local import sampler
 from opo_megatron.rollout.local.decoder import Decoder
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.weights.random_init import random_weights
+from tests.support.altered_operations import IN_DECODER, NAMED
 from tests.support.fixtures import VOCAB_SIZE, small_config
 
 EXACT = "rollout.local.exact=true"
@@ -46,9 +50,12 @@ def parallel() -> Iterator[Parallel]:
     shutdown()
 
 
-def make_exact(parallel: Parallel, *overrides: str, exact: bool = True) -> tuple[Config, Policy]:
+def make_exact(
+    parallel: Parallel, *overrides: str, exact: bool = True, precision: tuple[str, ...] = ()
+) -> tuple[Config, Policy]:
     """A policy whose next-token distributions are far from uniform."""
-    config = small_config(f"rollout.local.exact={exact}", *(f"policy.model.{o}" for o in overrides))
+    model = (f"policy.model.{override}" for override in overrides)
+    config = small_config(f"rollout.local.exact={exact}", *model, *precision)
     source = random_weights(config.policy.model, VOCAB_SIZE, config.run.seed)
     generator = torch.Generator().manual_seed(4)
 
@@ -142,7 +149,8 @@ def test_parameters_and_log_probs_are_those_of_the_standard_model(parallel: Para
 
 
 def engine_for(config: Config) -> LocalEngine:
-    return LocalEngine(config.policy.model, VOCAB_SIZE, torch.float32, torch.device("cpu"), 24, exact=True)
+    dtype = torch.bfloat16 if config.policy.dtype is Dtype.bf16 else torch.float32
+    return LocalEngine(config.policy.model, VOCAB_SIZE, dtype, torch.device("cpu"), 24, exact=True)
 
 
 def test_the_check_passes_and_leaves_no_gradient(parallel: Parallel) -> None:
@@ -163,42 +171,144 @@ def off_by_one_bit(log_softmax: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return perturbed
 
 
-PERTURBATIONS: dict[str, tuple[object, str, object]] = {
-    "decoder with untiled linear layers": (
-        Decoder,
-        "_linear",
-        lambda self, x, name: x @ self._tensors[name].t(),
-    ),
-    "one query per matrix product": (exact, "QUERY_ROWS", 1),
-    "log-probabilities off by one bit": (sampler, "log_softmax", off_by_one_bit(exact.log_softmax)),
-}
-
-
-@pytest.mark.parametrize("perturbation", PERTURBATIONS)
-def test_the_check_detects(perturbation: str, parallel: Parallel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(*PERTURBATIONS[perturbation])
+@pytest.mark.parametrize("operation", NAMED)
+def test_the_check_names_an_operation_that_is_taken_out(
+    operation: str, parallel: Parallel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if operation == "sampler":
+        monkeypatch.setattr(sampler, "log_softmax", off_by_one_bit(exact.log_softmax))
+    else:
+        IN_DECODER[operation](Decoder, monkeypatch.setattr)
     config, policy = make_exact(parallel)
     with pytest.raises(
-        OnPolicyError, match=r"with 1 slots engine and policy differ by .* set rollout\.local"
+        OnPolicyError,
+        match=rf"with 1 slots engine and policy differ by .* first in {NAMED[operation]}, so .* set ",
     ):
         check_exact(config, policy, engine_for(config), parallel)
 
 
+def test_the_check_detects_rows_that_depend_on_their_batch(
+    parallel: Parallel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exact, "QUERY_ROWS", 1)
+    config, policy = make_exact(parallel)
+    with pytest.raises(OnPolicyError, match=r"engine and policy differ by .* first in the attention of"):
+        check_exact(config, policy, engine_for(config), parallel)
+
+
+def test_the_check_detects_samples_that_depend_on_their_batch(
+    parallel: Parallel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inverse_cdf = sampler.inverse_cdf
+
+    def altered(p: Tensor, uniform: Tensor) -> Tensor:
+        return inverse_cdf(p, uniform if len(p) > 1 else 1 - uniform)
+
+    monkeypatch.setattr(sampler, "inverse_cdf", altered)
+    config, policy = make_exact(parallel)
+    with pytest.raises(OnPolicyError, match=r"with 3 slots the sampler samples other tokens from the same"):
+        check_exact(config, policy, engine_for(config), parallel)
+
+
+SGLANG = ("rollout.engine=sglang", "rollout.sglang.exact=true")
+
+
 @pytest.mark.parametrize(
-    "override",
+    ("switch", "override"),
     [
-        "policy.tensor_model_parallel_size=2",
-        "policy.dtype=bf16",
-        "policy.device=cuda",
-        "policy.model.num_moe_experts=4",
-        "run.threads_per_rank=2",
-        "rollout.engine=sglang",
+        *((EXACT, one) for one in ("rollout.engine=sglang", "policy.device=cuda", "run.threads_per_rank=2")),
+        (EXACT, "policy.model.num_moe_experts=4"),
+        *(
+            (SGLANG[1], one)
+            for one in ("rollout.engine=local", "policy.device=cuda", "run.threads_per_rank=2")
+        ),
+        (SGLANG[1], "rollout.sglang.tensor_parallel_size=2"),
+        (SGLANG[1], "rollout.sglang.fp8=true"),
+        (SGLANG[1], "policy.fp8=blockwise"),
     ],
 )
-def test_settings_that_cannot_be_exact_are_rejected(override: str) -> None:
+def test_settings_that_cannot_be_exact_are_rejected(switch: str, override: str) -> None:
     key = override.split("=")[0]
-    with pytest.raises(UserError, match=rf"rollout\.local\.exact=true needs {key}="):
-        small_config(EXACT, override)
+    before = (SGLANG[0],) if switch == SGLANG[1] else ()
+    with pytest.raises(
+        UserError, match=rf"{re.escape(switch)} needs {key}=.*, but it is .*; set {key}=.* or "
+    ):
+        small_config(*before, switch, override)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parts", "message"),
+    [
+        (2, 1, "policy.exact_sum_parts to be a multiple of it, but it is 1; set policy.exact_sum_parts=2"),
+        (4, 2, "policy.exact_sum_parts to be a multiple of it, but it is 2; set policy.exact_sum_parts=4"),
+        (2, 3, "policy.exact_sum_parts to be a multiple of it, but it is 3; set policy.exact_sum_parts=2"),
+        (1, 5, "ffn_hidden_size is 48, which is not divisible by policy.exact_sum_parts=5"),
+        (1, 3, "attention heads is 32, which is not divisible by policy.exact_sum_parts=3"),
+        (1, 0, "policy.exact_sum_parts is 0; it must be at least 1"),
+    ],
+)
+def test_parts_of_sums_are_split_evenly_over_ranks(ranks: int, parts: int, message: str) -> None:
+    layout = (f"policy.tensor_model_parallel_size={ranks}", "policy.model.num_query_groups=4")
+    with pytest.raises(UserError, match=re.escape(message)):
+        small_config(EXACT, *layout, f"policy.exact_sum_parts={parts}", world_size=ranks)
+
+
+def test_parts_of_sums_need_exact_mode() -> None:
+    with pytest.raises(UserError, match=r"exact_sum_parts is 2, but only exact mode adds sums in parts"):
+        small_config("policy.exact_sum_parts=2")
+
+
+def test_experts_are_refused_with_sglang_too() -> None:
+    with pytest.raises(UserError, match=r"num_moe_experts"):
+        small_config(*SGLANG, "policy.model.num_moe_experts=4")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "kv_cache_dtype=fp8_e5m2",
+        "quantization=fp8",
+        "enable_deterministic_inference=true",
+        "attention-backend=triton",
+        "sampling_backend=flashinfer",
+        "rl-on-policy-target=fsdp",
+        "enable_torch_compile=true",
+        "speculative_algorithm=NGRAM",
+        "dtype=bfloat16",
+    ],
+)
+def test_options_of_a_server_that_may_change_an_operation_are_refused(option: str) -> None:
+    with pytest.raises(
+        UserError, match=r"chooses the server's operations, and rollout\.sglang\.options\..*remove"
+    ):
+        small_config(*SGLANG, f"rollout.sglang.options.{option}")
+
+
+def test_options_of_a_server_that_change_no_operation_are_taken() -> None:
+    options = ("chunked_prefill_size=64", "enable-mixed-chunk=true", "log_level=info")
+    small_config(*SGLANG, *(f"rollout.sglang.options.{option}" for option in options))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("packing", ["padded", "thd"])
+def test_both_types_and_both_forms_of_a_micro_batch_are_exact(
+    parallel: Parallel, dtype: str, packing: str
+) -> None:
+    config, policy = make_exact(parallel, precision=(f"policy.dtype={dtype}", f"policy.packing={packing}"))
+    assert check_exact(config, policy, engine_for(config), parallel) > 300
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_engine_and_policy_have_the_same_digest_of_every_operation(parallel: Parallel, model: str) -> None:
+    config, policy = make_exact(parallel, *MODELS[model])
+    engine = engine_for(config)
+    engine.update_weights(policy.stream_weights(), policy.version)
+    prompts = [(3,), (5, 1, 2), tuple(range(17))]
+    requests = [GenerationRequest(i, i, 0, prompt) for i, prompt in enumerate(prompts)]
+    rollouts, digests = engine.trace(requests, Sampling(max_tokens=5, stop_tokens=(0,), seed=(1,)))
+    for i, expected in enumerate(digests):
+        assert policy_digests(policy, parallel, rollouts.select([i])) == expected
+        assert len(expected) > 9 * config.policy.model.num_layers
 
 
 # ---------------------------------------------------------------------- operations
@@ -210,7 +320,7 @@ def test_rows_of_a_linear_layer_do_not_depend_on_their_count(columns: int) -> No
     x, weight = torch.randn(200, 31, generator=generator), torch.randn(columns, 31, generator=generator)
     full = exact.linear(x, weight)
     torch.testing.assert_close(full, (x.double() @ weight.double().t()).float())
-    for rows in (1, 2, 3, 63, 64, 65, 130):
+    for rows in (0, 1, 2, 3, 4, 5, 9, 31, 33, 48, 49, 63, 64, 65, 68, 130):
         assert torch.equal(exact.linear(x[70 - rows // 2 :][:rows], weight), full[70 - rows // 2 :][:rows])
 
 
@@ -221,6 +331,29 @@ def test_the_gradient_of_a_linear_layer_is_the_standard_one() -> None:
     actual = torch.autograd.grad(exact.linear(x, weight).square().sum(), (x, weight))
     expected = torch.autograd.grad(F.linear(x, weight).square().sum(), (x, weight))
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_the_sum_of_parts_is_the_same_on_any_number_of_ranks(parts: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(70, 64, generator=generator), torch.randn(40, 64, generator=generator)
+    whole = exact.linear(x, weight, parts)
+    torch.testing.assert_close(whole, x @ weight.t(), rtol=1e-5, atol=1e-5)
+    for ranks in (2, parts):
+        shards = zip(x.chunk(ranks, 1), weight.chunk(ranks, 1), strict=True)
+        own = [exact.partial_products(rows, columns, parts // ranks) for rows, columns in shards]
+        assert torch.equal(exact.add_in_order(torch.cat(own)), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 24, 48, 176, 352])
+def test_silu_of_an_element_depends_on_nothing_else(width: int, dtype: torch.dtype) -> None:
+    x = torch.randn(5, 2 * width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    whole = exact.silu(x)
+    torch.testing.assert_close(whole, F.silu(x), rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-2)
+    for part in (slice(0, width), slice(width, None)):
+        assert torch.equal(exact.silu(x[:, part]), whole[:, part])
+        assert torch.equal(exact.silu(x[2:3, part]), whole[2:3, part])
 
 
 @pytest.mark.parametrize("length", [1, 7, 16, 130, 300])

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from opo_megatron.kernels.exact_sampling import uniforms
 from opo_megatron.rollout.engine import Sampling
-from opo_megatron.rollout.local.sampler import sample, uniforms
+from opo_megatron.rollout.local.sampler import sample
 from opo_megatron.utils.hashing import hash_of
 
 ALMOST_ONE = 1 - 2.0**-53

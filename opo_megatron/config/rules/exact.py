@@ -1,60 +1,119 @@
-"""Rules of exact mode (`rollout.local.exact=true`).
+"""Rules of exact mode (`rollout.local.exact=true`, `rollout.sglang.exact=true`).
 
-Engine and policy agree bitwise only if both compute the same sums: in float32, by one thread, each on one
-rank.  Whether the machine's BLAS does so is tested when a run starts.
+Engine and policy agree bitwise only if both compute the same sums: by one thread, each on one rank.  Whether
+the machine's BLAS does so is tested when a run starts.
 """
 
 from __future__ import annotations
 
-from opo_megatron.config.choices import Device, Dtype, EngineName, Packing
-from opo_megatron.config.schema import Config
-from opo_megatron.errors import UserError
+from opo_megatron.config.choices import Device, EngineName
+from opo_megatron.config.entries import SERVER_OPTIONS
+from opo_megatron.config.rules.require import divides, require
+from opo_megatron.config.schema import Config, PolicyConfig
+
+OTHER_SUMS = "which splits sums over ranks"
+PROVEN_OPTIONS = frozenset(
+    (
+        # How requests are put together
+        *("chunked-prefill-size", "max-prefill-tokens", "max-total-tokens", "max-running-requests"),
+        *("max-queued-requests", "enable-mixed-chunk", "disable-overlap-schedule", "disable-radix-cache"),
+        *("schedule-policy", "schedule-conservativeness", "radix-eviction-policy", "mem-fraction-static"),
+        *("sleep-on-idle", "stream-interval", "skip-server-warmup", "random-seed"),
+        # What is logged
+        *("log-level", "log-level-http", "log-requests", "log-requests-level", "decode-log-interval"),
+        *("enable-metrics", "enable-request-time-stats-logging", "show-time-cost", "watchdog-timeout"),
+    )
+)
+"""Options of SGLang that change no operation."""
+
+
+def exact_switch(config: Config) -> str | None:
+    """The key that makes this run exact; None where it is not."""
+    rollout = config.rollout
+    if rollout.local.exact:
+        return "rollout.local.exact"
+    return "rollout.sglang.exact" if rollout.sglang.exact else None
 
 
 def check_exact(config: Config) -> None:
     """Raise UserError at the first setting for which exactness is not proven."""
-    if not config.rollout.local.exact:
+    switch, parts = exact_switch(config), config.policy.exact_sum_parts
+    if switch is None:
+        require(
+            parts == 1,
+            f"policy.exact_sum_parts is {parts}, but only exact mode adds sums in parts; set it to 1, or "
+            "rollout.local.exact=true or rollout.sglang.exact=true",
+        )
         return
-    policy = config.policy
-    required = (
-        (
-            "rollout.engine",
-            config.rollout.engine.value,
-            EngineName.local.value,
-            "which decodes in another process",
-        ),
-        ("policy.dtype", policy.dtype.value, Dtype.fp32.value, "whose rounding is too coarse"),
-        (
-            "policy.tensor_model_parallel_size",
-            policy.tensor_model_parallel_size,
-            1,
-            "which splits sums over ranks",
-        ),
+    engine = EngineName.local if switch == "rollout.local.exact" else EngineName.sglang
+    policy, sglang = config.policy, config.rollout.sglang
+    required: list[tuple[str, object, object, str]] = [
+        ("rollout.engine", config.rollout.engine.value, engine.value, "whose operations are others"),
         (
             "policy.expert_model_parallel_size",
             policy.expert_model_parallel_size,
             1,
             "which moves tokens between ranks",
         ),
-        (
-            "policy.packing",
-            policy.packing.value,
-            Packing.padded.value,
-            "whose attention sums over another length than the engine's",
-        ),
         ("policy.model.num_moe_experts", policy.model.num_moe_experts, None, "and experts are not exact"),
+        ("policy.fp8", policy.fp8 and policy.fp8.value, None, "whose scales depend on the batch"),
         ("run.threads_per_rank", config.run.threads_per_rank, 1, "which splits products between threads"),
+    ]
+    if engine is EngineName.sglang:
+        required += [
+            ("rollout.sglang.tensor_parallel_size", sglang.tensor_parallel_size, 1, OTHER_SUMS),
+            ("rollout.sglang.fp8", bool(sglang.fp8), False, "and the policy has no FP8 on a CPU"),
+            (
+                "rollout.sglang.deterministic",
+                sglang.deterministic,
+                False,
+                "whose operations are SGLang's own",
+            ),
+        ]
+    require(
+        policy.device is not Device.cuda,
+        needs(switch, "policy.device", "cuda", "cpu", "where exactness is not proven"),
     )
-    if policy.device is Device.cuda:
-        raise UserError(needs("policy.device", "cuda", "cpu", "where exactness is not proven"))
     for key, value, needed, reason in required:
-        if value != needed:
-            raise UserError(needs(key, value, "null" if needed is None else needed, reason))
+        require(value == needed, needs(switch, key, value, needed, reason))
+    check_parts(switch, policy)
+    if engine is EngineName.sglang:
+        for name, value in sglang.options.items():
+            require(
+                value is not None,
+                f"{SERVER_OPTIONS}.{name} is null, which may leave out what rollout.sglang.exact=true sets; "
+                "give it a value or remove it",
+            )
+            is_proven = name.replace("_", "-") in PROVEN_OPTIONS
+            require(
+                is_proven,
+                f"rollout.sglang.exact=true chooses the server's operations, and {SERVER_OPTIONS}.{name}="
+                f"{_text(value)} is not proven to leave them alone; remove it or set "
+                "rollout.sglang.exact=false",
+            )
 
 
-def needs(key: str, value: object, needed: object, reason: str) -> str:
-    """The error message for a setting that exact mode does not support."""
-    return (
-        f"rollout.local.exact=true needs {key}={needed}, but it is {value}, {reason}; set {key}={needed} or "
-        "rollout.local.exact=false"
+def check_parts(switch: str, policy: PolicyConfig) -> None:
+    """Check that parts of sums can be split over tensor-parallel ranks, and sums into parts."""
+    parts, ranks, model = policy.exact_sum_parts, policy.tensor_model_parallel_size, policy.model
+    require(
+        parts % ranks == 0,
+        f"{switch}=true with policy.tensor_model_parallel_size={ranks} needs policy.exact_sum_parts to be a "
+        f"multiple of it, but it is {parts}; set policy.exact_sum_parts={ranks}",
     )
+    divides("policy.exact_sum_parts", parts, "policy.model.ffn_hidden_size", model.ffn_hidden_size)
+    width = model.num_attention_heads * (model.kv_channels or 0)
+    divides("policy.exact_sum_parts", parts, "the width of all attention heads", width)
+
+
+def needs(switch: str, key: str, value: object, needed: object, reason: str) -> str:
+    """The error message for a setting that exact mode does not support."""
+    setting = f"{key}={_text(needed)}"
+    return (
+        f"{switch}=true needs {setting}, but it is {_text(value)}, {reason}; set {setting} or {switch}=false"
+    )
+
+
+def _text(value: object) -> str:
+    """A value as recipes write it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

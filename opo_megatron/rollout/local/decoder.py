@@ -4,25 +4,32 @@ Attention scale and SwiGLU follow Megatron's local spec (the scale inside `baddb
 one product), so that both round alike.  Rows of the cache are independent responses, each at its own
 position.
 
-In exact mode linear layers and attention are those of `kernels/exact.py`, which the policy uses too.
+In exact mode linear layers and attention are those of `kernels/exact.py`, which the policy uses too.  SGLang
+then runs this decoder in its own process, over its own cache (`rollout/sglang/exact_server/`), so the file
+needs nothing but torch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opo_megatron.config.schema import ModelConfig
 from opo_megatron.kernels import exact as exact_kernels
 from opo_megatron.kernels.exact import MASKED, causal_mask, padded_keys
 from opo_megatron.kernels.rotary import inverse_frequencies
 
-_Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+if TYPE_CHECKING:
+    from opo_megatron.config.schema import ModelConfig
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query, key, value), each [b, s, heads, head_dim] → attention output [b, s, heads, head_dim]."""
+Observe = Callable[[str, Tensor], None]
+"""(operation, its output [b, s, …]); layers are counted from 1, as Megatron does."""
 
 
 class KeyValueCache:
@@ -54,10 +61,14 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         exact: bool = False,
+        sum_parts: int = 1,
     ) -> None:
+        """Args:
+        sum_parts: `policy.exact_sum_parts`.
+        """
         assert model.num_query_groups is not None and model.kv_channels is not None
         self.model, self.vocab_size, self.dtype, self.device = model, vocab_size, dtype, device
-        self.exact = exact
+        self.exact, self.sum_parts = exact, sum_parts
         self.groups, self.head_dim = model.num_query_groups, model.kv_channels
         self.queries_per_group = model.num_attention_heads // self.groups
         self._tensors: dict[str, Tensor] = {}
@@ -67,12 +78,18 @@ class Decoder:
         angles = torch.outer(positions, inverse_frequencies(model))
         angles = torch.cat((angles, angles), -1).to(device)
         self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        self.observe: Observe | None = None
+        """Called with the output of every operation of a dense model."""
 
     # ------------------------------------------------------------------ weights
 
     def names(self) -> frozenset[str]:
         """Hugging Face names of all tensors."""
         return frozenset(self._slices)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All memory of the weights, each tensor once, by the decoder's own names."""
+        return dict(self._tensors)
 
     def load(self, name: str, tensor: Tensor) -> None:
         """Copy in one tensor by its Hugging Face name."""
@@ -137,7 +154,7 @@ class Decoder:
             cache.values[layer, rows, :, :length] = value.transpose(1, 2)[sources]
             return self._attention(query, key.transpose(1, 2), value.transpose(1, 2), mask)
 
-        return self._layers(tokens, positions, attend)
+        return self.forward(tokens, positions, attend)
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: KeyValueCache) -> Tensor:
         """One token per row [n], at positions [n], for the first n cache rows → hidden states [n, hidden]."""
@@ -155,21 +172,32 @@ class Decoder:
             keys, values = cache.keys[layer, :n, :, :length], cache.values[layer, :n, :, :length]
             return self._attention(query, keys, values, mask)
 
-        return self._layers(tokens.unsqueeze(1), positions.unsqueeze(1), attend)[:, 0]
+        return self.forward(tokens.unsqueeze(1), positions.unsqueeze(1), attend)[:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] → [n, V]."""
-        return self._linear(hidden, "embedding" if self.model.tie_embeddings else "head")
+        name = "embedding" if self.model.tie_embeddings else "head"
+        return exact_kernels.logits(hidden, self._tensors[name]) if self.exact else self._linear(hidden, name)
 
-    def _layers(self, tokens: Tensor, positions: Tensor, attend: _Attend) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Final hidden states [b, s, hidden] of tokens [b, s] at positions [b, s].
+
+        Args:
+            attend: stores keys and values, and computes attention.
+        """
         x = F.embedding(tokens, self._tensors["embedding"])
+        self._observed("the embedding", x)
         cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
         batch_size, length = tokens.shape
         heads = (self.groups * self.queries_per_group, self.groups, self.groups)
         for i in range(self.model.num_layers):
-            qkv = self._linear(self._norm(x, f"{i}.norm"), f"{i}.qkv")
+            of = f"of layer {i + 1}"
+            y = self._norm(x, f"{i}.norm")
+            self._observed(f"the norm {of}", y)
+            qkv = self._linear(y, f"{i}.qkv")
             if self.model.add_qkv_bias:
                 qkv = qkv + self._tensors[f"{i}.qkv_bias"]
+            self._observed(f"the linear layer of queries, keys and values {of}", qkv)
             query, key, value = (
                 part.view(batch_size, length, count, self.head_dim)
                 for part, count in zip(
@@ -178,15 +206,29 @@ class Decoder:
             )
             if self.model.qk_layernorm:
                 query, key = self._norm(query, f"{i}.q_norm"), self._norm(key, f"{i}.k_norm")
-            attended = attend(i, _rotate(query, cos, sin), _rotate(key, cos, sin), value)
-            x = x + self._linear(attended.reshape(batch_size, length, -1), f"{i}.out")
+                self._observed(f"the norm of queries and keys {of}", query, key)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            self._observed(f"the rotary embedding {of}", query, key)
+            attended = attend(i, query, key, value).reshape(batch_size, length, -1)
+            self._observed(f"the attention {of}", attended)
+            out = self._linear(attended, f"{i}.out")
+            self._observed(f"the linear layer of the attention's output {of}", out)
+            x = x + out
             y = self._norm(x, f"{i}.mlp_norm")
-            x = x + (self._mlp(y, f"{i}.") if self.model.num_moe_experts is None else self._experts(y, i))
-        return self._norm(x, "norm")
+            self._observed(f"the norm of the MLP {of}", y)
+            if self.model.num_moe_experts is None:
+                x = x + self._mlp(y, f"{i}.", of)
+            else:
+                x = x + self._experts(y, i)
+        x = self._norm(x, "norm")
+        self._observed("the final norm", x)
+        return x
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         weight = self._tensors[name]
-        return exact_kernels.linear(x, weight) if self.exact else x @ weight.t()
+        if not self.exact:
+            return x @ weight.t()
+        return exact_kernels.linear(x, weight, self.sum_parts if name.endswith((".out", ".down")) else 1)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self._tensors[name], self.model.layernorm_epsilon)
@@ -215,9 +257,19 @@ class Decoder:
         mixed = torch.bmm(weights, values.reshape(batch_size * self.groups, total, head_dim))
         return mixed.view(batch_size, self.groups * shared, length, head_dim).transpose(1, 2)
 
-    def _mlp(self, x: Tensor, name: str) -> Tensor:
-        gate, up = self._linear(x, name + "gate_up").chunk(2, -1)
-        return self._linear(F.silu(gate) * up, name + "down")
+    def _mlp(self, x: Tensor, name: str, of: str) -> Tensor:
+        gate_up = self._linear(x, name + "gate_up")
+        self._observed(f"the linear layer of gate and up {of}", gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        activated = (exact_kernels.silu if self.exact else F.silu)(gate) * up
+        self._observed(f"SwiGLU {of}", activated)
+        down = self._linear(activated, name + "down")
+        self._observed(f"the linear layer of the MLP's output {of}", down)
+        return down
+
+    def _observed(self, operation: str, *outputs: Tensor) -> None:
+        if self.observe is not None:
+            self.observe(operation, torch.cat(outputs, 2))
 
     def _experts(self, x: Tensor, layer: int) -> Tensor:
         """Each token's top-k experts, weighted by the softmax over them, or over all experts."""
@@ -233,11 +285,11 @@ class Decoder:
         for expert in range(self.model.num_moe_experts):
             token, slot = (chosen == expert).nonzero(as_tuple=True)
             if token.numel():
-                output = self._mlp(flat[token], f"{layer}.{expert}.")
+                output = self._mlp(flat[token].unsqueeze(0), f"{layer}.{expert}.", f"of layer {layer + 1}")[0]
                 mixed.index_add_(0, token, output * weights[token, slot].unsqueeze(1))
         return mixed.view_as(x)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin

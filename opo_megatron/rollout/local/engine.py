@@ -7,6 +7,7 @@ Samples of one prompt share its prefill.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,10 +18,12 @@ from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.exact import padded_keys
-from opo_megatron.rollout.engine import GenerationRequest, Progress, Sampling
+from opo_megatron.kernels.exact_digest import row_digests
+from opo_megatron.kernels.exact_sampling import uniforms
+from opo_megatron.rollout.engine import Digests, GenerationRequest, Progress, Sampling, sampling_key
 from opo_megatron.rollout.local.decoder import Decoder, KeyValueCache
-from opo_megatron.rollout.local.sampler import sample, uniforms
-from opo_megatron.utils.hashing import hash_of
+from opo_megatron.rollout.local.sampler import sample
+from opo_megatron.utils.hashing import MASK, signed
 from opo_megatron.weights.stream import NamedTensors
 
 PREFILL_TOKENS = 16384
@@ -38,8 +41,9 @@ class LocalEngine:
         device: torch.device,
         slots: int,
         exact: bool = False,
+        sum_parts: int = 1,
     ) -> None:
-        self.decoder = Decoder(model, vocab_size, dtype, device, exact)
+        self.decoder = Decoder(model, vocab_size, dtype, device, exact, sum_parts)
         self.slots = slots
         self.version: int | None = None
         self._cache: KeyValueCache | None = None
@@ -80,6 +84,45 @@ class LocalEngine:
 
     def close(self) -> None:
         self._cache = None
+
+    # ------------------------------------------------------------------ check of exact mode
+
+    def batchings(self) -> Sequence[str]:
+        return [f"with {slots} slots" for slots in sorted({1, 3, self.slots})]
+
+    def check_size(self, batching: str) -> tuple[int, int]:
+        """More requests than slots, so that slots are refilled."""
+        slots = _slots_of(batching)
+        return slots + slots // 2 + 2, 2
+
+    def generate_batched(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, batching: str
+    ) -> Rollouts:
+        """The responses with another number of slots."""
+        configured, self.slots = self.slots, _slots_of(batching)
+        try:
+            return self.generate(requests, sampling)
+        finally:
+            self.slots = configured
+
+    def trace(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling
+    ) -> tuple[Rollouts, list[Digests]]:
+        """Responses, and the digests of their operations, one response after another."""
+        rollouts, traces = [], list[Digests]()
+        for request in requests:
+            digests: Counter[str] = Counter()
+
+            def add(operation: str, output: Tensor, total: Counter[str] = digests) -> None:
+                total[operation] += int(row_digests(output.flatten(0, 1)).sum())
+
+            self.decoder.observe = add
+            try:
+                rollouts.append(self.generate([request], sampling))
+            finally:
+                self.decoder.observe = None
+            traces.append({name: signed(digest & MASK) for name, digest in digests.items()})
+        return Rollouts.concatenate(rollouts), traces
 
     def cache(self, rows: int, length: int) -> KeyValueCache:
         """A cache of at least this size; its memory is kept for the next call, because touching fresh
@@ -143,6 +186,10 @@ class _Rows:
         return self.request, self.key, self.position, self.token, self.count
 
 
+def _slots_of(batching: str) -> int:
+    return int(batching.split()[1])
+
+
 class _Batch:
     """One call of `generate`."""
 
@@ -154,7 +201,7 @@ class _Batch:
         self.slots = min(engine.slots, n)
         self.cache = engine.cache(self.slots, length)
         self.keys = torch.tensor(
-            [hash_of((*sampling.seed, r.prompt_id, r.sample_index)) for r in requests],
+            [sampling_key(sampling, request) for request in requests],
             dtype=torch.int64,
             device=self.device,
         )
@@ -220,7 +267,10 @@ class _Batch:
     def _sample(self, rows: _Rows, hidden: Tensor) -> None:
         """Sample the token that follows `hidden` in each row and record it."""
         uniform = uniforms(rows.key, rows.count)
-        rows.token, log_prob, energy = sample(self.decoder.logits(hidden), uniform, self.sampling)
+        logits = self.decoder.logits(hidden)
+        if self.decoder.observe is not None:
+            self.decoder.observe("the LM head", logits.unsqueeze(0))
+        rows.token, log_prob, energy = sample(logits, uniform, self.sampling)
         if energy is not None:
             energy = energy.double()
             self.energies[:, rows.request] += torch.stack((energy, energy * hidden.float().square().sum(1)))

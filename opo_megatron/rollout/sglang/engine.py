@@ -20,6 +20,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,19 @@ from opo_megatron.config.rules.sglang import NO_DETERMINISTIC_CPU
 from opo_megatron.config.schema import Config, SglangConfig
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
-from opo_megatron.rollout.engine import GenerationRequest, Progress, Sampling
+from opo_megatron.rollout.engine import Digests, GenerationRequest, Progress, Sampling
+from opo_megatron.rollout.sglang import exact_mode
 from opo_megatron.rollout.sglang.api_key import shared_key
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.compilation import CompileWatch
-from opo_megatron.rollout.sglang.replies import rollouts_of, seeded_params
+from opo_megatron.rollout.sglang.exact_batchings import (
+    BATCHINGS,
+    CACHED,
+    CHUNKED,
+    check_size,
+    replies_batched,
+)
+from opo_megatron.rollout.sglang.replies import generate_body, rollouts_of
 from opo_megatron.rollout.sglang.server import Server, free_port
 from opo_megatron.rollout.sglang.transfer import (
     Bucket,
@@ -141,6 +150,8 @@ class SglangEngine:
                     raise UserError(f"the SGLang server {client.url} of rollout.sglang.urls does not answer")
                 if self.settings.deterministic:
                     check_is_deterministic(client)
+                if self.settings.exact:
+                    exact_mode.check_server(self.config, client)
             return
         # Without its KV cache a server cannot be asked whether it is healthy: it would generate a token.
         if self._server is not None and (self._released or not self._server.is_alive()):
@@ -326,7 +337,7 @@ class SglangEngine:
         size = max(1, -(-len(requests) // POSTS_PER_CALL))
         parts = [requests[i : i + size] for i in range(0, len(requests), size)]
         replies: list[list[Any]] = [[] for _ in parts]
-        balance = _Balance(self._clients)
+        balance = _Balance(self._clients, self.settings.exact)
         finished = tokens = 0
         with ThreadPoolExecutor(POSTS_PER_CALL) as threads, self.abort_on_preempt():
             posted = {threads.submit(balance.post, part, sampling): i for i, part in enumerate(parts)}
@@ -357,10 +368,50 @@ class SglangEngine:
         if not self.is_sender:
             return {}
         replies = {
-            f"the SGLang server {client.url}": _Balance([client]).post(requests, sampling)
+            f"the SGLang server {client.url}": _Balance([client], self.settings.exact).post(
+                requests, sampling
+            )
             for client in self._clients
         }
         return {name: rollouts_of(requests, reply, sampling) for name, reply in replies.items()}
+
+    # ------------------------------------------------------------------ check of exact mode
+
+    def batchings(self) -> Sequence[str]:
+        absent = {CACHED} if exact_mode.disables_prefixes(self.settings) else set()
+        absent |= {CHUNKED} if exact_mode.chunk_tokens(self.settings) <= 0 else set()
+        return [batching for batching in BATCHINGS if batching not in absent]
+
+    def check_size(self, batching: str) -> tuple[int, int]:
+        return check_size(batching, exact_mode.chunk_tokens(self.settings))
+
+    def generate_batched(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, batching: str
+    ) -> Rollouts | None:
+        """The responses of every server that this rank sends weights to, batched as the name says.
+
+        Raises:
+            EngineFailure: where a server did not do what the name says.
+        """
+        if not self.is_sender:
+            return None
+        rollouts = []
+        for client in self._clients:
+            post = partial(_Balance([client], exact=True).post, sampling=sampling)
+            replies = replies_batched(client, post, requests, batching)
+            rollouts.append(rollouts_of(requests, replies, sampling))
+        return Rollouts.concatenate(rollouts)
+
+    def trace(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling
+    ) -> tuple[Rollouts, list[Digests]] | None:
+        """Responses of the first server, and the digests of its operations."""
+        if not self.is_sender:
+            return None
+        client = self._clients[0]
+        client.post(f"/flush_cache?timeout={FLUSH_SECONDS}")  # cached tokens would not be computed
+        replies = _Balance([client], exact=True).post(requests, sampling, trace=True)
+        return rollouts_of(requests, replies, sampling), [exact_mode.digests_of(reply) for reply in replies]
 
     def _check_lengths(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> None:
         longest = max((len(request.tokens) for request in requests), default=0)
@@ -400,19 +451,16 @@ def check_is_deterministic(client: Client) -> None:
 class _Balance:
     """Sends each post to the server with the fewest outstanding tokens."""
 
-    def __init__(self, clients: Sequence[Client]) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, clients: Sequence[Client], exact: bool) -> None:
+        self._lock, self._exact = threading.Lock(), exact
         self._outstanding = dict.fromkeys(clients, 0)
 
-    def post(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Any]:
+    def post(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, trace: bool = False
+    ) -> list[Any]:
         tokens = sum(len(request.tokens) + sampling.max_tokens for request in requests)
         with self._on_least_busy(tokens) as client:
-            reply = client.post(
-                "/generate",
-                input_ids=[list(request.tokens) for request in requests],
-                sampling_params=seeded_params(requests, sampling),
-                return_logprob=True,
-            )
+            reply = client.post("/generate", **generate_body(requests, sampling, self._exact, trace))
         if not isinstance(reply, list) or len(reply) != len(requests):
             raise EngineFailure(f"{client.url} did not return {len(requests)} responses for as many prompts")
         return reply

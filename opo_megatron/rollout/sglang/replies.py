@@ -9,24 +9,38 @@ import torch
 
 from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
 from opo_megatron.errors import EngineFailure, UserError
-from opo_megatron.rollout.engine import GenerationRequest, Sampling
-from opo_megatron.utils.hashing import hash_of
+from opo_megatron.rollout.engine import GenerationRequest, Sampling, sampling_key
+from opo_megatron.rollout.sglang import exact_mode
 
 UNKNOWN_VERSION = -1
 """Version of a token whose server reports no number."""
 
 
-def seeded_params(requests: Sequence[GenerationRequest], sampling: Sampling) -> list[dict[str, Any]]:
-    """SGLang's parameters of each request, with the seed that the local engine would take.
+def generate_body(
+    requests: Sequence[GenerationRequest], sampling: Sampling, exact: bool = False, trace: bool = False
+) -> dict[str, Any]:
+    """The body of a request to /generate.
 
     SGLang ignores seeds outside its deterministic mode, and in that mode gives all requests without one the
     same: they are always sent.
+
+    Args:
+        exact: the server runs in exact mode, and samples by the run's random numbers.
+        trace: it also returns the digests of its operations.
     """
-    params = sampling_params(sampling)
-    return [
-        params | {"sampling_seed": hash_of((*sampling.seed, request.prompt_id, request.sample_index))}
-        for request in requests
-    ]
+    common = sampling_params(sampling)
+    body: dict[str, Any] = {
+        "input_ids": [list(request.tokens) for request in requests],
+        "sampling_params": [
+            common | {"sampling_seed": sampling_key(sampling, request)} for request in requests
+        ],
+        "return_logprob": True,
+    }
+    if exact:
+        carried = exact_mode.carried(requests, sampling, trace)
+        body["sampling_params"] = [common | {"custom_params": one} for one in carried]
+        body["custom_logit_processor"] = exact_mode.SEEDED
+    return body
 
 
 def sampling_params(sampling: Sampling) -> dict[str, Any]:

@@ -9,7 +9,8 @@ lines, and no request passes without it but those of `OPEN_PATHS`.  And without 
 operators that SGLang imports but never calls there.  SGLang's worker processes import this file first, so
 they have the stubs too.
 
-Imports nothing from opo_megatron, which is not installed in that environment.
+Imports nothing from opo_megatron, which is not installed in that environment; `share_files` makes the files
+importable that the server of exact mode shares with the trainer.
 """
 
 import argparse
@@ -81,6 +82,17 @@ def stub_cpu_imports() -> None:
     package.__path__ = []
     package._custom_ops = operators  # type: ignore[attr-defined]
     sys.modules |= {"vllm": package, "vllm._custom_ops": operators}
+
+
+def share_files() -> None:
+    """Make files of the trainer's package importable, without running the `__init__.py` of their packages."""
+    root = Path(__file__).resolve().parents[2]
+    if root.name in sys.modules:  # in the trainer's own process
+        return
+    for folder in ("", "config", "kernels", "rollout", "rollout/local", "rollout/sglang", "utils"):
+        package = types.ModuleType(".".join((root.name, *Path(folder).parts)))
+        package.__path__ = [str(root / folder)]
+        sys.modules[package.__name__] = package
 
 
 class Key(str):
@@ -161,6 +173,7 @@ def describe_parser(words: list[str]) -> dict[str, object]:
 
 
 stub_cpu_imports()
+share_files()
 
 if __name__ == "__main__":
     die_with_parent()

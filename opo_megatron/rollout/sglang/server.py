@@ -23,6 +23,7 @@ from opo_megatron.config.choices import Dtype
 from opo_megatron.config.rules.api_key import variable_of
 from opo_megatron.config.schema import Config
 from opo_megatron.errors import UserError
+from opo_megatron.rollout.sglang import exact_mode
 from opo_megatron.rollout.sglang.api_key import random_key, shared_key
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.compilation import CompileWatch
@@ -69,6 +70,8 @@ def write_model_config(
     description |= {"bos_token_id": None, "eos_token_id": None}
     if quantization is not None:
         description["quantization_config"] = dict(quantization)
+    if config.rollout.sglang.exact:
+        description |= exact_mode.model_description(config.policy)
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
@@ -168,6 +171,8 @@ class Server:
             options |= {"enable-memory-saver": True, "base-gpu-id": 0}
         if settings.deterministic:
             options |= {"enable-deterministic-inference": True, "attention-backend": "triton"}
+        if settings.exact:
+            options |= exact_mode.options(self.config)
         return as_words(options | by_their_own_names(settings.options))
 
     def environment(self) -> dict[str, str]:
@@ -178,6 +183,8 @@ class Server:
         environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for CONTEXT_MARGIN
         # Empty on a CPU: SGLang looks for GPUs by torch, not by its option --device.
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus or ())
+        if self.settings.exact:
+            environment |= exact_mode.ENVIRONMENT
         if self.gpus is None:
             # More threads than idle cores make it many times slower, as for the ranks.
             environment["OMP_NUM_THREADS"] = str(self.config.run.threads_per_rank)

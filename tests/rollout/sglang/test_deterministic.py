@@ -17,7 +17,7 @@ from opo_megatron.errors import UserError
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.engine import SglangEngine, check_is_deterministic
-from opo_megatron.rollout.sglang.replies import sampling_params, seeded_params
+from opo_megatron.rollout.sglang.replies import generate_body, sampling_params
 from opo_megatron.rollout.sglang.server import Server
 from opo_megatron.rollout.sglang.transfer import _STORE_PREFIXES, group_backend
 from opo_megatron.utils.hashing import hash_of
@@ -40,22 +40,21 @@ OPTIONS = "rollout.sglang.options"
 @pytest.mark.parametrize("seed", [(1,), (1, 0, 7), (2, 0, 7), (1, 1, 7), (1, 0, 8)])
 def test_every_response_has_the_seed_that_the_local_engine_would_take(seed: tuple[int, ...]) -> None:
     requests = [GenerationRequest(p, p, k, (1,)) for p in (3, 4) for k in range(4)]
-    params = seeded_params(requests, Sampling(3, (7,), seed))
+    params = generate_body(requests, Sampling(3, (7,), seed))["sampling_params"]
     seeds = [one.pop("sampling_seed") for one in params]
     assert params == [sampling_params(Sampling(3, (7,), seed))] * len(requests)
     assert seeds == [hash_of((*seed, r.prompt_id, r.sample_index)) for r in requests]
     assert len(set(seeds)) == len(seeds) and all(-(2**63) <= one < 2**63 for one in seeds)
     # Neither the rank, nor the order, nor the others of a post matter.
-    assert [one["sampling_seed"] for one in seeded_params(requests[5:2:-1], Sampling(9, (), seed))] == seeds[
-        5:2:-1
-    ]
+    reversed_part = generate_body(requests[5:2:-1], Sampling(9, (), seed))["sampling_params"]
+    assert [one["sampling_seed"] for one in reversed_part] == seeds[5:2:-1]
 
 
 def test_seeds_differ_between_steps_streams_and_runs() -> None:
     seeds = {
         one["sampling_seed"]
         for seed in ((1, 0, 7), (2, 0, 7), (1, 1, 7), (1, 0, 8))
-        for one in seeded_params(REQUESTS, Sampling(3, (), seed))
+        for one in generate_body(REQUESTS, Sampling(3, (), seed))["sampling_params"]
     }
     assert len(seeds) == 4 * len(REQUESTS)
 

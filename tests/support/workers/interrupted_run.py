@@ -3,7 +3,8 @@
 interrupted_run.py FAULTS [--real] ARGUMENT...
 
 Each entry of the JSON list `FAULTS` is one attempt of `opo ARGUMENT...`: null is not interrupted,
-[point, signal] sends itself that signal at that point, [point, signal, rank] only on that rank.  A rank runs
+[point, signal] sends itself that signal at that point, [point, signal, rank] only on that rank, and
+["server", points] kills the run's SGLang server at each of these points.  A rank runs
 the first entry; otherwise each runs in a child, forked after all imports, and the list of exit codes
 (−n for a signal) is printed as the last line.  `--real` keeps the task's reward.
 """
@@ -12,8 +13,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from opo_megatron.batch.rollouts import Rollouts
@@ -22,6 +25,7 @@ from opo_megatron.checkpoint import writer as checkpoint_writer
 from opo_megatron.cli.main import main
 from opo_megatron.policy.policy import Policy
 from opo_megatron.rollout.local.engine import LocalEngine
+from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.tasks.base import STREAM_EVAL, STREAM_TRAIN
 from opo_megatron.tasks.lift import LiftTask
 from tests.support.tiny_run import easy_reward
@@ -41,10 +45,15 @@ def during_warm_start(inject: Callable[[], None], step: int = 14) -> None:
 
 
 def _during_rollouts(inject: Callable[[], None], stream: int, calls: int) -> None:
-    generate = LocalEngine.generate
+    for engine in (LocalEngine, SglangEngine):
+        _during_rollouts_of(engine, inject, stream, calls)
+
+
+def _during_rollouts_of(engine: Any, inject: Callable[[], None], stream: int, calls: int) -> None:
+    generate = engine.generate
     count = 0
 
-    def interrupted(self: LocalEngine, requests: Any, sampling: Any, progress: Any = None) -> Any:
+    def interrupted(self: Any, requests: Any, sampling: Any, progress: Any = None) -> Any:
         def show(done: int, total: int, tokens: int) -> None:
             if 2 * done > total and count == calls and sampling.seed[1:2] == (stream,):
                 inject()
@@ -55,7 +64,7 @@ def _during_rollouts(inject: Callable[[], None], stream: int, calls: int) -> Non
         count += sampling.seed[1:2] == (stream,)
         return generate(self, requests, sampling, show)
 
-    LocalEngine.generate = interrupted
+    engine.generate = interrupted
 
 
 def during_generation(inject: Callable[[], None]) -> None:
@@ -119,7 +128,10 @@ def attempt(fault: list[Any] | None, arguments: list[str]) -> int:
         arguments = arguments[1:]
     else:
         LiftTask.reward = easy_reward  # type: ignore[method-assign]
-    if fault is not None and (len(fault) < 3 or str(fault[2]) == os.environ.get("RANK", "0")):
+    if fault is not None and fault[0] == "server":
+        for point in fault[1]:
+            MOMENTS[point](_killing_the_server(arguments))
+    elif fault is not None and (len(fault) < 3 or str(fault[2]) == os.environ.get("RANK", "0")):
         point, signal_number = fault[:2]
         rank, sent = os.getpid(), []  # also where a child process reaches the point
 
@@ -131,6 +143,19 @@ def attempt(fault: list[Any] | None, arguments: list[str]) -> int:
 
         MOMENTS[point](inject)
     return main(arguments)
+
+
+def _killing_the_server(arguments: list[str]) -> Callable[[], None]:
+    """Kills the server's main process, once."""
+    run_dir = next(one for one in arguments if one.startswith("run.dir=")).removeprefix("run.dir=")
+    killed: list[int] = []
+
+    def inject() -> None:
+        if not killed:
+            killed.append(int((Path(run_dir) / "sglang" / "server_0.pid").read_text()))
+            os.kill(killed[0], signal.SIGKILL)
+
+    return inject
 
 
 def forked(fault: list[Any] | None, arguments: list[str]) -> int:

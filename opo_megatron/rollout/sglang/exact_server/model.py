@@ -1,0 +1,127 @@
+"""SGLang's model classes of exact mode: the local engine's decoder over SGLang's flat batch.
+
+The trainer describes the model in `config.json` by its own `policy.model`, so that neither SGLang nor
+transformers has a say in it: SGLang rounds sizes of the MLP on CPUs.  The names of the classes are those of
+SGLang's own, which they replace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.radix_attention import RadixAttention
+from torch import Tensor, nn
+
+from opo_megatron.config.choices import RopeType
+from opo_megatron.kernels.exact_digest import row_digests
+from opo_megatron.rollout.local.decoder import Decoder
+from opo_megatron.rollout.sglang.exact_server.sampler import TRACE, parameters
+
+MODEL = "opo_model"
+"""`policy.model` and `policy.exact_sum_parts` in the server's `config.json`."""
+
+
+class ExactLogits(LogitsProcessor):  # type: ignore[misc]
+    """SGLang's choice of rows, the decoder's product."""
+
+    def __init__(self, config: Any, decoder: Decoder) -> None:
+        super().__init__(config)
+        self._decoder = decoder
+
+    def _compute_lm_head(self, hidden_states: Tensor, lm_head: Any, embedding_bias: Any = None) -> Tensor:
+        return self._decoder.logits(hidden_states)
+
+
+class ExactForCausalLM(nn.Module):
+    """A dense model of any supported family."""
+
+    def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
+        super().__init__()
+        model = _model_of(config)
+        self.decoder = Decoder(
+            model,
+            config.vocab_size,
+            torch.get_default_dtype(),
+            torch.device("cpu"),
+            exact=True,
+            sum_parts=model.exact_sum_parts,
+        )
+        for name, tensor in self.decoder.tensors().items():  # SGLang looks for a model's memory here
+            self.register_parameter(name.replace(".", "_"), nn.Parameter(tensor, requires_grad=False))
+        self.attention = nn.ModuleList(
+            RadixAttention(
+                model.num_attention_heads,
+                model.kv_channels,
+                model.kv_channels**-0.5,
+                model.num_query_groups,
+                layer_id=i,
+            )
+            for i in range(model.num_layers)
+        )
+        self.logits_processor = ExactLogits(config, self.decoder)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy in tensors by their Hugging Face names."""
+        for name, tensor in weights:
+            self.decoder.load(name, tensor)
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: Any, *_: Any, **__: Any) -> Any:
+        """Logits of the rows [n] that SGLang samples from."""
+        trace = _Trace(forward_batch)
+        self.decoder.observe = trace.add if trace.is_wanted else None
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            flat = (part[0].flatten(1) for part in (query, key, value))
+            return self.attention[layer](*flat, forward_batch).view_as(query)  # type: ignore[no-any-return]
+
+        hidden = self.decoder.forward(input_ids.unsqueeze(0), positions.unsqueeze(0), attend)[0]
+        output = self.logits_processor(input_ids, hidden, None, forward_batch)
+        if trace.is_wanted:
+            trace.add_rows("the LM head", output.next_token_logits, [1] * len(trace.requests))
+            output.customized_info = {TRACE: trace.requests}
+        return output
+
+
+class _Trace:
+    """Digests of a forward pass, per operation and request."""
+
+    def __init__(self, forward_batch: Any) -> None:
+        carried = parameters(forward_batch.sampling_info)
+        self.is_wanted = any(one.get(TRACE) for one in carried)
+        is_decode = forward_batch.forward_mode.is_decode()
+        self._rows = [1] * len(carried) if is_decode else forward_batch.extend_seq_lens.tolist()
+        self.requests: list[dict[str, int]] = [{} for _ in carried]
+
+    def add(self, operation: str, output: Tensor) -> None:
+        """Args:
+        output: [1, n, …]
+        """
+        self.add_rows(operation, output[0], self._rows)
+
+    def add_rows(self, operation: str, output: Tensor, rows: list[int]) -> None:
+        for request, digests in zip(self.requests, row_digests(output).split(rows), strict=True):
+            request[operation] = int(digests.sum())
+
+
+def _model_of(config: Any) -> Any:
+    """`policy.model`, as the trainer wrote it.
+
+    Raises:
+        ValueError: where it did not.
+    """
+    fields = getattr(config, MODEL, None)
+    if fields is None:
+        raise ValueError(f"the server's config.json has no {MODEL}; rollout.sglang.exact=true writes it")
+    scaling = SimpleNamespace(**fields["rope_scaling"] | {"type": RopeType(fields["rope_scaling"]["type"])})
+    return SimpleNamespace(**fields | {"rope_scaling": scaling})
+
+
+EntryClass = [
+    type(name, (ExactForCausalLM,), {})
+    for name in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+]

@@ -1,0 +1,1 @@
+"""The server's package of exact mode without one operation, which the variable ALTERED names."""
