@@ -8,7 +8,20 @@ from __future__ import annotations
 
 from math import ceil, lcm
 
-from opo_megatron.algorithm.config import AlgorithmConfig, LossNormalizer, ObjectiveName, Scale, Scope, Weight
+from opo_megatron.algorithm.config import (
+    AlgorithmConfig,
+    Center,
+    LossNormalizer,
+    ObjectiveName,
+    Scale,
+    Scope,
+    Weight,
+    corrects_token_energies,
+    is_own,
+    keeps_zero_variance,
+    needs_energies,
+    needs_token_energies,
+)
 from opo_megatron.config.choices import EngineName, Packing
 from opo_megatron.config.schema import Config, PolicyConfig
 
@@ -19,6 +32,14 @@ _WEIGHTS = {
     Weight.energy: "energy of response j, Σₜ ‖onehot − π‖²",
     Weight.energy_hidden: "energy of response j with hidden states, Σₜ ‖onehot − π‖² ‖h‖²",
     Weight.fitted: "mixture of 1, length and energy of response j with the least variance in earlier steps",
+}
+
+_DIVISORS = {
+    Scale.none: "",
+    Scale.std: "s = standard deviation of the rewards to the same prompt",
+    Scale.mean: "s = mean of the rewards to the same prompt",
+    Scale.token_std: "s = standard deviation over all tokens of the batch, whose mean is subtracted before",
+    Scale.one_plus_tau: "s = 1 + τ, τ = {tau:g}",
 }
 
 
@@ -120,11 +141,12 @@ def _pass_lines(config: Config) -> list[str]:
     """Forward passes in addition to the update's."""
     algorithm = config.algorithm
     lines = []
-    if algorithm.weight in (Weight.energy, Weight.energy_hidden, Weight.fitted):
+    if needs_energies(algorithm) or needs_token_energies(algorithm):
         lines.append(
             "energies are computed by the engine during generation"
             if config.rollout.engine is EngineName.local
-            else "energies take one more forward pass per step, because SGLang returns none"
+            and not corrects_token_energies(algorithm, config.on_policy)
+            else "energies take one more forward pass per step, because the engine returns none"
         )
     if algorithm.objective is ObjectiveName.clipped:
         lines.append(
@@ -141,19 +163,50 @@ def _pass_lines(config: Config) -> list[str]:
 
 
 def _advantage_lines(algorithm: AlgorithmConfig) -> list[str]:
-    """The advantage of the four resolved switches, as `algorithm/advantages.py` computes it."""
-    difference = "rᵢ − bᵢ" if algorithm.leave_one_out else "rᵢ − b"
-    advantage = f"({difference}) / s" if algorithm.scale is Scale.std else difference
+    """The advantage of the resolved switches, as `algorithm/advantages.py` computes it."""
+    preset = f"algorithm.baseline={algorithm.baseline}"
+    if is_own(algorithm.baseline):
+        lines = [f"Aᵢ is computed by {algorithm.baseline} from rewards, lengths and groups"]
+    elif algorithm.center is Center.token_mean:
+        own = "other responses" if algorithm.leave_one_out else "responses"
+        lines = [
+            f"Aᵢₜ = rᵢ − bᵢₜ with reward r ({preset})",
+            f"bᵢₜ = Σⱼ wⱼₜrⱼ / Σⱼ wⱼₜ over the {own} j to the same prompt that have a token t, "
+            "wⱼₜ = energy of their tokens up to t; 0 where there is none",
+        ]
+    else:
+        name = "bᵢ" if algorithm.leave_one_out else "b"
+        reward = "max(rᵢ, 0)" if algorithm.positive_only else "rᵢ"
+        difference = reward if algorithm.center is Center.none else f"{reward} − {name}"
+        if algorithm.shift:
+            difference = f"{difference} − ({algorithm.shift:g})"
+        divisor = _DIVISORS[algorithm.scale or Scale.none].format(tau=algorithm.tau)
+        advantage = f"({difference}) / s" if divisor else difference
+        lines = [f"Aᵢ = {advantage} with reward r ({preset})"]
+        lines += _baseline_lines(algorithm, name)
+        if divisor:
+            lines.append(divisor)
+    if algorithm.drop_zero_variance:
+        lines.append("Aᵢ = 0 where all rewards to the prompt are equal")
+    if keeps_zero_variance(algorithm):
+        lines.append("a gradient remains where all rewards are equal, so no backward pass is skipped")
+    return lines
+
+
+def _baseline_lines(algorithm: AlgorithmConfig, name: str) -> list[str]:
+    """What the baseline is."""
     scope = "of the whole batch" if algorithm.scope is Scope.batch else "to the same prompt"
+    if algorithm.center is Center.none:
+        return []
+    if algorithm.center is Center.greedy:
+        return ["b = reward of the greedy response to the same prompt, one more request per prompt"]
+    if algorithm.center is Center.logmeanexp:
+        return [f"b = τ log mean exp(r/τ) over all responses {scope}, τ = {algorithm.tau:g}"]
     weight = _WEIGHTS[algorithm.weight or Weight.one].format(exponent=algorithm.length_exponent)
-    name = difference.rpartition(" ")[2]
     others = "all other responses j" if algorithm.leave_one_out else "all responses j"
-    lines = [
-        f"Aᵢ = {advantage} with reward r (algorithm.baseline={algorithm.baseline.value})",
-        f"{name} = Σⱼ wⱼrⱼ / Σⱼ wⱼ over {others} {scope}, wⱼ = {weight}",
-    ]
-    if algorithm.scale is Scale.std:
-        lines.append("s = standard deviation of the rewards to the same prompt")
+    lines = [f"{name} = Σⱼ wⱼrⱼ / Σⱼ wⱼ over {others} {scope}, wⱼ = {weight}"]
+    if algorithm.shrink:
+        lines.append(f"{name} is shrunken towards the mean of the other prompts (James–Stein)")
     return lines
 
 
