@@ -38,6 +38,8 @@ class Sampling:
     greedy: bool = False
     energies: bool = False
     """Also return each response's Σ energy and Σ energy·‖h‖², where the engine can."""
+    token_energies: bool = False
+    """Also return each token's energy, where the engine can."""
 
 
 Progress = Callable[[int, int, int], None]

@@ -9,9 +9,9 @@ Demonstrations are imperfect on purpose: 55 % answer directly, 15 % write every 
 have 3 to 22 tokens, and the policy has to discover that writing floors increases the reward.  One problem in
 ten is held out, by a hash of its text.
 
-`task.options` makes it harder: `floors`, `moves`, `largest_move`.  With more than ten floors a floor has up to
-three digits.  A lift with too many problems to enumerate has `SAMPLED` of them per split, drawn by a hash of
-their index.
+`task.options` makes it harder: `floors`, `moves`, `largest_move`.  With more than ten floors a floor has up
+to three digits.  A lift with too many problems to enumerate has `SAMPLED` of them per split, chosen by a hash
+of their index.
 """
 
 from __future__ import annotations
