@@ -31,16 +31,11 @@ from opo_megatron.batch.redistribute import redistribute_to_dp
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.batch.stats import BatchStats
 from opo_megatron.config import Config
+from opo_megatron.observe.gradient_noise import relative_noise, variance_reports
 from opo_megatron.observe.metrics_file import MetricsRow
 from opo_megatron.policy import per_sample
 from opo_megatron.policy.per_sample import TokenFactors
 from opo_megatron.run import Run
-
-UNBIASED = (
-    "none", "remax", "rloo", "opo_loo", "energy_loo", "auto", "otb_loo", "james_stein", "james_stein_auto",
-    "true_norm_loo",
-)  # fmt: skip
-"""Unbiased estimators, whose variances can be compared directly."""
 
 
 def report_is_due(config: Config, step: int) -> bool:
@@ -136,21 +131,8 @@ def _over_batch(stats: BatchStats) -> dict[str, Tensor]:
     }
 
 
-def relative_noise(reports: Sequence[MetricsRow]) -> dict[str, float]:
-    """What the responses to a prompt add to the variance, under each unbiased estimator, RLOO's being 1.
-
-    Sums over reports, because single ones are noisy; the part that prompts make is taken off where known.
-    """
-    noise = {
-        name: sum(row[f"variance/{name}"] - row.get("variance/between_prompts", 0.0) for row in reports)
-        for name in UNBIASED
-        if reports and all(f"variance/{name}" in row for row in reports)
-    }
-    return {name: value / noise["rloo"] for name, value in noise.items()} if noise.get("rloo", 0) > 0 else {}
-
-
 def _line(step: int, rows: Sequence[MetricsRow]) -> str:
-    reports = [row for row in rows if "variance/rloo" in row]
+    reports = variance_reports(rows)
     ratios = [f"{name} {ratio:.2f}" for name, ratio in relative_noise(reports).items()]
     keys = {word: f"variance/correlation_{word}" for word in ("length", "energy")}
     assumed = [f"{reports[-1][key]:+.2f} with {word}" for word, key in keys.items() if key in reports[-1]]
