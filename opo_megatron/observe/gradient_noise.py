@@ -1,4 +1,4 @@
-"""What the responses to a prompt add to the gradient's variance, from the variance reports in metrics.jsonl."""
+"""What the responses to a prompt add to the gradient's variance, from a run's variance reports."""
 
 from __future__ import annotations
 

@@ -232,8 +232,8 @@ def _noise_figure(noise: dict[str, dict[str, Noise]], with_png: bool) -> Figure:
         axes.set_ylim(len(names) - 0.5, -0.5)
         canvas.legend(loc="outside right center")
         caption = (
-            "What the responses to a prompt add to the gradient's variance, from the runs' variance reports, with "
-            "95 % bootstrap intervals over reports.  Lower is better."
+            "What the responses to a prompt add to the gradient's variance, from the runs' variance reports, "
+            "with 95 % bootstrap intervals over reports.  Lower is better."
         )
         svg, png = _render(canvas, with_png)
     title = "noise by baseline"

@@ -64,6 +64,11 @@ class LiftTask(PerResponseTask):
         if self.problems <= ENUMERATED:
             for number in range(self.problems):
                 self._indices[self._split(self._text(number))].append(number)
+            if not all(self._indices.values()):
+                raise UserError(
+                    f"task.options={dict(options or {})} make a lift of {self.problems} problems, none of which "
+                    "is in one of the splits; raise moves"
+                )
 
     @property
     def notes(self) -> list[str]:

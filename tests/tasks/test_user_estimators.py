@@ -1,4 +1,4 @@
-"""`algorithm.baseline=package.module:function`: what it may return, and the one sentence for everything else."""
+"""`algorithm.baseline=package.module:function`: what it may return, and one sentence for all else."""
 
 from __future__ import annotations
 
