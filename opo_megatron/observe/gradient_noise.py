@@ -46,9 +46,9 @@ def noise_intervals(reports: Sequence[MetricsRow], seed: int = 0) -> dict[str, N
     """`relative_noise` with intervals, by resampling reports."""
     rng, samples = random.Random(seed), []
     for _ in range(RESAMPLES):
-        drawn = relative_noise([rng.choice(reports) for _ in reports])
-        if drawn:
-            samples.append(drawn)
+        resampled = relative_noise([rng.choice(reports) for _ in reports])
+        if resampled:
+            samples.append(resampled)
     result: dict[str, Noise] = {}
     for name, value in relative_noise(reports).items() if samples else ():
         ordered = sorted(sample[name] for sample in samples)

@@ -66,8 +66,8 @@ class LiftTask(PerResponseTask):
                 self._indices[self._split(self._text(number))].append(number)
             if not all(self._indices.values()):
                 raise UserError(
-                    f"task.options={dict(options or {})} make a lift of {self.problems} problems, none of which "
-                    "is in one of the splits; raise moves"
+                    f"task.options={dict(options or {})} make a lift of {self.problems} problems, none of "
+                    "which is in one of the splits; raise moves"
                 )
 
     @property

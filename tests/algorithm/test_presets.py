@@ -167,7 +167,7 @@ def test_a_preset_equals_its_definition_sample_by_sample_on_200_batches(preset: 
 
 
 @pytest.mark.parametrize("preset", [Baseline.otb, Baseline.otb_loo])
-def test_a_token_baseline_equals_its_definition_token_by_token_on_200_batches(preset: Baseline) -> None:
+def test_a_token_baseline_equals_its_definition_on_200_batches(preset: Baseline) -> None:
     for seed in range(BATCHES):
         batch = ragged_batch(seed)
         close(token_advantages_of(config_of(preset), batch), token_reference(batch, "loo" in preset.value))
@@ -239,7 +239,7 @@ KEEPS = {
 
 
 @pytest.mark.parametrize("preset", Baseline)
-def test_what_keeps_a_gradient_in_agreeing_groups_is_known_from_the_switches(preset: Baseline) -> None:
+def test_switches_tell_what_keeps_a_gradient_in_agreeing_groups(preset: Baseline) -> None:
     """One group agrees, the other does not; lengths differ, so that one response outlives the others."""
     assert keeps_zero_variance(config_of(preset)) == (preset in KEEPS)
     rewards = torch.tensor([1.0, 1, 1, 0, 1, 0]).double()

@@ -94,7 +94,7 @@ def test_variance_and_signal_of_every_estimator_are_unbiased() -> None:
 
 
 @pytest.mark.parametrize("name", ["james_stein", "james_stein_auto"])
-def test_the_variance_of_shrunken_baselines_is_unbiased_though_prompts_depend_on_each_other(
+def test_the_variance_of_dependent_prompts_is_unbiased(
     name: str,
 ) -> None:
     """P times the variance of the mean over both prompts, by enumeration; the usual formula fails."""

@@ -81,7 +81,7 @@ def test_filling_is_for_estimators_without_a_gradient_in_agreeing_groups(recipe:
 
 
 @pytest.mark.parametrize("baseline", [b.value for b in Baseline])
-def test_a_preset_is_its_row_of_the_table_and_loads_again_from_its_own_recipe(
+def test_a_preset_is_its_row_and_loads_again_from_its_own_recipe(
     recipe: Path, tmp_path: Path, baseline: str
 ) -> None:
     from opo_megatron.config.load import to_yaml

@@ -32,7 +32,7 @@ def floor_after(text: str, floors: int) -> int:
         {"floors": 2, "moves": 6, "largest_move": 1},
     ],
 )
-def test_prompts_of_a_harder_lift_are_right_and_split_by_the_hash_of_their_text(
+def test_prompts_of_a_harder_lift_are_right_and_split_by_their_hash(
     options: dict[str, int],
 ) -> None:
     task = LiftTask(options)
@@ -67,8 +67,8 @@ def test_prompts_that_are_not_enumerated_have_ids_of_their_own() -> None:
         ),
         (
             {"floors": 2, "moves": 1, "largest_move": 1},
-            "task.options={'floors': 2, 'moves': 1, 'largest_move': 1} make a lift of 4 problems, none of which "
-            "is in one of the splits; raise moves",
+            "task.options={'floors': 2, 'moves': 1, 'largest_move': 1} make a lift of 4 problems, none of "
+            "which is in one of the splits; raise moves",
         ),
         ({"floors": 1}, "task.options.floors is 1; it must be a whole number from 2 to 1000"),
         ({"floors": "ten"}, "task.options.floors is 'ten'; it must be a whole number from 2 to 1000"),

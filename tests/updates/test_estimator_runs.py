@@ -130,7 +130,7 @@ def test_a_run_has_an_advantage_for_each_token(
     torch.testing.assert_close(corrected.token_advantages, was, rtol=1e-4, atol=1e-4)
 
 
-def test_the_variance_of_token_baselines_is_that_of_the_run_s_own_gradients(tmp_path: Path) -> None:
+def test_products_of_token_baselines_are_those_of_backward_passes(tmp_path: Path) -> None:
     """⟨ĝ_p, ĝ_q⟩ from energies and factors equal those of one backward pass per prompt; with a factor for
     each sample, they are the per-sample products."""
     config = small_config()

@@ -96,7 +96,7 @@ def angle(a: Tensor, b: Tensor) -> float:
     return 2 * math.asin(min(1.0, float((a - b).norm()) / 2))
 
 
-def test_filling_keeps_the_direction_of_the_gradient_where_prompts_are_independent() -> None:
+def test_filling_keeps_the_gradient_s_direction_for_independent_prompts() -> None:
     chances = dict.fromkeys(product(range(3), repeat=BLOCK), 1 / 3**BLOCK)
     expected = expected_over_kinds(chances)
     assert angle(expected, plain_direction()) < 1e-12
@@ -104,7 +104,7 @@ def test_filling_keeps_the_direction_of_the_gradient_where_prompts_are_independe
     assert float(expected.norm() / plain.norm()) > 1.2, "more groups have a signal"
 
 
-def test_taking_groups_by_their_number_of_right_answers_would_turn_the_gradient() -> None:
+def test_a_choice_by_more_than_the_signal_would_turn_the_gradient() -> None:
     """A control: a choice that looks at more than whether there is a signal."""
     total = torch.zeros(6, dtype=torch.float64)
     for kind in range(3):
@@ -126,7 +126,7 @@ def permutation_angle(prompts: int) -> float:
     return angle(expected_over_kinds(chances), plain_direction())
 
 
-def test_with_a_permutation_of_the_prompts_the_deviation_falls_with_their_number() -> None:
+def test_the_deviation_of_a_permutation_falls_with_its_size() -> None:
     """As in docs/estimators.md: about 1/M for M prompts."""
     angles = {prompts: permutation_angle(prompts) for prompts in (6, 12, 24, 48, 96)}
     assert angles[6] > 1e-3
@@ -145,7 +145,7 @@ def test_with_a_permutation_of_the_prompts_the_deviation_falls_with_their_number
         ((True, False, False, True), [0, 3]),
     ],
 )
-def test_the_first_groups_with_signal_are_taken_and_the_first_without_complete_them(
+def test_the_first_groups_with_signal_are_taken_then_those_without(
     signals: tuple[bool, ...], taken: list[int]
 ) -> None:
     assert filled(signals) == taken
