@@ -117,10 +117,11 @@ def summarize(runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """Noise over all reports, by third of the run and by seed; correlations; the mixture of auto."""
     all_reports = [row for run in runs for row in run]
     third = -(-len(runs[0]) // len(PARTS))
-    thirds = {
+    parts = {
         part: [row for run in runs for row in run[i * third : (i + 1) * third]]
         for i, part in enumerate(PARTS)
     }
+    thirds = {part: rows for part, rows in parts.items() if rows}  # a short run has fewer
     kinds = ("length", "energy", "energy_hidden")
     return {
         "noise": rounded(relative_noise(all_reports)),

@@ -48,7 +48,8 @@ def compare(script: Path, trees: dict[str, Path], rounds: int) -> dict[str, Any]
         "seconds, median": {name: median(values) for name, values in seconds.items()},
         f"{NEW} / {OLD}": new,
         f"{AGAIN} / {OLD}": again,
-        "unchanged": bool(new[1] <= 1 <= new[2] or again[1] <= new[0] <= again[2]),
+        # No farther from 1 than the commit is from itself.
+        "unchanged": new[1] <= max(1.0, again[2]) and new[2] >= min(1.0, again[1]),
     }
 
 
