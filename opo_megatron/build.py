@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from opo_megatron.algorithm.config import keeps_zero_variance
 from opo_megatron.checkpoint.load import load
 from opo_megatron.checkpoint.progress import (
     CONFIG_FILE,
@@ -54,6 +55,7 @@ from opo_megatron.rollout.sglang.server import write_model_config
 from opo_megatron.run import Run
 from opo_megatron.tasks import Task, make_task
 from opo_megatron.tasks.stop_tokens import check_stop_tokens, how_responses_end
+from opo_megatron.tasks.user_estimator import load_estimator
 from opo_megatron.utils.disk import report_disk_errors
 from opo_megatron.utils.start_folder import absolute, shown
 from opo_megatron.weights.fp8_folder import engine_quantization
@@ -136,7 +138,9 @@ def _build(
     task = _open_task(config, display, resources)
     watchdog.enter("checking checkpoints")
     checkpoint = find_checkpoint(config, parallel, display.log)
-    progress, state = _read_checkpoint(config, task, checkpoint, allowed)
+    estimator = load_estimator(config.algorithm.baseline)
+    inputs = task.fingerprint | (estimator.fingerprint if estimator is not None else {})
+    progress, state = _read_checkpoint(config, inputs, checkpoint, allowed)
     watchdog.enter("loading weights")
     in_warm_start = progress.phase == "warm_start"
     vocab_size = vocabulary_of(config, task)
@@ -180,6 +184,7 @@ def _build(
         display=display,
         watchdog=watchdog,
         reference_weights=reference,
+        estimator=estimator,
         step=-1 if in_warm_start else progress.step,
         warm_step=progress.step if in_warm_start else config.warm_start.steps,
     )
@@ -197,9 +202,12 @@ def _open_task(config: Config, display: Display, resources: ExitStack) -> Task:
 
 
 def _read_checkpoint(
-    config: Config, task: Task, checkpoint: Path | None, allowed: Sequence[str]
+    config: Config, now: dict[str, str], checkpoint: Path | None, allowed: Sequence[str]
 ) -> tuple[RunProgress, dict[str, Any]]:
     """How far the run is, and what it remembers beyond the weights.
+
+    Args:
+        now: hashes of what this attempt reads beside the recipe.
 
     Raises:
         UserError: where a setting, or what the task reads, has changed and must not.
@@ -209,8 +217,8 @@ def _read_checkpoint(
         progress, state = read_progress(checkpoint), read_estimator_state(checkpoint)
         finished_steps, inputs = progress.step if progress.phase == "step" else 0, state.get(INPUTS, {})
         check_resume(config, checkpoint / CONFIG_FILE, finished_steps, allowed, inputs)
-        check_inputs(config, inputs, task.fingerprint, checkpoint, allowed)
-    state[INPUTS] = task.fingerprint
+        check_inputs(config, inputs, now, checkpoint, allowed)
+    state[INPUTS] = now
     return progress, state
 
 
@@ -228,6 +236,11 @@ def _log_start(config: Config, checkpoint: Path | None, display: Display) -> Non
             display.log(f"changed settings: {', '.join(map(str, changed))}")
     elif config.policy.init_from is not None:
         display.log(f"starts from the weights of {config.policy.init_from}")
+    if keeps_zero_variance(config.algorithm):
+        display.log(
+            f"algorithm.baseline={config.algorithm.baseline} may have a gradient where all rewards of a "
+            "group are equal, so no backward pass is skipped"
+        )
 
 
 def _open_files(

@@ -35,6 +35,7 @@ from opo_megatron.resilience.watchdog import Watchdog
 from opo_megatron.rollout.generation import Generation
 from opo_megatron.tasks import Prompt, Task
 from opo_megatron.tasks.base import STREAM_TRAIN, PromptOrder, Split
+from opo_megatron.tasks.user_estimator import UserEstimator
 from opo_megatron.weights.reference_weights import ReferenceWeights
 
 
@@ -61,6 +62,8 @@ class Run:
     """This rank's part of the reference weights, where the objective has a KL to them."""
     fitted_weights: FittedWeights = field(default_factory=FittedWeights)
     """What `baseline=auto` has learned."""
+    estimator: UserEstimator | None = None
+    """The user's own, in place of a preset's formula."""
     last_rollouts: Rollouts | None = None
     """This rank's part of the last training batch."""
     started: float = field(default_factory=time.monotonic)
@@ -77,8 +80,9 @@ class Run:
         return [self.task.prompt(split, index) for index in order.batch(batch, count)]
 
     def prompts(self, step: int) -> list[Prompt]:
-        """The prompts of an OPO step (the first is 1)."""
-        count = self.config.rollout.prompts_per_step
+        """The prompts of an OPO step (the first is 1), of all its rounds."""
+        rollout = self.config.rollout
+        count = rollout.prompts_per_step * rollout.fill_rounds
         return self.choose_prompts("train", STREAM_TRAIN, self.config.run.seed, step - 1, count)
 
     def timer(self, step: int) -> PhaseTimer:

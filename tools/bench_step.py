@@ -2,6 +2,7 @@
 
     python tools/bench_step.py                  # one thread, about five minutes
     python tools/bench_step.py --no-record --rounds 2
+    python tools/bench_step.py --against HEAD~20 --rounds 40   # only OPO's step → records/step_against.json
 
 Same model, same samples, same Megatron, one process; rollouts and weight sync, equal for all, are left out.
 `usual GRPO` runs a pass for old log-probabilities, one for reference log-probabilities, and one clipped
@@ -9,6 +10,9 @@ update with a KL term; `GRPO, one update, no KL` omits the second; `the same, ol
 the first, as implementations do that get them from the update itself.  Interleaved, the minimum of each.
 Then OPO with increasing shares of zero-advantage samples, which run forward-only; one share is measured on
 the quickstart where its reward is about 0.9.  Exit code 1 where a limit is not met.
+
+`--against COMMIT` times advantages and update of a plain OPO step in the working tree and in a commit,
+interleaved (`bench/against.py`).
 """
 
 from __future__ import annotations
@@ -29,12 +33,15 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from bench.against import NEW, OLD, compare, serve
 from bench.record import write_record
+from compare_commits import checkout
 
 from opo_megatron.algorithm.objective import Clipped, PolicyGradient
 from opo_megatron.batch.rollouts import Rollouts
-from opo_megatron.config import load_config
+from opo_megatron.config import Config, load_config
 from opo_megatron.distributed.process_groups import initialize, shutdown
+from opo_megatron.kernels.advantages import compute_advantages
 from opo_megatron.policy.policy import Policy
 from opo_megatron.utils.terminal import prepare_terminal
 from opo_megatron.weights.random_init import random_weights
@@ -56,7 +63,13 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each arm (default: 5)")
     parser.add_argument("--no-record", action="store_true", help="print only")
+    parser.add_argument("--against", metavar="COMMIT", help="compare OPO's step with that of a commit")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.worker:
+        return work()
+    if options.against is not None:
+        return against(options.against, options.rounds, not options.no_record)
     zero_share = zero_advantage_share()
     print(f"quickstart at a reward of 0.9: {zero_share:.0%} of the samples have advantage 0", flush=True)
     seconds = time_arms(options.rounds, (*SHARES, zero_share))
@@ -83,6 +96,50 @@ def main() -> int:
     return 1 if missed else 0
 
 
+def against(commit: str, rounds: int, records: bool) -> int:
+    """Compare the working tree's step with that of a commit; exit code 1 where it takes another time."""
+    with checkout(commit) as old:
+        results = {
+            "against": commit,
+            "rounds": rounds,
+            **compare(Path(__file__), {NEW: ROOT, OLD: old}, rounds),
+        }
+    print(json.dumps(results, indent=2))
+    if records:
+        print(f"written to {write_record('step_against', results)}")
+    return 0 if results["unchanged"] else 1
+
+
+def work() -> int:
+    """A worker of `against`: seconds of a step, whenever it is asked for."""
+    config = step_config()
+    parallel = initialize(config)
+    weights = random_weights(config.policy.model, VOCABULARY, config.run.seed)
+    policy = Policy(config, VOCABULARY, parallel, config.optimizer, weights)
+    rollouts = samples()
+    groups = torch.arange(SAMPLES) // 8
+    rewards = (torch.arange(SAMPLES) % 2).double()
+
+    def step() -> float:
+        started = time.perf_counter()
+        rollouts.advantages = compute_advantages(
+            config.algorithm, rewards, rollouts.response_lengths, groups, parallel.device
+        )
+        schedule = policy.schedule(rollouts.sequence_lengths, rollouts.advantages == 0)
+        batch = rollouts.select(schedule.samples_of(0))
+        policy.train_step(batch, schedule, PolicyGradient(1000.0, 1.0), 1e-5)
+        return time.perf_counter() - started
+
+    serve(step)
+    shutdown()
+    return 0
+
+
+def step_config() -> Config:
+    overrides = [f"policy.model.{key}={value}" for key, value in MODEL.items()]
+    return load_config(RECIPE, ["run.dir=unused", "policy.device=cpu", *overrides])
+
+
 def zero_advantage_share() -> float:
     """Share of zero-advantage samples in a quickstart, over its steps with a mean reward of about 0.9."""
     with tempfile.TemporaryDirectory() as folder:
@@ -103,8 +160,7 @@ def skipping(share: float) -> str:
 
 def time_arms(rounds: int, shares: tuple[float, ...]) -> dict[str, float]:
     """Minimum seconds of every arm's step."""
-    overrides = [f"policy.model.{key}={value}" for key, value in MODEL.items()]
-    config = load_config(RECIPE, ["run.dir=unused", "policy.device=cpu", *overrides])
+    config = step_config()
     parallel = initialize(config)
     weights = random_weights(config.policy.model, VOCABULARY, config.run.seed)
     policy = Policy(config, VOCABULARY, parallel, config.optimizer, weights)

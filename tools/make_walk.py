@@ -22,6 +22,7 @@ BEGIN, END = "<!-- walk: written by tools/make_walk.py -->", "<!-- end of walk -
 WALKS: dict[str, tuple[str, ...]] = {
     "From the loop to the advantage": (
         "train.py opo_step",
+        "updates/advantages.py set_advantages",
         "kernels/advantages.py compute_advantages",
         "algorithm/advantages.py compute_advantages",
     ),
@@ -36,6 +37,8 @@ WALKS: dict[str, tuple[str, ...]] = {
     ),
     "From the loop to the SGLang request": (
         "train.py opo_step",
+        "updates/sample_batch.py sample_batch",
+        "updates/sample_batch.py _sample_round",
         "rollout/generation.py Generation.generate",
         "rollout/sglang/engine.py SglangEngine.generate",
     ),

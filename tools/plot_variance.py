@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opo_megatron.updates.variance_report import UNBIASED, relative_noise
+from opo_megatron.observe.gradient_noise import UNBIASED, relative_noise
 from opo_megatron.utils.terminal import prepare_terminal
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ For sample i of a scope S (the K responses of one prompt, or the whole batch), w
 
     b  = Σ_{j∈S} wⱼ rⱼ / Σ_{j∈S} wⱼ             baseline
     b₋ᵢ = Σ_{j≠i} wⱼ rⱼ / Σ_{j≠i} wⱼ            leave-one-out baseline
-    Aᵢ = (rᵢ − b) / s        s = 1, or the sample standard deviation of the rewards in S
+    Aᵢ = (rᵢ − b − shift) / s      s = 1, the standard deviation of the rewards in S, or their mean
 
     opo          w = length              the paper's baseline: minimum variance if ‖∇log π‖² ∝ length
     opo_loo      w = length, leave-one-out: unbiased
@@ -15,13 +15,17 @@ For sample i of a scope S (the K responses of one prompt, or the whole batch), w
     energy(_loo) w = Σ energy of the tokens (`energy.py`), a proxy of ‖∇log π‖²
     auto         w = the mixture with the least variance in earlier steps (`fitted_weights.py`),
                  leave-one-out: unbiased
+    james_stein  w = 1, leave-one-out, b₋ᵢ shrunken towards other prompts (`shrinkage.py`): unbiased
+    otb(_loo)    a baseline for each token (`token_baselines.py`)
+    none, raft, reinforce_rej, remax, maxrl, rec, asymre, opmd, reinforce_plus_plus: `presets.py`
 
 A baseline that includes the sample's own reward gives Aᵢ = (1 − wᵢ/W)(rᵢ − b₋ᵢ), W = Σ w: a factor
 that depends on the sample, hence a bias of O(1/K) unless all weights are equal.  Leave-one-out has none.
 
-Never NaN: a scope whose weights sum to 0 (all responses empty) uses the plain mean.  The advantage is
-exactly 0 for a sample without others to compare with (a group of one, or all other weights 0), and in
-a group whose rewards are all equal.
+Never NaN: a scope whose weights sum to 0 (all responses empty) uses the plain mean.  The advantage of a
+sample without others to compare with (a group of one, or all other weights 0) is exactly 0, or with
+`keep_lone` its reward.  It is exactly 0 in a group whose rewards are all equal, unless another switch says
+otherwise (`config.py::keeps_zero_variance`).
 """
 
 from __future__ import annotations
@@ -31,11 +35,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from opo_megatron.algorithm.config import AlgorithmConfig, Scale, Scope, Weight
+from opo_megatron.algorithm.config import AlgorithmConfig, Center, Scale, Scope, Weight
 from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.fitted_weights import FittedWeights
+from opo_megatron.algorithm.shrinkage import shrunken
 
 STD_EPSILON = 1e-6
+MEAN_EPSILON = 1e-6
+TOKEN_EPSILON = 1e-8
+"""Added to a variance over tokens and, as the methods' public code does, to the number of tokens."""
 
 
 def baseline_weights(
@@ -75,6 +83,7 @@ def compute_advantages(
     fitted: FittedWeights | None = None,
     device: torch.device | None = None,
     kernel: GroupAdvantages | None = None,
+    greedy_rewards: Tensor | None = None,
 ) -> Tensor:
     """[n] float64 advantages of all samples of a batch, on the device of the rewards.
 
@@ -86,15 +95,60 @@ def compute_advantages(
         fitted: the mixture of `weight=fitted`.
         device: where to compute; default: the device of the rewards.
         kernel: the implementation; default `group_advantages`.
+        greedy_rewards: [n] reward of the greedy response to each sample's prompt, for `center=greedy`.
     """
     scope = _scope(config, groups)
+    rewards = rewards.double().clamp(min=0) if config.positive_only else rewards.double()
+    lone = torch.zeros_like(rewards, dtype=torch.bool)
+    scales_in_kernel = config.scale is Scale.std and not config.shift and not config.keep_lone
+    if config.center is Center.none:
+        advantages = rewards
+    elif config.center is Center.greedy:
+        if greedy_rewards is None:
+            raise ValueError("center=greedy needs the rewards of greedy responses, which were not sampled")
+        advantages = rewards - greedy_rewards.double()
+    elif config.center is Center.logmeanexp:
+        advantages, lone = _logmeanexp_advantages(rewards, scope, config.tau)
+    elif config.center is Center.token_mean:
+        raise ValueError("center=token_mean has an advantage per token (algorithm/token_baselines.py)")
+    else:
+        weights = baseline_weights(config, lengths, energies, fitted)
+        epsilon = STD_EPSILON if scales_in_kernel else None
+        advantages = _mean_advantages(config, rewards, weights, scope, epsilon, device, kernel)
+        if config.keep_lone or config.shrink:
+            lone = _is_lone(weights, scope, bool(config.leave_one_out))
+        if config.shrink:
+            advantages = shrunken(advantages, rewards, weights, scope, lone)
+            lone = torch.zeros_like(lone)  # these have the mean of other prompts
+    if config.shift:
+        advantages = advantages - config.shift
+    if config.keep_lone:
+        advantages = torch.where(lone, rewards, advantages)
+    if not (scales_in_kernel and config.center is Center.mean):
+        advantages = _scaled(config, advantages, rewards, lengths, scope, lone)
+    if config.drop_zero_variance:
+        is_zero = _all_equal(rewards, scope)
+        if config.keep_lone:
+            is_zero = is_zero & (torch.bincount(scope)[scope] > 1)
+        advantages = torch.where(is_zero, 0.0, advantages)
+    return advantages
+
+
+def _mean_advantages(
+    config: AlgorithmConfig,
+    rewards: Tensor,
+    weights: Tensor,
+    scope: Tensor,
+    epsilon: float | None,
+    device: torch.device | None,
+    kernel: GroupAdvantages | None,
+) -> Tensor:
+    """[n] rewards minus the weighted mean of their scope, by `kernel`."""
     order = torch.argsort(scope, stable=True)
     offsets = torch.nn.functional.pad(torch.bincount(scope).cumsum(0), (1, 0))
-    weights = baseline_weights(config, lengths, energies, fitted)
-    epsilon = STD_EPSILON if config.scale is Scale.std else None
     device = device or rewards.device
     _, advantages = (kernel or group_advantages)(
-        rewards.double()[order].to(device),
+        rewards[order].to(device),
         weights[order].to(device),
         offsets.to(device),
         bool(config.leave_one_out),
@@ -102,6 +156,48 @@ def compute_advantages(
     )
     result = torch.empty_like(rewards, dtype=advantages.dtype)
     return result.scatter_(0, order, advantages.to(rewards.device))
+
+
+def _logmeanexp_advantages(rewards: Tensor, scope: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """[n] r − τ log mean exp(r/τ) over the scope, and whether the sample is alone in it."""
+    size = torch.bincount(scope)
+    highest = rewards.new_full((len(size),), float("-inf")).scatter_reduce(0, scope, rewards, "amax")[scope]
+    powers = ((rewards - highest) / tau).exp()
+    baselines = highest + tau * (_sum_over(powers, scope, len(size)) / size).log()[scope]
+    return torch.where(_all_equal(rewards, scope), 0.0, rewards - baselines), (size == 1)[scope]
+
+
+def _scaled(
+    config: AlgorithmConfig,
+    advantages: Tensor,
+    rewards: Tensor,
+    lengths: Tensor,
+    scope: Tensor,
+    lone: Tensor,
+) -> Tensor:
+    """[n] advantages divided by what `scale` says; a lone sample has nothing to divide by."""
+    if config.scale is Scale.token_std:
+        return _whitened(advantages, lengths.double())
+    if config.scale is Scale.one_plus_tau:
+        return advantages / (1 + config.tau)
+    count = len(torch.bincount(scope))
+    if config.scale is Scale.std:
+        return torch.where(lone, advantages, advantages / (_std(rewards, scope, count)[scope] + STD_EPSILON))
+    if config.scale is Scale.mean:
+        means = _sum_over(rewards, scope, count) / torch.bincount(scope)
+        return torch.where(lone, advantages, advantages / (means[scope] + MEAN_EPSILON))
+    return advantages
+
+
+def _whitened(values: Tensor, lengths: Tensor) -> Tensor:
+    """[n] with mean 0 and standard deviation 1 over all tokens, where a sample has `lengths` of them."""
+    tokens = lengths.sum()
+    if tokens == 0:
+        return torch.zeros_like(values)
+    count = tokens + TOKEN_EPSILON
+    centred = values - (lengths * values).sum() / count
+    variance = (lengths * centred.square()).sum() / count * (tokens / (tokens - 1).clamp(min=1))
+    return centred / (variance + TOKEN_EPSILON).sqrt()
 
 
 def group_advantages(
@@ -143,13 +239,27 @@ def _leave_one_out(
     """[n]: each sample's leave-one-out baseline; its own reward where all other weights are 0."""
     # At most one sample has more than half of the total weight.  For it, total − weight would cancel:
     # the others are summed directly, which also tells a tiny sum from exactly 0.
-    count, values = len(total), weights * rewards
     heavy = weights > total[scope] / 2
-    light = _sum_over(weights.masked_fill(heavy, 0.0), scope, count)[scope]
-    light_values = _sum_over(values.masked_fill(heavy, 0.0), scope, count)[scope]
-    others = torch.where(heavy, light, total[scope] - weights)
-    others_weighted = torch.where(heavy, light_values, weighted[scope] - values)
+    others = _sum_of_others(weights, heavy, scope, total)
+    others_weighted = _sum_of_others(weights * rewards, heavy, scope, weighted)
     return torch.where(others > 0, others_weighted / others, rewards)
+
+
+def _sum_of_others(values: Tensor, heavy: Tensor, scope: Tensor, total: Tensor) -> Tensor:
+    """[n]: Σ of the other samples' values, without cancellation for `heavy` ones."""
+    light = _sum_over(values.masked_fill(heavy, 0.0), scope, len(total))[scope]
+    return torch.where(heavy, light, total[scope] - values)
+
+
+def _is_lone(weights: Tensor, scope: Tensor, leave_one_out: bool) -> Tensor:
+    """[n] bool: whether no other sample of the scope counts in the sample's baseline."""
+    size = torch.bincount(scope)
+    if not leave_one_out:
+        return (size == 1)[scope]
+    total = _sum_over(weights, scope, len(size))
+    weights = torch.where(total[scope] == 0, torch.ones_like(weights), weights)
+    total = _sum_over(weights, scope, len(size))
+    return _sum_of_others(weights, weights > total[scope] / 2, scope, total) <= 0
 
 
 def zero_variance(config: AlgorithmConfig, rewards: Tensor, groups: Tensor) -> Tensor:

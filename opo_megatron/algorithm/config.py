@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Baseline(str, Enum):
-    """Presets of the switches `weight`, `leave_one_out`, `scale` and `scope`."""
+    """Presets of the switches of the advantage formula."""
 
     opo = "opo"
     opo_loo = "opo_loo"
@@ -18,6 +18,20 @@ class Baseline(str, Enum):
     energy = "energy"
     energy_loo = "energy_loo"
     auto = "auto"
+    none = "none"
+    reinforce_plus_plus = "reinforce_plus_plus"
+    reinforce_plus_plus_baseline = "reinforce_plus_plus_baseline"
+    asymre = "asymre"
+    opmd = "opmd"
+    opmd_logmeanexp = "opmd_logmeanexp"
+    raft = "raft"
+    reinforce_rej = "reinforce_rej"
+    remax = "remax"
+    maxrl = "maxrl"
+    rec = "rec"
+    otb = "otb"
+    otb_loo = "otb_loo"
+    james_stein = "james_stein"
 
 
 class Weight(str, Enum):
@@ -29,9 +43,22 @@ class Weight(str, Enum):
     fitted = "fitted"
 
 
+class Center(str, Enum):
+    """What the baseline is, which is subtracted from the rewards."""
+
+    mean = "mean"
+    logmeanexp = "logmeanexp"
+    token_mean = "token_mean"
+    greedy = "greedy"
+    none = "none"
+
+
 class Scale(str, Enum):
     none = "none"
     std = "std"
+    token_std = "token_std"
+    mean = "mean"
+    one_plus_tau = "one_plus_tau"
 
 
 class Scope(str, Enum):
@@ -67,17 +94,36 @@ class MismatchAction(str, Enum):
 class AlgorithmConfig:
     """Advantages and objective."""
 
-    baseline: Baseline = Baseline.opo
-    """Preset of `weight`, `leave_one_out`, `scale` and `scope`. A switch that is set overrides its preset."""
+    baseline: str = Baseline.opo.value
+    """Preset of the switches up to `keep_lone`; one that is set overrides its preset. Or an estimator of your
+    own, as `package.module:function`."""
+    center: Center | None = None
+    """The baseline b. `mean`: of the rewards, weighted by `weight`; `logmeanexp`: τ log mean e^(r/τ);
+    `token_mean`: one for each token, over the responses that have this token; `greedy`: the reward of the
+    greedy response to the prompt, one more request per prompt; `none`: 0."""
     weight: Weight | None = None
     """w of the baseline b = Σ wᵢrᵢ / Σ wᵢ. `fitted` is the mixture of 1, length and energy that had the least
     gradient variance in earlier steps."""
     leave_one_out: bool | None = None
     """Leave each sample out of its own baseline, which makes the gradient unbiased."""
+    shrink: bool | None = None
+    """Shrink the leave-one-out mean towards that of the other prompts (James–Stein)."""
+    shift: float | None = None
+    """Added to the baseline."""
+    tau: float = 1.0
+    """τ of `center=logmeanexp` and of `scale=one_plus_tau`."""
     scale: Scale | None = None
-    """`std` divides advantages by the standard deviation of the rewards."""
+    """Divisor of the advantages. `std`: the standard deviation of the rewards; `mean`: their mean;
+    `token_std`: standard deviation over all tokens of the batch, whose mean is subtracted;
+    `one_plus_tau`: 1 + τ."""
     scope: Scope | None = None
     """Samples that share a baseline: a prompt's group, or the whole batch."""
+    positive_only: bool | None = None
+    """Use max(r, 0) as reward."""
+    drop_zero_variance: bool | None = None
+    """Advantage 0 where all rewards of a group are equal, also without a baseline."""
+    keep_lone: bool | None = None
+    """Advantage of a sample without others to compare with: its reward (true), or 0."""
     length_exponent: float = 1.6
     """p of w = lengthᵖ, with `weight=length_power`."""
     loss_normalizer: LossNormalizer = LossNormalizer.tokens
@@ -107,6 +153,43 @@ class AlgorithmConfig:
     backward pass per sample, with all gradients in memory; for small models only."""
     off_policy_sampling: bool = False
     """Allow `top_p` and `top_k` in training. The rollouts are then not samples of the policy."""
+
+
+def is_own(baseline: str) -> bool:
+    """Whether `algorithm.baseline` names a user's function, `package.module:function`."""
+    module, _, function = baseline.partition(":")
+    return bool(module and function)
+
+
+def needs_energies(algorithm: AlgorithmConfig) -> bool:
+    """Whether the baseline's weights use the sums of energies of each response."""
+    of_samples = algorithm.weight in (Weight.energy, Weight.energy_hidden, Weight.fitted)
+    return of_samples and not needs_token_energies(algorithm)
+
+
+def needs_token_energies(algorithm: AlgorithmConfig) -> bool:
+    """Whether there is a baseline for each token, which uses the energy of each."""
+    return algorithm.center is Center.token_mean
+
+
+def corrects_token_energies(algorithm: AlgorithmConfig, on_policy: OnPolicyConfig) -> bool:
+    """Whether the energies of tokens are multiplied by their squared importance weights, for which the
+    policy's forward pass has to measure them."""
+    return needs_token_energies(algorithm) and on_policy.action is MismatchAction.correct
+
+
+def keeps_zero_variance(algorithm: AlgorithmConfig) -> bool:
+    """Whether an estimator keeps a gradient where all rewards of a group are equal.
+
+    Then no backward pass is skipped, and nothing is known of a group from its rewards alone.
+    """
+    if is_own(algorithm.baseline):
+        return True
+    if algorithm.drop_zero_variance:
+        return False
+    without_mean = algorithm.center in (Center.none, Center.greedy, Center.token_mean)
+    shifted = bool(algorithm.shift) or algorithm.scale is Scale.token_std
+    return without_mean or shifted or bool(algorithm.shrink)
 
 
 @dataclass

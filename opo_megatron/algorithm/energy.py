@@ -17,8 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opo_megatron.algorithm.config import AlgorithmConfig, Weight
-
 
 @dataclass(frozen=True)
 class EnergySums:
@@ -36,11 +34,6 @@ class EnergySums:
 def energy(log_prob: Tensor, sum_squares: Tensor) -> Tensor:
     """[n] e of tokens with log π(y) [n] and Σπ² [n]; clamped at 0 against rounding."""
     return (1 - 2 * log_prob.exp() + sum_squares).clamp_(min=0)
-
-
-def needs_energies(algorithm: AlgorithmConfig) -> bool:
-    """Whether the baseline's weights use energies."""
-    return algorithm.weight in (Weight.energy, Weight.energy_hidden, Weight.fitted)
 
 
 def sums_over(values: Tensor, lengths: Tensor) -> Tensor:

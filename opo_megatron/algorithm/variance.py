@@ -13,21 +13,30 @@ shrinks both.  The variance between prompts does not depend on the baseline:
     between = variance of RLOO − mean_p ( ‖ĝ_p‖² − 1/(K(K−1)) Σ_{i≠j} (r_i − b)(r_j − b) ⟨g_i, g_j⟩ )
 
 where b is the mean reward without samples i and j, so that the product's expectation is ‖E ĝ_p‖² exactly.
-The inputs are rewards, weights and the Gram matrix ⟨g_i, g_j⟩.
+The inputs are rewards, weights and the Gram matrix ⟨g_i, g_j⟩; where every token has an advantage of its own,
+the products ⟨ĝ_p, ĝ_q⟩ themselves.
+
+A shrunken baseline (`shrinkage.py`) is a function of other prompts, so its ĝ_p are not independent.  It has
+the expectation of RLOO, whose signal estimates ‖E ĝ_p‖², and P times the variance of the step's gradient is
+
+    variance = P (‖mean_p ĝ_p‖² − signal of RLOO)
+
+which for independent ĝ_p is the variance above.  Baselines over the whole batch are reported as if their ĝ_p
+were independent, an error of O(1/P).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.advantages import compute_advantages, group_advantages
-from opo_megatron.algorithm.config import AlgorithmConfig, Baseline, Scope, Weight
+from opo_megatron.algorithm.config import AlgorithmConfig, Baseline, Center, Scale, Scope, Weight
 from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.fitted_weights import FittedWeights
-from opo_megatron.algorithm.presets import PRESETS
+from opo_megatron.algorithm.presets import PRESETS, config_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,10 @@ class GradientGram:
     groups: Tensor
     """[n] int64: prompt index, 0 to P − 1; every prompt has the same number of samples."""
     energies: EnergySums
+    greedy_rewards: Tensor | None = None
+    """[n] reward of the greedy response to each sample's prompt, where the run samples one."""
+    token_products: dict[str, Tensor] = field(default_factory=dict)
+    """[P, P] ⟨ĝ_p, ĝ_q⟩ of estimators with an advantage per token, by name."""
 
     @property
     def squared_norms(self) -> Tensor:
@@ -50,35 +63,85 @@ class GradientGram:
         return self.gram.diagonal()
 
 
+def is_over_batch(algorithm: AlgorithmConfig) -> bool:
+    """Whether a sample's advantage has the rewards of all samples of the batch in it."""
+    return algorithm.scope is Scope.batch or algorithm.scale is Scale.token_std
+
+
+def estimates(samples: GradientGram, fitted: FittedWeights) -> dict[str, tuple[float, float]]:
+    """(variance, signal) of every estimator, by name."""
+    result = {
+        name: variance_and_signal(samples, advantages)
+        for name, advantages in estimators(samples, fitted).items()
+    }
+    for name, advantages in shrunken_estimators(samples, fitted).items():
+        result[name] = variance_of_shrunken(samples, advantages)
+    for name, products in samples.token_products.items():
+        result[name] = _moments(products)
+    return result
+
+
 def variance_and_signal(samples: GradientGram, advantages: Tensor) -> tuple[float, float]:
     """Variance and signal, as defined above, of the estimator with these advantages [n]."""
+    return _moments(_products(samples, advantages))
+
+
+def variance_of_shrunken(samples: GradientGram, advantages: Tensor) -> tuple[float, float]:
+    """The same of an unbiased estimator whose baselines are functions of other prompts."""
+    rloo = compute_advantages(config_of(Baseline.rloo), samples.rewards, samples.lengths, samples.groups)
+    _, signal = variance_and_signal(samples, rloo)
+    products = _products(samples, advantages)
+    prompts = len(products)
+    return prompts * (float(products.sum()) / prompts**2 - signal), signal
+
+
+def _products(samples: GradientGram, advantages: Tensor) -> Tensor:
+    """[P, P] ⟨ĝ_p, ĝ_q⟩."""
     prompts = int(samples.groups.max()) + 1
     size = len(samples.groups) / prompts
     mixing = torch.zeros(prompts, len(advantages), dtype=torch.float64)
     mixing[samples.groups, torch.arange(len(advantages))] = advantages.double() / size
-    products = mixing @ samples.gram @ mixing.T
+    return mixing @ samples.gram @ mixing.T
+
+
+def _moments(products: Tensor) -> tuple[float, float]:
+    """(variance, signal) of independent ĝ_p, from their inner products [P, P]."""
+    prompts = len(products)
     own, all_pairs = float(products.trace()), float(products.sum())
     return (own - all_pairs / prompts) / (prompts - 1), (all_pairs - own) / (prompts * (prompts - 1))
 
 
 def estimators(samples: GradientGram, fitted: FittedWeights) -> dict[str, Tensor]:
-    """Advantages [n] of every group-scope preset, of no baseline, and with the true squared norms."""
-    result = {"none": samples.rewards}
-    for baseline, preset in PRESETS.items():
-        if preset.scope is Scope.group:
-            config = AlgorithmConfig(baseline, **preset._asdict())
-            result[baseline.value] = compute_advantages(
-                config, samples.rewards, samples.lengths, samples.groups,
-                energies=samples.energies, fitted=fitted,
-            )  # fmt: skip
+    """Advantages [n] of every preset whose scope is a prompt's group, and with the true squared norms."""
+    result = {}
+    for baseline in PRESETS:
+        config = config_of(baseline)
+        needs_greedy = config.center is Center.greedy and samples.greedy_rewards is None
+        if is_over_batch(config) or config.shrink or needs_greedy or config.center is Center.token_mean:
+            continue
+        result[baseline.value] = _advantages(config, samples, samples.energies, fitted)
     # The weight that all others approximate: the best achievable.
     true = EnergySums(samples.squared_norms, samples.squared_norms)
-    config = AlgorithmConfig(Baseline.energy_loo, **PRESETS[Baseline.energy_loo]._asdict())
-    assert config.weight is Weight.energy
-    result["true_norm_loo"] = compute_advantages(
-        config, samples.rewards, samples.lengths, samples.groups, energies=true
-    )
+    result["true_norm_loo"] = _advantages(config_of(Baseline.energy_loo), samples, true, fitted)
     return result
+
+
+def shrunken_estimators(samples: GradientGram, fitted: FittedWeights) -> dict[str, Tensor]:
+    """Advantages [n] with James–Stein baselines, of equal and of fitted weights."""
+    weights = {"james_stein": Weight.one, "james_stein_auto": Weight.fitted}
+    return {
+        name: _advantages(config_of(Baseline.james_stein, weight=weight), samples, samples.energies, fitted)
+        for name, weight in weights.items()
+    }
+
+
+def _advantages(
+    config: AlgorithmConfig, samples: GradientGram, energies: EnergySums, fitted: FittedWeights
+) -> Tensor:
+    return compute_advantages(
+        config, samples.rewards, samples.lengths, samples.groups,
+        energies=energies, fitted=fitted, greedy_rewards=samples.greedy_rewards,
+    )  # fmt: skip
 
 
 def between_prompts(samples: GradientGram) -> float | None:
@@ -86,8 +149,7 @@ def between_prompts(samples: GradientGram) -> float | None:
     size = len(samples.groups) // (int(samples.groups.max()) + 1)
     if size < 3:
         return None
-    config = AlgorithmConfig(Baseline.rloo, **PRESETS[Baseline.rloo]._asdict())
-    rloo = compute_advantages(config, samples.rewards, samples.lengths, samples.groups)
+    rloo = compute_advantages(config_of(Baseline.rloo), samples.rewards, samples.lengths, samples.groups)
     within = []
     for group in range(int(samples.groups.max()) + 1):
         inside = (samples.groups == group).nonzero()[:, 0]

@@ -40,6 +40,26 @@ def redistribute_to_dp(
     return received.select([index[sample] for sample in scheduled])
 
 
+def exchange_blocks(
+    parallel: Parallel, rollouts: Rollouts, held: list[list[int]], samples: list[int]
+) -> Rollouts:
+    """Divide `samples` over the ranks in contiguous blocks, in their order.
+
+    Args:
+        held: by rank, the numbers of the samples that it has, in their order; `rollouts` are this rank's.
+        samples: numbers of the samples that are kept.
+    """
+    position = {sample: i for i, sample in enumerate(held[parallel.rank])}
+    blocks = [rank_range(len(samples), r, parallel.world_size) for r in range(parallel.world_size)]
+    wanted = [samples[block.start : block.stop] for block in blocks]
+    send_chunks = [rollouts.select([position[i] for i in one if i in position]) for one in wanted]
+    received = Rollouts.concatenate(all_to_all_objects(parallel, send_chunks))
+    own = set(wanted[parallel.rank])
+    arrived = [i for of_rank in held for i in of_rank if i in own]
+    index = {sample: i for i, sample in enumerate(arrived)}
+    return received.select([index[sample] for sample in wanted[parallel.rank]])
+
+
 def gather_to_rank0(parallel: Parallel, rollouts: Rollouts) -> Rollouts | None:
     """All samples on rank 0, None elsewhere."""
     parts = all_to_all_objects(parallel, [rollouts if r == 0 else None for r in range(parallel.world_size)])

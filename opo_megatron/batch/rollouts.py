@@ -24,6 +24,7 @@ FINISH_LENGTH = 1
 _PER_PROMPT_TOKEN = ("prompt_tokens",)
 _PER_RESPONSE_TOKEN = (
     "response_tokens", "weight_versions", "engine_log_prob", "old_log_prob", "reference_log_prob",
+    "token_energy", "token_advantages",
 )  # fmt: skip
 
 
@@ -57,11 +58,15 @@ class Rollouts:
     rewards: Tensor | None = None
     """[n] float64."""
     advantages: Tensor | None = None
-    """[n] float64."""
+    """[n] float64; with an advantage per token, their mean over the response."""
+    token_advantages: Tensor | None = None
+    """[Σl] float64, of a baseline for each token."""
     energy: Tensor | None = None
     """[n] float64: Σ of the tokens' energies (`algorithm/energy.py`)."""
     energy_hidden: Tensor | None = None
     """[n] float64: Σ of the tokens' energies times ‖h‖²."""
+    token_energy: Tensor | None = None
+    """[Σl] float32: each token's energy."""
     old_log_prob: Tensor | None = None
     """[Σl] float32: log π_T of each token, by a forward pass before the step's first update."""
     reference_log_prob: Tensor | None = None

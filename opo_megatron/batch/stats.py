@@ -28,6 +28,17 @@ class BatchStats:
     rewards: Tensor
     energies: EnergySums | None = None
     """None where the engine returned none."""
+    token_energies: Tensor | None = None
+    """[Σl] float32 of all tokens, sample by sample; None where the engine returned none."""
+    greedy_rewards: Tensor | None = None
+    """[N] reward of the greedy response to each sample's prompt; None where none was sampled."""
+
+    sampled_groups: int | None = None
+    """Groups sampled to fill the batch with groups that have a signal; None where it is not filled."""
+    sampled_reward: float = 0.0
+    """Mean reward of all their samples."""
+    rounds: int = 1
+    """Rounds of generation."""
 
     @property
     def sequence_lengths(self) -> Tensor:
@@ -56,8 +67,8 @@ def gather_stats(parallel: Parallel, rollouts: Rollouts) -> BatchStats:
         rollouts.rewards,
     )
     energies = None if rollouts.energy is None else (rollouts.energy, rollouts.energy_hidden)
-    gathered = all_gather_objects(parallel, (columns, energies))
-    ids, groups, prompts, responses, reasons, rewards = _concat(columns for columns, _ in gathered)
+    gathered = all_gather_objects(parallel, (columns, energies, rollouts.token_energy))
+    ids, groups, prompts, responses, reasons, rewards = _concat(columns for columns, _, _ in gathered)
     nonfinite = (~torch.isfinite(rewards)).nonzero()
     if nonfinite.numel():
         i = int(nonfinite[0])
@@ -66,9 +77,11 @@ def gather_stats(parallel: Parallel, rollouts: Rollouts) -> BatchStats:
             "a verifier must return a finite number",
         )
     stats = BatchStats(groups, prompts, responses, reasons, rewards)
-    if energies is None:
-        return stats
-    return replace(stats, energies=EnergySums(*_concat(energies for _, energies in gathered)))
+    if energies is not None:
+        stats = replace(stats, energies=EnergySums(*_concat(energies for _, energies, _ in gathered)))
+    if rollouts.token_energy is not None:
+        stats = replace(stats, token_energies=torch.cat([energies for _, _, energies in gathered]))
+    return stats
 
 
 def _concat(ranks: Iterable[Sequence[Tensor]]) -> list[Tensor]:

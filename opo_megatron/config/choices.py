@@ -16,6 +16,11 @@ class Schedule(str, Enum):
     cosine = "cosine"
 
 
+class Fill(str, Enum):
+    off = "off"
+    groups_with_signal = "groups_with_signal"
+
+
 class TaskName(str, Enum):
     lift = "lift"
     text = "text"

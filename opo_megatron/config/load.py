@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException, ValidationError
 
 from opo_megatron.algorithm.config import LossNormalizer, Weight
-from opo_megatron.algorithm.presets import PRESETS
+from opo_megatron.algorithm.presets import preset_of
 from opo_megatron.config.architecture import adopt_architecture
 from opo_megatron.config.choices import EngineName, Fp8
 from opo_megatron.config.entries import Entry, location, override_entries, recipe_entries
@@ -96,7 +96,7 @@ def resolve(config: Config) -> None:
     if config.policy.expert_tensor_parallel_size is None:
         dense = model.num_moe_experts is None
         config.policy.expert_tensor_parallel_size = 1 if dense else config.policy.tensor_model_parallel_size
-    for switch, value in PRESETS[algorithm.baseline]._asdict().items():
+    for switch, value in preset_of(algorithm.baseline)._asdict().items():
         if getattr(algorithm, switch) is None:
             setattr(algorithm, switch, value)
     if rollout.sglang.fp8 is None:

@@ -22,6 +22,7 @@ from opo_megatron.config.choices import (
     Device,
     Dtype,
     EngineName,
+    Fill,
     Fp8,
     GroupBackend,
     Kl,
@@ -76,7 +77,8 @@ class TaskConfig:
     `reasoning_gym`: problems from one of that package's generators; `package.module:Class`: a class of your
     own."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Class of your own: its options; `options.NAME=VALUE` sets one."""
+    """Options of the lift (`floors`, `moves`, `largest_move`) or of a class of your own; `options.NAME=VALUE`
+    sets one."""
     data: str | None = None
     """text: file with one problem per row (JSONL, a JSON list or Parquet), or
     `hub:owner/name[:config][:split]`."""
@@ -241,6 +243,12 @@ class RolloutConfig:
     """Prompts per step, over all ranks."""
     samples_per_prompt: int = 8
     """K: responses per prompt, the group that shares a baseline."""
+    fill: Fill = Fill.off
+    """`groups_with_signal`: train on the first `prompts_per_step` prompts of the step whose responses do not
+    all have the same reward; others have no gradient."""
+    fill_rounds: int = 1
+    """groups_with_signal: a step has at most this many times `prompts_per_step` prompts, sampled in rounds
+    until enough of them have a signal."""
     temperature: float = 1.0
     """T of the policy softmax(z/T). The objective differentiates the same distribution."""
     top_p: float = 1.0

@@ -56,7 +56,8 @@ Rule = tuple[str, Callable[[Any], bool], str]
 _FIELD_RULES: tuple[Rule, ...] = (
     (
         "run.ranks run.threads_per_rank rollout.prompts_per_step rollout.samples_per_prompt "
-        "rollout.max_response_tokens rollout.local.slots warm_start.batch_size algorithm.updates_per_batch "
+        "rollout.max_response_tokens rollout.local.slots rollout.fill_rounds warm_start.batch_size "
+        "algorithm.updates_per_batch "
         "eval.problems eval.samples_per_problem policy.model.num_layers policy.model.hidden_size "
         "policy.model.ffn_hidden_size policy.model.num_attention_heads policy.model.num_query_groups "
         "policy.model.kv_channels policy.model.max_sequence_length policy.model.num_moe_experts "
@@ -83,9 +84,9 @@ _FIELD_RULES: tuple[Rule, ...] = (
     ),
     (
         "rollout.temperature eval.temperature optimizer.eps warm_start.eps run.distributed_timeout_minutes "
-        "algorithm.loss_constant rollout.sglang.start_timeout_seconds rollout.sglang.timeout_seconds "
-        "on_policy.max_importance_weight algorithm.clip_high policy.weight_bucket_mib "
-        "task.verifier_seconds "
+        "algorithm.loss_constant algorithm.tau rollout.sglang.start_timeout_seconds "
+        "rollout.sglang.timeout_seconds on_policy.max_importance_weight algorithm.clip_high "
+        "policy.weight_bucket_mib task.verifier_seconds "
         "policy.model.rotary_base policy.model.layernorm_epsilon policy.model.rope_scaling.factor "
         "policy.model.rope_scaling.low_freq_factor policy.model.rope_scaling.high_freq_factor",
         lambda value: value > 0,

@@ -20,11 +20,12 @@ def compute_advantages(
     device: torch.device,
     energies: EnergySums | None = None,
     fitted: FittedWeights | None = None,
+    greedy_rewards: Tensor | None = None,
 ) -> Tensor:
     """`algorithm/advantages.py::compute_advantages`, computed on `device`."""
     kernel = reference.group_advantages
     if kernels.uses_triton(device):
         from opo_megatron.kernels.triton_advantages import group_advantages as kernel
     return reference.compute_advantages(
-        config, rewards, lengths, groups, energies, fitted, device=device, kernel=kernel
+        config, rewards, lengths, groups, energies, fitted, device, kernel, greedy_rewards
     )

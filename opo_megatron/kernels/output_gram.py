@@ -6,11 +6,13 @@ d_t h_tᵀ / T with d_t = onehot(y_t) − π_t, and a sample's gradient is the s
     ⟨g_i, g_j⟩ = Σ_{t∈i} Σ_{s∈j} (d_t · d_s) (h_t · h_s) / T²
 
 takes two small matrix products per pair of token blocks: N² (V + H) multiply-adds for N tokens.  n
-gradients of size V × H would not fit into memory.
+gradients of size V × H would not fit into memory.  With a factor per token the same products give the inner
+products of weighted sums of token gradients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +32,12 @@ class OutputGram:
     """[n] float64 Σ_t ‖d_t‖²."""
     energy_hidden: Tensor
     """[n] float64 Σ_t ‖d_t‖² ‖h_t‖²."""
+    weighted: Tensor
+    """[E, n, n] float64: as `gram`, each token's gradient multiplied by each of E factors."""
+
+
+Weigh = Callable[[Tensor], Tensor]
+"""Energies ‖d_t‖² [N] float64 of all tokens → E factors of each, [E, N] float64."""
 
 
 def output_gram(
@@ -42,6 +50,7 @@ def output_gram(
     temperature: float,
     chunk_tokens: int,
     part: tuple[int, int] = (0, 1),
+    weigh: Weigh | None = None,
 ) -> OutputGram:
     """This rank's part of the inner products between `count` samples.
 
@@ -51,12 +60,21 @@ def output_gram(
         targets: [N] token ids of the whole vocabulary.
         owners: [N] sample index of each token.
         part: (i, n): this rank computes the row blocks i, i + n, …
+        weigh: gives the factors of `weighted`; without it there are none.
     """
-    total = OutputGram(
-        torch.zeros(count, count, dtype=torch.float64, device=hidden.device),
-        *(torch.zeros(count, dtype=torch.float64, device=hidden.device) for _ in range(2)),
-    )
     blocks = [slice(b, min(b + chunk_tokens, len(hidden))) for b in range(0, len(hidden), chunk_tokens)]
+    factors = torch.empty(0, len(hidden), dtype=torch.float64, device=hidden.device)
+    if weigh is not None:
+        sizes = [torch.empty(0, dtype=torch.float64, device=hidden.device)]
+        for block in blocks:
+            gradients = _logit_gradients(hidden[block], weight, targets[block], vocabulary, temperature)
+            size = gradients.double().square().sum(1)
+            _reduce(size, vocabulary, dist.ReduceOp.SUM)
+            sizes.append(size)
+        factors = weigh(torch.cat(sizes).cpu()).to(hidden.device)
+    zeros = torch.zeros(count, dtype=torch.float64, device=hidden.device)
+    gram = torch.zeros(count, count, dtype=torch.float64, device=hidden.device)
+    total = OutputGram(gram, zeros, zeros.clone(), gram.repeat(len(factors), 1, 1))
     for i in range(part[0], len(blocks), part[1]):
         rows = blocks[i]
         left = _logit_gradients(hidden[rows], weight, targets[rows], vocabulary, temperature)
@@ -69,11 +87,25 @@ def output_gram(
             if j > i:
                 right = _logit_gradients(hidden[columns], weight, targets[columns], vocabulary, temperature)
             products = (left @ right.T).mul_(hidden[rows].float() @ hidden[columns].float().T).double()
-            by_row = products.new_zeros(count, products.shape[1]).index_add_(0, owners[rows], products)
-            block = torch.zeros_like(total.gram).index_add_(1, owners[columns], by_row)
-            total.gram += block if j == i else block + block.T
+            pair = (owners[rows], owners[columns])
+            total.gram += _by_sample(products, *pair, count, mirror=j > i)
+            for weighted, factor in zip(total.weighted, factors, strict=True):
+                scaled = products * factor[rows].unsqueeze(1) * factor[columns]
+                weighted += _by_sample(scaled, *pair, count, mirror=j > i)
     total.gram /= temperature**2
+    total.weighted /= temperature**2
     return total
+
+
+def _by_sample(products: Tensor, rows: Tensor, columns: Tensor, count: int, mirror: bool) -> Tensor:
+    """[n, n] sums of products between tokens over the samples `rows` and `columns` that own them.
+
+    Args:
+        mirror: also the products with rows and columns exchanged.
+    """
+    by_row = products.new_zeros(count, products.shape[1]).index_add_(0, rows, products)
+    block = products.new_zeros(count, count).index_add_(1, columns, by_row)
+    return block + block.T if mirror else block
 
 
 def _logit_gradients(

@@ -44,6 +44,10 @@ def step_row(
         "grad_norm": metrics.grad_norm,
         "lr": lr,
     }
+    if stats.sampled_groups is not None:
+        row["fill/rounds"] = stats.rounds
+        row["fill/groups_sampled"] = stats.sampled_groups
+        row["fill/reward_mean"] = stats.sampled_reward
     if metrics.entropy is not None:
         row["entropy"] = metrics.entropy
     if metrics.mismatch is not None:

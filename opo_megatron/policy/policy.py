@@ -433,6 +433,8 @@ def _no_loss(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _per_token(rollouts: Rollouts, name: str) -> Tensor:
     """A column of the rollouts per response token [Σl] float32."""
     values = getattr(rollouts, name)
+    if name == "advantages" and rollouts.token_advantages is not None:
+        return rollouts.token_advantages.float()
     if values is None:
         raise ValueError(f"the objective needs the column {name!r}, which these rollouts do not have")
     if name == "advantages":

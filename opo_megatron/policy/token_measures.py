@@ -16,6 +16,7 @@ from torch import Tensor
 from opo_megatron.algorithm.energy import EnergySums, energy, sums_over
 from opo_megatron.batch.micro_batch import MicroBatch, MicroBatchPlan
 from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.batch.stats import BatchStats
 from opo_megatron.distributed.process_groups import all_reduce, gather_tokens
 from opo_megatron.policy.lm_head import log_probs
 from opo_megatron.policy.model import head_weight
@@ -49,6 +50,35 @@ def measure_energies(
         sums[0, indices] = sums_over(measured.energy, rollouts.response_lengths)
         sums[1, indices] = sums_over(measured.energy_hidden, rollouts.response_lengths)
     return EnergySums(*all_reduce(policy.parallel, sums))
+
+
+def measure_token_energies(
+    policy: Policy,
+    rollouts: Rollouts,
+    schedule: MicroBatchPlan,
+    stats: BatchStats,
+    temperature: float,
+    max_importance_weight: float | None = None,
+) -> Tensor:
+    """[Σl] energies of all tokens of a step, on every rank, from this replica's samples.
+
+    Args:
+        max_importance_weight: multiply by the square of min(π / π_engine, this); None: do not multiply.
+    """
+    measured = measure_tokens(policy, rollouts, schedule, temperature)
+    values = measured.energy
+    if max_importance_weight is not None:
+        assert rollouts.engine_log_prob is not None
+        ratio = (measured.log_prob - rollouts.engine_log_prob).exp()
+        values = values * ratio.clamp(max=max_importance_weight).square()
+    lengths = stats.response_lengths
+    total = torch.zeros(int(lengths.sum()))
+    if policy.parallel.is_dp_leader:
+        starts = (lengths.cumsum(0) - lengths).tolist()
+        parts = values.split(rollouts.response_lengths.tolist())
+        for sample, part in zip(schedule.samples_of(policy.parallel.dp_rank), parts, strict=True):
+            total[starts[sample] : starts[sample] + len(part)] = part
+    return all_reduce(policy.parallel, total)
 
 
 def measure_tokens(

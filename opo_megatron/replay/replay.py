@@ -25,7 +25,7 @@ from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.build import open_run
 from opo_megatron.checkpoint.progress import PHASES, RunProgress, checkpoints
 from opo_megatron.config import Config
-from opo_megatron.config.choices import EngineName, Kl
+from opo_megatron.config.choices import EngineName, Fill, Kl
 from opo_megatron.config.rules.exact import exact_switch
 from opo_megatron.config.schema import CheckpointConfig, ObserveConfig, RolloutConfig
 from opo_megatron.distributed.process_groups import all_gather_objects
@@ -180,6 +180,12 @@ class _Replay:
             else rollouts_path(self.run_dir, step)
         )
         if self._was_nonfinite(step) or not self.regenerates:
+            if self.run.config.rollout.fill is not Fill.off:
+                raise UserError(
+                    f"step {step} of rollout.fill={self.run.config.rollout.fill.value} is not replayed from "
+                    "recorded rollouts, which have only the groups that were taken; replay with the run's "
+                    f"layout ({self.recorded[step]['layout']}) and rollout.engine=local"
+                )
             if not path.exists():
                 raise UserError(
                     f"{path} is missing, and only the run's layout ({self.recorded[step]['layout']}) "
@@ -256,7 +262,7 @@ class _RecordedEngine:
 
     def __init__(self, engine: LocalEngine, rollouts: Rollouts) -> None:
         self._engine = engine
-        self._rollouts = replace(rollouts, rewards=None, advantages=None)
+        self._rollouts = replace(rollouts, rewards=None, advantages=None, token_advantages=None)
         pairs = zip(rollouts.groups.tolist(), rollouts.sample_indices.tolist(), strict=True)
         self._index = {pair: i for i, pair in enumerate(pairs)}
         self.version = engine.version

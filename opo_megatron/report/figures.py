@@ -16,6 +16,7 @@ from html import escape
 from io import BytesIO, StringIO
 from typing import TYPE_CHECKING, Any
 
+from opo_megatron.observe.gradient_noise import UNBIASED, Noise, noise_intervals, variance_reports
 from opo_megatron.report.arms import Arm, Band, band, bin_size
 from opo_megatron.report.measures import Measure, sections_of
 from opo_megatron.report.runs import Run
@@ -63,7 +64,7 @@ class Figure:
 
 
 def figures_of(arms: Sequence[Arm], with_png: bool, show: Callable[[str, float], None]) -> list[Figure]:
-    """All figures: one per metric, then the time by phase.
+    """All figures: one per metric, then the gradient's noise by baseline and the time by phase.
 
     Args:
         with_png: also as pictures, which doubles the time.
@@ -82,6 +83,9 @@ def figures_of(arms: Sequence[Arm], with_png: bool, show: Callable[[str, float],
             for measure in measures:
                 show(f"plotting {measure.title}", len(figures) / total)
                 figures.append(_curve_figure(section, measure, arms, with_png))
+        noise = {arm.title: noise_of(arm) for arm in arms}
+        if any(noise.values()):
+            figures.append(_noise_figure(noise, with_png))
         runs = [run for arm in arms for run in arm.runs]
         if any(phases_of(run) for run in runs):
             figures.append(_time_figure(runs, with_png))
@@ -191,6 +195,49 @@ def _time_figure(runs: Sequence[Run], with_png: bool) -> Figure:
         caption = "Mean over all steps of a run; other: time outside the phases."
         svg, png = _render(canvas, with_png)
     return _figure("time_by_phase", "Time", "time per step, by phase", caption, svg, png)
+
+
+def noise_of(arm: Arm) -> dict[str, Noise]:
+    """The gradient's noise under every baseline, over all variance reports of an arm's runs."""
+    reports = [row for run in arm.runs for row in variance_reports(run.rows)]
+    return noise_intervals(reports) if len(reports) > 1 else {}
+
+
+def _noise_figure(noise: dict[str, dict[str, Noise]], with_png: bool) -> Figure:
+    """One row per baseline, one marker per arm."""
+    measured = {title: values for title, values in noise.items() if values}
+    names = [name for name in UNBIASED if any(name in values for values in measured.values())]
+    with _canvas(9.4, 1.5 + 0.3 * len(names) * max(1.0, len(measured) / 2)) as canvas:
+        axes = canvas.subplots()
+        for index, (title, values) in enumerate(measured.items()):
+            offset = (index - (len(measured) - 1) / 2) * 0.6 / len(measured)
+            shown = [(row, values[name]) for row, name in enumerate(names) if name in values]
+            axes.errorbar(
+                [one.value for _, one in shown],
+                [row + offset for row, _ in shown],
+                xerr=[
+                    [one.value - one.low for _, one in shown],
+                    [one.high - one.value for _, one in shown],
+                ],
+                fmt=MARKERS[index % len(MARKERS)],
+                color=COLOURS[index % len(COLOURS)],
+                markersize=4,
+                linewidth=1.2,
+                label=_shortened(title),
+            )
+        axes.axvline(1.0, color="#999999", linewidth=0.8)
+        axes.set(yticks=range(len(names)), yticklabels=names, xlabel="variance within a prompt, rloo = 1")
+        axes.set(title="noise of the gradient under every unbiased baseline")
+        axes.title.set_fontweight("bold")
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        canvas.legend(loc="outside right center")
+        caption = (
+            "What the responses to a prompt add to the gradient's variance, from the runs' variance reports, "
+            "with 95 % bootstrap intervals over reports.  Lower is better."
+        )
+        svg, png = _render(canvas, with_png)
+    title = "noise by baseline"
+    return _figure("noise_by_baseline", "Noise of the gradient", title, caption, svg, png)
 
 
 def _before(bar: dict[str, float], name: str) -> float:

@@ -39,6 +39,8 @@ class Sampling:
     greedy: bool = False
     energies: bool = False
     """Also return each response's Σ energy and Σ energy·‖h‖², where the engine can."""
+    token_energies: bool = False
+    """Also return each token's energy, where the engine can."""
 
 
 def sampling_key(sampling: Sampling, request: GenerationRequest) -> int:

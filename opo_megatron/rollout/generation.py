@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from opo_megatron.algorithm.energy import needs_energies
+from opo_megatron.algorithm.config import corrects_token_energies, needs_energies, needs_token_energies
 from opo_megatron.batch.redistribute import redistribute_to_dp
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.batch.stats import BatchStats
@@ -22,7 +22,7 @@ from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
 from opo_megatron.observe.console import Display
 from opo_megatron.policy.policy import Policy
-from opo_megatron.policy.token_measures import measure_energies
+from opo_megatron.policy.token_measures import measure_energies, measure_token_energies
 from opo_megatron.resilience.stop import StopRequest
 from opo_megatron.resilience.watchdog import Watchdog
 from opo_megatron.rollout.engine import GenerationRequest, Progress, RolloutEngine, Sampling
@@ -114,13 +114,21 @@ class Generation:
         Args:
             rollouts: this rank's part.
         """
-        if stats.energies is not None or not needs_energies(self.config.algorithm):
+        algorithm, on_policy = self.config.algorithm, self.config.on_policy
+        needs_sums = stats.energies is None and needs_energies(algorithm)
+        needs_tokens = stats.token_energies is None and needs_token_energies(algorithm)
+        if not (needs_sums or needs_tokens):
             return stats
         self.memory.before_training()
         total, temperature = len(stats.groups), self.config.rollout.temperature
         schedule = self.policy.schedule(stats.sequence_lengths)
         samples = redistribute_to_dp(self.parallel, rollouts, schedule, total)
-        return replace(stats, energies=measure_energies(self.policy, samples, schedule, total, temperature))
+        if needs_sums:
+            sums = measure_energies(self.policy, samples, schedule, total, temperature)
+            return replace(stats, energies=sums)
+        cap = on_policy.max_importance_weight if corrects_token_energies(algorithm, on_policy) else None
+        energies = measure_token_energies(self.policy, samples, schedule, stats, temperature, cap)
+        return replace(stats, token_energies=energies)
 
     def _recover(self) -> None:
         """Make the engine usable again; it holds no weights then."""

@@ -4,31 +4,36 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from opo_megatron.algorithm.energy import needs_energies
+from opo_megatron.algorithm.config import corrects_token_energies, needs_energies, needs_token_energies
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config import Config
 from opo_megatron.distributed.process_groups import Parallel, rank_range
 from opo_megatron.errors import UserError
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.tasks import Prompt, Task
-from opo_megatron.tasks.base import STREAM_TRAIN
+from opo_megatron.tasks.base import STREAM_GREEDY, STREAM_TRAIN
 
 
 def requests_for(
-    prompts: Sequence[Prompt], samples_per_prompt: int, parallel: Parallel
+    prompts: Sequence[Prompt], samples_per_prompt: int, parallel: Parallel, groups: range | None = None
 ) -> list[GenerationRequest]:
     """This rank's share of prompts × samples.
 
     Sample indices of a prompt that occurs more than once in the batch continue, so that no sample repeats.
 
+    Args:
+        groups: the prompts to sample, by their index; default all.
+
     Raises:
         UserError: for a prompt without tokens.
     """
-    share = rank_range(len(prompts) * samples_per_prompt, parallel.rank, parallel.world_size)
+    groups = range(len(prompts)) if groups is None else groups
+    share = rank_range(len(groups) * samples_per_prompt, parallel.rank, parallel.world_size)
     seen: Counter[int] = Counter()
     requests = []
     for group, prompt in enumerate(prompts):
@@ -39,7 +44,7 @@ def requests_for(
         first = seen[prompt.id] * samples_per_prompt
         seen[prompt.id] += 1
         for sample in range(samples_per_prompt):
-            if group * samples_per_prompt + sample in share:
+            if group in groups and (group - groups.start) * samples_per_prompt + sample in share:
                 requests.append(GenerationRequest(prompt.id, group, first + sample, prompt.tokens))
     return requests
 
@@ -55,6 +60,19 @@ def training_sampling(config: Config, task: Task, step: int) -> Sampling:
         top_p=settings.top_p,
         top_k=settings.top_k,
         energies=needs_energies(config.algorithm),
+        token_energies=needs_token_energies(config.algorithm)
+        and not corrects_token_energies(config.algorithm, config.on_policy),
+    )
+
+
+def greedy_sampling(config: Config, task: Task, step: int) -> Sampling:
+    """How the greedy response to a prompt is generated, which a baseline takes the reward of."""
+    return replace(
+        training_sampling(config, task, step),
+        seed=(config.run.seed, STREAM_GREEDY, step),
+        greedy=True,
+        energies=False,
+        token_energies=False,
     )
 
 

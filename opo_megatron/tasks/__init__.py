@@ -13,7 +13,7 @@ from opo_megatron.tasks.tokenizers import open_tokenizer
 from opo_megatron.tasks.user_task import UserTask
 
 TASKS: dict[str, Callable[[TaskConfig], Task]] = {
-    TaskName.lift.value: lambda config: LiftTask(),
+    TaskName.lift.value: lambda config: LiftTask(config.options),
     TaskName.text.value: TextTask,
     TaskName.reasoning_gym.value: ReasoningGymTask,
 }

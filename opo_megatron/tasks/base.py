@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 Split = Literal["train", "held_out"]
-STREAM_TRAIN, STREAM_WARM_START, STREAM_EVAL = range(3)
+STREAM_TRAIN, STREAM_WARM_START, STREAM_EVAL, STREAM_GREEDY = range(4)
 """Independent streams of random numbers, for prompt order and sampling."""
 
 

@@ -13,27 +13,29 @@ import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.advantages import compute_advantages
-from opo_megatron.algorithm.config import AlgorithmConfig, Baseline, VarianceOf, Weight
+from opo_megatron.algorithm.config import AlgorithmConfig, Baseline, Center, VarianceOf, Weight
 from opo_megatron.algorithm.fitted_weights import FEATURES, STATE
-from opo_megatron.algorithm.presets import PRESETS
+from opo_megatron.algorithm.presets import PRESETS, config_of
+from opo_megatron.algorithm.token_baselines import token_advantages
 from opo_megatron.algorithm.variance import (
     GradientGram,
     between_prompts,
     correlation,
-    estimators,
+    estimates,
+    is_over_batch,
     update_fitted,
     variance_and_signal,
+    variance_of_shrunken,
 )
 from opo_megatron.batch.redistribute import redistribute_to_dp
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.batch.stats import BatchStats
 from opo_megatron.config import Config
+from opo_megatron.observe.gradient_noise import relative_noise, variance_reports
 from opo_megatron.observe.metrics_file import MetricsRow
 from opo_megatron.policy import per_sample
+from opo_megatron.policy.per_sample import TokenFactors
 from opo_megatron.run import Run
-
-UNBIASED = ("none", "rloo", "opo_loo", "energy_loo", "auto", "true_norm_loo")
-"""Unbiased estimators, whose variances can be compared directly."""
 
 
 def report_is_due(config: Config, step: int) -> bool:
@@ -54,10 +56,17 @@ def variance_report(
     run.generation.memory.before_training()
     chosen = (stats.groups < run.config.algorithm.variance_prompts).nonzero()[:, 0]
     measured = _measure(run, rollouts, stats, chosen)
-    used = {"this_run": advantages[chosen], "batch_length": _over_batch(stats)[chosen]}
+    found = estimates(measured, run.fitted_weights)
+    for name, over_batch in _over_batch(stats).items():
+        found[name] = variance_and_signal(measured, over_batch[chosen])
+    if "this_run" not in found:
+        shrinks = run.config.algorithm.shrink
+        found["this_run"] = (variance_of_shrunken if shrinks else variance_and_signal)(
+            measured, advantages[chosen]
+        )
     row: MetricsRow = {}
-    for name, a in (estimators(measured, run.fitted_weights) | used).items():
-        row[f"variance/{name}"], row[f"signal/{name}"] = variance_and_signal(measured, a)
+    for name, (variance, signal) in found.items():
+        row |= {f"variance/{name}": variance, f"signal/{name}": signal}
     measures = {
         "between_prompts": between_prompts(measured),
         "correlation_length": correlation(measured, measured.lengths),
@@ -82,36 +91,48 @@ def _measure(run: Run, rollouts: Rollouts, stats: BatchStats, chosen: Tensor) ->
     samples = redistribute_to_dp(run.parallel, rollouts, schedule, len(stats.groups))
     whole = config.algorithm.variance_of is VarianceOf.all_parameters
     measure = per_sample.all_parameters if whole else per_sample.output_layer
-    found = measure(policy, samples, schedule, config.rollout.temperature)
-    order = torch.tensor(schedule.samples_of(run.parallel.dp_rank)).argsort()
+    scheduled = torch.tensor(schedule.samples_of(run.parallel.dp_rank))
+    factors = _token_factors(config.algorithm, stats, scheduled)
+    found = measure(policy, samples, schedule, config.rollout.temperature, factors)
+    order, size = scheduled.argsort(), config.rollout.samples_per_prompt
+    greedy = stats.greedy_rewards
     return GradientGram(
         gram=found.gram[order][:, order],
         rewards=stats.rewards[chosen],
         lengths=stats.response_lengths[chosen].double(),
         groups=stats.groups[chosen],
         energies=found.energies.select(order),
+        greedy_rewards=None if greedy is None else greedy[chosen],
+        token_products={name: products / size**2 for name, products in found.token_products.items()},
     )
 
 
-def _over_batch(stats: BatchStats) -> Tensor:
-    config = AlgorithmConfig(Baseline.batch_length, **PRESETS[Baseline.batch_length]._asdict())
-    return compute_advantages(config, stats.rewards, stats.response_lengths, stats.groups)
+def _token_factors(algorithm: AlgorithmConfig, stats: BatchStats, samples: Tensor) -> TokenFactors:
+    """The advantages of the tokens of `samples` under each baseline for tokens, this run's among them."""
+    configs = {name.value: config_of(name) for name in (Baseline.otb, Baseline.otb_loo)}
+    if algorithm.center is Center.token_mean:
+        configs["this_run"] = algorithm
+    rewards, lengths = stats.rewards[samples], stats.response_lengths[samples]
+
+    def from_energies(energies: Tensor) -> Tensor:
+        arguments = (rewards, lengths, stats.groups[samples], energies)
+        return torch.stack([token_advantages(config, *arguments) for config in configs.values()])
+
+    return TokenFactors(tuple(configs), from_energies)
 
 
-def relative_noise(reports: Sequence[MetricsRow]) -> dict[str, float]:
-    """What the responses to a prompt add to the variance, under each unbiased estimator, RLOO's being 1.
-
-    Sums over reports, because single ones are noisy; the part that prompts make is taken off where known.
-    """
-    noise = {
-        name: sum(row[f"variance/{name}"] - row.get("variance/between_prompts", 0.0) for row in reports)
-        for name in UNBIASED
+def _over_batch(stats: BatchStats) -> dict[str, Tensor]:
+    """[N] advantages of every preset over the whole batch, which the measured samples alone do not give."""
+    configs = {baseline.value: config_of(baseline) for baseline in PRESETS}
+    return {
+        name: compute_advantages(config, stats.rewards, stats.response_lengths, stats.groups)
+        for name, config in configs.items()
+        if is_over_batch(config)
     }
-    return {name: value / noise["rloo"] for name, value in noise.items()} if noise["rloo"] > 0 else {}
 
 
 def _line(step: int, rows: Sequence[MetricsRow]) -> str:
-    reports = [row for row in rows if "variance/rloo" in row]
+    reports = variance_reports(rows)
     ratios = [f"{name} {ratio:.2f}" for name, ratio in relative_noise(reports).items()]
     keys = {word: f"variance/correlation_{word}" for word in ("length", "energy")}
     assumed = [f"{reports[-1][key]:+.2f} with {word}" for word, key in keys.items() if key in reports[-1]]

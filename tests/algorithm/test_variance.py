@@ -15,8 +15,10 @@ from opo_megatron.algorithm.variance import (
     between_prompts,
     correlation,
     estimators,
+    shrunken_estimators,
     update_fitted,
     variance_and_signal,
+    variance_of_shrunken,
 )
 
 ACTIONS, SAMPLES = 2, 3
@@ -89,6 +91,33 @@ def test_variance_and_signal_of_every_estimator_are_unbiased() -> None:
     prompt_gradients = torch.stack(true_gradients)
     expected = float((prompt_gradients - prompt_gradients.mean(0)).square().sum(1).mean())
     assert between == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", ["james_stein", "james_stein_auto"])
+def test_the_variance_of_dependent_prompts_is_unbiased(
+    name: str,
+) -> None:
+    """P times the variance of the mean over both prompts, by enumeration; the usual formula fails."""
+    fitted = FittedWeights()
+    mean, square = torch.zeros(3, dtype=torch.float64), 0.0
+    reported = as_if_independent = signals = 0.0
+    for prompts in product((0, 1), repeat=2):
+        for actions in product(range(ACTIONS), repeat=2 * SAMPLES):
+            gram, probability = batch(prompts, actions)
+            advantages = shrunken_estimators(gram, fitted)[name]
+            step = sum(
+                one_gradient(gram, prompt, actions[own], advantages[own]) / 2
+                for prompt, own in zip(prompts, (slice(0, SAMPLES), slice(SAMPLES, None)), strict=True)
+            )
+            mean += probability * step
+            square += probability * float(step.square().sum())
+            variance, signal = variance_of_shrunken(gram, advantages)
+            reported, signals = reported + probability * variance, signals + probability * signal
+            as_if_independent += probability * variance_and_signal(gram, advantages)[0]
+    expected = 2 * (square - float(mean.square().sum()))
+    assert reported == pytest.approx(expected, rel=1e-10)
+    assert signals == pytest.approx(float(mean.square().sum()), rel=1e-10)
+    assert abs(as_if_independent - expected) > 1e-3 * expected
 
 
 def test_two_samples_per_prompt_give_no_variance_between_prompts() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.distributed.process_groups import initialize, shutdown
 from opo_megatron.weights.random_init import random_weights
 from tests.support import dense_reference
-from tests.support.fixtures import VOCAB_SIZE, small_config
-from tests.support.paths import WORKERS
+from tests.support.fixtures import RECIPE, VOCAB_SIZE, small_config
+from tests.support.paths import ROOT, WORKERS
 from tests.support.requirements import run_ranks_of
+from tests.support.tiny_run import TINY
 from tests.support.workers import algorithm_worker
 from tests.support.workers.algorithm_worker import HEAD_SHAPES, TEMPERATURE
 
@@ -148,3 +154,74 @@ def test_every_layout_has_the_gradients_of_one_process(
     tmp_path: Path, ranks: int, model: str, layouts: tuple[str, ...]
 ) -> None:
     check(tmp_path, ranks, model, *layouts)
+
+
+# ---------------------------------------------------------------------- whole runs
+
+EASY = """
+from opo_megatron.tasks.lift import LiftTask
+
+class Easy(LiftTask):
+    def __init__(self, config):
+        super().__init__()
+
+    def reward(self, prompt, response):
+        return float(sum(response) % 2)
+"""
+LAYOUTS = {
+    "tp2": (TP2,),
+    "pp2": (PP2,),
+    "dp2": (),
+    "cp2": ("policy.packing=thd", "policy.context_parallel_size=2"),
+}
+
+
+def run_of(folder: Path, name: str, ranks: int, *overrides: str) -> tuple[list[dict[str, Any]], Rollouts]:
+    """Metrics of a tiny run, and the rollouts of its last step."""
+    (folder / "easy.py").write_text(EASY)
+    arguments = [str(RECIPE), f"run.dir={folder / name}", *TINY, *overrides, "task.name=easy:Easy"]
+    arguments += ["task.max_prompt_tokens=16", "train.steps=2", "eval.every_steps=0", "eval.problems=4"]
+    subprocess.run(
+        [sys.executable, "-m", "opo_megatron", "train", *arguments, "--nproc", str(ranks)],
+        check=True, timeout=300, cwd=folder, stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    return rows, Rollouts.load(folder / name / "rollouts" / "step_00000002.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("algorithm.baseline=otb_loo",),
+        ("algorithm.baseline=otb_loo", "on_policy.action=correct"),
+        ("algorithm.baseline=james_stein",),
+        ("algorithm.baseline=auto", "algorithm.shrink=true", "algorithm.keep_lone=true"),
+        ("rollout.fill=groups_with_signal", "rollout.fill_rounds=3", "rollout.samples_per_prompt=2"),
+    ],
+    ids=["otb_loo", "otb_loo-measured", "james_stein", "james_stein-auto", "fill"],
+)
+def test_estimators_take_the_same_steps_under_every_layout(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    """Responses, advantages and gradients of whole runs, against one process; reports as well."""
+    reports = ("algorithm.variance_every=1", "algorithm.variance_prompts=4")
+    expected, samples = run_of(tmp_path, "one", 1, *settings, *reports)
+    assert expected[1]["grad_norm"] > 0
+    for name, layout in LAYOUTS.items():
+        rows, rollouts = run_of(tmp_path, name, 2, *settings, *reports, *layout)
+        assert torch.equal(rollouts.response_tokens, samples.response_tokens), name
+        assert torch.equal(rollouts.prompt_ids, samples.prompt_ids), name
+        assert rollouts.advantages is not None and samples.advantages is not None
+        torch.testing.assert_close(rollouts.advantages, samples.advantages, rtol=1e-4, atol=1e-5)
+        if samples.token_advantages is not None:
+            assert rollouts.token_advantages is not None
+            torch.testing.assert_close(
+                rollouts.token_advantages, samples.token_advantages, rtol=1e-4, atol=1e-5
+            )
+        for row, other in zip(rows[1:], expected[1:], strict=True):
+            assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4), name
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-3, abs=1e-5), name
+            for estimator in ("otb", "otb_loo", "james_stein", "opo", "this_run"):
+                key = f"variance/{estimator}"
+                assert row[key] == pytest.approx(other[key], rel=1e-3), (name, key)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opo_megatron.updates.variance_report import UNBIASED, relative_noise
+from opo_megatron.observe.gradient_noise import UNBIASED, noise_intervals, relative_noise
 from tests.support.paths import TOOLS
 from tests.support.requirements import require
 
@@ -31,6 +31,15 @@ def test_noise_is_a_ratio_of_sums_without_the_variance_between_prompts() -> None
     assert UNBIASED[:2] == ("none", "rloo")
     assert noise["none"] == 0.5 and noise["rloo"] == 1 and noise["opo_loo"] == 1.5
     assert relative_noise([report(1, 0.0)]) == {}
+
+
+def test_intervals_contain_the_ratio_and_shrink_where_reports_agree() -> None:
+    agreeing = noise_intervals([report(i, 1.0) for i in range(20)])
+    assert all(noise.low == noise.value == noise.high for noise in agreeing.values())
+    rows = [report(i, 1.0) | {"variance/opo_loo": 2.0 + i % 5} for i in range(40)]
+    spread = noise_intervals(rows)["opo_loo"]
+    assert spread.low < spread.value == relative_noise(rows)["opo_loo"] < spread.high
+    assert noise_intervals([report(1, 0.0)]) == {}
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,27 @@ import torch
 
 from opo_megatron.algorithm.advantages import compute_advantages
 from opo_megatron.algorithm.config import AlgorithmConfig, MismatchAction, OnPolicyConfig
-from opo_megatron.algorithm.energy import EnergySums
+from opo_megatron.algorithm.energy import EnergySums, sums_over
 from opo_megatron.algorithm.fitted_weights import FEATURES
-from opo_megatron.algorithm.objective import opo_objective
+from opo_megatron.algorithm.objective import PolicyGradient, opo_objective
+from opo_megatron.algorithm.token_baselines import token_advantages
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.cli.main import main
 from opo_megatron.config import load_config
 from opo_megatron.distributed.process_groups import initialize, shutdown
+from opo_megatron.policy.per_sample import TokenFactors, all_parameters, output_layer
 from opo_megatron.policy.token_measures import measure_energies
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.tasks.lift import LiftTask
-from tests.support.fixtures import RECIPE, SMALL_MODEL, VOCAB_SIZE, small_config, small_policy
+from tests.support.fixtures import (
+    RECIPE,
+    SMALL_MODEL,
+    VOCAB_SIZE,
+    ragged_rollouts,
+    small_config,
+    small_policy,
+)
 from tests.support.tiny_run import easy_reward
 
 TINY = (
@@ -91,6 +101,68 @@ def test_advantages_of_a_run_are_weighted_by_its_energies(tmp_path: Path, weight
     assert not torch.equal(
         expected, compute_advantages(by_length, rollouts.rewards, lengths, rollouts.groups)
     )
+
+
+@pytest.mark.parametrize("baseline", ["otb", "otb_loo"])
+def test_a_run_has_an_advantage_for_each_token(
+    tmp_path: Path, baseline: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = (f"algorithm.baseline={baseline}", "train.steps=2")
+    rows = train(tmp_path / "run", *settings, "algorithm.variance_every=1", "algorithm.variance_prompts=4")
+    assert "no backward pass is skipped" in " ".join(capsys.readouterr().out.split())
+    config = load_config(tmp_path / "run" / "config.yaml").algorithm
+    rollouts = rollouts_of(tmp_path / "run", 2)
+    assert rollouts.rewards is not None and rollouts.advantages is not None
+    assert rollouts.token_energy is not None and rollouts.token_advantages is not None
+    lengths = rollouts.response_lengths
+    expected = token_advantages(config, rollouts.rewards, lengths, rollouts.groups, rollouts.token_energy)
+    assert torch.equal(rollouts.token_advantages, expected)
+    assert torch.equal(rollouts.advantages, sums_over(expected, lengths) / lengths)
+    assert len(expected[: int(lengths[0])].unique()) > 1
+    for row in rows[1:]:
+        assert row["variance/this_run"] == pytest.approx(row[f"variance/{baseline}"], rel=1e-5)
+        assert {"variance/otb", "variance/otb_loo", "variance/james_stein"} <= row.keys()
+    # With importance weights the policy's forward pass measures the energies; here they are 1.
+    train(tmp_path / "corrected", *settings, "on_policy.action=correct")
+    corrected = rollouts_of(tmp_path / "corrected", 1)
+    assert corrected.token_energy is None and corrected.token_advantages is not None
+    was = rollouts_of(tmp_path / "run", 1).token_advantages
+    torch.testing.assert_close(corrected.token_advantages, was, rtol=1e-4, atol=1e-4)
+
+
+def test_products_of_token_baselines_are_those_of_backward_passes(tmp_path: Path) -> None:
+    """⟨ĝ_p, ĝ_q⟩ from energies and factors equal those of one backward pass per prompt; with a factor for
+    each sample, they are the per-sample products."""
+    config = small_config()
+    parallel = initialize(config)
+    policy = small_policy(config, parallel)
+    rollouts = ragged_rollouts().select(range(8))
+    rollouts.groups = torch.arange(8) // 4
+    schedule = policy.schedule_replicated(rollouts.sequence_lengths, range(8))
+    ordered = rollouts.select(schedule.samples_of(0))
+    of_samples = torch.linspace(-1, 1, 8, dtype=torch.float64)
+    seen: list[Any] = []
+
+    def factors(energies: Any) -> Any:
+        seen.append(energies)
+        return torch.stack((torch.repeat_interleave(of_samples, ordered.response_lengths), energies))
+
+    names = TokenFactors(("of samples", "of tokens"), factors)
+    results = [of(policy, ordered, schedule, 0.7, names) for of in (output_layer, all_parameters)]
+    mixing = torch.nn.functional.one_hot(ordered.groups).double().T * of_samples
+    for result in results:
+        expected = mixing @ result.gram @ mixing.T
+        torch.testing.assert_close(result.token_products["of samples"], expected, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(result.token_products["of tokens"], expected, rtol=1e-2)
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-6)
+    weighted = replace(ordered, token_advantages=factors(seen[1])[1], advantages=of_samples)
+    first = weighted.select((ordered.groups == 0).nonzero()[:, 0])
+    one = policy.schedule_replicated(first.sequence_lengths, range(len(first)))
+    policy.checked_gradients(first.select(one.samples_of(0)), one, PolicyGradient(-1.0, 0.7))
+    policy.optimizer.prepare_grads()
+    norm = sum(float(g.double().square().sum()) for g in policy.optimizer.get_main_grads_for_grad_norm())
+    shutdown()
+    assert float(results[1].token_products["of tokens"][0, 0]) == pytest.approx(norm, rel=1e-5)
 
 
 def test_a_run_without_an_energy_baseline_stores_no_energies(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from statistics import fmean
 from opo_megatron.config import Config, load_config
 from opo_megatron.config.compare import changed_settings
 from opo_megatron.errors import UserError
+from opo_megatron.observe.gradient_noise import relative_noise
 from opo_megatron.observe.metrics_file import MetricsFile, MetricsRow
-from opo_megatron.updates.variance_report import relative_noise
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes" / "paper_small"

@@ -211,6 +211,8 @@ class _Batch:
         self.log_probs = torch.zeros(n, sampling.max_tokens, device=self.device)
         self.lengths = torch.zeros(n, dtype=torch.int64, device=self.device)
         self.energies = torch.zeros(2, n if sampling.energies else 0, dtype=torch.float64, device=self.device)
+        width = sampling.max_tokens if sampling.token_energies else 0
+        self.token_energies = torch.zeros(n, width, device=self.device)
         self.stopped = torch.zeros(n, dtype=torch.bool, device=self.device)
         none = torch.empty(0, dtype=torch.int64, device=self.device)
         self.rows = _Rows(none, none, none, none, none)
@@ -271,7 +273,9 @@ class _Batch:
         if self.decoder.observe is not None:
             self.decoder.observe("the LM head", logits.unsqueeze(0))
         rows.token, log_prob, energy = sample(logits, uniform, self.sampling)
-        if energy is not None:
+        if energy is not None and self.sampling.token_energies:
+            self.token_energies[rows.request, rows.count] = energy
+        if energy is not None and self.sampling.energies:
             energy = energy.double()
             self.energies[:, rows.request] += torch.stack((energy, energy * hidden.float().square().sum(1)))
         self.tokens[rows.request, rows.count] = rows.token
@@ -316,4 +320,5 @@ class _Batch:
             engine_log_prob=self.log_probs.cpu()[sampled],
             energy=self.energies[0].cpu() if self.sampling.energies else None,
             energy_hidden=self.energies[1].cpu() if self.sampling.energies else None,
+            token_energy=self.token_energies.cpu()[sampled] if self.sampling.token_energies else None,
         )

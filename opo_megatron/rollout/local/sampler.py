@@ -11,8 +11,8 @@ from opo_megatron.rollout.engine import Sampling
 
 
 def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Next tokens, their log π_T and, with `sampling.energies`, their energies ‖onehot − π_T‖², each [n],
-    from logits [n, V].
+    """Next tokens, their log π_T and, where `sampling` asks for them, their energies ‖onehot − π_T‖², each
+    [n], from logits [n, V].
 
     Log-probability and energy are those of π_T, also where top_k, top_p or greedy decoding sample from
     another distribution.
@@ -23,6 +23,6 @@ def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor,
     else:
         tokens = inverse_cdf(truncate(probabilities(log_probs), sampling.top_k, sampling.top_p), uniform)
     log_prob = log_probs.gather(1, tokens.unsqueeze(1))[:, 0]
-    if not sampling.energies:
+    if not (sampling.energies or sampling.token_energies):
         return tokens, log_prob, None
     return tokens, log_prob, energy(log_prob, log_probs.exp().square_().sum(1))
