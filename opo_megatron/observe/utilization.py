@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opo_megatron.algorithm.config import AlgorithmConfig, ObjectiveName, keeps_zero_variance, keeps_zero_variance
+from opo_megatron.algorithm.config import AlgorithmConfig, ObjectiveName, keeps_zero_variance
 from opo_megatron.batch.stats import BatchStats
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.distributed.process_groups import Parallel
@@ -46,8 +46,6 @@ def training_passes(algorithm: AlgorithmConfig, advantages: Tensor) -> Tensor:
     if algorithm.objective is ObjectiveName.clipped:
         # Old log-probabilities, reference ones where there is a KL, and the update.
         return torch.full_like(advantages, 4.0 + bool(algorithm.kl_coefficient), dtype=torch.float64)
-    if keeps_zero_variance(algorithm):
-        return torch.full_like(advantages, 3.0, dtype=torch.float64)
     if keeps_zero_variance(algorithm):
         return torch.full_like(advantages, 3.0, dtype=torch.float64)
     return torch.where(advantages == 0, 1.0, 3.0).double()
