@@ -59,7 +59,10 @@ def test_the_plan_fits_five_minutes() -> None:
     assert done.returncode == 0, done.stderr
     *lines, last = [line for line in done.stdout.splitlines() if "with --only" not in line]
     sections = check_gpu.chosen(())
-    assert last == f"{check_gpu.longest(sections, 8)} s at most" and int(last.split()[0]) <= SECONDS
+    assert (
+        last == f"{check_gpu.longest(sections, check_gpu.SIDE_BY_SIDE)} s at most"
+        and int(last.split()[0]) <= SECONDS
+    )
     for section in sections:
         assert any(line.split(maxsplit=2)[1:] == ["s", section.name] for line in lines), section.name
 
@@ -83,6 +86,29 @@ def test_a_section_that_fails_or_hangs_is_one_line_and_stops_no_other(tmp_path: 
     assert "later" not in done.stdout
     assert json.loads((kept / "good" / "result.json").read_text())["python"] == "/elsewhere"
     assert not alive(int((kept / "child").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("folder", "tool", "python", "seen"),
+    [
+        (".", "tool.py", "/elsewhere", "/elsewhere"),
+        ("below", "../tool.py", "/elsewhere", "/elsewhere"),
+        (".", "./tool.py", "bin/python", "{}/bin/python"),
+        ("below", "../tool.py", "../bin/python", "{}/bin/python"),
+        (".", "below/../tool.py", "~/python", str(Path.home() / "python")),
+    ],
+)
+def test_paths_are_those_of_the_folder_where_it_is_started(
+    folder: str, tool: str, python: str, seen: str, tmp_path: Path
+) -> None:
+    fake_tool(tmp_path)
+    (tmp_path / "below").mkdir()
+    command = [sys.executable, tool, "--device", "cpu", "--only", "good", "--sglang-python", python]
+    command += ["--keep", "kept"]
+    done = subprocess.run(command, cwd=tmp_path / folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / folder / "kept" / "good" / "result.json").read_text())
+    assert result["python"] == seen.format(tmp_path)
 
 
 def alive(pid: int) -> bool:

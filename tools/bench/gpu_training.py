@@ -194,6 +194,6 @@ def by_kind(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 TRAINING_SECTIONS = [
-    Section("training: 1.35 G parameters, bf16", 30, training_bf16, alone=True),
-    Section("training: 1.35 G parameters, FP8", 30, training_fp8, alone=True),
+    Section("training: 1.35 G parameters, bf16", 40, training_bf16, alone=True),
+    Section("training: 1.35 G parameters, FP8", 40, training_fp8, alone=True),
 ]
