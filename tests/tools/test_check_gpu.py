@@ -11,7 +11,7 @@ from pathlib import Path
 
 import check_gpu
 import pytest
-from bench.gpu_training import KINDS, by_kind
+from bench.gpu_training import KINDS, by_kind, not_met
 
 from tests.support.paths import TOOLS
 
@@ -164,6 +164,24 @@ def test_kinds_of_kernels_are_found_by_the_names_that_libraries_give_them() -> N
         assert kind in KINDS and by_kind([(name, 2.0)]) == {kind: 2.0}
     table = by_kind([("unheard_of", 5.0), ("tiny", 0.01), ("gemm", 7.0)])
     assert table == {"matrix products": 7.0, "other: unheard_of": 5.0, "other": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("mfu", "card", "words"),
+    [
+        (0.63, "NVIDIA H200", None),
+        (0.61, "NVIDIA H200", "throughput/mfu is 0.610, at least 0.62"),
+        (float("nan"), "NVIDIA H200", "throughput/mfu is nan"),
+        (None, "NVIDIA H100 NVL", "has no peak of NVIDIA H100 NVL"),
+        (None, None, None),
+    ],
+)
+def test_a_card_misses_its_goal_unless_it_is_reached(
+    mfu: float | None, card: str | None, words: str | None
+) -> None:
+    figures = {} if mfu is None else {"throughput/mfu": mfu}
+    missed = not_met(figures, 0.62, card).get("not met", [])
+    assert len(missed) == (words is not None) and (words or "") in "".join(missed)
 
 
 def on_a_cpu(*only: str) -> subprocess.CompletedProcess[str]:
