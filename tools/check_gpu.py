@@ -37,6 +37,7 @@ from bench.gpu_engine import ENGINE_SECTIONS
 from bench.gpu_kernels import KERNEL_SECTIONS
 from bench.gpu_layouts import LAYOUT_SECTIONS
 from bench.gpu_libraries import LIBRARY_SECTIONS, versions
+from bench.gpu_mismatch import MISMATCH_SECTIONS
 from bench.gpu_section import Figures, Section, Setting
 from bench.gpu_training import TRAINING_SECTIONS
 from bench.record import write_record
@@ -47,13 +48,14 @@ ROOT = Path(__file__).parent.parent
 SECTIONS: list[Section] = [
     *LIBRARY_SECTIONS,
     *ENGINE_SECTIONS,
+    *MISMATCH_SECTIONS,
     *LAYOUT_SECTIONS,
     *KERNEL_SECTIONS,
     *TRAINING_SECTIONS,
 ]
 CPU_PATIENCE = 5
 """A section's limit on a CPU, in limits on a GPU."""
-SIDE_BY_SIDE = 13
+SIDE_BY_SIDE = 15
 """Sections at the same time: as many as look for faults, because they mostly wait for servers to start."""
 STOP_SECONDS = 5
 LAST_LINES = 15
