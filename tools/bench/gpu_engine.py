@@ -109,6 +109,8 @@ def deterministic(setting: Setting) -> Figures:
 
 
 TURNS = 5
+NEARLY = 0.95
+"""Other sections may allocate a little at the same moment."""
 
 
 def memory_in_turns(engine: RolloutEngine, free: Callable[[], int]) -> Figures:
@@ -144,7 +146,7 @@ def memory_not_released(memory: Figures, least: Mapping[str, float]) -> list[str
     return [
         f"the engine releases and takes back {released[part]:.3g} GiB ({part}), at least {gib:.3g}"
         for part, gib in least.items()
-        if not released[part] >= gib
+        if not released[part] >= NEARLY * gib
     ]
 
 
