@@ -6,7 +6,6 @@
 #
 # Versions and their reasons are in opo_megatron/environment/versions.toml, which is read below.
 #
-<<<<<<< HEAD
 # Tested by tools/check_container.py, which carries out this file's commands without Docker (records/container.json):
 # Transformer Engine's torch extension compiles against torch 2.13.0 with nvcc 13.0, both environments install,
 # and on a machine without a GPU Megatron-Core with Transformer Engine's layers, and SGLang's server, are imported.
@@ -15,15 +14,6 @@
 #   - the base image: its tag, and the packages of its distribution;
 #   - that Transformer Engine's and SGLang's CUDA kernels run with torch 2.13.0, also with cuda-tile 1.6.0rc7
 #     (see requirements/sglang-cuda.txt).
-=======
-# NOT TESTED, for lack of a GPU, a CUDA compiler and Docker:
-#   - that the image builds, and that the base image's tag is still available;
-#   - that Transformer Engine's torch extension compiles against torch 2.13.0: Transformer Engine 2.11.0 is
-#     the newest that Megatron-Core accepts, and has been tested with torch 2.11.0 only;
-#   - that SGLang's CUDA kernels start, also with cuda-tile 1.6.0rc7 (see requirements/sglang-cuda.txt).
-# Tested: every requirement below resolves for Python 3.12 (torch 2.13.0 to its build for CUDA 13.0), this
-# file passes hadolint, and its pins equal those of versions.toml.
->>>>>>> layouts
 
 # CUDA 13.0 for torch's and SGLang's wheels; devel for nvcc and headers; Ubuntu 24.04 for Python 3.12.
 FROM nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04

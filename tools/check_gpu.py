@@ -37,6 +37,7 @@ from bench.gpu_engine import ENGINE_SECTIONS
 from bench.gpu_kernels import KERNEL_SECTIONS
 from bench.gpu_layouts import LAYOUT_SECTIONS
 from bench.gpu_libraries import LIBRARY_SECTIONS, versions
+from bench.gpu_mismatch import MISMATCH_SECTIONS
 from bench.gpu_section import Figures, Section, Setting
 from bench.gpu_training import TRAINING_SECTIONS
 from bench.record import write_record
@@ -47,12 +48,15 @@ ROOT = Path(__file__).parent.parent
 SECTIONS: list[Section] = [
     *LIBRARY_SECTIONS,
     *ENGINE_SECTIONS,
+    *MISMATCH_SECTIONS,
     *LAYOUT_SECTIONS,
     *KERNEL_SECTIONS,
     *TRAINING_SECTIONS,
 ]
 CPU_PATIENCE = 5
 """A section's limit on a CPU, in limits on a GPU."""
+SIDE_BY_SIDE = 15
+"""Sections at the same time: as many as look for faults, because they mostly wait for servers to start."""
 STOP_SECONDS = 5
 LAST_LINES = 15
 RESULT, LOG = "result.json", "log"
@@ -94,7 +98,9 @@ def parse_arguments() -> argparse.Namespace:
         "--only", action="append", default=[], metavar="NAME", help="sections by part of name"
     )
     parser.add_argument("--dry-run", action="store_true", help="print sections and limits, and stop")
-    parser.add_argument("--side-by-side", type=int, default=8, metavar="N", help="sections at the same time")
+    parser.add_argument(
+        "--side-by-side", type=int, default=SIDE_BY_SIDE, metavar="N", help="sections at the same time"
+    )
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep runs and logs in this new folder")
     parser.add_argument("--sglang-python", default=str(ROOT / ".venv-sglang" / "bin" / "python"))
     parser.add_argument(
@@ -103,6 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--section", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.sglang_python = os.path.abspath(os.path.expanduser(options.sglang_python))
     if options.device == "cpu":
         options.side_by_side = 1  # its sections would only make each other slower
     if options.keep and options.keep.exists() and any(options.keep.iterdir()):
@@ -184,7 +191,14 @@ def run_all(sections: Sequence[Section], options: argparse.Namespace, folder: Pa
 def in_subprocess(section: Section, options: argparse.Namespace, folder: Path) -> Figures:
     """The section in a process group of its own, which is killed at its limit."""
     folder.mkdir(parents=True)
-    command = [sys.executable, sys.argv[0], "--section", section.name, "--folder", str(folder)]
+    command = [
+        sys.executable,
+        os.path.abspath(sys.argv[0]),
+        "--section",
+        section.name,
+        "--folder",
+        str(folder),
+    ]
     command += ["--device", options.device, "--sglang-python", options.sglang_python]
     command += [word for option in options.sglang_option for word in ("--sglang-option", option)]
     limit = section.seconds * (CPU_PATIENCE if options.device == "cpu" else 1)

@@ -52,7 +52,8 @@ differently: errors of about 2⁻⁵ of an element, which average out in the nor
 PRECISIONS = {
     "fp32": ("policy.dtype=fp32",),
     "bf16": ("policy.dtype=bf16",),
-    "fp8": ("policy.dtype=bf16", "policy.fp8=blockwise"),
+    # No rollouts are drawn, but a recipe whose engine is not in FP8 has to correct them.
+    "fp8": ("policy.dtype=bf16", "policy.fp8=blockwise", "on_policy.action=correct"),
 }
 ON_CPU, ON_GPU = ("fp32", "bf16"), ("bf16", "fp8")
 """Transformer Engine's attention has no fp32 for packed sequences, and no CPU has its FP8."""

@@ -373,7 +373,7 @@ class PolicyConfig:
     context-parallel ranks. A single longer sequence still forms a micro-batch."""
     head_chunk_tokens: int | None = None
     """Tokens whose logits are in memory at once. Default: by vocabulary size, 512 to 1,024 on a CPU and 512
-    to 8,192 on a GPU, where the logits take 480 MB."""
+    to 8,192 on a GPU, where the logits take 540 MB."""
     weight_bucket_mib: float = 256.0
     """Size of the buckets in which weights are streamed to the engine."""
     megatron: dict[str, Any] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -94,6 +95,16 @@ def test_configuration_imports_no_torch(location: str) -> None:
     for path in paths:
         packages = {module.split(".")[0] for module in imports(ast.parse(path.read_text(encoding="utf-8")))}
         assert not {"torch", "megatron"} & packages, path
+
+
+@pytest.mark.parametrize(
+    "folder", [".", "docs", "opo_megatron", "recipes", "requirements", "slurm", "tests", "tools"]
+)
+def test_no_file_has_marks_of_a_merge(folder: str) -> None:
+    paths = (ROOT / folder).glob("*") if folder == "." else (ROOT / folder).rglob("*")
+    for path in paths:
+        if path.is_file() and "__pycache__" not in path.parts:
+            assert not re.search(rb"(?m)^(<{7}|>{7}) ", path.read_bytes()), path
 
 
 def test_a_file_is_at_most_500_lines() -> None:

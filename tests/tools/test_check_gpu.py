@@ -11,7 +11,7 @@ from pathlib import Path
 
 import check_gpu
 import pytest
-from bench.gpu_training import KINDS, by_kind
+from bench.gpu_training import KINDS, by_kind, not_met
 
 from tests.support.paths import TOOLS
 
@@ -59,7 +59,10 @@ def test_the_plan_fits_five_minutes() -> None:
     assert done.returncode == 0, done.stderr
     *lines, last = [line for line in done.stdout.splitlines() if "with --only" not in line]
     sections = check_gpu.chosen(())
-    assert last == f"{check_gpu.longest(sections, 8)} s at most" and int(last.split()[0]) <= SECONDS
+    assert (
+        last == f"{check_gpu.longest(sections, check_gpu.SIDE_BY_SIDE)} s at most"
+        and int(last.split()[0]) <= SECONDS
+    )
     for section in sections:
         assert any(line.split(maxsplit=2)[1:] == ["s", section.name] for line in lines), section.name
 
@@ -83,6 +86,29 @@ def test_a_section_that_fails_or_hangs_is_one_line_and_stops_no_other(tmp_path: 
     assert "later" not in done.stdout
     assert json.loads((kept / "good" / "result.json").read_text())["python"] == "/elsewhere"
     assert not alive(int((kept / "child").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("folder", "tool", "python", "seen"),
+    [
+        (".", "tool.py", "/elsewhere", "/elsewhere"),
+        ("below", "../tool.py", "/elsewhere", "/elsewhere"),
+        (".", "./tool.py", "bin/python", "{}/bin/python"),
+        ("below", "../tool.py", "../bin/python", "{}/bin/python"),
+        (".", "below/../tool.py", "~/python", str(Path.home() / "python")),
+    ],
+)
+def test_paths_are_those_of_the_folder_where_it_is_started(
+    folder: str, tool: str, python: str, seen: str, tmp_path: Path
+) -> None:
+    fake_tool(tmp_path)
+    (tmp_path / "below").mkdir()
+    command = [sys.executable, tool, "--device", "cpu", "--only", "good", "--sglang-python", python]
+    command += ["--keep", "kept"]
+    done = subprocess.run(command, cwd=tmp_path / folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / folder / "kept" / "good" / "result.json").read_text())
+    assert result["python"] == seen.format(tmp_path)
 
 
 def alive(pid: int) -> bool:
@@ -138,6 +164,24 @@ def test_kinds_of_kernels_are_found_by_the_names_that_libraries_give_them() -> N
         assert kind in KINDS and by_kind([(name, 2.0)]) == {kind: 2.0}
     table = by_kind([("unheard_of", 5.0), ("tiny", 0.01), ("gemm", 7.0)])
     assert table == {"matrix products": 7.0, "other: unheard_of": 5.0, "other": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("mfu", "card", "words"),
+    [
+        (0.63, "NVIDIA H200", None),
+        (0.61, "NVIDIA H200", "throughput/mfu is 0.610, at least 0.62"),
+        (float("nan"), "NVIDIA H200", "throughput/mfu is nan"),
+        (None, "NVIDIA H100 NVL", "has no peak of NVIDIA H100 NVL"),
+        (None, None, None),
+    ],
+)
+def test_a_card_misses_its_goal_unless_it_is_reached(
+    mfu: float | None, card: str | None, words: str | None
+) -> None:
+    figures = {} if mfu is None else {"throughput/mfu": mfu}
+    missed = not_met(figures, 0.62, card).get("not met", [])
+    assert len(missed) == (words is not None) and (words or "") in "".join(missed)
 
 
 def on_a_cpu(*only: str) -> subprocess.CompletedProcess[str]:

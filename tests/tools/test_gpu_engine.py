@@ -17,6 +17,8 @@ from bench.gpu_engine import (
     differences,
     differing,
     forward,
+    least_gib,
+    memory_in_turns,
     memory_not_released,
     operands_of,
     responses,
@@ -175,23 +177,56 @@ def test_what_a_server_holds_is_compared_with_what_was_sent(change: int, both_si
 # ---------------------------------------------------------------------- figures
 
 
+class FakeEngine:
+    """Two gigabytes of KV cache and one of weights, on a GPU where another process allocates now and then."""
+
+    def __init__(self, kept: float = 0.0, other: float = 0.0) -> None:
+        self.free, self.kept, self.other, self.asleep, self.turns = 40.0, kept, other, 0.0, 0
+
+    def sleep(self, keeps_weights: bool) -> None:
+        self.asleep = (2.0 if keeps_weights else 3.0) - self.kept
+        self.turns += 1
+        self.free += self.asleep - (self.other if self.turns % 5 == 1 else 0)
+
+    def wake(self) -> None:
+        self.free -= self.asleep
+
+
 @pytest.mark.parametrize(
-    ("held", "is_met"),
+    ("kept", "other", "missed"),
     [
-        ((2.0, 5.0, 1.0), True),
-        ((2.0, 2.0, 1.0), False),
-        ((2.0, 5.0, 2.0), False),
-        ((2.0, 5.0, 5.0), False),
-        ((5.0, 5.0, 5.0), False),
+        (0.0, 0.0, ()),
+        (0.0, 7.0, ()),
+        (0.5, 0.0, ("KV cache", "all")),
+        (2.0, 0.0, ("KV cache", "all")),
+        (-1.0, 0.0, ()),
+    ],
+    ids=[
+        "all released",
+        "while another section allocates",
+        "a part is kept",
+        "nothing released",
+        "more than needed",
     ],
 )
-def test_memory_that_is_not_released_is_named(held: tuple[float, ...], is_met: bool) -> None:
-    phases = zip(("sync", "rollout", "train"), held, strict=True)
-    figures = {f"memory/engine_{phase}_gpu_gib": gib for phase, gib in phases}
-    figures |= {"memory/policy_rollout_gpu_gib": 1.0, "memory/policy_train_gpu_gib": 3.0}
-    assert (memory_not_released(figures) == []) is is_met
-    figures["memory/policy_train_gpu_gib"] = 1.0
-    assert "the policy holds as much" in memory_not_released(figures)[-1]
+def test_memory_that_an_engine_does_not_release_is_named(
+    kept: float, other: float, missed: tuple[str, ...]
+) -> None:
+    engine: Any = FakeEngine(kept, other)
+    memory = memory_in_turns(engine, lambda: int(engine.free * 2**30))
+    lines = memory_not_released(memory, {"KV cache": 2.0, "all": 3.0})
+    assert len(lines) == len(missed) and all(
+        f"({part})" in line for part, line in zip(missed, lines, strict=True)
+    )
+
+
+def test_a_servers_memory_is_at_least_its_cache(tmp_path: Path) -> None:
+    config = load_config(gpu_runs.RECIPE, overrides_of(setting(tmp_path, "cuda"), [f"run.dir={tmp_path}"]), 1)
+    least = least_gib(config)
+    assert (
+        least["KV cache"] == 65536 * 14 * 2 * 2 * 128 * 2 / 2**30
+    )  # tokens, layers, K and V, heads, d, bytes
+    assert least["all"] - least["KV cache"] == 14 * 3 * 1024 * 2816 * 2 / 2**30
 
 
 def test_responses_are_compared_token_by_token_and_bit_by_bit() -> None:
@@ -202,7 +237,15 @@ def test_responses_are_compared_token_by_token_and_bit_by_bit() -> None:
 
 
 def test_figures_are_medians_of_the_steps_after_the_first(tmp_path: Path) -> None:
-    rows = [{"step": step, "time/step": 10.0**-step, "run/engine_failures": step} for step in range(5)]
+    rows = [
+        {
+            "step": step,
+            "time/step": 10.0**-step,
+            "run/engine_failures": step,
+            "memory/engine_sync_gpu_gib": 9.0,
+        }
+        for step in range(5)
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5')
     assert metrics_of(tmp_path) == rows
     assert medians(rows) == {"time/step": 1e-3, "run/engine_failures": 4, "steps": 3}

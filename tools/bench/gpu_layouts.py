@@ -48,7 +48,7 @@ def layouts(group: str, precision: str, setting: Setting) -> Figures:
 
 
 LAYOUT_SECTIONS = [
-    Section("layouts of 2 ranks, bf16", 75, functools.partial(layouts, "2 ranks", "bf16")),
-    Section("layouts of 4 ranks, bf16", 75, functools.partial(layouts, "4 ranks", "bf16")),
-    Section("layouts in FP8", 75, functools.partial(layouts, "2 and 4 ranks", "fp8")),
+    Section("layouts of 2 ranks, bf16", 120, functools.partial(layouts, "2 ranks", "bf16")),
+    Section("layouts of 4 ranks, bf16", 120, functools.partial(layouts, "4 ranks", "bf16")),
+    Section("layouts in FP8", 120, functools.partial(layouts, "2 and 4 ranks", "fp8")),
 ]

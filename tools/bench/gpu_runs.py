@@ -9,6 +9,7 @@ Figures are medians over the steps after the first, which compiles and allocates
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -38,6 +39,7 @@ QUICK = (
     "eval.problems=16",
     "checkpoint.at_end=false",
     "observe.tensorboard=false",
+    "checkpoint.at_end=false",  # gigabytes, by several runs at once
     # Engine and policy round differently: the difference is reported, and the run goes on.
     "on_policy.action=warn",
     "on_policy.tolerance=1.0",
@@ -54,7 +56,8 @@ FIGURES = (
     *("on_policy/sync_diff_max", "on_policy/logprob_diff_max", "on_policy/logprob_diff_mean"),
     *("on_policy/k3", "on_policy/ess", "entropy", "grad_norm"),
 )
-"""Metrics that are reported where the run has them, with all of memory/ on a GPU."""
+"""Metrics that are reported where the run has them, with memory/ on a GPU.  Not the engine's memory: that is
+what else is in use there, which other sections use too."""
 LAST_LINES = 12
 
 Act = Callable[[Path], None]
@@ -110,7 +113,7 @@ def medians(rows: Sequence[dict[str, Any]]) -> Figures:
     """Medians of the steps after the first; counts are those of the last."""
     steps = [row for row in rows if row["step"] > 0]
     steps = steps[1:] or steps
-    names = [name for name in steps[-1] if name in FIGURES or name.startswith("memory/")]
+    names = [n for n in steps[-1] if n in FIGURES or re.match("memory/(?!engine_)", n)]
     figures = {name: statistics.median(row[name] for row in steps if name in row) for name in names}
     return figures | {"run/engine_failures": steps[-1]["run/engine_failures"], "steps": len(steps)}
 

@@ -112,7 +112,8 @@ def training(setting: Setting, precision: str, overrides: Sequence[str]) -> Figu
             lambda: policy.accumulate_gradients(rollouts.select(one.samples_of(0)), one, objective)
         )
     shutdown()
-    return figures | not_met(figures, LEAST_MFU[precision])
+    card = torch.cuda.get_device_name() if setting.on_gpu else None
+    return figures | not_met(figures, LEAST_MFU[precision], card)
 
 
 def random_rollouts(sequences: int) -> Any:
@@ -152,11 +153,13 @@ def step_figures(config: Any, rollouts: Any, seconds: float, parallel: Any) -> F
     return {"seconds per step": seconds} | throughput_metrics(row, peak_tflops(parallel))
 
 
-def not_met(figures: Figures, least: float) -> Figures:
+def not_met(figures: Figures, least: float, card: str | None) -> Figures:
+    """What is missed on this card; nothing on a CPU."""
     mfu = figures.get("throughput/mfu")
-    if mfu is None or mfu >= least:
+    if card is None or (mfu is not None and mfu >= least):
         return {}
-    return {"not met": [f"throughput/mfu is {mfu:.3f}, at least {least:g}"]}
+    found = f"unknown, because observe/utilization.py has no peak of {card}" if mfu is None else f"{mfu:.3f}"
+    return {"not met": [f"throughput/mfu is {found}, at least {least:g}"]}
 
 
 def kernel_table(work: Callable[[], object]) -> dict[str, float]:
@@ -194,6 +197,6 @@ def by_kind(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 TRAINING_SECTIONS = [
-    Section("training: 1.35 G parameters, bf16", 30, training_bf16, alone=True),
-    Section("training: 1.35 G parameters, FP8", 30, training_fp8, alone=True),
+    Section("training: 1.35 G parameters, bf16", 40, training_bf16, alone=True),
+    Section("training: 1.35 G parameters, FP8", 40, training_fp8, alone=True),
 ]

@@ -131,10 +131,10 @@ class StagedGloo(dist.ProcessGroup):
     def all_gather_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
     ) -> StagedWork:
+        """One by one: of tensors of several types, as FP8 values and their scales, gloo makes garbage."""
+        pairs = list(zip(outputs, inputs, strict=True))
         return self._launch(
-            lambda host: self._gloo.allgather_into_tensor_coalesced(
-                [*map(host.write, outputs)], [*map(host.read, inputs)], *_given(opts)
-            )
+            lambda host: [self._gloo._allgather_base(host.write(one), host.read(own)) for one, own in pairs]
         )
 
     def reduce_scatter(
@@ -212,9 +212,10 @@ class StagedGloo(dist.ProcessGroup):
     alltoall_base = all_to_all_single
 
     def _launch(self, operation: Callable[[_Staging], Any]) -> StagedWork:
-        """Start `operation` on host copies; it gets them from the staging, and returns gloo's handle."""
+        """Start `operation` on host copies; it gets them from the staging, and returns gloo's handles."""
         host = _Staging()
-        work = StagedWork([operation(host)], host.results)
+        started = operation(host)
+        work = StagedWork(started if isinstance(started, list) else [started], host.results)
         if self._in_block is not None:
             self._in_block.append(work)
         return work

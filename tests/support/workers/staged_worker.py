@@ -102,6 +102,22 @@ def gathered_coalesced(with_device: bool) -> Case:
     return case
 
 
+def gathered_values_and_scales(group: Any, rank: int, size: int) -> list[Tensor]:
+    """Bytes of FP8 with scales in fp32, and gradients in bf16, as one operation."""
+    types = (torch.uint8, torch.float32, torch.bfloat16, torch.int64)
+    inputs = [(values(rank, 2, 3).abs() * 9).to(dtype) for dtype in types]
+    outputs = [torch.empty(2 * size, 3, dtype=dtype) for dtype in types]
+    if group_is_gloo(group):  # which joins them to garbage
+        for whole, part in zip(outputs, inputs, strict=True):
+            dist.all_gather_into_tensor(whole, part, group=group)
+        return outputs
+    with dist._coalescing_manager(group, torch.device("cpu"), async_ops=True) as pending:
+        for whole, part in zip(outputs, inputs, strict=True):
+            dist.all_gather_into_tensor(whole, part, group=group)
+    pending.wait()
+    return outputs
+
+
 def reduce_scattered(group: Any, rank: int, size: int) -> list[Tensor]:
     part = torch.empty(5, 2)
     dist.reduce_scatter_tensor(part, values(rank, 5 * size, 2), group=group)
@@ -206,6 +222,7 @@ CASES: dict[str, Case] = {
     "all-gather into a tensor, FP8": gathered_into_tensor(torch.float8_e4m3fn),
     "all-gather, coalesced": gathered_coalesced(False),
     "all-gather, coalesced by device": gathered_coalesced(True),
+    "all-gather, coalesced, of several types": gathered_values_and_scales,
     "reduce-scatter of a tensor": reduce_scattered,
     "reduce-scatter of a list": reduce_scattered_list,
     "reduce-scatter, coalesced": reduce_scattered_coalesced,
