@@ -7,7 +7,7 @@
 
 Sections that look for faults run side by side, those that measure time run alone, each in a process of its
 own with a limit, so that one which fails or hangs does not affect the others.  Exit code 1 where a section
-failed or missed a limit, 2 without a GPU.  Sections that need more time than this run with --only alone.
+failed, missed a limit or could not run on a GPU, 2 without one.  Sections that need more time than this run with --only alone.
 
 On a machine whose SGLang is elsewhere, or lacks kernels:
 
@@ -86,7 +86,7 @@ def main() -> int:
     if options.device == "cuda":
         found = versions(setting_of(options, folder))
         print(f"written to {write_record('gpu', {'versions': found, 'sections': results})}")
-    return conclude(results)
+    return conclude(results, options.device == "cuda")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -260,15 +260,18 @@ def line_of(name: str, result: Figures, now: float) -> str:
     return f"{now:6.1f} s  {'NOT MET' if 'not met' in result else 'ok':7}  {name}: {figures}"
 
 
-def conclude(results: dict[str, Any]) -> int:
-    """Print what is missed; the exit code."""
+def conclude(results: dict[str, Any], on_gpu: bool) -> int:
+    """Print what is missed; the exit code.  On a GPU, what was not run is not proven, so it is missed too."""
     failed = {name: result["failed"] for name, result in results.items() if "failed" in result}
     missed = {name: result["not met"] for name, result in results.items() if "not met" in result}
     for name, reason in failed.items():
         print(f"FAILED: {name}: {reason}")
     for name, lines in missed.items():
         print(f"NOT MET: {name}: {'; '.join(lines)}")
-    return 1 if failed or missed else 0
+    not_run = {name: result["missing"] for name, result in results.items() if on_gpu and "missing" in result}
+    for name, reason in not_run.items():
+        print(f"NOT RUN: {name}: {reason}")
+    return 1 if failed or missed or not_run else 0
 
 
 if __name__ == "__main__":

@@ -111,6 +111,13 @@ def test_paths_are_those_of_the_folder_where_it_is_started(
     assert result["python"] == seen.format(tmp_path)
 
 
+def test_what_cannot_run_is_missed_on_a_gpu_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    results = {"good": {"figure": 1.0}, "elsewhere": {"missing": "no such library"}}
+    assert check_gpu.conclude(results, on_gpu=False) == 0 and capsys.readouterr().out == ""
+    assert check_gpu.conclude(results, on_gpu=True) == 1
+    assert capsys.readouterr().out == "NOT RUN: elsewhere: no such library\n"
+
+
 def alive(pid: int) -> bool:
     """Whether the process still runs, after a moment."""
     for _ in range(50):
