@@ -7,7 +7,8 @@
 
 Sections that look for faults run side by side, those that measure time run alone, each in a process of its
 own with a limit, so that one which fails or hangs does not affect the others.  Exit code 1 where a section
-failed, missed a limit or could not run on a GPU, 2 without one.  Sections that need more time than this run with --only alone.
+failed, missed a limit or could not run on a GPU, 2 without one.  Sections that need more time than this run
+with --only alone.
 
 On a machine whose SGLang is elsewhere, or lacks kernels:
 
