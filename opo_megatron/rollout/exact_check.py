@@ -30,6 +30,8 @@ from opo_megatron.weights.stream import NamedTensors
 LONGEST_PROMPT = 32
 """Maximum tokens of a prompt that does not fill the context."""
 LONGEST_RESPONSE = 16
+ATTEMPTS = 2
+"""For an engine that dies meanwhile."""
 STOP_SHARE = 8
 """One token id in this many is a stop token, so that lengths differ."""
 
@@ -38,6 +40,8 @@ class ExactEngine(Protocol):
     """An engine that can be checked."""
 
     def update_weights(self, buckets: NamedTensors, version: int) -> None: ...
+
+    def recover(self) -> None: ...
 
     def batchings(self) -> Sequence[str]:
         """The ways in which requests are put together, such as `with 3 slots`; the same on every rank."""
@@ -104,20 +108,25 @@ def _generate(
     """The responses of all ranks' engines.
 
     Raises:
-        UserError: on all ranks, where an engine fails.
+        UserError: on all ranks, where an engine fails again.
     """
     count, longest = engine.check_size(batching)
     requests = _requests(policy, parallel.rank, count, longest)
-    rollouts, failure = None, None
-    try:
-        rollouts = engine.generate_batched(requests, _sampling(config, policy), batching)
-    except (EngineFailure, UserError) as error:
-        failure = str(error)
-    gathered = all_gather_objects(parallel, (rollouts, failure))
-    for _, text in gathered:
-        if text is not None:
-            raise UserError(f"{exact_switch(config)}=true could not be tested {batching}: {text}")
-    return Rollouts.concatenate([one for one, _ in gathered if one is not None])
+    failures: list[str] = []
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            engine.recover()
+            engine.update_weights(policy.stream_weights(), policy.version)
+        rollouts, failure = None, None
+        try:
+            rollouts = engine.generate_batched(requests, _sampling(config, policy), batching)
+        except (EngineFailure, UserError) as error:
+            failure = str(error)
+        gathered = all_gather_objects(parallel, (rollouts, failure))
+        failures = [text for _, text in gathered if text is not None]
+        if not failures:
+            return Rollouts.concatenate([one for one, _ in gathered if one is not None])
+    raise UserError(f"{exact_switch(config)}=true could not be tested {batching}: {failures[0]}")
 
 
 def _requests(policy: Policy, rank: int, count: int, longest: int) -> list[GenerationRequest]:

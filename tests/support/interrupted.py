@@ -34,12 +34,16 @@ FILES = ("metrics.jsonl", "warm_start.jsonl", "audit.jsonl")
 
 
 def attempts(
-    run_dir: Path, *schedules: Any, command: tuple[str, ...] = COMMAND, reward: tuple[str, ...] = ()
+    run_dir: Path,
+    *schedules: Any,
+    command: tuple[str, ...] = COMMAND,
+    reward: tuple[str, ...] = (),
+    timeout: float = 1000,
 ) -> list[int]:
     """Exit codes of one attempt per fault schedule and an uninterrupted last one, all of the same command."""
     arguments = [*reward, "train", str(RECIPE), f"run.dir={run_dir}", *command]
     argv = [sys.executable, str(INTERRUPTED_RUN), json.dumps([*schedules, None]), *arguments]
-    result = subprocess.run(argv, capture_output=True, text=True, timeout=1000, check=False)
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False)
     assert result.returncode == 0, result.stderr
     return list(json.loads(result.stdout.splitlines()[-1]))
 

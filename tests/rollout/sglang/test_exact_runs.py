@@ -23,7 +23,9 @@ from tests.support.interrupted import COMMAND, assert_same_run, attempts
 from tests.support.servers import ROOT, processes_of, sglang_python
 from tests.support.tiny_run import lasting, rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+LIMIT = 2400
+"""Seconds of a run that starts six servers, on a machine that others use too."""
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(LIMIT + 100)]
 
 EXACT = ("rollout.engine=sglang", "rollout.sglang.exact=true", "on_policy.tolerance=0")
 LOCAL = ("rollout.engine=local", "rollout.local.exact=true", "on_policy.tolerance=0")
@@ -221,23 +223,24 @@ def test_five_kills_of_the_run_change_nothing(
     command: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
     schedules = [[moment, int(SIGKILL)] for moment in MOMENTS]
-    assert attempts(tmp_path / "run", *schedules, command=command) == [-SIGKILL] * len(schedules) + [0]
+    codes = attempts(tmp_path / "run", *schedules, command=command, timeout=LIMIT)
+    assert codes == [-SIGKILL] * len(schedules) + [0]
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
 def test_five_kills_of_the_server_change_nothing(
     command: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    assert attempts(tmp_path / "run", ["server", list(MOMENTS)], command=command) == [0, 0]
-    starts = (tmp_path / "run" / "sglang" / "server_0.log").read_text().count("Uvicorn running") or 6
-    assert starts >= 5
+    assert attempts(tmp_path / "run", ["server", list(MOMENTS)], command=command, timeout=LIMIT) == [0, 0]
+    assert max(row.get("run/engine_failures", 0) for row in rows(tmp_path / "run")) >= 4
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_a_step_is_sampled_again_by_a_server(uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_step_is_sampled_again_by_either_engine(tmp_path: Path) -> None:
+    run_steps(tmp_path / "run", *SHORT)
     for options in ((), ("--rollouts",)):
-        output = opo("replay", str(uninterrupted), "--step", "6", *options)
-        assert "step 6: every digest equals the record (rollouts generated again)" in output
+        output = opo("replay", str(tmp_path / "run"), "--step", "3", *options)
+        assert "step 3: every digest equals the record (rollouts generated again)" in output
 
 
 # ---------------------------------------------------------------------- the quickstart

@@ -78,16 +78,24 @@ def during_evaluation(inject: Callable[[], None]) -> None:
 
 
 def during_training(inject: Callable[[], None]) -> None:
-    """Gradients are accumulated, the optimizer step is not done."""
-    accumulate = Policy.accumulate_gradients
+    """Gradients of a step are accumulated, the optimizer step is not done."""
+    accumulate, train_step = Policy.accumulate_gradients, Policy.train_step
+    in_step: list[bool] = []  # the check of exact mode accumulates gradients, too
+
+    def step(self: Policy, *arguments: Any) -> Any:
+        in_step.append(True)
+        try:
+            return train_step(self, *arguments)
+        finally:
+            in_step.clear()
 
     def interrupted(self: Policy, batch: Rollouts, *arguments: Any) -> Any:
         result = accumulate(self, batch, *arguments)
-        if not batch.is_demonstration:
+        if in_step and not batch.is_demonstration:
             inject()
         return result
 
-    Policy.accumulate_gradients = interrupted
+    Policy.accumulate_gradients, Policy.train_step = interrupted, step
 
 
 def during_writing(inject: Callable[[], None]) -> None:
