@@ -34,6 +34,8 @@ examples:
       task.prompt_field=question task.answer_field=answer task.verifier=number \\
       warm_start.steps=0 policy.model.max_sequence_length=600
       your own problems, one JSON object per line; the reward is 1 if the last numbers are equal
+  opo train recipes/quickstart.yaml run.dir=runs/median algorithm.baseline=examples.advantages:minus_median
+      an advantage estimator of your own: a function of rewards, lengths and groups
   opo train recipes/quickstart.yaml run.dir=runs/first resume=auto optimizer.lr=1e-4 --allow optimizer.lr
       resume with another value of a fixed setting
 """

@@ -136,11 +136,14 @@ def _loss_lines(config: Config) -> list[str]:
 
 
 def _objective_lines(algorithm: AlgorithmConfig) -> list[str]:
+    by_token = needs_token_energies(algorithm)
     if algorithm.objective is ObjectiveName.policy_gradient:
-        return ["−(1/N) Σᵢ Aᵢ Σₜ log π(yᵢₜ) over responses i and their tokens t"]
-    low, high = 1 - algorithm.clip_low, 1 + algorithm.clip_high
+        terms = "Σᵢ Σₜ Aᵢₜ log π(yᵢₜ)" if by_token else "Σᵢ Aᵢ Σₜ log π(yᵢₜ)"
+        return [f"−(1/N) {terms} over responses i and their tokens t"]
+    low, high, name = 1 - algorithm.clip_low, 1 + algorithm.clip_high, "Aᵢₜ" if by_token else "Aᵢ"
     lines = [
-        f"−(1/N) Σᵢ Σₜ min(ρᵢₜ Aᵢ, clip(ρᵢₜ, {low:g}, {high:g}) Aᵢ) over responses i and their tokens t",
+        f"−(1/N) Σᵢ Σₜ min(ρᵢₜ {name}, clip(ρᵢₜ, {low:g}, {high:g}) {name}) over responses i and their "
+        "tokens t",
         "ρ = π(yᵢₜ) / π_old(yᵢₜ), π_old the policy before the step's first update",
     ]
     if algorithm.kl_coefficient:

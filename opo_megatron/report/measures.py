@@ -74,7 +74,7 @@ SECTIONS: dict[str, tuple[Measure, ...]] = {
         ),
         Measure(
             "groups/without_signal", "zero-variance groups", "fraction of prompts",
-            "Prompts whose samples all have the same reward: their gradient is exactly 0.",
+            "Prompts whose samples all have the same reward: under most baselines, a gradient of exactly 0.",
         ),
         Measure(
             "response_length/truncated", "truncated responses", "fraction of responses",

@@ -98,6 +98,7 @@ def test_a_preset_is_its_row_and_loads_again_from_its_own_recipe(
     [
         (("otb_loo",), "bᵢₜ = Σⱼ wⱼₜrⱼ / Σⱼ wⱼₜ over the other responses j to the same prompt"),
         (("otb_loo",), "a gradient remains where all rewards are equal, so no backward pass is skipped"),
+        (("otb_loo",), "−(1/N) Σᵢ Σₜ Aᵢₜ log π(yᵢₜ) over responses i"),
         (("asymre",), "Aᵢ = rᵢ − b − (-0.1) with reward r"),
         (("raft",), "Aᵢ = max(rᵢ, 0) with reward r"),
         (("remax",), "one more request per prompt"),

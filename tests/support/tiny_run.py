@@ -24,6 +24,12 @@ TINY = (
     "checkpoint.every_steps=2",
 )
 
+ONE_STEP = (
+    "warm_start.steps=0", "train.steps=1", "eval.every_steps=0", "eval.problems=1", "eval.greedy=false",
+    "observe.kl=off", "checkpoint.every_steps=0",
+)  # fmt: skip
+"""A single step from random weights."""
+
 
 def easy_reward(self: LiftTask, prompt: Any, response: list[int]) -> float:
     """In place of `LiftTask.reward`, which a tiny policy never earns: 1 for half of its responses."""

@@ -25,7 +25,7 @@ from opo_megatron.tasks.lift import LiftTask
 from opo_megatron.tasks.user_estimator import UserEstimator, load_estimator
 from tests.support.fixtures import RECIPE, small_config
 from tests.support.paths import ROOT
-from tests.support.tiny_run import TINY, easy_reward, train
+from tests.support.tiny_run import ONE_STEP, TINY, easy_reward, train
 
 REWARDS = torch.tensor([1.0, 0.0, 0.5, 1.0], dtype=torch.float64)
 LENGTHS, GROUPS = torch.tensor([3, 1, 4, 1]), torch.tensor([0, 0, 1, 1])
@@ -122,7 +122,7 @@ def test_it_cannot_change_the_run_s_own_tensors(module: Any, parallel: Parallel)
 def test_a_run_takes_its_advantages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LiftTask, "reward", easy_reward)
     own = "algorithm.baseline=examples.advantages:minus_median"
-    assert train(tmp_path / "run", own, "train.steps=1", "eval.every_steps=0", "eval.problems=4") == 0
+    assert train(tmp_path / "run", own, *ONE_STEP) == 0
     rollouts = Rollouts.load(tmp_path / "run" / "rollouts" / "step_00000001.safetensors")
     assert rollouts.rewards is not None and rollouts.advantages is not None
     for group in range(6):

@@ -20,7 +20,7 @@ from opo_megatron.algorithm.presets import config_of
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.tasks.lift import LiftTask
 from opo_megatron.updates.sample_batch import choose_groups
-from tests.support.tiny_run import easy_reward, lasting, rows, train
+from tests.support.tiny_run import ONE_STEP, easy_reward, lasting, rows, train
 
 SAMPLES, PER_STEP, ROUNDS = 2, 2, 2
 BLOCK = PER_STEP * ROUNDS
@@ -153,6 +153,7 @@ def test_the_first_groups_with_signal_are_taken_then_those_without(
 
 # ---------------------------------------------------------------------- runs
 
+WITHOUT_EVAL = ("eval.every_steps=0", "eval.problems=1", "eval.greedy=false", "observe.kl=off")
 FILL = ("rollout.fill=groups_with_signal", "rollout.fill_rounds=3", "rollout.samples_per_prompt=2")
 
 
@@ -172,7 +173,7 @@ def rollouts_of(run_dir: Path, step: int) -> Rollouts:
 
 def test_a_filled_run_has_current_weights_and_resumes_bitwise(tmp_path: Path, rare_reward: None) -> None:
     run_dir, resumed = tmp_path / "run", tmp_path / "resumed"
-    assert train(run_dir, *FILL, "eval.every_steps=0", "eval.problems=4") == 0
+    assert train(run_dir, *FILL, *WITHOUT_EVAL) == 0
     for row in rows(run_dir)[1:]:
         rollouts = rollouts_of(run_dir, row["step"])
         assert rollouts.groups.tolist() == [g for g in range(6) for _ in range(2)]
@@ -184,7 +185,7 @@ def test_a_filled_run_has_current_weights_and_resumes_bitwise(tmp_path: Path, ra
     assert any(row["reward/mean"] != row["fill/reward_mean"] for row in metrics)
     shutil.copytree(run_dir, resumed)
     shutil.rmtree(resumed / "checkpoints" / "step_00000004")
-    assert train(resumed, *FILL, "eval.every_steps=0", "eval.problems=4", "resume=auto") == 0
+    assert train(resumed, *FILL, *WITHOUT_EVAL, "resume=auto") == 0
     assert lasting(resumed) == lasting(run_dir)
     for step in (3, 4):
         was, now = rollouts_of(run_dir, step), rollouts_of(resumed, step)
@@ -197,8 +198,7 @@ def test_a_greedy_baseline_is_the_reward_of_the_greedy_response(
 ) -> None:
     monkeypatch.setattr(LiftTask, "reward", easy_reward)
     every = ("algorithm.variance_every=1", "algorithm.variance_prompts=4")
-    arguments = ("train.steps=1", "eval.every_steps=0", "eval.problems=4", *every)
-    assert train(tmp_path / "run", "algorithm.baseline=remax", *arguments) == 0
+    assert train(tmp_path / "run", "algorithm.baseline=remax", *ONE_STEP, *every) == 0
     rollouts = rollouts_of(tmp_path / "run", 1)
     baselines = rollouts.rewards - rollouts.advantages
     for group in range(6):
