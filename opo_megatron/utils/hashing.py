@@ -5,7 +5,10 @@ Two equal implementations: Python integers, and tensors in int64 arithmetic, whi
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # commands that start no rank do not load torch
+    from torch import Tensor
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15

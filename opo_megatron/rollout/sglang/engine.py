@@ -44,7 +44,7 @@ from opo_megatron.rollout.sglang.exact_batchings import (
     check_size,
     replies_batched,
 )
-from opo_megatron.rollout.sglang.replies import generate_body, rollouts_of
+from opo_megatron.rollout.sglang.replies import digests_of, generate_body, rollouts_of
 from opo_megatron.rollout.sglang.server import Server, free_port
 from opo_megatron.rollout.sglang.transfer import (
     Bucket,
@@ -411,7 +411,7 @@ class SglangEngine:
         client = self._clients[0]
         client.post(f"/flush_cache?timeout={FLUSH_SECONDS}")  # cached tokens would not be computed
         replies = _Balance([client], exact=True).post(requests, sampling, trace=True)
-        return rollouts_of(requests, replies, sampling), [exact_mode.digests_of(reply) for reply in replies]
+        return rollouts_of(requests, replies, sampling), [digests_of(reply) for reply in replies]
 
     def _check_lengths(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> None:
         longest = max((len(request.tokens) for request in requests), default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,11 +10,17 @@ import torch
 
 from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
 from opo_megatron.errors import EngineFailure, UserError
+from opo_megatron.kernels.exact_sampling import key_at
 from opo_megatron.rollout.engine import GenerationRequest, Sampling, sampling_key
-from opo_megatron.rollout.sglang import exact_mode
+from opo_megatron.rollout.sglang.exact_mode import PACKAGE
+from opo_megatron.utils.hashing import MASK, signed
 
 UNKNOWN_VERSION = -1
 """Version of a token whose server reports no number."""
+KEY, TRACE = "opo_key", "opo_trace"
+"""Names that `exact_server/` has as well, and cannot import from here."""
+SEEDED = json.dumps({"callable": f"c{PACKAGE}.sampler\nSeeded\n.".encode().hex()})
+"""The custom logit processor of every request: a pickled reference to its class."""
 
 
 def generate_body(
@@ -37,10 +44,20 @@ def generate_body(
         "return_logprob": True,
     }
     if exact:
-        carried = exact_mode.carried(requests, sampling, trace)
-        body["sampling_params"] = [common | {"custom_params": one} for one in carried]
-        body["custom_logit_processor"] = exact_mode.SEEDED
+        body["sampling_params"] = [
+            common | {"custom_params": one} for one in carried(requests, sampling, trace)
+        ]
+        body["custom_logit_processor"] = SEEDED
     return body
+
+
+def carried(requests: Sequence[GenerationRequest], sampling: Sampling, trace: bool) -> list[dict[str, Any]]:
+    """What each request carries to the sampler.
+
+    A server counts positions from the start of the prompt, the local engine from the first sampled token.
+    """
+    keys = [key_at(sampling_key(sampling, request), len(request.tokens)) for request in requests]
+    return [{KEY: key} | ({TRACE: True} if trace else {}) for key in keys]
 
 
 def sampling_params(sampling: Sampling) -> dict[str, Any]:
@@ -132,3 +149,15 @@ def _finish_reason(
     raise EngineFailure(
         f"a response to prompt {request.prompt_id} was ended by {kind}: {reason.get('message')}"
     )
+
+
+def digests_of(reply: Any) -> dict[str, int]:
+    """Digest of each operation over all tokens of a response, from those of its steps.
+
+    Raises:
+        EngineFailure: where the server has none.
+    """
+    steps = reply["meta_info"].get(TRACE)
+    if not steps:
+        raise EngineFailure("the server returned no digests of its operations")
+    return {name: signed(sum(step[name] for step in steps) & MASK) for name in steps[0]}
