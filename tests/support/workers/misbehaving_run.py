@@ -21,10 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from opo_megatron import build, train
+from opo_megatron import build
 from opo_megatron.cli.main import main
 from opo_megatron.evaluation import evaluate
 from opo_megatron.tasks.lift import LiftTask
+from opo_megatron.updates import sample_batch
 from tests.support.tiny_run import easy_reward
 
 ELSEWHERE = Path.cwd() / "elsewhere"
@@ -68,11 +69,11 @@ DEEDS: dict[str, Callable[[], Any]] = {
 MOMENTS: dict[str, list[tuple[Any, str, int | None]]] = {
     "start": [(build, "make_task", 1)],
     "evaluation": [(evaluate, "compute_rewards", 1)],
-    "step 2": [(train, "compute_rewards", 2)],
+    "step 2": [(sample_batch, "compute_rewards", 2)],
     "always": [
         (build, "make_task", None),
         (evaluate, "compute_rewards", None),
-        (train, "compute_rewards", None),
+        (sample_batch, "compute_rewards", None),
     ],
 }
 """The functions that do it first: module, name, and at which call; None is every call."""
