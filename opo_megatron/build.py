@@ -128,12 +128,7 @@ def _build(
     watchdog = Watchdog(parallel, absolute(config.run.dir), config.run.hang_minutes)
     resources.callback(watchdog.close)
     watchdog.start()
-    if config.observe.wandb_project is not None and parallel.rank == 0:
-        load_wandb(config)
-    if (switch := exact_switch(config)) is not None:
-        check_exact_device(switch, parallel)
-    if config.rollout.engine is EngineName.sglang:
-        check_servers_device(config.rollout.sglang, parallel.device)
+    _check_environment(config, parallel)
     watchdog.enter("loading the task")
     task = _open_task(config, display, resources)
     watchdog.enter("checking checkpoints")
@@ -188,6 +183,16 @@ def _build(
         step=-1 if in_warm_start else progress.step,
         warm_step=progress.step if in_warm_start else config.warm_start.steps,
     )
+
+
+def _check_environment(config: Config, parallel: Parallel) -> None:
+    """Refuse what this machine cannot do, before anything is loaded."""
+    if config.observe.wandb_project is not None and parallel.rank == 0:
+        load_wandb(config)
+    if (switch := exact_switch(config)) is not None:
+        check_exact_device(switch, parallel)
+    if config.rollout.engine is EngineName.sglang:
+        check_servers_device(config.rollout.sglang, parallel.device)
 
 
 def _open_task(config: Config, display: Display, resources: ExitStack) -> Task:

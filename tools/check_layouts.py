@@ -52,7 +52,7 @@ differently: errors of about 2⁻⁵ of an element, which average out in the nor
 PRECISIONS = {
     "fp32": ("policy.dtype=fp32",),
     "bf16": ("policy.dtype=bf16",),
-    # No rollouts are drawn, but a recipe whose engine is not in FP8 has to correct them.
+    # Nothing is generated, but a recipe whose engine is not in FP8 has to correct them.
     "fp8": ("policy.dtype=bf16", "policy.fp8=blockwise", "on_policy.action=correct"),
 }
 ON_CPU, ON_GPU = ("fp32", "bf16"), ("bf16", "fp8")

@@ -52,7 +52,7 @@ class MemorySharing:
             self._barrier()
 
     def before_restart(self) -> None:
-        """Make room for a server that may start anew: it takes what it finds free."""
+        """Make room for a server that may restart: it takes what it finds free."""
         if self.is_enabled:
             self._policy.memory.make_room()
             self._barrier()

@@ -1,4 +1,4 @@
-"""A user's estimator, `algorithm.baseline=package.module:function`, and what is said of a wrong one.
+"""A user's estimator, `algorithm.baseline=package.module:function`, and the error for a wrong one.
 
     def advantages(rewards, lengths, groups) -> n finite numbers
 

@@ -7,7 +7,7 @@ where the block has fewer, the first groups without signal complete it, whose gr
 these are depends on order and rewards alone, never on which response is finished first; and it is a function
 of (seed, step), so a resumed run takes the same ones.
 
-What it does to the gradient: with prompts drawn independently every group taken is a sample of the
+What it does to the gradient: with prompts sampled independently every group taken is a sample of the
 distribution of groups with signal, so that the expectation is that of plain sampling times a constant (with
 a constant normalizer).  A run reads a permutation of its prompts instead, in which the prompts before a group
 say something of those after it: a deviation of O(1 / number of prompts).

@@ -25,6 +25,16 @@ SMALL_MODEL = (
     "policy.max_tokens_per_micro_batch=128",
     "policy.head_chunk_tokens=16",
 )
+BLOCKS = (
+    "policy.dtype=bf16",
+    "policy.model.hidden_size=256",
+    "policy.model.kv_channels=128",
+    "policy.model.ffn_hidden_size=512",
+    "policy.model.num_query_groups=2",
+)
+"""A model all of whose matrices consist of FP8 blocks."""
+CORRECT = "on_policy.action=correct"
+BLOCKWISE = (*BLOCKS, "policy.fp8=blockwise", CORRECT)
 
 
 def small_config(*overrides: str, world_size: int = 1) -> Config:

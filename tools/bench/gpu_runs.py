@@ -40,7 +40,7 @@ QUICK = (
     "checkpoint.at_end=false",
     "observe.tensorboard=false",
     "checkpoint.at_end=false",  # gigabytes, by several runs at once
-    # Engine and policy round differently: the difference is reported, and the run goes on.
+    # Engine and policy round differently: the difference is reported, and the run continues.
     "on_policy.action=warn",
     "on_policy.tolerance=1.0",
 )

@@ -85,7 +85,7 @@ def test_other_processes_are_no_sign(name: str | None, process: Any, compiler: A
     ("line", "is_sign"),
     [
         ("[1/3] nvcc --generate-dependencies -O3 rope.cu", True),
-        ("ninja: Entering directory `/root/.cache/tvm-ffi/sgl_kernel_rmsnorm'", True),
+        ("ninja: Entering directory `/home/user/.cache/tvm-ffi/sgl_kernel_rmsnorm'", True),
         ("INFO tvm_ffi.cpp: building fused_rope", True),
         ("[2026-11-27 10:00:00] Compiling DeepGEMM kernels, this may take a while", True),
         ("flashinfer.jit: JIT building module norm", True),
