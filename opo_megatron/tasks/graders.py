@@ -16,9 +16,7 @@ from opo_megatron.tasks.user_verifier import (
     Job,
     Reply,
     call,
-    described,
-    load_function,
-    make_importable,
+    load_named,
     source_hash,
 )
 from opo_megatron.tasks.verifiers import MATH, MATH_STRICT, Verifier, exact, number, regex
@@ -141,15 +139,7 @@ class UserInProcess(InProcess):
     """A user's verifier in this process."""
 
     def __init__(self, path: str, seconds: float) -> None:
-        folder = make_importable()
-        try:
-            function = load_function(path)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a user's module may raise anything
-            raise UserError(
-                f"task.verifier={path} cannot be loaded: {described(error)}; check the name; modules are "
-                f"searched in {folder} and on PYTHONPATH"
-            ) from error
+        advice = "check the name; modules are searched in {folder} and on PYTHONPATH"
+        function = load_named("task.verifier", path, advice)
         super().__init__(path, function, seconds)
         self.source = source_hash(path, function)

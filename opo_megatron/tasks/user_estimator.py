@@ -11,8 +11,6 @@ what one rank raises or returns wrong ends the run on all of them, with one sent
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +21,7 @@ from opo_megatron.errors import UserError
 from opo_megatron.tasks.user_verifier import (
     described,
     leave_forks,
-    load_function,
-    make_importable,
+    load_named,
     source_hash,
 )
 
@@ -43,16 +40,10 @@ class UserEstimator:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        folder = make_importable()
-        try:
-            self._function: Callable[..., Any] = load_function(path)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a user's module may raise anything
-            raise UserError(
-                f"algorithm.baseline={path} cannot be loaded: {described(error)}; it must be a function in a "
-                f"module in {folder} or on PYTHONPATH, as in examples/advantages.py"
-            ) from error
+        advice = (
+            "it must be a function in a module in {folder} or on PYTHONPATH, as in examples/advantages.py"
+        )
+        self._function = load_named("algorithm.baseline", path, advice)
 
     @property
     def fingerprint(self) -> dict[str, str]:

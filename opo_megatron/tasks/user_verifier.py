@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from opo_megatron.errors import UserError
 from opo_megatron.utils.start_folder import start_folder
 
 Mode = Literal["each", "async", "batch"]
@@ -51,6 +52,26 @@ def load_function(path: str) -> Callable[..., Any]:
     if not callable(function):
         raise TypeError(f"{name} is not a function")
     return function  # type: ignore[no-any-return]
+
+
+def load_named(key: str, path: str, advice: str) -> Callable[..., Any]:
+    """The function that a recipe's key names.
+
+    Args:
+        advice: what to do where it cannot be loaded; `{folder}` is where modules are searched.
+
+    Raises:
+        UserError: whatever importing it raises.
+    """
+    folder = make_importable()
+    try:
+        return load_function(path)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a user's module may raise anything
+        raise UserError(
+            f"{key}={path} cannot be loaded: {described(error)}; {advice.format(folder=folder)}"
+        ) from error
 
 
 def source_hash(path: str, function: Any) -> str | None:

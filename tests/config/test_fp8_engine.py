@@ -22,7 +22,7 @@ from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.server import write_model_config
 from opo_megatron.rollout.sglang.transfer import _copy_shared
 from opo_megatron.weights.fp8_folder import BlockFp8, engine_quantization
-from tests.support.fixtures import BLOCKS, BLOCKWISE, CORRECT, VOCAB_SIZE, small_config
+from tests.support.fixtures import BIG, BLOCKWISE, CORRECT, VOCAB_SIZE, small_config
 
 SGLANG = "rollout.engine=sglang"
 
@@ -50,13 +50,13 @@ def error_of(*overrides: str) -> str:
 def test_fp8_without_the_same_weights_in_the_engine_must_be_corrected(
     overrides: tuple[str, ...], words: str
 ) -> None:
-    assert words in error_of(*BLOCKS, *overrides)
-    small_config(*BLOCKS, *overrides, CORRECT)
+    assert words in error_of(*BIG, *overrides)
+    small_config(*BIG, *overrides, CORRECT)
 
 
 def test_fp8_with_the_same_weights_in_the_engine_needs_no_correction() -> None:
     for scales in Scales:
-        config = small_config(*BLOCKS, SGLANG, "policy.fp8=blockwise", f"policy.fp8_scales={scales.value}")
+        config = small_config(*BIG, SGLANG, "policy.fp8=blockwise", f"policy.fp8_scales={scales.value}")
         assert config.rollout.sglang.fp8 and config.policy.fp8_scales is scales
 
 
@@ -64,7 +64,7 @@ def test_fp8_with_the_same_weights_in_the_engine_needs_no_correction() -> None:
 @pytest.mark.parametrize("engine", ["local", "sglang"])
 def test_fp32_scales_belong_to_blocks(fp8: str, engine: str) -> None:
     overrides = (
-        *BLOCKS,
+        *BIG,
         CORRECT,
         f"policy.fp8={fp8}",
         "policy.fp8_scales=fp32",
@@ -124,7 +124,7 @@ def test_blockwise_fp8_enables_fp8_in_the_sglang_engine(tmp_path: Path) -> None:
     assert small_config(*BLOCKWISE, SGLANG).rollout.sglang.fp8 is True
     assert small_config(*BLOCKWISE, SGLANG, "rollout.sglang.fp8=false").rollout.sglang.fp8 is False
     assert small_config(*BLOCKWISE).rollout.sglang.fp8 is False
-    assert small_config(*BLOCKS, SGLANG).rollout.sglang.fp8 is False
+    assert small_config(*BIG, SGLANG).rollout.sglang.fp8 is False
     config = small_config(*BLOCKWISE, SGLANG)
     fp8 = BlockFp8(replace(config.policy.model, vocab_size=VOCAB_SIZE), Scales.power_of_two)
     write_model_config(config, VOCAB_SIZE, tmp_path, fp8.config)

@@ -41,7 +41,7 @@ from opo_megatron.policy.layer_specs import (
 from opo_megatron.policy.model import transformer_config
 from opo_megatron.policy.optimizer import megatron_optimizer
 from tests.support.fixtures import (
-    BLOCKS,
+    BIG,
     BLOCKWISE,
     CORRECT,
     VOCAB_SIZE,
@@ -70,7 +70,7 @@ def config_of(*overrides: str, world_size: int = 1) -> Any:
     ],
 )
 def test_fp8_sets_megatrons_recipe(fp8: str, form: str, recipe: Fp8Recipe) -> None:
-    config = transformer_config(config_of(*BLOCKS, CORRECT, f"policy.fp8={fp8}"), CPU)
+    config = transformer_config(config_of(*BIG, CORRECT, f"policy.fp8={fp8}"), CPU)
     assert (config.fp8, config.fp8_recipe) == (form, recipe)
     assert not config.fp8_param and not config.fp8_dot_product_attention and not config.first_last_layers_bf16
     if fp8 == "delayed":
@@ -215,15 +215,15 @@ SGLANG = "rollout.engine=sglang"
         ((*BLOCKWISE, SGLANG, "policy.model.ffn_hidden_size=320"), "ffn_hidden_size / policy.tensor_model"),
         ((*BLOCKWISE, SGLANG, "policy.model.kv_channels=64"), "kv_channels is 64, which must be a multiple"),
         ((*BLOCKWISE, "policy.model.ffn_hidden_size=520"), "is 520, which must be a multiple of 16 for FP8"),
-        ((*BLOCKS, SGLANG, "rollout.sglang.fp8=true"), "policy.fp8 is null, so the engine would generate with"),
-        ((*BLOCKS, "policy.fp8=delayed", SGLANG, "rollout.sglang.fp8=true"), "set policy.fp8=blockwise or"),
+        ((*BIG, SGLANG, "rollout.sglang.fp8=true"), "policy.fp8 is null, so the engine would generate with"),
+        ((*BIG, "policy.fp8=delayed", SGLANG, "rollout.sglang.fp8=true"), "set policy.fp8=blockwise or"),
         (("policy.megatron.fp8=hybrid",), "is set by the project; set policy.fp8 instead"),
         (("policy.megatron.fp8_recipe=delayed",), "set policy.fp8 instead"),
         (("policy.recompute=full", "policy.megatron.recompute_granularity=full"), "is set too; remove one"),
-        ((*BLOCKS, "policy.optimizer_offload=1.5"), "offload is 1.5; it must be between 0 and 1"),
-        ((*BLOCKS, "policy.optimizer_offload=1", "policy.device=cpu"), "is in host memory anyway; set policy"),
+        ((*BIG, "policy.optimizer_offload=1.5"), "offload is 1.5; it must be between 0 and 1"),
+        ((*BIG, "policy.optimizer_offload=1", "policy.device=cpu"), "is in host memory anyway; set policy"),
         (("policy.optimizer_offload=0.5",), "offload=0.5 with policy.dtype=fp32 and policy."),
-        ((*BLOCKS, "policy.optimizer_offload=1", "policy.distributed_optimizer=false"), "=false, but Megatron"),
+        ((*BIG, "policy.optimizer_offload=1", "policy.distributed_optimizer=false"), "=false, but Megatron"),
         (("policy.context_parallel_size=2",), "is 2 with policy.packing=padded, but only packed sequences"),
         ((SGLANG, "policy.model.num_moe_experts=4"), "would route tokens to different experts"),
     ],
@@ -266,13 +266,13 @@ def test_fp8_without_a_gpu_is_refused_when_the_run_starts() -> None:
 def test_optimizer_offload_sets_megatrons_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checked by Megatron's own dataclass, and by its rule for the fields they require."""
     monkeypatch.setattr(optimizer_config, "is_te_min_version", lambda version: True)
-    config = small_config(*BLOCKS, "policy.optimizer_offload=0.5")
+    config = small_config(*BIG, "policy.optimizer_offload=0.5")
     fields = megatron_optimizer(config.policy, config.optimizer, torch.bfloat16)
     assert fields.optimizer_cpu_offload and fields.optimizer_offload_fraction == 0.5
     # Required for the hybrid optimizer to own the master weights and to receive gradients in its dtype.
     assert fields.use_precision_aware_optimizer_no_fp8_or_ds_fp8 and fields.decoupled_weight_decay
     assert fields.main_params_dtype == fields.exp_avg_dtype == fields.exp_avg_sq_dtype == torch.float32
-    plain = small_config(*BLOCKS)
+    plain = small_config(*BIG)
     fields = megatron_optimizer(plain.policy, plain.optimizer, torch.bfloat16)
     assert not fields.optimizer_cpu_offload and not fields.use_precision_aware_optimizer
 
@@ -285,12 +285,12 @@ def test_offload_without_a_gpu_is_refused_when_the_run_starts() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     error = pytest.raises(UserError, match=r"policy\.optimizer_offload=1 needs a GPU, and this run is on a")
-    with error, joined_ranks(small_config(*BLOCKS, "policy.optimizer_offload=1")):
+    with error, joined_ranks(small_config(*BIG, "policy.optimizer_offload=1")):
         pass
 
 
 def test_offload_without_transformer_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, policy = SimpleNamespace(type="cuda"), config_of(*BLOCKS, "policy.optimizer_offload=0.25")
+    gpu, policy = SimpleNamespace(type="cuda"), config_of(*BIG, "policy.optimizer_offload=0.25")
     monkeypatch.setattr(optimizer, "find_spec", lambda name: name)
     optimizer.check_offload_device(policy, gpu)
     monkeypatch.setattr(optimizer, "find_spec", lambda name: None)
@@ -301,12 +301,12 @@ def test_offload_without_transformer_engine_is_refused(monkeypatch: pytest.Monke
 
 
 def test_a_resumed_run_keeps_its_fp8_unless_a_change_is_allowed(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(to_yaml(small_config(*BLOCKS)))
+    (tmp_path / "config.yaml").write_text(to_yaml(small_config(*BIG)))
     allowed = ["on_policy.action"]
     with pytest.raises(UserError, match=r"policy\.fp8 is .*blockwise but was None"):
         check_resume(small_config(*BLOCKWISE), tmp_path / "config.yaml", 3, allowed)
     check_resume(small_config(*BLOCKWISE), tmp_path / "config.yaml", 3, [*allowed, "policy.fp8"])
-    check_resume(small_config(*BLOCKS, "policy.recompute=full"), tmp_path / "config.yaml", 3, [])
+    check_resume(small_config(*BIG, "policy.recompute=full"), tmp_path / "config.yaml", 3, [])
 
 
 # ---------------------------------------------------------------------- shapes and recomputation
@@ -314,7 +314,7 @@ def test_a_resumed_run_keeps_its_fp8_unless_a_change_is_allowed(tmp_path: Path) 
 
 @pytest.mark.parametrize(("fp8", "alignment"), [("blockwise", 128), ("tensorwise", 16), ("delayed", 16)])
 def test_fp8_micro_batches_hold_whole_blocks_on_every_rank(fp8: str, alignment: int) -> None:
-    policy = config_of(*BLOCKS, CORRECT, f"policy.fp8={fp8}")
+    policy = config_of(*BIG, CORRECT, f"policy.fp8={fp8}")
     assert token_multiple(policy) == alignment
     parallel = replace(policy, tensor_model_parallel_size=2, sequence_parallel=True)
     assert token_multiple(parallel) == 2 * alignment

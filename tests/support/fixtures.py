@@ -25,7 +25,7 @@ SMALL_MODEL = (
     "policy.max_tokens_per_micro_batch=128",
     "policy.head_chunk_tokens=16",
 )
-BLOCKS = (
+BIG = (
     "policy.dtype=bf16",
     "policy.model.hidden_size=256",
     "policy.model.kv_channels=128",
@@ -34,7 +34,7 @@ BLOCKS = (
 )
 """A model all of whose matrices consist of FP8 blocks."""
 CORRECT = "on_policy.action=correct"
-BLOCKWISE = (*BLOCKS, "policy.fp8=blockwise", CORRECT)
+BLOCKWISE = (*BIG, "policy.fp8=blockwise", CORRECT)
 
 
 def small_config(*overrides: str, world_size: int = 1) -> Config:
