@@ -22,6 +22,7 @@ FINISH_STOP = 0
 FINISH_LENGTH = 1
 
 _PER_PROMPT_TOKEN = ("prompt_tokens",)
+_PER_INPUT_TOKEN = ("routed_experts",)
 _PER_RESPONSE_TOKEN = (
     "response_tokens", "weight_versions", "engine_log_prob", "old_log_prob", "reference_log_prob",
     "token_energy", "token_advantages",
@@ -71,6 +72,9 @@ class Rollouts:
     """[Σl] float32: log π_T of each token, by a forward pass before the step's first update."""
     reference_log_prob: Tensor | None = None
     """[Σl] float32: log π_T of each token under the reference weights."""
+    routed_experts: Tensor | None = None
+    """[Σ(p + l − 1), layers, k] uint8, or int16 for more than 256 experts: the experts that the engine took
+    for every token that the policy computes, which is all of a sample but the last."""
     is_demonstration: bool = False
     """Written by the task, not sampled: only the supervised objective accepts them."""
 
@@ -81,6 +85,11 @@ class Rollouts:
     def sequence_lengths(self) -> Tensor:
         """[n] int64: prompt and response."""
         return self.prompt_lengths + self.response_lengths
+
+    @property
+    def input_lengths(self) -> Tensor:
+        """[n] int64: tokens that the policy computes; the last one is only a target."""
+        return (self.sequence_lengths - 1).clamp(min=0)
 
     def sequences(self) -> list[Tensor]:
         """Prompt and response of each sample, concatenated."""
@@ -101,6 +110,8 @@ class Rollouts:
                 changes[name] = _select_ragged(value, self.prompt_lengths, index)
             elif name in _PER_RESPONSE_TOKEN:
                 changes[name] = _select_ragged(value, self.response_lengths, index)
+            elif name in _PER_INPUT_TOKEN:
+                changes[name] = _select_ragged(value, self.input_lengths, index)
             else:
                 changes[name] = value[index]
         return replace(self, **changes)

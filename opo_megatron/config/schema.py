@@ -257,6 +257,9 @@ class RolloutConfig:
     """0 is off. Any other value samples from another distribution than the policy's."""
     max_response_tokens: int = 64
     """Maximum response length. A response that reaches it is truncated and has no stop token."""
+    routing_replay: bool | None = None
+    """Train with the experts that the engine took: rollouts carry them, for every token and layer. Default:
+    true for a model with experts."""
     local: LocalEngineConfig = field(default_factory=LocalEngineConfig)
     sglang: SglangConfig = field(default_factory=SglangConfig)
 

@@ -159,7 +159,12 @@ def check_task(config: Config) -> None:
 
 
 def check_engine(config: Config) -> None:
-    """Refuse what an SGLang engine cannot serve."""
+    """Refuse a replay of experts that the model does not have, and what an SGLang engine cannot serve."""
+    require(
+        not config.rollout.routing_replay or config.policy.model.num_moe_experts is not None,
+        "rollout.routing_replay is true, but the model has no experts; remove it, or set "
+        "policy.model.num_moe_experts",
+    )
     if config.rollout.engine is not EngineName.sglang:
         return
     require(

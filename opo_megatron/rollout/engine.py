@@ -41,6 +41,8 @@ class Sampling:
     """Also return each response's Σ energy and Σ energy·‖h‖², where the engine can."""
     token_energies: bool = False
     """Also return each token's energy, where the engine can."""
+    routed_experts: bool = False
+    """Also return the experts of every token and layer."""
 
 
 def sampling_key(sampling: Sampling, request: GenerationRequest) -> int:
