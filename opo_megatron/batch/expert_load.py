@@ -1,7 +1,7 @@
 """How a step's tokens spread over the experts, counted from the experts that the engine took.
 
-    experts/fullest_share   max over layers of max_e n_e / Σ_e n_e: the share of a layer's assignments that its
-                            fullest expert takes; 1 / E where all E are equally full, at most 1 / k
+    experts/fullest_share   max over layers of max_e n_e / Σ_e n_e: the share of a layer's assignments that
+                            its fullest expert takes; 1 / E where all E are equally full, at most 1 / k
     experts/dead            share of all (layer, expert) with n_e = 0
 
 n_e counts the tokens of all samples of the step, prompts included, that one of their k experts is e.  Nothing

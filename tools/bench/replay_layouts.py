@@ -1,4 +1,4 @@
-"""The cases `moe-replay-…` of `tools/check_layouts.py`: an engine's experts, replayed under a parallel layout.
+"""The cases `moe-replay-…` of `tools/check_layouts.py`: an engine's experts, replayed under each layout.
 
 The experts are those that a decoder takes whose routers are far from the policy's, so that the policy's own
 choice would be another one for most tokens.  What the policy computes with them is compared with a second
@@ -51,7 +51,7 @@ def perturbed(source: WeightSource, noise: float = ROUTER_NOISE) -> WeightSource
     """The same weights with other routers."""
 
     def read(name: str) -> Tensor:
-        tensor = source(name)
+        tensor = source(name)[:]
         if not name.endswith("mlp.gate.weight"):
             return tensor
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -65,7 +65,7 @@ def decoder_of(config: Config, vocab_size: int, device: torch.device, weights: W
     dtype = torch.bfloat16 if config.policy.dtype is Dtype.bf16 else torch.float32
     decoder = GivenExperts(config.policy.model, vocab_size, dtype, device)
     for name in decoder.names():
-        decoder.load(name, weights(name))
+        decoder.load(name, weights(name)[:])
     return decoder
 
 
