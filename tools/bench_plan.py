@@ -50,10 +50,14 @@ class PublishedRun:
     longest: int = 4096
     samples: int = 2048
     prompt: float = 100.0
+    expert_parallel: int = 1
 
 
 FITTED = PublishedRun("Llama-3.1-8B", 16, 1581, 1019, pipeline=2, data_parallel=8, engine_tp=1)
-PREDICTED = (PublishedRun("Qwen3-32B", 32, 571, 3206, pipeline=4, data_parallel=2, engine_tp=4),)
+PREDICTED = (
+    PublishedRun("Qwen3-32B", 32, 571, 3206, pipeline=4, data_parallel=2, engine_tp=4),
+    PublishedRun("Qwen3-30B-A3B", 32, 1102, 3306, 1, 32, engine_tp=1, expert_parallel=8),
+)
 
 
 def main() -> int:
@@ -180,6 +184,8 @@ def work_of(row: PublishedRun) -> Any:
         running=row.samples // engines,
         engines=engines,
         passes=2.0,
+        engine_experts=weight_bytes(config, vocab_size, row.engine_tp, experts=True),
+        expert_parallel=row.expert_parallel,
     )
 
 

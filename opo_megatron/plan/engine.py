@@ -15,7 +15,7 @@ from opo_megatron.config.choices import Dtype, EngineName
 from opo_megatron.config.schema import Config
 from opo_megatron.plan.hardware import Gpu, constant
 from opo_megatron.plan.lengths import Lengths
-from opo_megatron.weights.param_mapping import EMBEDDING, HEAD, hf_shapes
+from opo_megatron.weights.param_mapping import EMBEDDING, HEAD, hf_shapes, is_expert
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,16 @@ def kv_bytes_per_token(config: Config, tensor_parallel_size: int) -> int:
     return 2 * model.num_layers * groups * model.kv_channels * _itemsize(config)
 
 
-def weight_bytes(config: Config, vocab_size: int, tensor_parallel_size: int) -> int:
-    """On each GPU of an engine; vectors are replicated, matrices are sharded."""
+def weight_bytes(config: Config, vocab_size: int, tensor_parallel_size: int, experts: bool = False) -> int:
+    """On each GPU of an engine; vectors are replicated, matrices are sharded.
+
+    Args:
+        experts: only the experts' weights.
+    """
     fp8, total = generates_in_fp8(config), 0
     for name, shape in hf_shapes(config.policy.model, vocab_size).items():
+        if experts and not is_expert(name):
+            continue
         itemsize = 1 if fp8 and len(shape) == 2 and name not in (EMBEDDING, HEAD) else _itemsize(config)
         size = math.prod(shape) * itemsize
         total += size // tensor_parallel_size if len(shape) == 2 else size

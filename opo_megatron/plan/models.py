@@ -28,6 +28,13 @@ def _qwen3(layers: int, hidden: int, ffn: int, heads: int) -> ModelConfig:
     )  # fmt: skip
 
 
+def _qwen3_moe(layers: int, hidden: int, ffn: int, heads: int, groups: int, expert_ffn: int) -> ModelConfig:
+    return ModelConfig(
+        layers, hidden, ffn, heads, groups, 128, qk_layernorm=True, vocab_size=151936, rotary_base=1e6,
+        max_sequence_length=40960, num_moe_experts=128, moe_router_topk=8, moe_ffn_hidden_size=expert_ffn,
+    )  # fmt: skip
+
+
 def _qwen2(layers: int, hidden: int, ffn: int, heads: int, groups: int) -> ModelConfig:
     return ModelConfig(
         layers, hidden, ffn, heads, groups, 128, add_qkv_bias=True, vocab_size=152064, rotary_base=1e6,
@@ -44,6 +51,8 @@ MODELS = {
     "Qwen3-8B": _qwen3(36, 4096, 12288, 32),
     "Qwen3-14B": _qwen3(40, 5120, 17408, 40),
     "Qwen3-32B": _qwen3(64, 5120, 25600, 64),
+    "Qwen3-30B-A3B": _qwen3_moe(48, 2048, 6144, 32, 4, 768),
+    "Qwen3-235B-A22B": _qwen3_moe(94, 4096, 12288, 64, 4, 1536),
     "Qwen2.5-7B": _qwen2(28, 3584, 18944, 28, 4),
     "Qwen2.5-32B": _qwen2(64, 5120, 27648, 40, 8),
     "Qwen2.5-72B": _qwen2(80, 8192, 29568, 64, 8),

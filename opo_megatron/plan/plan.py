@@ -22,7 +22,7 @@ from opo_megatron.config.choices import Dtype, EngineName, Packing, TaskName
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.lm_head import default_chunk_tokens
 from opo_megatron.plan.activations import activation_peak, recomputes_all, textbook_activations
-from opo_megatron.plan.engine import EnginePlan, plan_engine
+from opo_megatron.plan.engine import EnginePlan, plan_engine, weight_bytes
 from opo_megatron.plan.hardware import GPUS_PER_NODE, Gpu, constant
 from opo_megatron.plan.lengths import Lengths
 from opo_megatron.plan.models import folder_of
@@ -267,6 +267,9 @@ def assemble(job: Job, ranks: list[RankBytes], stages: list[Stage], sync: SyncPl
         passes=_passes(job.config),
         recomputes=recomputes_all(job.config.policy),
         trains_in_fp8=trains_in_fp8(job.config),
+        engine_experts=weight_bytes(job.config, job.vocab_size, engine.tensor_parallel_size, experts=True),
+        expert_parallel=job.config.policy.expert_model_parallel_size,
+        tensor_parallel=job.config.policy.tensor_model_parallel_size,
     )
     moved = max(rank.optimizer for rank in ranks) if job.shares_memory else 0
     times = step_times(work, sync_seconds(sync, job.gpu), moved, max(rank.host_optimizer for rank in ranks))

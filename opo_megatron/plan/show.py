@@ -143,6 +143,11 @@ def _notes(plan: RunPlan) -> str:
         "Bytes are counted; times are modelled, without evaluations and checkpoints; --json prints every "
         "constant with its source.",
     ]
+    if not all(stage.is_counted for stage in plan.stages):
+        lines.append(
+            "Activations are by formula, as if every expert took the same number of tokens; a rank whose "
+            "experts take more needs more."
+        )
     if (host := max(rank.host_optimizer for rank in plan.ranks)) > 0:
         # The gradients in transit take 4 bytes for every 12 of the optimizer.
         lines.append(

@@ -2,14 +2,16 @@
 
     training    (3 + passes + recompute) · (2·N·tokens + attention) · (1 + bubble) / (efficient peak · GPUs)
     bubble      (PP − 1) / (micro-batches · virtual stages), Megatron's schedules
+    dispatch    (3 + passes + recompute − 1) · 2·k·H·tokens·layers · (EP − 1)/EP / link, with experts
     decoding    Σ over positions t of max( (weights + cache read at t) / bandwidth, 2·N·alive(t) / peak )
     host step   (gradients down, weights up) / host link + 28 bytes per parameter / host memory
     sync        bytes of the slowest rank per bucket over each link, and the engine's two copies
 
 One constant, fitted to one published run, multiplies the sum for what is not counted (verifiers, imbalance,
 Python, loading).  N counts the parameters that multiply a token: all matrices but the embedding, and only
-the active experts.  Context parallelism is assumed to overlap its communication with computation.
-Evaluations and checkpoints are left out.
+the active experts; of a layer's E experts a decoding step of n responses reads 1 − (1 − k/E)ⁿ, as if tokens
+chose them independently and uniformly.  Context parallelism is assumed to overlap its communication with
+computation.  Evaluations and checkpoints are left out.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ import math
 from dataclasses import dataclass
 
 from opo_megatron.config.schema import ModelConfig
-from opo_megatron.plan.hardware import Gpu, constant
+from opo_megatron.plan.hardware import GPUS_PER_NODE, Gpu, constant
 from opo_megatron.plan.lengths import Lengths
 from opo_megatron.plan.sync import SyncPlan
-from opo_megatron.weights.param_mapping import EMBEDDING, hf_shapes
+from opo_megatron.weights.param_mapping import EMBEDDING, hf_shapes, is_expert
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Work:
     """Forward passes in addition to the update's."""
     recomputes: bool = False
     trains_in_fp8: bool = False
+    engine_experts: int = 0
+    """Those of `engine_weights` that belong to experts."""
+    expert_parallel: int = 1
+    tensor_parallel: int = 1
+    """Of the policy."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def active_parameters(model: ModelConfig, vocab_size: int) -> int:
         if len(shape) != 2 or (name == EMBEDDING and not model.tie_embeddings):
             continue
         size = math.prod(shape)
-        if ".experts." in name:
+        if is_expert(name):
             assert model.num_moe_experts is not None
             total += size * model.moe_router_topk // model.num_moe_experts
         else:
@@ -97,7 +104,31 @@ def training_seconds(work: Work) -> float:
     attention = 2 * model.num_layers * model.num_attention_heads * model.kv_channels * sequence
     operations = units * work.trained_tokens * (2 * active_parameters(model, work.vocab_size) + attention)
     peak = work.gpu.fp8 if work.trains_in_fp8 else work.gpu.bf16
-    return operations / (peak * constant("training_efficiency") * work.gpus) * (1 + work.bubble)
+    seconds = operations / (peak * constant("training_efficiency") * work.gpus) + dispatch_seconds(work)
+    return seconds * (1 + work.bubble)
+
+
+def dispatch_seconds(work: Work) -> float:
+    """Sending every token's hidden state in bf16 to its k experts and back, in each direction of a pass.
+
+    A backward pass sends what its forward pass did.  Expert-parallel ranks are neighbours: NVLink, where
+    they fit into a node.
+    """
+    model, size = work.model, work.expert_parallel
+    if size == 1:
+        return 0.0
+    passes = 2.0 + work.passes + (1.0 if work.recomputes else 0.0)
+    token = 2 * model.moe_router_topk * model.hidden_size * 2 * (size - 1) / size
+    within = size * work.tensor_parallel <= GPUS_PER_NODE
+    link = constant("nvlink" if within else "network") * constant("link_efficiency")
+    return passes * token * model.num_layers * work.trained_tokens / work.gpus / link
+
+
+def experts_read(model: ModelConfig, rows: float) -> float:
+    """Share of a layer's experts that at least one of `rows` tokens chooses."""
+    if model.num_moe_experts is None:
+        return 1.0
+    return float(1.0 - (1.0 - model.moe_router_topk / model.num_moe_experts) ** rows)
 
 
 def generation_seconds(work: Work) -> float:
@@ -116,7 +147,8 @@ def generation_seconds(work: Work) -> float:
     for i in range(steps):
         token = (i + 0.5) * width
         rows = together * lengths.alive(token)
-        read = work.engine_weights + rows * (lengths.prompt + token) * work.engine_token
+        unread = work.engine_experts * (1 - experts_read(work.model, rows))
+        read = work.engine_weights - unread + rows * (lengths.prompt + token) * work.engine_token
         busy = max(read / bandwidth, 2 * active * rows / work.engine_tp / compute)
         # Even a single response takes every decoding step.
         seconds += width * (busy + latency)

@@ -98,6 +98,16 @@ SECTIONS: dict[str, tuple[Measure, ...]] = {
             "{:.1e}", logarithmic=True,
         ),
     ),
+    "Load of the experts": (
+        Measure(
+            "experts/fullest_share", "fullest expert", "share of a layer's assignments",
+            "Of the layer where it is largest; 1 / experts where all are equally full.",
+        ),
+        Measure(
+            "experts/dead", "dead experts", "fraction of all layers' experts",
+            "Experts that no token of the step took.",
+        ),
+    ),
     "Noise of the gradient": (
         Measure(
             "variance/this_run", "gradient variance", "trace, of the run's estimator",

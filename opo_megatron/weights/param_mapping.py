@@ -142,6 +142,11 @@ PARAM_SPECS = (
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
+def is_expert(name: str) -> bool:
+    """Whether a Hugging Face tensor belongs to an expert."""
+    return ".experts." in name
+
+
 def _dimensions(model: ModelConfig) -> dict[str, int]:
     assert model.num_query_groups is not None and model.kv_channels is not None
     return {

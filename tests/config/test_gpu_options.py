@@ -204,6 +204,7 @@ def error_of(*overrides: str) -> str:
 
 
 SGLANG = "rollout.engine=sglang"
+EXPERTS = ("policy.model.num_moe_experts=4", "policy.model.moe_ffn_hidden_size=256")
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,8 @@ SGLANG = "rollout.engine=sglang"
     [
         (("policy.fp8=blockwise",), "policy.fp8=blockwise with policy.dtype=fp32"),
         ((*BLOCKWISE, "policy.device=cpu"), "Transformer Engine has no FP8 on a CPU; set policy.fp8=null"),
-        ((*BLOCKWISE, "policy.model.num_moe_experts=4"), "experts in FP8 are not implemented"),
+        ((*BIG, "policy.fp8=tensorwise", *EXPERTS), "experts have FP8 by blocks only"),
+        ((*BLOCKWISE, *EXPERTS, SGLANG, "policy.model.moe_ffn_hidden_size=192"), "moe_ffn_hidden_size / "),
         ((*BLOCKWISE, SGLANG, "policy.model.ffn_hidden_size=320"), "ffn_hidden_size / policy.tensor_model"),
         ((*BLOCKWISE, SGLANG, "policy.model.kv_channels=64"), "kv_channels is 64, which must be a multiple"),
         ((*BLOCKWISE, "policy.model.ffn_hidden_size=520"), "is 520, which must be a multiple of 16 for FP8"),
@@ -225,7 +227,6 @@ SGLANG = "rollout.engine=sglang"
         (("policy.optimizer_offload=0.5",), "offload=0.5 with policy.dtype=fp32 and policy."),
         ((*BIG, "policy.optimizer_offload=1", "policy.distributed_optimizer=false"), "=false, but Megatron"),
         (("policy.context_parallel_size=2",), "is 2 with policy.packing=padded, but only packed sequences"),
-        ((SGLANG, "policy.model.num_moe_experts=4"), "would route tokens to different experts"),
     ],
 )  # fmt: skip
 def test_contradictory_and_unimplemented_options_are_refused(overrides: tuple[str, ...], words: str) -> None:

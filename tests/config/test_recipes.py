@@ -22,6 +22,7 @@ from tests.support.scaled_down import RECIPES, SCALES, scale_down
 PARAMETERS = {
     "opo_llama3_70b": 70_553_706_496,
     "opo_qwen2.5_32b": 32_763_876_352,
+    "opo_qwen3_30b_a3b": 30_532_122_624,
     **dict.fromkeys((name for name in SCALES if "7b" in name or name.startswith("paper/")), 7_615_616_512),
 }
 """As published on the models' pages."""

@@ -110,8 +110,8 @@ OVERRIDE_ERRORS = [
     ("algorithm.loss_constant=5", "used only with algorithm.loss_normalizer=constant"),
     # engines
     (
-        "rollout.engine=sglang policy.model.num_moe_experts=4",
-        "would route tokens to different experts; set rollout.engine=local",
+        "rollout.routing_replay=true",
+        "rollout.routing_replay is true, but the model has no experts; remove it",
     ),
     ("rollout.sglang.transport=pigeon", "it must be one of tensor, distributed, disk"),
     ("rollout.sglang.timeout_seconds=0", "rollout.sglang.timeout_seconds is 0.0; it must be above 0"),

@@ -5,12 +5,14 @@ The meta device is set per process, so whatever builds a policy runs in a child 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,14 @@ from opo_megatron.plan.plan import (
     problem_of,
 )
 from opo_megatron.plan.ranks import RankBytes, offloaded
-from opo_megatron.plan.times import active_parameters, host_step_seconds
+from opo_megatron.plan.times import (
+    Work,
+    active_parameters,
+    dispatch_seconds,
+    experts_read,
+    generation_seconds,
+    host_step_seconds,
+)
 from opo_megatron.weights.param_mapping import hf_shapes
 from tests.support.paths import ROOT, WORKERS
 
@@ -240,11 +249,53 @@ def test_experts_are_counted_once_over_expert_parallel_ranks() -> None:
 def test_model_configs_reproduce_the_published_parameter_counts() -> None:
     """Sizes as stated in the model cards."""
     sizes = {"Llama-3.1-8B": 8_030_261_248, "Qwen3-32B": 32_762_123_264, "Llama-3-70B": 70_553_706_496}
+    sizes |= {"Qwen3-30B-A3B": 30_532_122_624, "Qwen3-235B-A22B": 235_093_634_560}
     for name, size in sizes.items():
         model = MODELS[name]
         assert model.vocab_size is not None
         assert sum(math.prod(shape) for shape in hf_shapes(model, model.vocab_size).values()) == size
         assert active_parameters(model, model.vocab_size) < size - model.vocab_size * model.hidden_size
+
+
+def expert_work(**changes: Any) -> Work:
+    model = MODELS["Qwen3-30B-A3B"]
+    assert model.vocab_size is not None
+    work = Work(
+        model, model.vocab_size, 32, GPUS["h100"], Lengths(64, 0.0, 100.0, 1, 100), 3200.0, 0.0, engine_tp=1,
+        engine_weights=1000, engine_token=0, running=2, engines=32, expert_parallel=8,
+    )  # fmt: skip
+    return replace(work, **changes)
+
+
+def test_the_share_of_experts_that_is_read_is_that_of_independent_choices() -> None:
+    model = ModelConfig(num_moe_experts=6, moe_router_topk=2)
+    sets = list(itertools.combinations(range(6), 2))
+    for rows in (1, 2, 3):
+        choices = list(itertools.product(sets, repeat=rows))
+        mean = sum(len({e for one in chosen for e in one}) for chosen in choices) / len(choices)
+        assert experts_read(model, rows) == pytest.approx(mean / 6, rel=1e-12)
+    assert experts_read(ModelConfig(), 1) == 1.0
+
+
+def test_the_dispatch_of_tokens_to_experts_is_hand_arithmetic() -> None:
+    """100 tokens per GPU, 48 layers, 8 experts: 2,048 numbers of 2 bytes there and back, 7 of 8 to others."""
+    once = 100 * 48 * 8 * 2048 * 2 * 2 * 7 / 8
+    link = CONSTANTS["link_efficiency"].value
+    nvlink, network = CONSTANTS["nvlink"].value * link, CONSTANTS["network"].value * link
+    assert dispatch_seconds(expert_work()) == pytest.approx(2 * once / nvlink)
+    assert dispatch_seconds(expert_work(recomputes=True, passes=2.0)) == pytest.approx(5 * once / nvlink)
+    assert dispatch_seconds(expert_work(tensor_parallel=2)) == pytest.approx(2 * once / network)
+    assert dispatch_seconds(expert_work(expert_parallel=1)) == 0.0
+
+
+def test_a_decoding_step_reads_only_the_experts_that_are_chosen() -> None:
+    """100 steps, in which 2 of 2 responses that all have 100 tokens read the dense part and their experts."""
+    gpu = replace(GPUS["h100"], bf16=1e30)
+    lengths = Lengths(64, 0.0, 100.0, 0, 100)
+    work = expert_work(gpu=gpu, lengths=lengths, engine_experts=900)
+    bandwidth = gpu.bandwidth * CONSTANTS["memory_efficiency"].value
+    read = 100 + 900 * (1 - (1 - 8 / 128) ** 2)
+    assert generation_seconds(work) == pytest.approx(100 * read / bandwidth, rel=1e-6)
 
 
 def test_response_lengths_have_the_requested_mean() -> None:

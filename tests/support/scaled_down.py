@@ -1,8 +1,9 @@
 """Multi-GPU recipes scaled down to a CPU: the same file, parallel structure and task with a tiny model.
 
 Kept is what selects code paths: pipeline stages, virtual stages, sequence parallelism, recomputation,
-packing, biases, RoPE, task, algorithm, corrections.  The tensor-parallel size is at most 2, the data-parallel
-size follows from the ranks.  FP8, bf16 and SGLang need a GPU and are replaced.
+packing, biases, experts, RoPE, task, algorithm, corrections.  The tensor-parallel size is at most 2, the
+expert-parallel size at most 4, the data-parallel size follows from the ranks.  FP8, bf16 and SGLang need a
+GPU and are replaced.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class ScaledDown(NamedTuple):
 SCALES = {
     "opo_llama3_70b": 64,
     "opo_qwen2.5_32b": 32,
+    "opo_qwen3_30b_a3b": 32,
     "opo_r1_distill_qwen_7b": 8,
     "paper/opo": 8,
     "paper/grpo_on_policy": 8,
@@ -63,4 +65,10 @@ def scale_down(name: str, folder: Path) -> ScaledDown:
         "train.steps=2", "optimizer.warmup_steps=0", "optimizer.lr=1e-3",
         "eval.problems=4", "eval.every_steps=0", "checkpoint.every_steps=0",
     ]  # fmt: skip
+    if policy.model.num_moe_experts is not None:
+        overrides += [
+            "policy.model.num_moe_experts=8", "policy.model.moe_router_topk=2",
+            "policy.model.moe_ffn_hidden_size=16",
+            f"policy.expert_model_parallel_size={min(4, policy.expert_model_parallel_size)}",
+        ]  # fmt: skip
     return ScaledDown(overrides, 8 if SCALES[name] > 8 else 4)

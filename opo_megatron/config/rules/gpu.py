@@ -87,9 +87,9 @@ def check_fp8(config: Config) -> None:
         "policy.dtype=bf16",
     )
     require(
-        policy.model.num_moe_experts is None,
-        f"policy.fp8={fp8} with policy.model.num_moe_experts={policy.model.num_moe_experts}, but experts in "
-        "FP8 are not implemented; set policy.fp8=null",
+        policy.model.num_moe_experts is None or policy.fp8 is Fp8.blockwise,
+        f"policy.fp8={fp8} with policy.model.num_moe_experts={policy.model.num_moe_experts}, but experts "
+        "have FP8 by blocks only, which an engine can have too; set policy.fp8=blockwise, or null",
     )
     same_as_engine = config.rollout.engine is EngineName.sglang and engine_has_fp8
     if not same_as_engine:
@@ -119,9 +119,19 @@ def check_fp8_shapes(policy: PolicyConfig, multiple: int) -> None:
     heads, head_dim = model.num_attention_heads, model.kv_channels or 0
     blocks = multiple == FP8_BLOCK
     reason = "the engine's 128×128 blocks to be the trainer's" if blocks else "FP8 products"
+    ffn = (
+        "policy.model.ffn_hidden_size / policy.tensor_model_parallel_size",
+        model.ffn_hidden_size // tensor,
+    )
+    if model.num_moe_experts is not None:
+        assert model.moe_ffn_hidden_size is not None and policy.expert_tensor_parallel_size is not None
+        ffn = (
+            "policy.model.moe_ffn_hidden_size / policy.expert_tensor_parallel_size",
+            model.moe_ffn_hidden_size // policy.expert_tensor_parallel_size,
+        )
     for name, size in (
         ("policy.model.hidden_size", model.hidden_size),
-        ("policy.model.ffn_hidden_size / policy.tensor_model_parallel_size", model.ffn_hidden_size // tensor),
+        ffn,
         ("policy.model.kv_channels", head_dim)
         if blocks
         else ("num_attention_heads × kv_channels / tensor_model_parallel_size", heads * head_dim // tensor),
