@@ -34,6 +34,7 @@ from opo_megatron.policy.metric_sums import StepMetrics
 from opo_megatron.run import Run
 from opo_megatron.updates.advantages import set_advantages
 from opo_megatron.updates.nonfinite import handle_nonfinite
+from opo_megatron.updates.overlap import overlapped_update
 from opo_megatron.updates.ppo import ppo_updates
 from opo_megatron.updates.sample_batch import sample_batch
 from opo_megatron.updates.sft import run_sft
@@ -62,19 +63,23 @@ def opo_step(run: Run, step: int) -> None:
     """One batch of rollouts, one optimizer step."""
     config, policy, timer = run.config, run.policy, run.timer(step)
 
-    rollouts, stats = sample_batch(run, step, timer)
-    with timer.phase("reward"):
-        advantages = set_advantages(run, rollouts, stats)
-
+    lr = learning_rate(config.optimizer, step, config.train.steps)
     report: MetricsRow = {}
-    if report_is_due(config, step):
-        with timer.phase("variance"):
-            report = variance_report(run, step, rollouts, stats, advantages)
 
-    with timer.phase("train"):
-        run.generation.memory.before_training()
-        lr = learning_rate(config.optimizer, step, config.train.steps)
-        metrics = UPDATES[config.algorithm.objective](run, step, rollouts, stats, advantages, lr)
+    if config.rollout.overlap:  # the same, trained on group by group while others are sampled
+        rollouts, stats, advantages, metrics, report = overlapped_update(run, step, lr)
+    else:
+        rollouts, stats = sample_batch(run, step, timer)
+        with timer.phase("reward"):
+            advantages = set_advantages(run, rollouts, stats)
+
+        if report_is_due(config, step):
+            with timer.phase("variance"):
+                report = variance_report(run, step, rollouts, stats, advantages)
+
+        with timer.phase("train"):
+            run.generation.memory.before_training()
+            metrics = UPDATES[config.algorithm.objective](run, step, rollouts, stats, advantages, lr)
 
     with timer.phase("sync"):
         run.generation.synchronize()

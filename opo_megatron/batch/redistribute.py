@@ -6,6 +6,8 @@ rank receives only its own samples, in the order of its micro-batches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from opo_megatron.batch.micro_batch import MicroBatchPlan
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.distributed.process_groups import (
@@ -27,15 +29,27 @@ def redistribute_to_dp(
 ) -> Rollouts:
     """Exchange the ranks' blocks of `total` samples; returns the scheduled samples of this rank's replica."""
     blocks = [rank_range(total, r, parallel.world_size) for r in range(parallel.world_size)]
-    own = blocks[parallel.rank]
+    return send_to_dp(parallel, rollouts, schedule, blocks)
+
+
+def send_to_dp(
+    parallel: Parallel, rollouts: Rollouts, schedule: MicroBatchPlan, held: Sequence[Sequence[int]]
+) -> Rollouts:
+    """Exchange samples that any rank may have; returns the scheduled samples of this rank's replica.
+
+    Args:
+        held: by rank, the numbers of the samples that it has, in their order; `rollouts` are this rank's.
+    """
+    position = {sample: i for i, sample in enumerate(held[parallel.rank])}
     dp_ranks = all_gather_objects(parallel, parallel.dp_rank)
     send_chunks = [
-        rollouts.select([i - own.start for i in schedule.samples_of(dp_rank) if i in own])
+        rollouts.select([position[i] for i in schedule.samples_of(dp_rank) if i in position])
         for dp_rank in dp_ranks
     ]
     received = Rollouts.concatenate(all_to_all_objects(parallel, send_chunks))
     scheduled = schedule.samples_of(parallel.dp_rank)
-    arrived = [i for block in blocks for i in scheduled if i in block]
+    is_of = [set(of_rank) for of_rank in held]
+    arrived = [i for of_rank in is_of for i in scheduled if i in of_rank]
     index = {sample: position for position, sample in enumerate(arrived)}
     return received.select([index[sample] for sample in scheduled])
 

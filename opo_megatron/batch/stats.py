@@ -69,19 +69,24 @@ def gather_stats(parallel: Parallel, rollouts: Rollouts) -> BatchStats:
     energies = None if rollouts.energy is None else (rollouts.energy, rollouts.energy_hidden)
     gathered = all_gather_objects(parallel, (columns, energies, rollouts.token_energy))
     ids, groups, prompts, responses, reasons, rewards = _concat(columns for columns, _, _ in gathered)
-    nonfinite = (~torch.isfinite(rewards)).nonzero()
-    if nonfinite.numel():
-        i = int(nonfinite[0])
-        raise NonFiniteError(
-            f"the reward of prompt {int(ids[i])} is {float(rewards[i])}",
-            "a verifier must return a finite number",
-        )
+    check_rewards(ids, rewards)
     stats = BatchStats(groups, prompts, responses, reasons, rewards)
     if energies is not None:
         stats = replace(stats, energies=EnergySums(*_concat(energies for _, energies, _ in gathered)))
     if rollouts.token_energy is not None:
         stats = replace(stats, token_energies=torch.cat([energies for _, _, energies in gathered]))
     return stats
+
+
+def check_rewards(prompt_ids: Tensor, rewards: Tensor) -> None:
+    """Raise NonFiniteError for a reward that is NaN or infinite."""
+    nonfinite = (~torch.isfinite(rewards)).nonzero()
+    if nonfinite.numel():
+        i = int(nonfinite[0])
+        raise NonFiniteError(
+            f"the reward of prompt {int(prompt_ids[i])} is {float(rewards[i])}",
+            "a verifier must return a finite number",
+        )
 
 
 def _concat(ranks: Iterable[Sequence[Tensor]]) -> list[Tensor]:

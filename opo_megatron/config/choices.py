@@ -21,6 +21,11 @@ class Fill(str, Enum):
     groups_with_signal = "groups_with_signal"
 
 
+class OverlapOrder(str, Enum):
+    arrival = "arrival"
+    prompt = "prompt"
+
+
 class TaskName(str, Enum):
     lift = "lift"
     text = "text"

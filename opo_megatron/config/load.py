@@ -99,6 +99,8 @@ def resolve(config: Config) -> None:
     for switch, value in preset_of(algorithm.baseline)._asdict().items():
         if getattr(algorithm, switch) is None:
             setattr(algorithm, switch, value)
+    if rollout.overlap_micro_batches is None:
+        rollout.overlap_micro_batches = 2 * config.policy.pipeline_model_parallel_size
     if rollout.routing_replay is None:
         rollout.routing_replay = model.num_moe_experts is not None
     if rollout.sglang.fp8 is None:

@@ -26,6 +26,7 @@ from opo_megatron.config.choices import (
     Fp8,
     GroupBackend,
     Kl,
+    OverlapOrder,
     Packing,
     Recompute,
     RopeType,
@@ -249,6 +250,14 @@ class RolloutConfig:
     fill_rounds: int = 1
     """groups_with_signal: a step has at most this many times `prompts_per_step` prompts, sampled in rounds
     until enough of them have a signal."""
+    overlap: bool = False
+    """Train on groups that are complete while the engines still sample the others with the same weights;
+    there is one optimizer step, when all are trained on. Needs engines on devices of their own."""
+    overlap_order: OverlapOrder = OverlapOrder.arrival
+    """Order in which groups are trained on: as they are complete, or `prompt`, repeatable bit for bit."""
+    overlap_micro_batches: int | None = None
+    """Least micro-batches, per data-parallel rank, of a part of the batch that is trained on while others are
+    sampled. Default: twice the pipeline stages, which then wait for a third of the time at most."""
     temperature: float = 1.0
     """T of the policy softmax(z/T). The objective differentiates the same distribution."""
     top_p: float = 1.0

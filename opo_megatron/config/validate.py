@@ -19,6 +19,7 @@ from opo_megatron.config.rules.algorithm import check_algorithm
 from opo_megatron.config.rules.api_key import check_api_key
 from opo_megatron.config.rules.exact import check_exact
 from opo_megatron.config.rules.gpu import check_gpu_options
+from opo_megatron.config.rules.overlap import check_overlap
 from opo_megatron.config.rules.require import divides, require
 from opo_megatron.config.rules.resilience import check_faults
 from opo_megatron.config.rules.sglang import check_sglang
@@ -41,6 +42,7 @@ def validate(config: Config, world_size: int | None) -> None:
     check_run(config)
     check_faults(config)
     check_sampling(config)
+    check_overlap(config)
     check_algorithm(config)
     check_task(config)
     check_model(config.policy)
@@ -56,7 +58,8 @@ Rule = tuple[str, Callable[[Any], bool], str]
 _FIELD_RULES: tuple[Rule, ...] = (
     (
         "run.ranks run.threads_per_rank rollout.prompts_per_step rollout.samples_per_prompt "
-        "rollout.max_response_tokens rollout.local.slots rollout.fill_rounds warm_start.batch_size "
+        "rollout.max_response_tokens rollout.local.slots rollout.fill_rounds rollout.overlap_micro_batches "
+        "warm_start.batch_size "
         "algorithm.updates_per_batch "
         "eval.problems eval.samples_per_problem policy.model.num_layers policy.model.hidden_size "
         "policy.model.ffn_hidden_size policy.model.num_attention_heads policy.model.num_query_groups "

@@ -90,7 +90,7 @@ def activation_peak(policy: Policy, lengths: Sequence[tuple[int, int]], on_gpus:
     # All counted micro-batches have one shape, and sending shapes between stages needs values.
     policy.megatron_config.variable_seq_lengths = False
     # The reduction comes after the peak; torch has no coalesced collectives of meta tensors.
-    policy.megatron_config.finalize_model_grads_func = lambda *_, **__: None
+    policy.reduce_gradients = lambda _: None
     live = LiveBytes()
     kernels = _gpu_kernels(policy) if on_gpus else _own_kernels()
     with kernels, live:

@@ -38,6 +38,10 @@ class MetricSums:
         total = entropy.double().sum()
         self._sums += torch.stack((total, torch.zeros_like(total) if loss is None else loss.double().sum()))
 
+    def divide_loss(self, normalizer: float) -> None:
+        """Divide the losses, which were added without their normalizer."""
+        self._sums[1] /= normalizer
+
     def total(self, parallel: Parallel, response_lengths: Tensor) -> StepMetrics:
         """Over all ranks; a collective.
 

@@ -118,7 +118,11 @@ class Policy:
         )
         self.routing_replay = RoutingReplay(self.chunks, self.megatron_config, parallel)
         self.ddp_chunks = [self._wrap(chunk, trains=optimizer is not None) for chunk in self.chunks]
-        self.megatron_config.finalize_model_grads_func = _reduce_gradients
+        # Not None, which has further effects; what it would do is done once all micro-batches are added.
+        self.megatron_config.finalize_model_grads_func = _no_reduction
+        self.reduce_gradients: Callable[[list[Any]], None] = finalize_model_grads
+        """Sums gradients over ranks, tied embeddings' over stages, norms' over sequence-parallel ranks.  It
+        divides by nothing: the coefficients hold the normaliser."""
         self.memory = PolicyMemory(self)
         self.optimizer: MegatronOptimizer | Any = None
         if optimizer is not None:
@@ -223,7 +227,12 @@ class Policy:
                 zeroes the gradients and leaves the weights unchanged.
         """
         sums = self.accumulate_gradients(rollouts, schedule, objective)
-        metrics = self._checked(sums, rollouts)
+        return self._step(self._checked(sums, rollouts.response_lengths), lr, pre_step_check)
+
+    def _step(
+        self, metrics: StepMetrics, lr: float, pre_step_check: Callable[[StepMetrics], None] | None
+    ) -> StepMetrics:
+        """The optimizer step on the gradients that are there, or none: then they are zeroed."""
         try:
             if pre_step_check is not None:
                 pre_step_check(metrics)
@@ -247,11 +256,23 @@ class Policy:
 
         Reads no tensor values, so it runs on meta tensors too.
         """
-        if rollouts.is_demonstration != objective.learns_from_demonstrations:
-            raise ValueError(f"{type(objective).__name__} cannot learn from these rollouts")
+        sums = self.begin_gradients(measures_mismatch=rollouts.engine_log_prob is not None)
+        self.add_gradients(rollouts, schedule, objective, sums)
+        self.reduce_gradients(self.ddp_chunks)
+        return sums
+
+    def begin_gradients(self, measures_mismatch: bool) -> MetricSums:
+        """Zero the gradients, and the sums that come with them."""
         self.memory.reload()
         self.zero_gradients()
-        sums = MetricSums(self.parallel.device, rollouts.engine_log_prob is not None)
+        return MetricSums(self.parallel.device, measures_mismatch)
+
+    def add_gradients(
+        self, rollouts: Rollouts, schedule: MicroBatchPlan, objective: Objective, sums: MetricSums
+    ) -> None:
+        """Forward and backward over all micro-batches; adds to `main_grad`, not reduced over ranks."""
+        if rollouts.is_demonstration != objective.learns_from_demonstrations:
+            raise ValueError(f"{type(objective).__name__} cannot learn from these rollouts")
         columns = dict.fromkeys(objective.columns)
         if rollouts.engine_log_prob is not None:
             columns["engine_log_prob"] = None
@@ -273,7 +294,28 @@ class Policy:
         self._run(with_gradient, schedule, columns, loss_fn, forward_only=False)
         if schedule.forward_only is not None:
             self._run(zero_advantage, schedule.forward_only, columns, eval_fn, forward_only=True)
-        return sums
+
+    def finish_streamed_step(
+        self,
+        sums: MetricSums,
+        normalizer: float,
+        response_lengths: Tensor,
+        lr: float,
+        pre_step_check: Callable[[StepMetrics], None] | None = None,
+    ) -> StepMetrics:
+        """The one optimizer step, after `add_gradients` of all parts of the batch with the normalizer 1.
+
+        The gradients are reduced over ranks once, then divided; then it is as in `train_step`.
+
+        Args:
+            normalizer: N of the whole batch.
+            response_lengths: of all samples that this data-parallel rank has added.
+        """
+        self.reduce_gradients(self.ddp_chunks)
+        for chunk in self.ddp_chunks:
+            chunk.scale_gradients(1.0 / normalizer)
+        sums.divide_loss(normalizer)
+        return self._step(self._checked(sums, response_lengths), lr, pre_step_check)
 
     def checked_gradients(
         self, rollouts: Rollouts, schedule: MicroBatchPlan, objective: Objective
@@ -283,10 +325,11 @@ class Policy:
         Raises:
             NonFiniteError: on all ranks, for a loss or gradient that is NaN or infinite.
         """
-        return self._checked(self.accumulate_gradients(rollouts, schedule, objective), rollouts)
+        sums = self.accumulate_gradients(rollouts, schedule, objective)
+        return self._checked(sums, rollouts.response_lengths)
 
-    def _checked(self, sums: MetricSums, rollouts: Rollouts) -> StepMetrics:
-        metrics = sums.total(self.parallel, rollouts.response_lengths)
+    def _checked(self, sums: MetricSums, response_lengths: Tensor) -> StepMetrics:
+        metrics = sums.total(self.parallel, response_lengths)
         self._check_finite(metrics)
         return metrics
 
@@ -449,6 +492,5 @@ def _per_token(rollouts: Rollouts, name: str) -> Tensor:
     return values.float()
 
 
-def _reduce_gradients(model: list[Any], num_tokens: Tensor | None = None, **groups: Any) -> None:
-    """Megatron's gradient reduction without its division: the coefficients hold the normaliser."""
-    finalize_model_grads(model, None, **groups)
+def _no_reduction(*_: Any, **__: Any) -> None:
+    """In place of the reduction at the end of every schedule."""

@@ -57,6 +57,10 @@ Progress = Callable[[int, int, int], None]
 """Called from time to time with (finished responses, all responses, tokens generated so far)."""
 
 
+Deliver = Callable[[Rollouts], None]
+"""Called with complete responses, as they end."""
+
+
 class RolloutEngine(Protocol):
     """Generates responses from a copy of the policy's weights, of known version."""
 
@@ -95,4 +99,18 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Free what the engine holds: processes, memory."""
+        ...
+
+
+class StreamingEngine(RolloutEngine, Protocol):
+    """An engine that delivers responses while it generates others."""
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        progress: Progress | None = None,
+        deliver: Deliver | None = None,
+    ) -> Rollouts:
+        """Generate one response per request, in the order of `requests`; each is delivered as it ends."""
         ...

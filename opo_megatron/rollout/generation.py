@@ -90,22 +90,27 @@ class Generation:
         Raises:
             Preempted: on all ranks, where it was interrupted.
         """
-        show = self._progress(what)
+        show = self.progress(what)
 
         def show_or_stop(done: int, total: int, tokens: int) -> None:
             show(done, total, tokens)
             if interruptible and self.stop is not None:
                 self.stop.raise_if_stopping()
 
+        return self.retry(lambda: self.engine.generate(requests, sampling, show_or_stop))
+
+    def retry(self, attempt: Callable[[], T]) -> T:
+        """`attempt()` of all ranks, which generates; where an engine of one fails, all do it once more.
+
+        Raises:
+            Preempted: on all ranks, where it was interrupted.
+        """
+
         def recover() -> None:
             self._recover()
             self.synchronize()
 
-        return self._retry_collectively(
-            lambda: self.engine.generate(requests, sampling, show_or_stop),
-            recover,
-            "all responses of the step are generated again",
-        )
+        return self._retry_collectively(attempt, recover, "all responses of the step are generated again")
 
     def with_energies(self, rollouts: Rollouts, stats: BatchStats) -> BatchStats:
         """The step's statistics with the energies that the baseline needs, by a forward-only pass where the
@@ -135,7 +140,7 @@ class Generation:
         self.memory.before_restart()
         self.engine.recover()
 
-    def _progress(self, what: str) -> Progress:
+    def progress(self, what: str) -> Progress:
         """Shows an engine's progress as `what`, and tells the watchdog of it."""
         started = time.monotonic()
         last = (0, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from opo_megatron.config.schema import Config
 from opo_megatron.errors import UserError
 
-VOLATILE = ("time/", "memory/", "throughput/", "run/")
+VOLATILE = ("time/", "memory/", "throughput/", "run/", "overlap/")
 """Metrics that may differ between identical runs."""
 
 

@@ -32,7 +32,7 @@ from opo_megatron.config.rules.sglang import NO_DETERMINISTIC_CPU
 from opo_megatron.config.schema import Config, SglangConfig
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
-from opo_megatron.rollout.engine import Digests, GenerationRequest, Progress, Sampling
+from opo_megatron.rollout.engine import Deliver, Digests, GenerationRequest, Progress, Sampling
 from opo_megatron.rollout.sglang import exact_mode
 from opo_megatron.rollout.sglang.api_key import shared_key
 from opo_megatron.rollout.sglang.client import Client
@@ -62,6 +62,8 @@ from opo_megatron.weights.stream import NamedTensors
 
 POSTS_PER_CALL = 16
 """A rank's requests are split into at most this many posts, so that progress shows as they end."""
+STREAMED_POSTS = 256
+"""The same where responses are delivered as they end: mostly one request per post."""
 PROGRESS_EVERY_SECONDS = 1.0
 """Interval at which a stop request is noticed during generation."""
 FLUSH_SECONDS = 30
@@ -322,9 +324,16 @@ class SglangEngine:
     # ------------------------------------------------------------------ rollouts
 
     def generate(
-        self, requests: Sequence[GenerationRequest], sampling: Sampling, progress: Progress | None = None
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        progress: Progress | None = None,
+        deliver: Deliver | None = None,
     ) -> Rollouts:
         """Generate one response per request.
+
+        Args:
+            deliver: called with responses as they end.
 
         Raises:
             EngineFailure: a server died, hung or closed the connection.
@@ -334,12 +343,13 @@ class SglangEngine:
         if self.version is None:
             raise EngineFailure("the servers hold no complete weights")
         self._check_lengths(requests, sampling)
-        size = max(1, -(-len(requests) // POSTS_PER_CALL))
+        posts = POSTS_PER_CALL if deliver is None else STREAMED_POSTS
+        size = max(1, -(-len(requests) // posts))
         parts = [requests[i : i + size] for i in range(0, len(requests), size)]
         replies: list[list[Any]] = [[] for _ in parts]
         balance = _Balance(self._clients, self.settings.exact)
         finished = tokens = 0
-        with ThreadPoolExecutor(POSTS_PER_CALL) as threads, self.abort_on_preempt():
+        with ThreadPoolExecutor(posts) as threads, self.abort_on_preempt():
             posted = {threads.submit(balance.post, part, sampling): i for i, part in enumerate(parts)}
             waiting = set(posted)
             while waiting:
@@ -348,6 +358,8 @@ class SglangEngine:
                     reply = replies[posted[done]] = done.result()
                     finished += len(reply)
                     tokens += sum(len(one["output_ids"]) for one in reply)
+                    if deliver is not None:
+                        deliver(rollouts_of(parts[posted[done]], reply, sampling))
                 if progress is not None:
                     progress(finished, len(requests), tokens)
         return rollouts_of(requests, [one for reply in replies for one in reply], sampling)
