@@ -30,6 +30,7 @@ from opo_megatron.config.arithmetic import shares_memory
 from opo_megatron.config.choices import Dtype, EngineName, Kl
 from opo_megatron.config.compare import INPUTS, changed_settings, check_inputs, check_resume
 from opo_megatron.config.rules.exact import exact_switch
+from opo_megatron.config.rules.overlap import check_overlap_devices
 from opo_megatron.config.schema import OptimizerConfig
 from opo_megatron.distributed.process_groups import (
     Parallel,
@@ -193,6 +194,7 @@ def _check_environment(config: Config, parallel: Parallel) -> None:
         check_exact_device(switch, parallel)
     if config.rollout.engine is EngineName.sglang:
         check_servers_device(config.rollout.sglang, parallel.device)
+        check_overlap_devices(config, parallel.device.type == "cuda")
 
 
 def _open_task(config: Config, display: Display, resources: ExitStack) -> Task:

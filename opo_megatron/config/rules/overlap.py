@@ -33,11 +33,7 @@ def check_overlap(config: Config) -> None:
         f"rollout.overlap=true with rollout.engine={rollout.engine.value}, which samples in the trainer's "
         "own process; set rollout.engine=sglang, or rollout.overlap=false",
     )
-    require(
-        not shares_memory(config, on_gpu=config.policy.device is not Device.cpu),
-        "rollout.overlap=true, but these SGLang servers are on the trainer's GPUs and sleep while it trains; "
-        "give servers of their own nodes as rollout.sglang.urls, or set rollout.overlap=false",
-    )
+    check_overlap_devices(config, on_gpu=config.policy.device is Device.cuda)
     for name, is_wrong, reason in (
         (
             f"algorithm.objective={algorithm.objective.value}",
@@ -62,6 +58,19 @@ def check_overlap(config: Config) -> None:
         whole is None,
         f"rollout.overlap=true with algorithm.baseline={algorithm.baseline}, {whole}; choose a baseline of "
         "each group alone, such as opo or rloo, or set rollout.overlap=false",
+    )
+
+
+def check_overlap_devices(config: Config, on_gpu: bool) -> None:
+    """Refuse to overlap with servers that sleep while the policy trains.
+
+    Args:
+        on_gpu: whether the policy is on GPUs, which policy.device=auto leaves open until the run starts.
+    """
+    require(
+        not (config.rollout.overlap and shares_memory(config, on_gpu)),
+        "rollout.overlap=true, but these SGLang servers are on the trainer's GPUs and sleep while it trains; "
+        "give servers of their own nodes as rollout.sglang.urls, or set rollout.overlap=false",
     )
 
 
