@@ -50,7 +50,7 @@ def test_a_run_stopped_in_every_phase_equals_an_uninterrupted_one(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_run_with_experts_killed_in_every_phase_equals_an_uninterrupted_one(
+def test_a_run_with_experts_killed_in_every_phase_equals_another(
     tmp_path: Path,
 ) -> None:
     command = (*COMMAND, "policy.model.num_moe_experts=4", "policy.model.moe_ffn_hidden_size=24")
