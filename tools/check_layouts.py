@@ -7,7 +7,8 @@
 The same weights take 3 optimizer steps on the same rollouts under every layout; loss and gradient norm are
 compared with one process, which always pads its micro-batches, even where a layout packs them.  Exit code 1
 where one differs by more than `TOLERANCES`.  The cases `moe-replay-…` replay an engine's experts and are
-compared with a decoder that has the same ones (`bench/replay_layouts.py`).
+compared with a decoder that has the same ones (`bench/replay_layouts.py`); `overlap-…` add up the gradients
+of a batch's parts in random order, and are compared with the same layout without.
 
 On a GPU all ranks share the first card, which NCCL refuses; they communicate through host memory
 (`bench/staged_gloo.py`).  `--process-group staged` does the same on a CPU, with gloo's numbers bit for bit.
@@ -23,7 +24,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,8 @@ its spacing.  Its root mean square grows from δ to √(δ s), by a factor of �
 up to 8e-3 in bf16, 5e-2 are expected.  Weight gradients have blocks of 128 tokens, which layouts group
 differently: errors of about 2⁻⁵ of an element, which average out in the norm.
 """
+OVERLAP_TOLERANCES = {"fp32": (5e-7, 1e-6), "bf16": (2e-3, 2e-3), "fp8": (2e-2, 2e-2)}
+"""Of a batch in parts, against the same layout with the whole batch."""
 REPLAY_TOLERANCES = {"fp32": (2e-5, 1e-6, 5e-6), "bf16": (1e-1, 2e-2, 2e-2)}
 """With replayed experts: |Δ log π| to the decoder, and |Δ grad norm| / grad norm of padded and of packed
 micro-batches."""
@@ -102,6 +105,8 @@ class ParallelLayout:
     moe: bool = False
     replay: bool = False
     """Whether the experts are an engine's."""
+    base: str | None = None
+    """The layout without `rollout.overlap`, where this one adds up parts of a batch in another order."""
 
 
 def _replayed(ranks: int, *overrides: str) -> ParallelLayout:
@@ -163,6 +168,11 @@ LAYOUTS = {
     "moe-replay-pp2vpp2-ep2-recompute": _replayed(4, PP2, VPP2, EP2, RECOMPUTE),
     "unfused-gradients": ParallelLayout(1, ("policy.megatron.gradient_accumulation_fusion=false",)),
 }
+OVERLAPPED = (
+    "tp2", "tp2+sp", "pp2", "pp2vpp2", "dp2", "tp2pp2", "packed-dp2", "packed-tp2+sp", "packed-pp2vpp2",
+    "cp2", "moe-ep2", "packed-moe-tp2sp-ep2",
+)  # fmt: skip
+LAYOUTS |= {f"overlap-{name}": replace(LAYOUTS[name], base=name) for name in OVERLAPPED}
 NO_REPLAY = "moe replay, left out"
 REFERENCES = {
     "one process": ParallelLayout(1),
@@ -269,6 +279,7 @@ def measure(names: list[str], machine: Machine) -> Results:
     from opo_megatron.distributed.launch import run_ranks
 
     cases = {name: LAYOUTS[name] for name in names}
+    cases |= {case.base: LAYOUTS[case.base] for case in cases.values() if case.base is not None}
     kinds = {(case.moe, case.replay) for case in cases.values()}
     cases |= {name: case for name, case in REFERENCES.items() if (case.moe, case.replay) in kinds}
     results: Results = {}
@@ -289,7 +300,11 @@ def measure(names: list[str], machine: Machine) -> Results:
 def differences(name: str, ties: str, results: Results) -> tuple[float, float]:
     """Largest |Δ loss|, or with replayed experts |Δ log π|, and |Δ grad norm| / grad norm of a layout."""
     case = (LAYOUTS | REFERENCES)[name]
-    reference = f"moe{', ' if not case.replay else ' replay, '}one process" if case.moe else "one process"
+    reference = (
+        case.base or f"moe{', ' if not case.replay else ' replay, '}one process"
+        if case.moe
+        else "one process"
+    )
     pairs = list(zip(results[f"{name}/{ties}"], results[f"{reference}/{ties}"], strict=True))
     first = largest(a[2] if case.replay else abs(a[0] - b[0]) for a, b in pairs)
     return first, largest(abs(a[1] - b[1]) / b[1] for a, b in pairs)
@@ -299,7 +314,7 @@ def tolerances(name: str, precision: str) -> tuple[float, float]:
     """The most that `differences` may be."""
     case = (LAYOUTS | REFERENCES)[name]
     if not case.replay:
-        return TOLERANCES[precision]
+        return TOLERANCES[precision] if case.base is None else OVERLAP_TOLERANCES[precision]
     log_prob, padded, packed = REPLAY_TOLERANCES[precision]
     return log_prob, packed if THD in case.overrides else padded
 
@@ -340,8 +355,8 @@ def run_cases(names: list[str], output: Path, machine: Machine) -> None:
         for ties in machine.ties:
             config = case_config(name, ties, machine)
             parallel = initialize(config)
-            replay = (LAYOUTS | REFERENCES)[name].replay
-            take = replay_steps if replay else take_steps
+            case = (LAYOUTS | REFERENCES)[name]
+            take = replay_steps if case.replay else take_overlapped_steps if case.base else take_steps
             results[f"{name}/{ties}"] = take(config, parallel, name)
             destroy_model_parallel()
     if parallel.rank == 0:
@@ -398,6 +413,33 @@ def take_steps(config: Config, parallel: Parallel, name: str) -> list[list[float
         own_rollouts = rollouts.select(schedule.samples_of(parallel.dp_rank))
         objective = PolicyGradient(float(rollouts.response_lengths.sum()), temperature=0.8)
         metrics = policy.train_step(own_rollouts, schedule, objective, lr=1e-3)
+        results.append([metrics.loss, metrics.grad_norm])
+    return results
+
+
+def take_overlapped_steps(config: Config, parallel: Parallel, name: str) -> list[list[float]]:
+    """The steps of `take_steps`, each batch in three parts whose order and samples are random."""
+    import torch
+
+    from opo_megatron.algorithm.objective import PolicyGradient
+    from opo_megatron.policy.policy import Policy
+    from opo_megatron.weights.random_init import random_weights
+
+    weights = random_weights(config.policy.model, VOCAB_SIZE, config.run.seed)
+    policy = Policy(config, VOCAB_SIZE, parallel, config.optimizer, weights)
+    results = []
+    for step in range(STEPS):
+        rollouts = fixed_rollouts(step)
+        sums, lengths = policy.begin_gradients(measures_mismatch=False), []
+        for samples in torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(step)).chunk(3):
+            part = rollouts.select(samples)
+            assert part.advantages is not None
+            schedule = policy.schedule(part.sequence_lengths, part.advantages == 0)
+            own = part.select(schedule.samples_of(parallel.dp_rank))
+            policy.add_gradients(own, schedule, PolicyGradient(1.0, temperature=0.8), sums)
+            lengths.append(own.response_lengths)
+        normalizer = float(rollouts.response_lengths.sum())
+        metrics = policy.finish_streamed_step(sums, normalizer, torch.cat(lengths), lr=1e-3)
         results.append([metrics.loss, metrics.grad_norm])
     return results
 

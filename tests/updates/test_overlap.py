@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +12,23 @@ import pytest
 import torch
 
 from opo_megatron.batch.group_ledger import Ended, GroupLedger
-from opo_megatron.build import open_run
-from opo_megatron.config import load_config
 from opo_megatron.config.choices import OverlapOrder
 from opo_megatron.errors import EngineFailure, NonFiniteError, OnPolicyError
 from opo_megatron.plan.ranks import inner_optimizers
 from opo_megatron.run import Run
 from opo_megatron.tasks.lift import LiftTask
 from opo_megatron.train import opo_step
-from tests.support.fixtures import RECIPE
-from tests.support.streamed_engine import StreamedEngine
-from tests.support.tiny_run import ONE_STEP, TINY, easy_reward, lasting
+from tests.support.overlapped_run import a_run
+from tests.support.paths import WORKERS
+from tests.support.requirements import run_ranks_of
+from tests.support.tiny_run import easy_reward, lasting
 
-OVERLAP = ("policy.max_tokens_per_micro_batch=64", "algorithm.loss_normalizer=tokens")
 LOSS, NORM = 5e-7, 1e-6
 
 
 @pytest.fixture(autouse=True)
 def rewards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LiftTask, "reward", easy_reward)
-
-
-@contextmanager
-def a_run(folder: Path, *overrides: str, seed: int | None = None, order: str = "arrival") -> Iterator[Run]:
-    """A run from random weights; with a seed its engine streams, and the step overlaps."""
-    config = load_config(RECIPE, [f"run.dir={folder}", *TINY, *ONE_STEP, *OVERLAP, *overrides])
-    with open_run(config) as run:
-        run.generation.synchronize()
-        run.step = 0
-        if seed is not None:
-            config.rollout.overlap, config.rollout.overlap_order = True, OverlapOrder(order)
-            run.generation.engine = StreamedEngine(run.generation.engine, seed)  # type: ignore[assignment]
-        yield run
 
 
 def one_step(folder: Path, *overrides: str, **streams: Any) -> tuple[dict[str, Any], list[torch.Tensor]]:
@@ -171,6 +155,32 @@ def assert_unchanged(run: Run, before: list[torch.Tensor]) -> None:
     assert run.policy.version == 1
     gradients = [buffer.grad_data for chunk in run.policy.ddp_chunks for buffer in chunk.buffers]
     assert not any(bool(g.any()) for g in gradients)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("policy.tensor_model_parallel_size=2", "policy.sequence_parallel=true"),
+        ("policy.pipeline_model_parallel_size=2",),
+        ("policy.packing=thd",),
+        ("policy.packing=thd", "policy.context_parallel_size=2"),
+    ],
+    ids=["tp2+sp", "pp2", "packed-dp2", "cp2"],
+)
+def test_ranks_agree_on_what_has_ended_and_take_the_step_that_waits(
+    layout: tuple[str, ...], tmp_path: Path
+) -> None:
+    rows = []
+    for seed in ("none", "1"):
+        output = tmp_path / f"{seed}.json"
+        run_ranks_of(WORKERS / "overlap_worker.py", 2, str(output), seed, *layout)
+        rows.append(json.loads(output.read_text()))
+    waited, streamed = rows
+    assert streamed["overlap/cuts"] > 1
+    assert abs(streamed["loss"] - waited["loss"]) <= LOSS
+    assert math.isclose(streamed["grad_norm"], waited["grad_norm"], rel_tol=NORM)
+    assert streamed["tokens/response"] == waited["tokens/response"]
 
 
 def ended(numbers: list[int], lengths: list[int]) -> Ended:
