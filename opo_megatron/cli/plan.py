@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 
@@ -22,6 +23,8 @@ examples:
       another layout, on other GPUs; does it fit?
   opo plan my.yaml policy.init_from=Llama-3.1-70B policy.dtype=bf16 --gpus 64 --mean-response 2000
       a model by its name, without its weights; responses of 2,000 tokens on average
+  opo plan my.yaml --overlap --lengths runs/mine
+      how many nodes should serve, if training overlaps with generation?
   opo plan my.yaml --gpus 64 --json | jq '.times.step, .parameters'
       for scripts
 
@@ -45,6 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="mean length of a response; default half of rollout.max_response_tokens",
     )
+    add(
+        "--overlap",
+        action="store_true",
+        help="also simulate steps with engines on nodes of their own (rollout.overlap)",
+    )
+    add(
+        "--lengths",
+        metavar="RUN",
+        type=Path,
+        help="with --overlap: the response lengths of a run's rollout files; default log-normal ones",
+    )
     add("--json", action="store_true", help="print the whole plan as JSON")
 
 
@@ -63,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
         from opo_megatron.plan.plan import load_job, make_plan
         from opo_megatron.plan.search import gpu_that_fits, nearest_fit
         from opo_megatron.plan.show import show, to_json
+        from opo_megatron.plan.show_overlap import show_overlap
 
     arguments = (options.recipe, options.overrides, options.gpus, gpu, options.mean_response)
     job = load_job(*arguments)
@@ -74,7 +89,10 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(to_json(plan, nearest), indent=1))
     else:
-        show(plan, Console(file=sys.stdout, highlight=False))
+        console = Console(file=sys.stdout, highlight=False)
+        show(plan, console)
+        if options.overlap:
+            show_overlap(plan, options.lengths, console)
     if plan.problem is None:
         return 0
     other = gpu_that_fits(job, GPUS)

@@ -97,6 +97,7 @@ class RunPlan:
     sync: SyncPlan
     phases: list[Phases]
     """By rank."""
+    work: Work
     times: Times
     micro_batches: int
     """Per data-parallel rank."""
@@ -267,6 +268,7 @@ def assemble(job: Job, ranks: list[RankBytes], stages: list[Stage], sync: SyncPl
         passes=_passes(job.config),
         recomputes=recomputes_all(job.config.policy),
         trains_in_fp8=trains_in_fp8(job.config),
+        samples_per_prompt=job.config.rollout.samples_per_prompt,
         engine_experts=weight_bytes(job.config, job.vocab_size, engine.tensor_parallel_size, experts=True),
         expert_parallel=job.config.policy.expert_model_parallel_size,
         tensor_parallel=job.config.policy.tensor_model_parallel_size,
@@ -274,7 +276,7 @@ def assemble(job: Job, ranks: list[RankBytes], stages: list[Stage], sync: SyncPl
     moved = max(rank.optimizer for rank in ranks) if job.shares_memory else 0
     times = step_times(work, sync_seconds(sync, job.gpu), moved, max(rank.host_optimizer for rank in ranks))
     return RunPlan(
-        job, ranks, stages, engine, sync, phases, times, count, padding, problem_of(job, phases, engine)
+        job, ranks, stages, engine, sync, phases, work, times, count, padding, problem_of(job, phases, engine)
     )
 
 

@@ -50,6 +50,7 @@ class Work:
     """Forward passes in addition to the update's."""
     recomputes: bool = False
     trains_in_fp8: bool = False
+    samples_per_prompt: int = 1
     engine_experts: int = 0
     """Those of `engine_weights` that belong to experts."""
     expert_parallel: int = 1
@@ -131,28 +132,40 @@ def experts_read(model: ModelConfig, rows: float) -> float:
     return float(1.0 - (1.0 - model.moe_router_topk / model.num_moe_experts) ** rows)
 
 
+def decode_seconds(work: Work, rows: float, cached: float) -> float:
+    """One decoding step of an engine: one token for each of `rows` responses, with `cached` tokens in all."""
+    unread = work.engine_experts * (1 - experts_read(work.model, rows))
+    read = work.engine_weights - unread + cached * work.engine_token
+    operations = 2 * active_parameters(work.model, work.vocab_size) * rows / work.engine_tp
+    latency = 2 * work.model.num_layers * constant("decode_launch") if work.engine_tp > 1 else 0.0
+    bandwidth = work.gpu.bandwidth * constant("memory_efficiency")
+    return max(read / bandwidth, operations / _compute(work)) + latency
+
+
+def prefill_seconds(work: Work, gpus: int) -> float:
+    """The prompts of all samples, over `gpus` GPUs."""
+    active = active_parameters(work.model, work.vocab_size)
+    return 2 * active * work.lengths.samples * work.lengths.prompt / (_compute(work) * gpus)
+
+
+def _compute(work: Work) -> float:
+    return work.gpu.bf16 * constant("training_efficiency")
+
+
 def generation_seconds(work: Work) -> float:
     """Prefill of all prompts, then decoding until an engine's longest response is done."""
-    lengths, gpu = work.lengths, work.gpu
-    active = active_parameters(work.model, work.vocab_size)
-    compute = gpu.bf16 * constant("training_efficiency")
-    bandwidth = gpu.bandwidth * constant("memory_efficiency")
+    lengths = work.lengths
     each = lengths.samples / work.engines
     waves = max(1.0, each / max(1, work.running))
     together = each / waves
-    latency = 2 * work.model.num_layers * constant("decode_launch") if work.engine_tp > 1 else 0.0
-    prefill = 2 * active * lengths.samples * lengths.prompt / (compute * work.gpus)
     steps, seconds = 200, 0.0
     width = lengths.longest_response / steps
     for i in range(steps):
         token = (i + 0.5) * width
         rows = together * lengths.alive(token)
-        unread = work.engine_experts * (1 - experts_read(work.model, rows))
-        read = work.engine_weights - unread + rows * (lengths.prompt + token) * work.engine_token
-        busy = max(read / bandwidth, 2 * active * rows / work.engine_tp / compute)
         # Even a single response takes every decoding step.
-        seconds += width * (busy + latency)
-    return prefill + waves * seconds
+        seconds += width * decode_seconds(work, rows, rows * (lengths.prompt + token))
+    return prefill_seconds(work, work.gpus) + waves * seconds
 
 
 def sync_seconds(plan: SyncPlan, gpu: Gpu) -> float:
