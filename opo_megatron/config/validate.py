@@ -172,11 +172,6 @@ def check_engine(config: Config) -> None:
         "rollout.sglang.share_memory=true with rollout.sglang.urls, but only the run's own servers release "
         "memory; remove one",
     )
-    require(
-        config.policy.model.num_moe_experts is None,
-        f"policy.model.num_moe_experts is {config.policy.model.num_moe_experts} with rollout.engine=sglang, "
-        "but engine and policy would route tokens to different experts; set rollout.engine=local",
-    )
 
 
 def check_run(config: Config) -> None:

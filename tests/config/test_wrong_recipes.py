@@ -109,10 +109,6 @@ OVERRIDE_ERRORS = [
     ("rollout.samples_per_prompt=1", "where each response is its own baseline and every advantage is 0"),
     ("algorithm.loss_constant=5", "used only with algorithm.loss_normalizer=constant"),
     # engines
-    (
-        "rollout.engine=sglang policy.model.num_moe_experts=4",
-        "would route tokens to different experts; set rollout.engine=local",
-    ),
     ("rollout.sglang.transport=pigeon", "it must be one of tensor, distributed, disk"),
     ("rollout.sglang.timeout_seconds=0", "rollout.sglang.timeout_seconds is 0.0; it must be above 0"),
     ("on_policy.max_importance_weight=-1", "on_policy.max_importance_weight is -1.0; it must be above 0"),
