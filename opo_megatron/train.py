@@ -20,6 +20,7 @@ from torch import Tensor
 
 from opo_megatron.algorithm.config import ObjectiveName, keeps_zero_variance
 from opo_megatron.algorithm.objective import opo_objective
+from opo_megatron.batch.expert_load import expert_load
 from opo_megatron.batch.redistribute import redistribute_to_dp
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.batch.stats import BatchStats
@@ -79,6 +80,7 @@ def opo_step(run: Run, step: int) -> None:
         run.generation.synchronize()
 
     row = step_row(config, policy.vocab_size, step, stats, advantages, metrics, lr) | report
+    row |= expert_load(run.parallel, rollouts.routed_experts, config.policy.model)
     if evaluation_is_due(config, step):
         with timer.phase("eval"):
             row |= evaluate(run)

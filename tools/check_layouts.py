@@ -6,7 +6,8 @@
 
 The same weights take 3 optimizer steps on the same rollouts under every layout; loss and gradient norm are
 compared with one process, which always pads its micro-batches, even where a layout packs them.  Exit code 1
-where one differs by more than `TOLERANCES`.
+where one differs by more than `TOLERANCES`.  The cases `moe-replay-…` replay an engine's experts and are
+compared with a decoder that has the same ones (`bench/replay_layouts.py`).
 
 On a GPU all ranks share the first card, which NCCL refuses; they communicate through host memory
 (`bench/staged_gloo.py`).  `--process-group staged` does the same on a CPU, with gloo's numbers bit for bit.
@@ -49,6 +50,9 @@ its spacing.  Its root mean square grows from δ to √(δ s), by a factor of �
 up to 8e-3 in bf16, 5e-2 are expected.  Weight gradients have blocks of 128 tokens, which layouts group
 differently: errors of about 2⁻⁵ of an element, which average out in the norm.
 """
+REPLAY_TOLERANCES = {"fp32": (2e-5, 1e-6, 5e-6), "bf16": (1e-1, 2e-2, 2e-2)}
+"""With replayed experts: |Δ log π| to the decoder, and |Δ grad norm| / grad norm of padded and of packed
+micro-batches."""
 PRECISIONS = {
     "fp32": ("policy.dtype=fp32",),
     "bf16": ("policy.dtype=bf16",),
@@ -82,10 +86,12 @@ ETP1 = "policy.expert_tensor_parallel_size=1"
 THD = "policy.packing=thd"
 CP2 = "policy.context_parallel_size=2"
 PLAIN_OPTIMIZER = "policy.distributed_optimizer=false"
+RECOMPUTE = "policy.recompute=full"
+RECOMPUTE_MOE = ("policy.megatron.recompute_granularity=selective", "policy.megatron.recompute_modules=[moe]")
 
 
 Results = dict[str, list[list[float]]]
-"""{"layout/untied" or "layout/tied": [[loss, grad norm] per step]}."""
+"""{"layout/untied" or "layout/tied": [[loss, grad norm] per step]}, and the last row of `replayed_steps`."""
 TIES = ("untied", "tied")
 
 
@@ -94,6 +100,12 @@ class ParallelLayout:
     ranks: int
     overrides: tuple[str, ...] = ()
     moe: bool = False
+    replay: bool = False
+    """Whether the experts are an engine's."""
+
+
+def _replayed(ranks: int, *overrides: str) -> ParallelLayout:
+    return ParallelLayout(ranks, overrides, moe=True, replay=True)
 
 
 LAYOUTS = {
@@ -123,9 +135,42 @@ LAYOUTS = {
     "tp2cp2+sp": ParallelLayout(4, (THD, TP2, CP2, SP)),
     "cp2pp2vpp2": ParallelLayout(4, (THD, CP2, PP2, VPP2)),
     "packed-moe-tp2sp-ep2": ParallelLayout(2, (THD, TP2, SP, EP2, ETP1), moe=True),
+    "moe-cp2": ParallelLayout(2, (THD, CP2), moe=True),
+    "moe-cp2-ep2": ParallelLayout(2, (THD, CP2, EP2), moe=True),
+    "moe-tp2sp-cp2-ep2": ParallelLayout(4, (THD, TP2, SP, CP2, EP2, ETP1), moe=True),
+    "moe-cp2pp2vpp2": ParallelLayout(4, (THD, CP2, PP2, VPP2), moe=True),
+    "moe-replay-recompute": _replayed(1, RECOMPUTE),
+    "moe-replay-recompute-moe": _replayed(1, *RECOMPUTE_MOE),
+    "moe-replay-packed": _replayed(1, THD),
+    "moe-replay-dp2": _replayed(2),
+    "moe-replay-ep2": _replayed(2, EP2),
+    "moe-replay-ep2-recompute": _replayed(2, EP2, RECOMPUTE),
+    "moe-replay-tp2sp": _replayed(2, TP2, SP),
+    "moe-replay-tp2sp-recompute": _replayed(2, TP2, SP, RECOMPUTE),
+    "moe-replay-tp2sp-ep2": _replayed(2, TP2, SP, EP2, ETP1),
+    "moe-replay-tp2sp-ep2-recompute": _replayed(2, TP2, SP, EP2, ETP1, RECOMPUTE),
+    "moe-replay-pp2": _replayed(2, PP2),
+    "moe-replay-pp2-recompute": _replayed(2, PP2, RECOMPUTE),
+    "moe-replay-pp2vpp2": _replayed(2, PP2, VPP2),
+    "moe-replay-pp2vpp2-recompute": _replayed(2, PP2, VPP2, RECOMPUTE),
+    "moe-replay-packed-ep2-recompute": _replayed(2, THD, EP2, RECOMPUTE),
+    "moe-replay-packed-tp2sp-ep2": _replayed(2, THD, TP2, SP, EP2, ETP1),
+    "moe-replay-packed-pp2vpp2-recompute": _replayed(2, THD, PP2, VPP2, RECOMPUTE),
+    "moe-replay-cp2": _replayed(2, THD, CP2),
+    "moe-replay-cp2-recompute": _replayed(2, THD, CP2, RECOMPUTE),
+    "moe-replay-cp2-ep2": _replayed(2, THD, CP2, EP2),
+    "moe-replay-tp2sp-cp2-ep2-recompute": _replayed(4, THD, TP2, SP, CP2, EP2, ETP1, RECOMPUTE),
+    "moe-replay-pp2vpp2-ep2-recompute": _replayed(4, PP2, VPP2, EP2, RECOMPUTE),
     "unfused-gradients": ParallelLayout(1, ("policy.megatron.gradient_accumulation_fusion=false",)),
 }
-REFERENCES = {"one process": ParallelLayout(1), "moe, one process": ParallelLayout(1, moe=True)}
+NO_REPLAY = "moe replay, left out"
+REFERENCES = {
+    "one process": ParallelLayout(1),
+    "moe, one process": ParallelLayout(1, moe=True),
+    "moe replay, one process": _replayed(1),
+    NO_REPLAY: _replayed(1),
+}
+"""What layouts are compared with; and the control, whose routers choose for themselves and must differ."""
 
 
 @dataclass(frozen=True)
@@ -224,9 +269,8 @@ def measure(names: list[str], machine: Machine) -> Results:
     from opo_megatron.distributed.launch import run_ranks
 
     cases = {name: LAYOUTS[name] for name in names}
-    cases |= {
-        name: case for name, case in REFERENCES.items() if any(case.moe == c.moe for c in cases.values())
-    }
+    kinds = {(case.moe, case.replay) for case in cases.values()}
+    cases |= {name: case for name, case in REFERENCES.items() if (case.moe, case.replay) in kinds}
     results: Results = {}
     for ranks in sorted({case.ranks for case in cases.values()}):
         with tempfile.TemporaryDirectory() as folder:
@@ -243,11 +287,21 @@ def measure(names: list[str], machine: Machine) -> Results:
 
 
 def differences(name: str, ties: str, results: Results) -> tuple[float, float]:
-    """Largest |Δ loss| and |Δ grad norm| / grad norm of a layout."""
-    reference = "moe, one process" if LAYOUTS[name].moe else "one process"
+    """Largest |Δ loss|, or with replayed experts |Δ log π|, and |Δ grad norm| / grad norm of a layout."""
+    case = (LAYOUTS | REFERENCES)[name]
+    reference = f"moe{', ' if not case.replay else ' replay, '}one process" if case.moe else "one process"
     pairs = list(zip(results[f"{name}/{ties}"], results[f"{reference}/{ties}"], strict=True))
-    loss = largest(abs(a[0] - b[0]) for a, b in pairs)
-    return loss, largest(abs(a[1] - b[1]) / b[1] for a, b in pairs)
+    first = largest(a[2] if case.replay else abs(a[0] - b[0]) for a, b in pairs)
+    return first, largest(abs(a[1] - b[1]) / b[1] for a, b in pairs)
+
+
+def tolerances(name: str, precision: str) -> tuple[float, float]:
+    """The most that `differences` may be."""
+    case = (LAYOUTS | REFERENCES)[name]
+    if not case.replay:
+        return TOLERANCES[precision]
+    log_prob, padded, packed = REPLAY_TOLERANCES[precision]
+    return log_prob, packed if THD in case.overrides else padded
 
 
 def largest(values: Iterable[float]) -> float:
@@ -258,15 +312,19 @@ def largest(values: Iterable[float]) -> float:
 def print_table(names: list[str], results: Results, machine: Machine) -> int:
     where = f"{machine.precision} on {machine.device}{', staged' * machine.staged}"
     table = Table(title=f"{STEPS} optimizer steps against one process, {where}")
-    for heading in ("layout", "embeddings", "max |Δ loss|", "max |Δ grad norm| / grad norm", ""):
+    for heading in ("layout", "embeddings", "max |Δ loss| or |Δ log π|", "max |Δ grad norm| / grad norm", ""):
         table.add_column(heading)
-    failures, (most_loss, most_norm) = 0, TOLERANCES[machine.precision]
-    for name in names:
+    failures = 0
+    with_replay = [name for name, case in REFERENCES.items() if case.replay]
+    for name in [*names, *(name for name in with_replay if f"{name}/{machine.ties[0]}" in results)]:
+        most, most_norm = tolerances(name, machine.precision)
         for ties in machine.ties:
-            loss, norm = differences(name, ties, results)
-            is_equal = loss <= most_loss and norm <= most_norm
-            failures += not is_equal
-            table.add_row(name, ties, f"{loss:.1e}", f"{norm:.1e}", "ok" if is_equal else "DIFFERS")
+            first, norm = differences(name, ties, results)
+            is_equal = first <= most and norm <= most_norm
+            is_right = is_equal != (name == NO_REPLAY)
+            failures += not is_right
+            words = ("the same without replay" if is_equal else "DIFFERS") if not is_right else "ok"
+            table.add_row(name, ties, f"{first:.1e}", f"{norm:.1e}", words)
     Console().print(table)
     return 1 if failures else 0
 
@@ -282,7 +340,9 @@ def run_cases(names: list[str], output: Path, machine: Machine) -> None:
         for ties in machine.ties:
             config = case_config(name, ties, machine)
             parallel = initialize(config)
-            results[f"{name}/{ties}"] = take_steps(config, parallel)
+            replay = (LAYOUTS | REFERENCES)[name].replay
+            take = replay_steps if replay else take_steps
+            results[f"{name}/{ties}"] = take(config, parallel, name)
             destroy_model_parallel()
     if parallel.rank == 0:
         output.write_text(json.dumps(results))
@@ -312,7 +372,15 @@ def join_staged() -> None:
     os.environ["LOCAL_RANK"] = "0"
 
 
-def take_steps(config: Config, parallel: Parallel) -> list[list[float]]:
+def replay_steps(config: Config, parallel: Parallel, name: str) -> list[list[float]]:
+    """[loss, grad norm, |Δ log π|] of each step with an engine's experts."""
+    from bench.replay_layouts import replayed_steps
+
+    batches = [fixed_rollouts(step) for step in range(STEPS)]
+    return replayed_steps(config, parallel, VOCAB_SIZE, batches, replays=name != NO_REPLAY)
+
+
+def take_steps(config: Config, parallel: Parallel, name: str) -> list[list[float]]:
     """[loss, grad norm] of each step, on the same rollouts for every layout."""
     from opo_megatron.algorithm.objective import PolicyGradient
     from opo_megatron.policy.policy import Policy

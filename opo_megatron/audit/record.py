@@ -1,6 +1,7 @@
 """The audit record of a step, a row of `audit.jsonl` that another machine can verify.
 
-Each OPO step records a digest per column of its rollouts, digest and norm per tensor of its new weights,
+Each OPO step records a digest per column of its rollouts (among them the experts that the engine took, where
+they are replayed), digest and norm per tensor of its new weights,
 and a chain: a hash of these digests and the previous chain, so that one number tells whether two runs are
 equal up to this step.  Digests do not depend on the parallel layout (`audit/digest.py`).  Engine
 log-probabilities are left out: their rounding depends on the layout.  Warm-start steps are not recorded;
@@ -27,6 +28,7 @@ CHAIN = "audit_chain"
 """Key of the last chain in the run's state."""
 PER_SAMPLE = ("prompt_ids", "response_lengths", "finish_reasons", "rewards")
 PER_TOKEN = {"prompt_tokens": "prompt_lengths", "response_tokens": "response_lengths"}
+EXPERTS = "routed_experts"
 
 
 def audit_row(
@@ -86,11 +88,28 @@ def _columns(rollouts: Rollouts) -> list[tuple[str, Tensor, Tensor]]:
     samples = mix_tensor(rollouts.groups * (1 << 32) + rollouts.sample_indices)
     columns = [(name, samples, getattr(rollouts, name)) for name in PER_SAMPLE]
     for name, lengths_name in PER_TOKEN.items():
-        lengths = getattr(rollouts, lengths_name)
-        starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-        offset = torch.arange(int(lengths.sum())) - starts
-        columns.append((name, torch.repeat_interleave(samples, lengths) + offset, getattr(rollouts, name)))
+        keys = _token_keys(samples, getattr(rollouts, lengths_name))
+        columns.append((name, keys, getattr(rollouts, name)))
+    if rollouts.routed_experts is not None:
+        keys = _token_keys(samples, rollouts.input_lengths)
+        columns.append((EXPERTS, keys, _hash_of_experts(rollouts.routed_experts)))
     return columns
+
+
+def _token_keys(samples: Tensor, lengths: Tensor) -> Tensor:
+    """Keys of the tokens of samples with these keys and lengths."""
+    starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    return torch.repeat_interleave(samples, lengths) + torch.arange(int(lengths.sum())) - starts
+
+
+def _hash_of_experts(experts: Tensor) -> Tensor:
+    """[tokens] int64: one hash of all experts of a token; eight bytes for each of them would be too much."""
+    columns = experts.flatten(1).T
+    factors = mix_tensor(torch.arange(1, len(columns) + 1)) | 1
+    total = torch.zeros(experts.shape[0], dtype=torch.int64)
+    for factor, column in zip(factors, columns, strict=True):
+        total += mix_tensor(column.long() + 1) * factor
+    return total
 
 
 def in_hex(value: int) -> str:

@@ -192,6 +192,8 @@ class MicroBatch:
     """Their per-token columns, [n] each."""
     packed: PackedSeqParams | None = None
     """Boundaries of packed sequences."""
+    routed_experts: Tensor | None = None
+    """[b, s, layers, k]: the experts that the engine took for each token; padding has any tokens'."""
 
 
 def build_micro_batches(
@@ -219,6 +221,9 @@ def build_micro_batches(
     token_indices = torch.arange(batch.response_tokens.numel()).split(lengths)
     ragged = {name: values.split(lengths) for name, values in columns.items()}
     prompts = batch.prompt_lengths.tolist()
+    experts: Sequence[Tensor] = ()
+    if batch.routed_experts is not None:
+        experts = batch.routed_experts.split(batch.input_lengths.tolist())
     micro_batches, begin = [], 0
     for rows in schedule.assignment[dp_rank]:
         part = range(begin, begin + len(rows))
@@ -246,10 +251,32 @@ def build_micro_batches(
             },
             packed=packed_params(segments, device, context[1]) if schedule.packed else None,
         )
+        if batch.routed_experts is not None:
+            own_experts = [experts[i] for i in part]
+            none = batch.routed_experts[:0]
+            micro.routed_experts = _padded_experts(own_experts, starts, (height, width), none)
         if context[1] > 1:
             micro = cp_shard(micro, context_positions(segments, *context))
         micro_batches.append(to_device(micro, device))
     return micro_batches
+
+
+def _padded_experts(parts: list[Tensor], starts: list[int], shape: tuple[int, int], none: Tensor) -> Tensor:
+    """[b, s, layers, k] of sequences that begin at `starts` of the flat micro-batch.
+
+    Padding goes through the routers as well and needs k distinct experts: it takes those of real tokens in
+    turn, which loads the experts as they do.
+
+    Args:
+        none: the experts of no token.
+    """
+    real = torch.cat([none, *parts])
+    if not len(real):
+        real = torch.arange(real.shape[2], dtype=real.dtype).expand(1, *real.shape[1:])
+    padded = real[torch.arange(shape[0] * shape[1]) % len(real)]
+    for start, one in zip(starts, parts, strict=True):
+        padded[start : start + len(one)] = one
+    return padded.view(*shape, *real.shape[1:])
 
 
 def cp_shard(micro: MicroBatch, held: Tensor) -> MicroBatch:
@@ -265,6 +292,7 @@ def cp_shard(micro: MicroBatch, held: Tensor) -> MicroBatch:
         loss_positions=loss_positions[own],
         targets=micro.targets[own],
         token_indices=micro.token_indices[own],
+        routed_experts=None if micro.routed_experts is None else micro.routed_experts[:, held],
         columns={name: values[own] for name, values in micro.columns.items()},
     )
 

@@ -29,6 +29,11 @@ _PER_RESPONSE_TOKEN = (
 )  # fmt: skip
 
 
+def experts_dtype(experts: int) -> torch.dtype:
+    """The smallest type that names each of `experts` experts."""
+    return torch.uint8 if experts <= 256 else torch.int16
+
+
 @dataclass
 class Rollouts:
     """n samples with Σp prompt tokens and Σl response tokens, all on the CPU.

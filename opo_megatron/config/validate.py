@@ -256,11 +256,6 @@ def check_layout(policy: PolicyConfig) -> None:
         f"{context} with policy.packing={policy.packing.value}, but only packed sequences are sharded over "
         "ranks; set policy.packing=thd",
     )
-    require(
-        policy.context_parallel_size == 1 or model.num_moe_experts is None,
-        f"{context} with policy.model.num_moe_experts={model.num_moe_experts}, but context parallelism of "
-        "experts is not implemented; set policy.context_parallel_size=1",
-    )
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         divides("policy.tensor_model_parallel_size", tensor, f"policy.model.{name}", getattr(model, name))
     require(

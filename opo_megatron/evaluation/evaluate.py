@@ -46,12 +46,16 @@ def _evaluate(run: Run) -> MetricsRow:
     settings, generation, task = run.config.eval, run.generation, run.task
     sampling, samples = evaluation_sampling(run.config, task), settings.samples_per_problem
     problems = evaluation_problems(task, settings.problems)
+    measures_kl = run.config.observe.kl is Kl.eval and run.reference_weights is not None
+    # The reference model takes the engine's experts, as in training.
+    sampling = replace(sampling, routed_experts=measures_kl and bool(run.config.rollout.routing_replay))
     responses, stats = generate_eval(generation, task, problems, samples, sampling, "evaluating")
     row = measure_responses(run.parallel, responses, stats, samples, sampling).row()
-    if run.config.observe.kl is Kl.eval and run.reference_weights is not None:
+    if measures_kl:
+        assert run.reference_weights is not None
         row |= kl_to_reference(generation, responses, stats, run.reference_weights)
     if settings.greedy:
-        greedy = replace(sampling, greedy=True, temperature=1.0, top_p=1.0, top_k=0)
+        greedy = replace(sampling, greedy=True, temperature=1.0, top_p=1.0, top_k=0, routed_experts=False)
         _, greedy_stats = generate_eval(generation, task, problems, 1, greedy, "evaluating")
         row["eval/greedy_accuracy"] = float(greedy_stats.rewards.mean())
     return row
@@ -67,6 +71,7 @@ def evaluation_sampling(config: Config, task: Task) -> Sampling:
         top_p=settings.top_p,
         top_k=settings.top_k,
         energies=False,
+        routed_experts=False,
     )
 
 

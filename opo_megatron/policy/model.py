@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
@@ -111,6 +112,7 @@ def transformer_config(policy: PolicyConfig, device: torch.device) -> Transforme
             "moe_router_pre_softmax": model.moe_router_pre_softmax,
             "moe_router_load_balancing_type": "none",  # the objective has no auxiliary loss
             "moe_aux_loss_coeff": 0.0,
+            "moe_enable_routing_replay": True,  # where the rollouts carry experts, see `routing_replay.py`
         }
     # Transformer Engine's layers get it when they are built, see `fuse_weight_gradients`.
     fused = spec_name(device) == "local" and fuses_weight_gradients(policy, device)
@@ -165,6 +167,7 @@ def build_chunks(
         if spec_name(device) == "transformer_engine" and fuses_weight_gradients(policy, device):
             fuse_weight_gradients(chunk)
         chunks.append(chunk)
+    RouterReplay.clear_global_router_replay_instances()  # it would keep every model's routers, unused
     return chunks
 
 

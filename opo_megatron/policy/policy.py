@@ -44,6 +44,7 @@ from opo_megatron.policy.memory import PolicyMemory
 from opo_megatron.policy.metric_sums import MetricSums, StepMetrics
 from opo_megatron.policy.model import build_chunks, head_shares_embedding, head_weight, padded_vocab_size
 from opo_megatron.policy.optimizer import megatron_optimizer
+from opo_megatron.policy.routing_replay import RoutingReplay, check_routed_experts
 from opo_megatron.policy.token_loss import TokenLoss
 from opo_megatron.policy.token_measures import measure_tokens
 from opo_megatron.weights.param_mapping import Stages, parameters
@@ -115,6 +116,7 @@ class Policy:
             self.megatron_config.sequence_parallel,
             is_exact,
         )
+        self.routing_replay = RoutingReplay(self.chunks, self.megatron_config, parallel)
         self.ddp_chunks = [self._wrap(chunk, trains=optimizer is not None) for chunk in self.chunks]
         self.megatron_config.finalize_model_grads_func = _reduce_gradients
         self.memory = PolicyMemory(self)
@@ -340,6 +342,7 @@ class Policy:
         loss: _Loss,
         forward_only: bool,
     ) -> None:
+        check_routed_experts(rollouts, self.config.model)
         micro_batches = build_micro_batches(
             rollouts,
             schedule,
@@ -354,22 +357,26 @@ class Policy:
         def forward(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             micro = next(iterator)
             self.on_micro_batch()
-            output = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed)
+            with self.routing_replay.forward(self.ddp_chunks.index(chunk), micro.routed_experts):
+                output = chunk(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed)
             return output, partial(loss, self.chunks[-1], micro)
 
         iterators = [iter(micro_batches) for _ in self.ddp_chunks]
         rows, padded_length = micro_batches[0].tokens.shape
         padded_length *= self.parallel.cp_size  # Megatron's schedule divides by it
-        with torch.set_grad_enabled(not forward_only):
-            get_forward_backward_func()(
-                forward_step_func=forward,
-                data_iterator=iterators if len(iterators) > 1 else iterators[0],
-                model=self.ddp_chunks if len(self.ddp_chunks) > 1 else self.ddp_chunks[0],
-                num_microbatches=schedule.count,
-                seq_length=padded_length,
-                micro_batch_size=rows,
-                forward_only=forward_only,
-            )
+        try:
+            with torch.set_grad_enabled(not forward_only):
+                get_forward_backward_func()(
+                    forward_step_func=forward,
+                    data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                    model=self.ddp_chunks if len(self.ddp_chunks) > 1 else self.ddp_chunks[0],
+                    num_microbatches=schedule.count,
+                    seq_length=padded_length,
+                    micro_batch_size=rows,
+                    forward_only=forward_only,
+                )
+        finally:
+            self.routing_replay.clear()
 
     # ------------------------------------------------------------------ weights
 

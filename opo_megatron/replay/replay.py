@@ -238,7 +238,7 @@ class _Replay:
         in_file = Rollouts.load(path) if path.exists() else None
         if in_file is not None:
             digests = column_digests(in_file)
-            changed = [name for name in columns if columns[name] != in_hex(digests[name])]
+            changed = [name for name in columns if columns[name] != in_hex(digests.get(name, 0))]
         different = [name for name in columns if columns[name] != replayed["columns"][name]]
         if not changed and not different:
             return None

@@ -27,7 +27,7 @@ from opo_megatron.resilience.stop import StopRequest
 from opo_megatron.resilience.watchdog import Watchdog
 from opo_megatron.rollout.engine import GenerationRequest, Progress, RolloutEngine, Sampling
 from opo_megatron.rollout.memory_sharing import MemorySharing
-from opo_megatron.rollout.probe import PROBE_SAMPLING, check_sync, largest_difference, probe_requests
+from opo_megatron.rollout.probe import check_sync, largest_difference, probe_requests, probe_sampling
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class Generation:
             finally:
                 self.memory.after_update()
             self.memory.before_rollout()
-            return self.engine.probe(requests, PROBE_SAMPLING)
+            return self.engine.probe(requests, probe_sampling(self.config))
 
         with self.watchdog.within("sync"):
             probes = self._retry_collectively(send, self._recover, "weights could not be sent")

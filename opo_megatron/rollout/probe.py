@@ -9,13 +9,14 @@ probe tests what it computes.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from opo_megatron.batch.rollouts import Rollouts
-from opo_megatron.config.schema import ModelConfig
+from opo_megatron.config.schema import Config, ModelConfig
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, all_reduce
 from opo_megatron.errors import OnPolicyError
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 
 PROBE_PROMPTS = 4
 PROBE_SAMPLING = Sampling(max_tokens=4, stop_tokens=(), seed=(0,), greedy=True)
+
+
+def probe_sampling(config: Config) -> Sampling:
+    """How the probe is generated: with the experts, where training replays them."""
+    return replace(PROBE_SAMPLING, routed_experts=bool(config.rollout.routing_replay))
 
 
 def probe_requests(model: ModelConfig, vocab_size: int) -> list[GenerationRequest]:

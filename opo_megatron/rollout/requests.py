@@ -59,6 +59,7 @@ def training_sampling(config: Config, task: Task, step: int) -> Sampling:
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=settings.top_k,
+        routed_experts=bool(settings.routing_replay),
         energies=needs_energies(config.algorithm),
         token_energies=needs_token_energies(config.algorithm)
         and not corrects_token_energies(config.algorithm, config.on_policy),
@@ -71,6 +72,7 @@ def greedy_sampling(config: Config, task: Task, step: int) -> Sampling:
         training_sampling(config, task, step),
         seed=(config.run.seed, STREAM_GREEDY, step),
         greedy=True,
+        routed_experts=False,
         energies=False,
         token_energies=False,
     )

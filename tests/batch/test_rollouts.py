@@ -30,11 +30,13 @@ def random_rollouts(count: int, seed: int = 0, optional: bool = True) -> Rollout
 
     prompt_lengths, response_lengths = integers(1, 7, count), integers(0, 9, count)
     tokens = int(response_lengths.sum())
+    inputs = int((prompt_lengths + response_lengths - 1).sum())
     optional_columns = {
         "weight_versions": integers(0, 5, tokens),
         "engine_log_prob": -torch.rand(tokens, generator=generator),
         "rewards": torch.rand(count, generator=generator, dtype=torch.float64),
         "advantages": torch.randn(count, generator=generator, dtype=torch.float64),
+        "routed_experts": integers(0, 256, inputs * 3 * 2).to(torch.uint8).view(inputs, 3, 2),
     }
     return Rollouts(
         prompt_ids=integers(0, 10**12, count),
@@ -51,7 +53,7 @@ def random_rollouts(count: int, seed: int = 0, optional: bool = True) -> Rollout
 
 def samples_of(rollouts: Rollouts) -> list[Sample]:
     """Reference implementation: one dictionary of lists per sample."""
-    samples, prompt, response = [], 0, 0
+    samples, prompt, response, inputs = [], 0, 0, 0
     for i in range(len(rollouts)):
         p, r = int(rollouts.prompt_lengths[i]), int(rollouts.response_lengths[i])
         sample: Sample = {}
@@ -63,9 +65,11 @@ def samples_of(rollouts: Rollouts) -> list[Sample]:
                 sample[field.name] = value[prompt : prompt + p].tolist()
             elif field.name in ("response_tokens", "weight_versions", "engine_log_prob"):
                 sample[field.name] = value[response : response + r].tolist()
+            elif field.name == "routed_experts":
+                sample[field.name] = value[inputs : inputs + p + r - 1].tolist()
             else:
                 sample[field.name] = value[i].item()
-        prompt, response = prompt + p, response + r
+        prompt, response, inputs = prompt + p, response + r, inputs + p + r - 1
         samples.append(sample)
     assert prompt == rollouts.prompt_tokens.numel() and response == rollouts.response_tokens.numel()
     return samples

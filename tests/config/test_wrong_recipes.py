@@ -113,10 +113,6 @@ OVERRIDE_ERRORS = [
     ("rollout.sglang.timeout_seconds=0", "rollout.sglang.timeout_seconds is 0.0; it must be above 0"),
     ("on_policy.max_importance_weight=-1", "on_policy.max_importance_weight is -1.0; it must be above 0"),
     # not implemented
-    (
-        "policy.packing=thd policy.context_parallel_size=2 policy.model.num_moe_experts=4",
-        "but context parallelism of experts is not implemented; set policy.context_parallel_size=1",
-    ),
     # model and layout
     (
         MODEL + "num_attention_heads=3",

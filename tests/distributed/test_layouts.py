@@ -26,6 +26,13 @@ def test_three_layouts_take_the_same_steps_as_one_process(
     assert capfd.readouterr().out.count(" ok ") == 6  # three layouts, untied and tied
 
 
+def test_a_layout_that_replays_experts_computes_what_a_decoder_with_the_same_ones_does(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert check_layouts.compare(["moe-replay-tp2sp-ep2-recompute"], Machine(ties=("untied",))) == 0
+    assert capfd.readouterr().out.count(" ok ") == 3  # the layout, one process, and without replay
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_layout_takes_the_same_steps_and_staging_changes_no_bit(
@@ -34,7 +41,8 @@ def test_every_layout_takes_the_same_steps_and_staging_changes_no_bit(
     names = list(LAYOUTS)
     by_gloo = check_layouts.measure(names, Machine())
     assert check_layouts.print_table(names, by_gloo, Machine()) == 0
-    assert capfd.readouterr().out.count(" ok ") == 2 * len(LAYOUTS)
+    with_replay = [name for name, case in check_layouts.REFERENCES.items() if case.replay]
+    assert capfd.readouterr().out.count(" ok ") == 2 * (len(LAYOUTS) + len(with_replay))
     assert check_layouts.measure(names, Machine(staged=True)) == by_gloo
 
 
@@ -63,6 +71,27 @@ def test_a_layout_that_differs_fails(capsys: pytest.CaptureFixture[str]) -> None
             other = results | {"tp2/tied": [*steps[:step], wrong, *steps[step + 1 :]]}
             assert check_layouts.print_table(["tp2"], other, Machine(precision="bf16")) == 1, (step, wrong)
             assert capsys.readouterr().out.count("DIFFERS") == 1
+
+
+@pytest.mark.parametrize(
+    ("log_prob", "norm", "left_out"),
+    [(3e-5, 0.0, 1.0), (math.nan, 0.0, 1.0), (1e-6, 2e-6, 1.0), (1e-6, 0.0, 1e-6), (1e-6, math.inf, 1.0)],
+)
+def test_a_replay_that_differs_or_a_control_that_does_not_fails(
+    log_prob: float, norm: float, left_out: float
+) -> None:
+    machine = Machine(ties=("untied",))
+
+    def failures(log_prob: float, norm: float, left_out: float) -> int:
+        results = {
+            "moe replay, one process/untied": [[0.4, 1.0, 1e-6]],
+            "moe replay, left out/untied": [[0.4, 1.0, left_out]],
+            "moe-replay-pp2/untied": [[0.4, 1.0 + norm, log_prob]],
+        }
+        return check_layouts.print_table(["moe-replay-pp2"], results, machine)
+
+    assert failures(1e-6, 5e-7, 1.0) == 0
+    assert failures(log_prob, norm, left_out) == 1
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,23 @@ from opo_megatron.config.schema import ModelConfig
 
 
 def log_probs(
-    model: ModelConfig, weights: dict[str, Tensor], prompt: list[int], response: list[int], temperature: float
+    model: ModelConfig,
+    weights: dict[str, Tensor],
+    prompt: list[int],
+    response: list[int],
+    temperature: float,
+    experts: Tensor | None = None,
 ) -> Tensor:
-    """log π_T of each response token [l], differentiable in `weights` (float64)."""
+    """log π_T of each response token [l], differentiable in `weights` (float64).
+
+    Args:
+        experts: [p + l − 1, layers, k] experts of a model that has them.
+    """
     tokens = torch.tensor(prompt + response)[:-1]
     x = weights["model.embed_tokens.weight"][tokens]
     for layer in range(model.num_layers):
-        x = _layer(model, weights, f"model.layers.{layer}.", x)
+        chosen = None if experts is None else experts[:, layer].tolist()
+        x = _layer(model, weights, f"model.layers.{layer}.", x, chosen)
     x = _norm(x, weights["model.norm.weight"], model.layernorm_epsilon)
     head = weights["model.embed_tokens.weight" if model.tie_embeddings else "lm_head.weight"]
     logits = x[len(prompt) - 1 :] @ head.T / temperature
@@ -32,7 +42,9 @@ def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
 
 
-def _layer(model: ModelConfig, weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+def _layer(
+    model: ModelConfig, weights: dict[str, Tensor], name: str, x: Tensor, experts: list[list[int]] | None
+) -> Tensor:
     head_dim, length = model.kv_channels, x.shape[0]
     y = _norm(x, weights[name + "input_layernorm.weight"], model.layernorm_epsilon)
     q, k, v = (
@@ -50,9 +62,25 @@ def _layer(model: ModelConfig, weights: dict[str, Tensor], name: str, x: Tensor)
         heads.append(scores.softmax(-1) @ v[:, group])
     x = x + torch.cat(heads, -1) @ weights[name + "self_attn.o_proj.weight"].T
     y = _norm(x, weights[name + "post_attention_layernorm.weight"], model.layernorm_epsilon)
-    gate = y @ weights[name + "mlp.gate_proj.weight"].T
-    up = y @ weights[name + "mlp.up_proj.weight"].T
-    return x + (gate * torch.sigmoid(gate) * up) @ weights[name + "mlp.down_proj.weight"].T
+    if experts is None:
+        return x + _mlp(weights, name + "mlp.", y)
+    scores = y @ weights[name + "mlp.gate.weight"].T
+    if model.moe_router_pre_softmax:
+        scores = scores.softmax(-1)
+    mixed = []
+    for token, chosen in enumerate(experts):
+        share = scores[token, chosen]
+        if not model.moe_router_pre_softmax:
+            share = share.softmax(-1)
+        outputs = [_mlp(weights, f"{name}mlp.experts.{expert}.", y[token]) for expert in chosen]
+        mixed.append(share @ torch.stack(outputs))
+    return x + torch.stack(mixed)
+
+
+def _mlp(weights: dict[str, Tensor], name: str, y: Tensor) -> Tensor:
+    gate = y @ weights[name + "gate_proj.weight"].T
+    up = y @ weights[name + "up_proj.weight"].T
+    return (gate * torch.sigmoid(gate) * up) @ weights[name + "down_proj.weight"].T
 
 
 def _rotate(x: Tensor, base: float) -> Tensor:

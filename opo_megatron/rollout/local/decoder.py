@@ -80,6 +80,8 @@ class Decoder:
         self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
         self.observe: Observe | None = None
         """Called with the output of every operation of a dense model."""
+        self.routed_experts: list[Tensor] | None = None
+        """Where it is a list, every layer with experts appends those that it took [b, s, k]."""
 
     # ------------------------------------------------------------------ weights
 
@@ -274,12 +276,14 @@ class Decoder:
     def _experts(self, x: Tensor, layer: int) -> Tensor:
         """Each token's top-k experts, weighted by the softmax over them, or over all experts."""
         flat = x.reshape(-1, x.shape[-1])
-        logits, k = flat @ self._tensors[f"{layer}.router"].t(), self.model.moe_router_topk
+        logits = flat @ self._tensors[f"{layer}.router"].t()
         if self.model.moe_router_pre_softmax:
-            weights, chosen = logits.float().softmax(-1).to(flat.dtype).topk(k, -1)
+            weights, chosen = self._choose(logits.float().softmax(-1).to(flat.dtype), layer)
         else:
-            scores, chosen = logits.topk(k, -1)
+            scores, chosen = self._choose(logits, layer)
             weights = scores.float().softmax(-1).to(flat.dtype)
+        if self.routed_experts is not None:
+            self.routed_experts.append(chosen.view(*x.shape[:-1], -1))
         mixed = torch.zeros_like(flat)
         assert self.model.num_moe_experts is not None
         for expert in range(self.model.num_moe_experts):
@@ -288,6 +292,11 @@ class Decoder:
                 output = self._mlp(flat[token].unsqueeze(0), f"{layer}.{expert}.", f"of layer {layer + 1}")[0]
                 mixed.index_add_(0, token, output * weights[token, slot].unsqueeze(1))
         return mixed.view_as(x)
+
+    def _choose(self, scores: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Scores and indices, [n, k] each, of the experts of tokens with `scores` [n, experts]."""
+        values, chosen = scores.topk(self.model.moe_router_topk, -1)
+        return values, chosen
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ Samples of one prompt share its prefill.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
+from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts, experts_dtype
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.exact import padded_keys
@@ -213,10 +214,29 @@ class _Batch:
         self.energies = torch.zeros(2, n if sampling.energies else 0, dtype=torch.float64, device=self.device)
         width = sampling.max_tokens if sampling.token_energies else 0
         self.token_energies = torch.zeros(n, width, device=self.device)
+        self.routed_experts = self._experts_of(n, length - 1) if sampling.routed_experts else None
         self.stopped = torch.zeros(n, dtype=torch.bool, device=self.device)
         none = torch.empty(0, dtype=torch.int64, device=self.device)
         self.rows = _Rows(none, none, none, none, none)
         self.admitted = self.finished = self.sampled = 0
+
+    def _experts_of(self, n: int, length: int) -> Tensor | None:
+        """[n, length, layers, k] to record the experts of every token in; None for a dense model."""
+        model = self.decoder.model
+        if model.num_moe_experts is None:
+            return None
+        shape = (n, max(0, length), model.num_layers, model.moe_router_topk)
+        return torch.zeros(shape, dtype=experts_dtype(model.num_moe_experts), device=self.device)
+
+    @contextmanager
+    def _recording(self) -> Iterator[list[Tensor]]:
+        """The experts [b, s, k] of each layer of the passes within; none where they are not recorded."""
+        layers: list[Tensor] = []
+        self.decoder.routed_experts = layers if self.routed_experts is not None else None
+        try:
+            yield layers
+        finally:
+            self.decoder.routed_experts = None
 
     def advance(self) -> bool:
         """Admit what fits, sample one token per running response; False once all are finished."""
@@ -225,7 +245,11 @@ class _Batch:
             self._retire()
         if self.rows.request.numel():
             rows = self.rows
-            hidden = self.decoder.decode(rows.token, rows.position, self.cache)
+            with self._recording() as layers:
+                hidden = self.decoder.decode(rows.token, rows.position, self.cache)
+            if self.routed_experts is not None:
+                experts = torch.stack(layers, 2)[:, 0].to(self.routed_experts.dtype)
+                self.routed_experts[rows.request, rows.position] = experts
             rows.position = rows.position + 1
             self._sample(rows, hidden)
             self._retire()
@@ -252,7 +276,13 @@ class _Batch:
             padded = torch.zeros(len(part), int(lengths.max()), dtype=torch.int64, device=self.device)
             for i, prompt in enumerate(part):
                 padded[i, : len(prompt)] = torch.tensor(prompt, device=self.device)
-            hidden = self.decoder.prefill(padded, self.cache, rows, sources)
+            with self._recording() as layers:
+                hidden = self.decoder.prefill(padded, self.cache, rows, sources)
+            if self.routed_experts is not None:
+                experts = torch.stack(layers, 2).to(self.routed_experts.dtype)
+                admitted = torch.tensor([batch[i] for i in inside], device=self.device)
+                # Decoding overwrites what stands here for the padding of a shorter prompt.
+                self.routed_experts[admitted, : padded.shape[1]] = experts[sources]
             last_hidden[begin : begin + len(part)] = hidden[torch.arange(len(part)), lengths - 1]
         request = torch.tensor(batch, device=self.device)
         new = _Rows(
@@ -306,6 +336,11 @@ class _Batch:
         """The finished responses, on the CPU, in the order of the requests."""
         lengths = self.lengths.cpu()
         sampled = torch.arange(self.sampling.max_tokens) < lengths.unsqueeze(1)
+        routed_experts = None
+        if self.routed_experts is not None:
+            computed = torch.arange(self.routed_experts.shape[1])
+            inputs = (self.prompt_lengths + lengths - 1).unsqueeze(1)
+            routed_experts = self.routed_experts.cpu()[computed < inputs]
         requests = self.requests
         return Rollouts(
             prompt_ids=torch.tensor([r.prompt_id for r in requests], dtype=torch.int64),
@@ -321,4 +356,5 @@ class _Batch:
             energy=self.energies[0].cpu() if self.sampling.energies else None,
             energy_hidden=self.energies[1].cpu() if self.sampling.energies else None,
             token_energy=self.token_energies.cpu()[sampled] if self.sampling.token_energies else None,
+            routed_experts=routed_experts,
         )
