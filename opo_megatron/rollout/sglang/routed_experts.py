@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opo_megatron.batch.rollouts import experts_dtype
 from opo_megatron.config.schema import Config, ModelConfig
 from opo_megatron.errors import EngineFailure, UserError
 from opo_megatron.rollout.engine import GenerationRequest
@@ -126,8 +127,3 @@ def checked(table: Tensor, model: ModelConfig, prompt_id: int) -> Tensor:
                 "rollout.routing_replay=false"
             )
     return compact
-
-
-def experts_dtype(num_experts: int) -> torch.dtype:
-    """The smallest type that names every expert."""
-    return torch.uint8 if num_experts <= 256 else torch.int16

@@ -191,6 +191,8 @@ class Server:
             environment["OMP_NUM_THREADS"] = str(self.config.run.threads_per_rank)
             # By default glibc maps fresh pages for every bucket, which takes longer than filling them.
             environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+            if (ranks := self.settings.tensor_parallel_size) > 1:
+                environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _cores_of_ranks(ranks))
         return environment
 
     def _wait_until_ready(self, watch: CompileWatch, show_status: Callable[[str], None]) -> None:
@@ -238,6 +240,15 @@ class Server:
             process.wait(STOP_SECONDS)
         _signal_group(process.pid, signal.SIGKILL)  # also kills workers that outlive their parent
         process.wait()
+
+
+def _cores_of_ranks(ranks: int) -> str:
+    """The cores of each rank of a server in SGLang's words; without them it wants a NUMA node per rank."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // ranks)
+    return "|".join(
+        ",".join(str(cores[(rank * share + i) % len(cores)]) for i in range(share)) for rank in range(ranks)
+    )
 
 
 def _signal_group(group: int, number: int) -> None:
