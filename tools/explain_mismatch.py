@@ -60,6 +60,7 @@ def main() -> int:
     from opo_megatron.build import frozen_policy
     from opo_megatron.config import load_config
     from opo_megatron.distributed.process_groups import initialize, shutdown
+    from opo_megatron.errors import EXIT_USER_ERROR
     from opo_megatron.policy.model import head_weight
 
     with tempfile.TemporaryDirectory() as folder:
@@ -71,6 +72,10 @@ def main() -> int:
             overrides += [f"rollout.sglang.options.{DUMP}={folder}/dump"]
             overrides += ["rollout.sglang.options.disable_cuda_graph=true"]
         config = load_config(options.recipe, [*overrides, *options.overrides])
+        if (experts := config.policy.model.num_moe_experts) is not None:
+            remedy = "but the parts are those of a dense model; remove it"
+            print(f"error: policy.model.num_moe_experts is {experts}, {remedy}", file=sys.stderr)
+            return EXIT_USER_ERROR
         config.policy.max_tokens_per_micro_batch = options.sequences * (options.prompt + options.response)
         vocab_size = config.policy.model.vocab_size or 4096
         parallel = initialize(config)

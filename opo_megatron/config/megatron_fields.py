@@ -31,6 +31,7 @@ def _always(value: str) -> str:
 
 _DROPOUT = "dropout must be 0: the engine samples without it"
 _OBJECTIVE = "remove it: the gradient is of the policy objective and nothing else"
+_AUXILIARY = f"{_OBJECTIVE}, an auxiliary loss would add its own"
 _WEIGHTS = "initial weights follow from run.seed, the same under every layout, remove it"
 _FUNCTION = "the training step supplies this function, remove it"
 _EVEN = "layers are split evenly over the stages, remove it"
@@ -81,9 +82,11 @@ MANAGED_FIELDS: dict[str, str] = {
     "output_layer_init_method": _WEIGHTS,
     "embedding_init_method": _WEIGHTS,
     "embedding_init_method_std": _WEIGHTS,
-    "moe_aux_loss_coeff": _OBJECTIVE,
-    "moe_z_loss_coeff": _OBJECTIVE,
-    "moe_router_load_balancing_type": _always("none"),
+    "moe_aux_loss_coeff": _AUXILIARY,
+    "moe_z_loss_coeff": _AUXILIARY,
+    "moe_router_load_balancing_type": f"it is always none, {_OBJECTIVE}, and balancing would change it",
+    "moe_router_fusion": "its fused top-k ignores the experts of rollout.routing_replay, remove it",
+    "moe_enable_routing_replay": "set rollout.routing_replay instead",
     "moe_token_dispatcher_type": _always("alltoall"),
     "pipeline_model_parallel_layout": _EVEN,
     "num_layers_in_first_pipeline_stage": _EVEN,

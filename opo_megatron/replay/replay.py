@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from opo_megatron.algorithm.config import MismatchAction
 from opo_megatron.audit.record import PER_SAMPLE, PER_TOKEN, column_digests, in_hex, layout_of
@@ -305,11 +306,32 @@ def first_difference(was: Rollouts, now: Rollouts) -> str | None:
         values = f"was {before[index].item()} and is {after[index].item()} in the replay"
         if lengths_name is None:
             return f"the {name.removesuffix('s')} of {_sample(was, index)} {values}"
-        ends = getattr(was, lengths_name).cumsum(0)
-        sample = int(torch.searchsorted(ends, index, right=True))
-        token = index - (int(ends[sample - 1]) if sample else 0)
+        sample, token = _place(getattr(was, lengths_name), index)
         return f"token {token} of the {name.split('_')[0]} of {_sample(was, sample)} {values}"
-    return None
+    return _first_other_experts(was, now)
+
+
+def _first_other_experts(was: Rollouts, now: Rollouts) -> str | None:
+    """Description of the first token that took other experts."""
+    before, after = was.routed_experts, now.routed_experts
+    if before is None or after is None or before.shape != after.shape:
+        return None
+    differing = (before != after).any(-1).nonzero().tolist()
+    if not differing:
+        return None
+    index, layer = differing[0]
+    sample, token = _place(was.input_lengths, index)
+    return (
+        f"token {token} of {_sample(was, sample)} took the experts {before[index, layer].tolist()} of layer "
+        f"{layer + 1} and takes {after[index, layer].tolist()} in the replay"
+    )
+
+
+def _place(lengths: Tensor, index: int) -> tuple[int, int]:
+    """(sample, number in it) of a ragged column's element."""
+    ends = lengths.cumsum(0)
+    sample = int(torch.searchsorted(ends, index, right=True))
+    return sample, index - (int(ends[sample - 1]) if sample else 0)
 
 
 def _sample(rollouts: Rollouts, i: int) -> str:

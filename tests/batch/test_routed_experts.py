@@ -12,7 +12,7 @@ from opo_megatron.batch.expert_load import expert_counts, expert_load, load_metr
 from opo_megatron.batch.micro_batch import MicroBatch, build_micro_batches, schedule_micro_batches
 from opo_megatron.batch.rollouts import Rollouts, experts_dtype
 from opo_megatron.config.schema import ModelConfig
-from tests.batch.test_rollouts import alone
+from tests.support.coordinates import parallel_of
 from tests.support.paths import ROOT
 
 CPU = torch.device("cpu")
@@ -125,10 +125,10 @@ def test_the_fullest_expert_and_dead_ones_are_counted(experts: Tensor, fullest: 
     assert counts.shape == (experts.shape[1], count) and int(counts.sum()) == experts.numel()
     assert load_metrics(counts) == {"experts/fullest_share": fullest, "experts/dead": dead}
     model = ModelConfig(experts.shape[1], 8, 8, 1, 1, 8, num_moe_experts=count)
-    assert expert_load(alone(), experts, model) == load_metrics(counts)
+    assert expert_load(parallel_of(), experts, model) == load_metrics(counts)
 
 
 def test_a_dense_model_or_rollouts_without_experts_have_no_load() -> None:
     dense = ModelConfig(1, 8, 8, 1, 1, 8)
-    assert expert_load(alone(), None, ModelConfig(1, 8, 8, 1, 1, 8, num_moe_experts=4)) == {}
-    assert expert_load(alone(), None, dense) == {}
+    assert expert_load(parallel_of(), None, ModelConfig(1, 8, 8, 1, 1, 8, num_moe_experts=4)) == {}
+    assert expert_load(parallel_of(), None, dense) == {}

@@ -29,6 +29,8 @@ CASES = {
     "cp2, tied": (CP2, TIED, [(2, PP2), (1, "")]),
     "dp2, bf16": ("", BF16, [(2, ""), (2, PP2)]),
     "moe, ep2": (EP2, MOE, [(2, EP2)]),
+    "moe, cp2": (CP2, MOE, [(2, CP2), (1, ""), (2, PP2)]),
+    "moe, cp2 ep2": (f"{CP2},{EP2}", MOE, [(2, f"{CP2},{EP2}"), (2, EP2)]),
     "moe, dp2": ("", MOE, [(2, ""), (1, ""), (2, PP2)]),
 }
 

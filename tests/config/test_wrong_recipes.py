@@ -169,7 +169,25 @@ OVERRIDE_ERRORS = [
     ("policy.megatron.bf16=true", "set policy.dtype instead"),
     ("policy.megatron={attention_dropout: 0.1}", "dropout must be 0: the engine samples without it"),
     ("policy.megatron.fp8=hybrid", "set policy.fp8 instead"),
-    ("policy.megatron.moe_aux_loss_coeff=0.01", "the gradient is of the policy objective and nothing else"),
+    (
+        "policy.megatron.moe_aux_loss_coeff=0.01",
+        "the gradient is of the policy objective and nothing else, an auxiliary loss would add its own",
+    ),
+    ("policy.megatron.moe_aux_loss_coeff=[0.01]", "an auxiliary loss would add its own"),
+    ("policy.megatron.moe_z_loss_coeff=0.001", "an auxiliary loss would add its own"),
+    (
+        "policy.megatron.moe_router_load_balancing_type=aux_loss",
+        "the gradient is of the policy objective and nothing else, and balancing would change it",
+    ),
+    ("policy.megatron.moe_router_load_balancing_type=sinkhorn", "and balancing would change it"),
+    ("policy.megatron.moe_router_enable_expert_bias=true", "without the engine knowing"),
+    ("policy.megatron.moe_expert_capacity_factor=1.0", "without the engine knowing"),
+    ("policy.megatron.moe_router_fusion=true", "ignores the experts of rollout.routing_replay, remove it"),
+    ("policy.megatron.moe_enable_routing_replay=true", "set rollout.routing_replay instead"),
+    (
+        "rollout.routing_replay=true",
+        "rollout.routing_replay is true, but the model has no experts; remove it",
+    ),
 ]
 
 

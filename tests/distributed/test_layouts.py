@@ -19,18 +19,13 @@ from tests.support.requirements import run_ranks_of
 STAGED_WORKER = ROOT / "tests/support/workers/staged_worker.py"
 
 
-def test_three_layouts_take_the_same_steps_as_one_process(
+def test_four_layouts_take_the_same_steps_as_one_process(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert check_layouts.compare(["tp2pp2", "dp2", "cp2dp2"]) == 0
-    assert capfd.readouterr().out.count(" ok ") == 6  # three layouts, untied and tied
-
-
-def test_a_layout_that_replays_experts_computes_what_a_decoder_with_the_same_ones_does(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    assert check_layouts.compare(["moe-replay-tp2sp-ep2-recompute"], Machine(ties=("untied",))) == 0
-    assert capfd.readouterr().out.count(" ok ") == 3  # the layout, one process, and without replay
+    names = ["tp2pp2", "dp2", "cp2dp2", "moe-replay-tp2sp-ep2-recompute"]
+    assert check_layouts.compare(names) == 0
+    # Untied and tied: four layouts, one process that replays, and the control that does not.
+    assert capfd.readouterr().out.count(" ok ") == 12
 
 
 @pytest.mark.slow

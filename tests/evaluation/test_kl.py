@@ -45,7 +45,7 @@ def test_two_ranks_measure_the_kl_of_one_and_restore_their_weights(tmp_path: Pat
     [
         (TIED, (TP2, PP2, f"{PP2},{VPP2}", f"{TP2},{SP}", ""), 1e-4),
         (BF16, (TP2, PP2, ""), 0.1),
-        (EXPERTS, ("policy.expert_model_parallel_size=2", PP2, ""), 1e-4),
+        (EXPERTS, ("policy.expert_model_parallel_size=2", PP2, CP2, ""), 1e-4),
     ],
     ids=["tied", "bf16", "experts"],
 )

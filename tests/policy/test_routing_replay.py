@@ -80,7 +80,7 @@ def test_gradient_equals_float64_gradient_with_the_replayed_experts(
         assert error <= 1e-5, f"{name}: relative error {error:.1e}"
 
 
-def test_a_routers_gradient_equals_a_finite_difference_of_the_policys_own_loss(parallel: Parallel) -> None:
+def test_a_routers_gradient_equals_a_finite_difference_of_the_loss(parallel: Parallel) -> None:
     policy, config = make_policy(parallel, *EXPERTS, FULL)
     rollouts = with_experts(ragged_rollouts(12), config.policy.model)
     schedule = policy.schedule(rollouts.sequence_lengths)

@@ -49,6 +49,20 @@ def test_a_run_stopped_in_every_phase_equals_an_uninterrupted_one(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_run_with_experts_killed_in_every_phase_equals_another(
+    tmp_path: Path,
+) -> None:
+    command = (*COMMAND, "policy.model.num_moe_experts=4", "policy.model.moe_ffn_hidden_size=24")
+    assert attempts(tmp_path / "uninterrupted", command=command) == [0]
+    assert all("experts/dead" in row for row in rows(tmp_path / "uninterrupted")[1:])
+    schedules = [[moment, int(SIGKILL)] for moment in MOMENTS]
+    codes = attempts(tmp_path / "run", *schedules, command=command)
+    assert codes == [-SIGKILL] * len(schedules) + [0]
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")
+
+
+@pytest.mark.slow
 def test_max_minutes_stops_the_run_like_a_signal(tmp_path: Path) -> None:
     """Each attempt has time for exactly one step."""
     command = (*COMMAND, "run.max_minutes=1e-9", "warm_start.steps=1", "train.steps=2")

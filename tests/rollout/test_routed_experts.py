@@ -12,8 +12,8 @@ from torch import Tensor
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
-from tests.rollout.test_local_engine import STOP, engine_of, some_requests, weights_of
 from tests.support.hf_models import FAMILIES, QWEN3_MOE, transformers_model_with
+from tests.support.local_engines import STOP, engine_of, some_requests, weights_of
 
 SAMPLING = Sampling(max_tokens=14, stop_tokens=(STOP,), seed=(1, 2), temperature=0.8, routed_experts=True)
 MOE = [family for family, model in FAMILIES.items() if model.num_moe_experts is not None]

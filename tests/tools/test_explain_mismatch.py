@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import explain_mismatch
 import pytest
 import torch
 from bench.mixed_precision import PARTS, MixedDecoder
@@ -80,3 +81,15 @@ def test_the_tables_of_an_engine(engine: str, tmp_path: Path) -> None:
     for row in results["layers"]:
         assert row["policy − engine"] <= row["policy − float64"] + row["engine − float64"]
         assert 1e-4 < row["policy − float64"] < 0.05
+
+
+def test_a_model_with_experts_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["policy.model.num_moe_experts=4", "--records", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["explain_mismatch.py", *arguments])
+    assert explain_mismatch.main() == 2
+    expected = (
+        "error: policy.model.num_moe_experts is 4, but the parts are those of a dense model; remove it\n"
+    )
+    assert capsys.readouterr().err == expected and not list(tmp_path.iterdir())

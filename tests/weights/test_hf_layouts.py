@@ -17,12 +17,13 @@ from tests.support.round_trip import write_recipe
 WORKER = WORKERS / "hf_worker.py"
 TP2, PP2 = "policy.tensor_model_parallel_size=2", "policy.pipeline_model_parallel_size=2"
 VPP2, SP = "policy.virtual_pipeline_model_parallel_size=2", "policy.sequence_parallel=true"
+CP2 = "policy.packing=thd,policy.context_parallel_size=2"
 EP2, ETP1 = "policy.expert_model_parallel_size=2", "policy.expert_tensor_parallel_size=1"
 
 DENSE = {2: (TP2, PP2, f"{PP2},{VPP2}"), 4: (f"{TP2},{PP2}", f"{TP2},{PP2},{VPP2},{SP}")}
 EXPERTS = {
-    2: (EP2, PP2, f"{TP2},{SP}", f"{TP2},{SP},{EP2},{ETP1}"),
-    4: (f"{EP2},{PP2}", f"{TP2},{SP},{PP2}"),
+    2: (EP2, PP2, f"{TP2},{SP}", f"{TP2},{SP},{EP2},{ETP1}", CP2, f"{CP2},{EP2}"),
+    4: (f"{EP2},{PP2}", f"{TP2},{SP},{PP2}", f"{CP2},{TP2},{SP},{EP2},{ETP1}"),
 }
 
 

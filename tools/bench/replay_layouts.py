@@ -118,6 +118,11 @@ def replayed_steps(
         difference = (policy.log_probs(own, schedule, TEMPERATURE) - own.engine_log_prob).abs()
         most = torch.tensor([float(difference.max()) if difference.numel() else 0.0])
         all_reduce(parallel, most, dist.ReduceOp.MAX)
+        # As in training with several ranks, samples without a gradient run forward only.
+        assert rollouts.advantages is not None
+        zero_advantage = rollouts.advantages == 0 if parallel.world_size > 1 else None
+        schedule = policy.schedule(rollouts.sequence_lengths, zero_advantage)
+        own = rollouts.select(schedule.samples_of(parallel.dp_rank))
         objective = PolicyGradient(float(rollouts.response_lengths.sum()), TEMPERATURE)
         metrics = policy.train_step(own, schedule, objective, lr=0.0)
         results.append([metrics.loss, metrics.grad_norm, float(most)])

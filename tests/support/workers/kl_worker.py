@@ -55,7 +55,9 @@ def measure(folder: Path, overrides: list[str], parallel: Parallel) -> dict[str,
         for i in range(own_slice.start, own_slice.stop)
         for g in [i // SAMPLES]
     ]
-    sampling = Sampling(max_tokens=16, stop_tokens=(0,), seed=(7,), temperature=TEMPERATURE)
+    sampling = Sampling(
+        max_tokens=16, stop_tokens=(0,), seed=(7,), temperature=TEMPERATURE, routed_experts=True
+    )
     rollouts = engine.generate(requests, sampling)
     rollouts.rewards = torch.zeros(len(rollouts), dtype=torch.float64)
     before = [p.detach().clone() for chunk in policy.chunks for p in chunk.parameters()]
