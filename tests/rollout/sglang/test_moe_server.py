@@ -185,19 +185,10 @@ def test_a_sync_that_misses_one_expert_is_seen_by_the_probe(served: Served) -> N
 def train(served: Served, run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "opo_megatron", "train", str(RECIPE), f"run.dir={run_dir}"]
     command += [word for word in overrides_of(run_dir.parent) if not word.startswith("run.dir=")]
-    command += [
-        "policy.model.num_layers=4",
-        "policy.model.ffn_hidden_size=48",
-        "policy.model.qk_layernorm=true",
-    ]
+    command += ["policy.model.qk_layernorm=true", "observe.kl=off", "observe.tensorboard=false"]
     command += [f"rollout.sglang.api_key_file={served.server.settings.api_key_file}"]
     command += [f"rollout.sglang.urls=[{served.server.url}]", "warm_start.steps=3", "train.steps=2"]
-    command += [
-        "rollout.prompts_per_step=24",
-        "eval.problems=8",
-        "observe.kl=off",
-        "observe.tensorboard=false",
-    ]
+    command += ["rollout.prompts_per_step=24", "eval.problems=8"]
     command += [f"on_policy.tolerance={TOLERANCE}", "on_policy.action=refuse", *more]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
 
