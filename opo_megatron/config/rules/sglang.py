@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from opo_megatron.config.architecture import FAMILIES
 from opo_megatron.config.choices import Device, EngineName, GroupBackend, Transport
 from opo_megatron.config.entries import SERVER_OPTIONS
 from opo_megatron.config.rules.require import require
@@ -51,8 +52,15 @@ def check_sglang(config: Config) -> None:
 
 
 def check_experts(config: Config) -> None:
-    """Check that servers return the experts that are replayed, and do not distribute them on a CPU."""
-    settings = config.rollout.sglang
+    """Check that SGLang has the model, returns the experts that are replayed, and can distribute them."""
+    settings, model = config.rollout.sglang, config.policy.model
+    require(
+        model.num_moe_experts is None or any(family.expresses(model) for family in FAMILIES.values()),
+        f"policy.model.num_moe_experts={model.num_moe_experts} with rollout.engine=sglang and "
+        f"policy.model.qk_layernorm={_text(model.qk_layernorm)}, policy.model.add_qkv_bias="
+        f"{_text(model.add_qkv_bias)}, but SGLang's model with experts is Qwen3-MoE's; set "
+        "policy.model.qk_layernorm=true and policy.model.add_qkv_bias=false, or rollout.engine=local",
+    )
     for name, value in settings.options.items():
         require(
             name.replace("-", "_") != "enable_return_routed_experts"

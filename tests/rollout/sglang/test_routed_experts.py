@@ -175,13 +175,15 @@ def test_servers_record_experts_where_they_are_replayed(
     [
         ((f"{OPTIONS}.enable_return_routed_experts=false",), "is false and rollout.routing_replay is true"),
         ((OPTIONS + "={enable-return-routed-experts: null}",), "is null and rollout.routing_replay is true"),
+        (("policy.model.qk_layernorm=false",), "with rollout.engine=sglang and policy.model.qk_layernorm=false"),
+        (("policy.model.add_qkv_bias=true",), "but SGLang's model with experts is Qwen3-MoE's; set"),
         ((f"{OPTIONS}.ep_size=2", "policy.device=cpu"), "ep_size=2 with policy.device=cpu, where SGLang"),
         ((OPTIONS + "={ep-size: 2}", "policy.device=cpu"), "ep_size=2 with policy.device=cpu"),
         ((f"{OPTIONS}.ep=4", "policy.device=cpu"), "options.ep=4 with policy.device=cpu"),
         ((f"{OPTIONS}.expert_parallel_size=2", "policy.device=cpu"), "or set rollout.sglang.tensor_parallel"),
     ],
 )  # fmt: skip
-def test_options_that_contradict_the_replay_or_the_device_are_refused(
+def test_what_servers_cannot_do_with_experts_is_refused_with_the_recipe(
     overrides: tuple[str, ...], words: str
 ) -> None:
     with pytest.raises(UserError) as raised:
