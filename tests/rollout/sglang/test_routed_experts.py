@@ -175,7 +175,7 @@ def test_servers_record_experts_where_they_are_replayed(
     [
         ((f"{OPTIONS}.enable_return_routed_experts=false",), "is false and rollout.routing_replay is true"),
         ((OPTIONS + "={enable-return-routed-experts: null}",), "is null and rollout.routing_replay is true"),
-        (("policy.model.qk_layernorm=false",), "with rollout.engine=sglang and policy.model.qk_layernorm=false"),
+        (("policy.model.qk_layernorm=false",), "=sglang and policy.model.qk_layernorm=false"),
         (("policy.model.add_qkv_bias=true",), "but SGLang's model with experts is Qwen3-MoE's; set"),
         ((f"{OPTIONS}.ep_size=2", "policy.device=cpu"), "ep_size=2 with policy.device=cpu, where SGLang"),
         ((OPTIONS + "={ep-size: 2}", "policy.device=cpu"), "ep_size=2 with policy.device=cpu"),
