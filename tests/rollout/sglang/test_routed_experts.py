@@ -119,7 +119,7 @@ def set_to(layer: int, *experts: int) -> Callable[[torch.Tensor], None]:
         (packed(torch.zeros(4, LAYERS, TOPK)), UserError, "twice to expert 0 in layer 0"),  # never recorded
     ],
 )
-def test_experts_that_no_router_chose_for_these_tokens_are_refused_with_a_sentence(
+def test_experts_that_no_router_chose_are_refused_with_a_sentence(
     experts: Any, error: type[Exception], words: str
 ) -> None:
     model = config_of().policy.model
@@ -191,7 +191,7 @@ def test_what_servers_cannot_do_with_experts_is_refused_with_the_recipe(
     assert words in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_distributed_experts_without_gpus_are_refused_when_the_engine_starts(tmp_path: Path) -> None:
+def test_distributed_experts_without_gpus_are_refused_at_the_start(tmp_path: Path) -> None:
     config = small_config(*MOE, f"{OPTIONS}.ep_size=2", f"run.dir={tmp_path}")
     parallel: Any = SimpleNamespace(device=torch.device("cpu"), rank=0)
     with pytest.raises(UserError, match="ep_size=2 and this run is on a CPU, where SGLang cannot distribute"):
