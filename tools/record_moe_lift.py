@@ -1,7 +1,7 @@
 """Trains a small MoE and its dense counterpart on the lift through SGLang servers → records/moe_lift.json
 
     python tools/record_moe_lift.py                       # about 25 minutes on two idle cores
-    python tools/record_moe_lift.py --no-record --runs moe train.steps=5 warm_start.steps=20
+    python tools/record_moe_lift.py --runs moe --no-record train.steps=5 warm_start.steps=20
 
 The recipe is `recipes/quickstart_sglang.yaml` with 140 steps.  Both models are Qwen3's; a token of the MoE
 takes 2 of 8 experts, together as wide as the dense MLP.  `moe` replays the server's experts in training and

@@ -93,6 +93,8 @@ def serve(folder: Path, parallel: Parallel, *more: str) -> Iterator[Served]:
     server = Server(config, folder / "model", folder / "server.log", "server", None)
     try:
         server.start(lambda line: None)
+        # A tensor-parallel server's first forward pass takes longer than one look at its health.
+        assert any(server.client().is_healthy() for _ in range(24))
         weights = random_weights(config.policy.model, VOCAB, 1)
         policy = Policy(config, VOCAB, parallel, config.optimizer, weights)
         yield Served(server, config, policy, engine_of(server, folder, parallel, *more))
