@@ -15,6 +15,8 @@ from opo_megatron.config.schema import ModelConfig
 from opo_megatron.distributed.process_groups import Parallel
 from opo_megatron.policy.policy import Policy
 from opo_megatron.policy.routing_replay import check_routed_experts
+from opo_megatron.rollout.engine import GenerationRequest, Sampling
+from opo_megatron.rollout.local.engine import LocalEngine
 from tests.support import dense_reference
 from tests.support.fixtures import VOCAB_SIZE, ragged_rollouts
 from tests.support.policies import gradients_of, make_policy
@@ -177,3 +179,23 @@ def test_experts_of_another_model_are_refused(experts: Tensor, model: ModelConfi
 def test_experts_of_this_model_are_accepted(experts: Tensor) -> None:
     rollouts = one_sample(experts.to(torch.uint8))
     check_routed_experts(rollouts if len(experts) else rollouts.select([]), MOE)
+
+
+def test_in_bf16_replay_leaves_the_rounding_and_no_jumps(parallel: Parallel) -> None:
+    wide = (f"{MODEL}num_layers=4", f"{MODEL}hidden_size=64", f"{MODEL}num_moe_experts=16")
+    policy, config = make_policy(parallel, *EXPERTS, *wide, "policy.dtype=bf16")
+    engine = LocalEngine(config.policy.model, VOCAB_SIZE, torch.bfloat16, parallel.device, slots=32)
+    engine.update_weights(policy.stream_weights(), version=0)
+    prompts = [tuple(i * k % VOCAB_SIZE for k in range(1, 2 + i % 9)) for i in range(64)]
+    requests = [GenerationRequest(i, i, 0, prompt) for i, prompt in enumerate(prompts)]
+    rollouts = engine.generate(requests, Sampling(40, (0,), (1,), routed_experts=True))
+    schedule = policy.schedule(rollouts.sequence_lengths)
+    own = rollouts.select(schedule.samples_of(0))
+    assert own.engine_log_prob is not None
+
+    def differences(batch: Rollouts) -> Tensor:
+        return (policy.log_probs(batch, schedule, 1.0) - own.engine_log_prob).abs()
+
+    with_replay, without = differences(own), differences(replace(own, routed_experts=None))
+    assert float(with_replay.max()) < 0.1 < 0.3 < float(without.max())
+    assert float(with_replay.mean()) < 0.5 * float(without.mean())
