@@ -116,7 +116,6 @@ OVERRIDE_ERRORS = [
     ("rollout.sglang.transport=pigeon", "it must be one of tensor, distributed, disk"),
     ("rollout.sglang.timeout_seconds=0", "rollout.sglang.timeout_seconds is 0.0; it must be above 0"),
     ("on_policy.max_importance_weight=-1", "on_policy.max_importance_weight is -1.0; it must be above 0"),
-    # not implemented
     # model and layout
     (
         MODEL + "num_attention_heads=3",

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
@@ -28,13 +27,18 @@ import torch
 
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config.choices import Transport
-from opo_megatron.config.rules.sglang import NO_DETERMINISTIC_CPU
+from opo_megatron.config.rules.sglang import (
+    NO_DETERMINISTIC_CPU,
+    NO_EXPERT_PARALLEL_CPU,
+    expert_parallel_option,
+)
 from opo_megatron.config.schema import Config, SglangConfig
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
 from opo_megatron.rollout.engine import Deliver, Digests, GenerationRequest, Progress, Sampling
-from opo_megatron.rollout.sglang import exact_mode
+from opo_megatron.rollout.sglang import exact_mode, routed_experts
 from opo_megatron.rollout.sglang.api_key import shared_key
+from opo_megatron.rollout.sglang.balance import Balance
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.compilation import CompileWatch
 from opo_megatron.rollout.sglang.exact_batchings import (
@@ -44,7 +48,7 @@ from opo_megatron.rollout.sglang.exact_batchings import (
     check_size,
     replies_batched,
 )
-from opo_megatron.rollout.sglang.replies import digests_of, generate_body, rollouts_of
+from opo_megatron.rollout.sglang.replies import digests_of, rollouts_of
 from opo_megatron.rollout.sglang.server import Server, free_port
 from opo_megatron.rollout.sglang.transfer import (
     Bucket,
@@ -154,6 +158,8 @@ class SglangEngine:
                     check_is_deterministic(client)
                 if self.settings.exact:
                     exact_mode.check_server(self.config, client)
+                if self.config.rollout.routing_replay:
+                    routed_experts.check_server(client)
             return
         # Without its KV cache a server cannot be asked whether it is healthy: it would generate a token.
         if self._server is not None and (self._released or not self._server.is_alive()):
@@ -347,7 +353,7 @@ class SglangEngine:
         size = max(1, -(-len(requests) // posts))
         parts = [requests[i : i + size] for i in range(0, len(requests), size)]
         replies: list[list[Any]] = [[] for _ in parts]
-        balance = _Balance(self._clients, self.settings.exact)
+        balance = Balance(self._clients, self.config)
         finished = tokens = 0
         with ThreadPoolExecutor(posts) as threads, self.abort_on_preempt():
             posted = {threads.submit(balance.post, part, sampling): i for i, part in enumerate(parts)}
@@ -362,7 +368,15 @@ class SglangEngine:
                         deliver(rollouts_of(parts[posted[done]], reply, sampling))
                 if progress is not None:
                     progress(finished, len(requests), tokens)
-        return rollouts_of(requests, [one for reply in replies for one in reply], sampling)
+        return self._rollouts_of(requests, [one for reply in replies for one in reply], sampling)
+
+    def _rollouts_of(
+        self, requests: Sequence[GenerationRequest], replies: Sequence[Any], sampling: Sampling
+    ) -> Rollouts:
+        rollouts = rollouts_of(requests, replies, sampling)
+        if sampling.routed_experts:
+            rollouts.routed_experts = routed_experts.experts_of(replies, self.config.policy.model)
+        return rollouts
 
     @contextlib.contextmanager
     def abort_on_preempt(self) -> Iterator[None]:
@@ -380,12 +394,10 @@ class SglangEngine:
         if not self.is_sender:
             return {}
         replies = {
-            f"the SGLang server {client.url}": _Balance([client], self.settings.exact).post(
-                requests, sampling
-            )
+            f"the SGLang server {client.url}": Balance([client], self.config).post(requests, sampling)
             for client in self._clients
         }
-        return {name: rollouts_of(requests, reply, sampling) for name, reply in replies.items()}
+        return {name: self._rollouts_of(requests, reply, sampling) for name, reply in replies.items()}
 
     # ------------------------------------------------------------------ check of exact mode
 
@@ -409,7 +421,7 @@ class SglangEngine:
             return None
         rollouts = []
         for client in self._clients:
-            post = partial(_Balance([client], exact=True).post, sampling=sampling)
+            post = partial(Balance([client], self.config).post, sampling=sampling)
             replies = replies_batched(client, post, requests, batching)
             rollouts.append(rollouts_of(requests, replies, sampling))
         return Rollouts.concatenate(rollouts)
@@ -422,7 +434,7 @@ class SglangEngine:
             return None
         client = self._clients[0]
         client.post(f"/flush_cache?timeout={FLUSH_SECONDS}")  # cached tokens would not be computed
-        replies = _Balance([client], exact=True).post(requests, sampling, trace=True)
+        replies = Balance([client], self.config).post(requests, sampling, trace=True)
         return rollouts_of(requests, replies, sampling), [digests_of(reply) for reply in replies]
 
     def _check_lengths(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> None:
@@ -439,12 +451,15 @@ def check_servers_device(settings: SglangConfig, device: torch.device) -> None:
     """Check that servers on the trainer's devices can do what the recipe sets.
 
     Raises:
-        UserError: for NCCL or deterministic inference on a CPU.
+        UserError: for NCCL, deterministic inference or distributed experts on a CPU.
     """
     if settings.transport is Transport.distributed:
         group_backend(settings.distributed_backend, device)
     if settings.deterministic and not settings.urls and device.type == "cpu":
         raise UserError(NO_DETERMINISTIC_CPU.format("and this run is on a CPU"))
+    option = expert_parallel_option(settings)
+    if option is not None and not settings.urls and device.type == "cpu":
+        raise UserError(NO_EXPERT_PARALLEL_CPU.format(*option, "and this run is on a CPU"))
 
 
 def check_is_deterministic(client: Client) -> None:
@@ -458,35 +473,6 @@ def check_is_deterministic(client: Client) -> None:
             f"rollout.sglang.deterministic=true, but the SGLang server {client.url} of rollout.sglang.urls "
             "was started without it; add it to the server's `opo serve`, or set it to false here"
         )
-
-
-class _Balance:
-    """Sends each post to the server with the fewest outstanding tokens."""
-
-    def __init__(self, clients: Sequence[Client], exact: bool) -> None:
-        self._lock, self._exact = threading.Lock(), exact
-        self._outstanding = dict.fromkeys(clients, 0)
-
-    def post(
-        self, requests: Sequence[GenerationRequest], sampling: Sampling, trace: bool = False
-    ) -> list[Any]:
-        tokens = sum(len(request.tokens) + sampling.max_tokens for request in requests)
-        with self._on_least_busy(tokens) as client:
-            reply = client.post("/generate", **generate_body(requests, sampling, self._exact, trace))
-        if not isinstance(reply, list) or len(reply) != len(requests):
-            raise EngineFailure(f"{client.url} did not return {len(requests)} responses for as many prompts")
-        return reply
-
-    @contextlib.contextmanager
-    def _on_least_busy(self, tokens: int) -> Any:
-        with self._lock:
-            client = min(self._outstanding, key=lambda one: self._outstanding[one])
-            self._outstanding[client] += tokens
-        try:
-            yield client
-        finally:
-            with self._lock:
-                self._outstanding[client] -= tokens
 
 
 def server_group(hosts: Sequence[str], rank: int, servers_per_node: int) -> list[int]:

@@ -43,6 +43,8 @@ def generate_body(
         ],
         "return_logprob": True,
     }
+    if sampling.routed_experts:
+        body["return_routed_experts"] = True
     if exact:
         body["sampling_params"] = [
             common | {"custom_params": one} for one in carried(requests, sampling, trace)
@@ -78,7 +80,7 @@ def sampling_params(sampling: Sampling) -> dict[str, Any]:
 def rollouts_of(
     requests: Sequence[GenerationRequest], replies: Sequence[Any], sampling: Sampling
 ) -> Rollouts:
-    """From one reply per request, in that order.
+    """From one reply per request, in that order, without experts (`experts_of`).
 
     Raises:
         EngineFailure: a reply is incomplete.

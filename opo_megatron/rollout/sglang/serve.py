@@ -3,11 +3,11 @@
     <rollout.sglang.python> serve.py --model-path … [any option of sglang.launch_server]   < KEY
     <rollout.sglang.python> serve.py --check-options [options]    # describes the server's parser as JSON
 
-It adds three things to `python -m sglang.launch_server`.  The server dies with the trainer that started it,
+It adds four things to `python -m sglang.launch_server`.  The server dies with the trainer that started it,
 even if the trainer is killed.  It reads its API key from standard input, because other users can see command
-lines, and no request passes without it but those of `OPEN_PATHS`.  And without a GPU it provides stubs of
-operators that SGLang imports but never calls there.  SGLang's worker processes import this file first, so
-they have the stubs too.
+lines, and no request passes without it but those of `OPEN_PATHS`.  Without a GPU it provides stubs of
+operators that SGLang imports but never calls there.  And without a GPU it lets SGLang record experts.
+SGLang's worker processes import this file first, so they have both too.
 
 Imports nothing from opo_megatron, which is not installed in that environment; `share_files` makes the files
 importable that the server of exact mode shares with the trainer.
@@ -30,6 +30,7 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """What may be asked without the key: whether the server runs, and how much it does."""
 KEYLESS = ("grpc_port", "grpc_mode", "smg_grpc_mode", "encoder_only", "use_ray", "sidecar")
 """Options of SGLang with which it listens in other ways, that ask for no key."""
+EXPERTS_OPTION = "--enable-return-routed-experts"
 KEYLESS_VARIABLES = ("SGLANG_GRPC_PORT", "SGLANG_RUST_SERVER")
 
 
@@ -82,6 +83,29 @@ def stub_cpu_imports() -> None:
     package.__path__ = []
     package._custom_ops = operators  # type: ignore[attr-defined]
     sys.modules |= {"vllm": package, "vllm._custom_ops": operators}
+
+
+def record_experts_on_cpu() -> None:
+    """Let a server without a GPU record experts: SGLang keeps them in memory that it pins by CUDA."""
+    import torch
+
+    if EXPERTS_OPTION not in sys.argv or torch.cuda.is_available():
+        return
+    try:
+        from sglang.srt.mem_cache.pool_host import common
+
+        allocators = common.ALLOC_MEMORY_FUNCS
+    except (ImportError, AttributeError) as error:
+        sys.exit(
+            f"{EXPERTS_OPTION}: this SGLang has no sglang.srt.mem_cache.pool_host.common.ALLOC_MEMORY_FUNCS "
+            f"({error}), by which a server without a GPU is made to record experts; install the version of "
+            "`make setup-sglang`, or set rollout.routing_replay=false"
+        )
+
+    def without_pinning(dims: tuple[int, ...], dtype: torch.dtype, **_: object) -> torch.Tensor:
+        return torch.empty(dims, dtype=dtype)
+
+    allocators["cpu"] = without_pinning
 
 
 def share_files() -> None:
@@ -173,6 +197,7 @@ def describe_parser(words: list[str]) -> dict[str, object]:
 
 
 stub_cpu_imports()
+record_experts_on_cpu()
 share_files()
 
 if __name__ == "__main__":

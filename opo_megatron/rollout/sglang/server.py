@@ -23,7 +23,7 @@ from opo_megatron.config.choices import Dtype
 from opo_megatron.config.rules.api_key import variable_of
 from opo_megatron.config.schema import Config
 from opo_megatron.errors import UserError
-from opo_megatron.rollout.sglang import exact_mode
+from opo_megatron.rollout.sglang import exact_mode, routed_experts
 from opo_megatron.rollout.sglang.api_key import random_key, shared_key
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.compilation import CompileWatch
@@ -173,6 +173,7 @@ class Server:
             options |= {"enable-deterministic-inference": True, "attention-backend": "triton"}
         if settings.exact:
             options |= exact_mode.options(self.config)
+        options |= routed_experts.options(self.config)
         return as_words(options | by_their_own_names(settings.options))
 
     def environment(self) -> dict[str, str]:
@@ -190,6 +191,8 @@ class Server:
             environment["OMP_NUM_THREADS"] = str(self.config.run.threads_per_rank)
             # By default glibc maps fresh pages for every bucket, which takes longer than filling them.
             environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+            if (ranks := self.settings.tensor_parallel_size) > 1:
+                environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _cores_of_ranks(ranks))
         return environment
 
     def _wait_until_ready(self, watch: CompileWatch, show_status: Callable[[str], None]) -> None:
@@ -237,6 +240,15 @@ class Server:
             process.wait(STOP_SECONDS)
         _signal_group(process.pid, signal.SIGKILL)  # also kills workers that outlive their parent
         process.wait()
+
+
+def _cores_of_ranks(ranks: int) -> str:
+    """The cores of each rank of a server in SGLang's words; without them it wants a NUMA node per rank."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // ranks)
+    return "|".join(
+        ",".join(str(cores[(rank * share + i) % len(cores)]) for i in range(share)) for rank in range(ranks)
+    )
 
 
 def _signal_group(group: int, number: int) -> None:

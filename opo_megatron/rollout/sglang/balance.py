@@ -1,0 +1,53 @@
+"""Generation posts to servers: each goes to the server with the fewest outstanding tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from opo_megatron.config.schema import Config
+from opo_megatron.errors import EngineFailure
+from opo_megatron.rollout.engine import GenerationRequest, Sampling
+from opo_megatron.rollout.sglang.client import Client
+from opo_megatron.rollout.sglang.replies import generate_body
+from opo_megatron.rollout.sglang.routed_experts import unpack_experts
+
+
+class Balance:
+    """The posts of one call of the engine; safe to use from several threads."""
+
+    def __init__(self, clients: Sequence[Client], config: Config) -> None:
+        self._lock, self._config = threading.Lock(), config
+        self._outstanding = dict.fromkeys(clients, 0)
+
+    def post(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, trace: bool = False
+    ) -> list[Any]:
+        """One reply per request, in that order.
+
+        Raises:
+            EngineFailure: the server did not answer, or not completely.
+            UserError: it refuses the requests, or does not return what they ask for.
+        """
+        tokens = sum(len(request.tokens) + sampling.max_tokens for request in requests)
+        exact = self._config.rollout.sglang.exact
+        with self._on_least_busy(tokens) as client:
+            reply = client.post("/generate", **generate_body(requests, sampling, exact, trace))
+        if not isinstance(reply, list) or len(reply) != len(requests):
+            raise EngineFailure(f"{client.url} did not return {len(requests)} responses for as many prompts")
+        if sampling.routed_experts:  # here, in the post's own thread, because they are most of a reply
+            unpack_experts(requests, reply, self._config.policy.model)
+        return reply
+
+    @contextlib.contextmanager
+    def _on_least_busy(self, tokens: int) -> Iterator[Client]:
+        with self._lock:
+            client = min(self._outstanding, key=lambda one: self._outstanding[one])
+            self._outstanding[client] += tokens
+        try:
+            yield client
+        finally:
+            with self._lock:
+                self._outstanding[client] -= tokens
