@@ -4,9 +4,9 @@
     python tools/record_moe_lift.py --runs moe --no-record train.steps=5 warm_start.steps=20
 
 The recipe is `recipes/quickstart_sglang.yaml` with 140 steps, in fp32.  Both models are Qwen3's; a token of
-the MoE takes 2 of 8 experts, together as wide as the dense MLP.  `moe` replays the server's experts in training
-and keeps to the recipe's tolerance, which is the dense model's.  `moe without replay` trains for 40 steps
-under a tolerance that nothing exceeds, for comparison.  Exit code 1 where a claim does not hold.
+the MoE takes 2 of 8 experts, together as wide as the dense MLP.  `moe` replays the server's experts in
+training and keeps to the recipe's tolerance, which is the dense model's.  `moe without replay` trains for 40
+steps under a tolerance that nothing exceeds, for comparison.  Exit code 1 where a claim does not hold.
 """
 
 from __future__ import annotations
