@@ -4,8 +4,8 @@
     python tools/bench_overlap.py --repetitions 1 --no-record
 
 A real SGLang server on one core, the trainer on the other; the lift with responses of 3 to 60 tokens, 48
-of 384 at a time.  Runs with and without `rollout.overlap` take turns on the same server.  `in turn` is generation
-plus training of the runs without, `overlapped` the time to the optimizer step of those with.
+of 384 at a time.  Runs with and without `rollout.overlap` take turns on the same server.  `in turn` is
+generation plus training of the runs without, `overlapped` the time to the optimizer step of those with.
 
 The planner's simulation (`plan/overlap.py`) has three constants here, fitted to the runs in turn: seconds of
 a decoding step (a + b · responses) and of a trained token.  It then predicts the overlapped steps from their
@@ -45,8 +45,9 @@ ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / "recipes" / "quickstart_sglang.yaml")
 SLOTS, STEPS, SKIPPED, MICRO_BATCH = 48, 8, 2, 2048
 MODEL = (
-    "task.options.moves=12", "policy.model.max_sequence_length=96", "rollout.max_response_tokens=60",
-    "policy.model.num_layers=4", f"rollout.sglang.max_running_requests={SLOTS}",
+    "policy.device=cpu", "task.options.moves=12", "policy.model.max_sequence_length=96",
+    "rollout.max_response_tokens=60", "policy.model.num_layers=4", "policy.model.vocab_size=17",
+    f"rollout.sglang.max_running_requests={SLOTS}",
 )  # fmt: skip
 RUN = (
     f"train.steps={STEPS}", "warm_start.steps=100", "eval.every_steps=0", "eval.problems=16",
