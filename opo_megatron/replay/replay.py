@@ -332,8 +332,8 @@ def _recorded(rollouts: Rollouts, requests: Sequence[GenerationRequest]) -> Roll
     missing = [pair for pair in wanted if pair not in index]
     if missing:
         raise UserError(
-            f"the recorded batch lacks {len(missing)} of {len(wanted)} samples, which were still sampled when "
-            "another was not finite (rollout.overlap=true); such a step is not replayed, choose another"
+            f"the recorded batch lacks {len(missing)} of {len(wanted)} samples, still sampled when another "
+            "was not finite (rollout.overlap=true); such a step is not replayed, choose another"
         )
     unjudged = replace(rollouts, rewards=None, advantages=None, token_advantages=None)
     return unjudged.select([index[pair] for pair in wanted])
