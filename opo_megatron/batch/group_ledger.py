@@ -22,7 +22,8 @@ from opo_megatron.distributed.process_groups import rank_range
 class Ended(NamedTuple):
     """Samples that have ended, [n] each."""
 
-    numbers: Tensor
+    samples: Tensor
+    """Their numbers in the step; −1 in the ledger for one that has not ended."""
     prompt_ids: Tensor
     prompt_lengths: Tensor
     response_lengths: Tensor
@@ -30,10 +31,10 @@ class Ended(NamedTuple):
     rewards: Tensor
 
     @staticmethod
-    def of(numbers: Sequence[int], rollouts: Rollouts) -> Ended:
+    def of(samples: Sequence[int], rollouts: Rollouts) -> Ended:
         assert rollouts.rewards is not None
         return Ended(
-            torch.tensor(numbers, dtype=torch.int64), rollouts.prompt_ids, rollouts.prompt_lengths,
+            torch.tensor(samples, dtype=torch.int64), rollouts.prompt_ids, rollouts.prompt_lengths,
             rollouts.response_lengths, rollouts.finish_reasons, rollouts.rewards,
         )  # fmt: skip
 
@@ -42,7 +43,7 @@ class GroupLedger:
     """The samples of one step, the same on every rank."""
 
     def __init__(self, groups: int, samples_per_prompt: int, world_size: int) -> None:
-        self._groups, self._samples = groups, samples_per_prompt
+        self._groups, self._group_size = groups, samples_per_prompt
         total = groups * samples_per_prompt
         self.blocks = [rank_range(total, rank, world_size) for rank in range(world_size)]
         """By rank, the samples that it generates."""
@@ -57,10 +58,10 @@ class GroupLedger:
         Raises:
             ValueError: for one that is there already.
         """
-        if bool((self._columns.numbers[ended.numbers] >= 0).any()):
-            raise ValueError(f"a sample ended twice: {ended.numbers.tolist()}")
+        if bool((self._columns.samples[ended.samples] >= 0).any()):
+            raise ValueError(f"a sample ended twice: {ended.samples.tolist()}")
         for column, values in zip(self._columns, ended, strict=True):
-            column[ended.numbers] = values
+            column[ended.samples] = values
 
     def check_rewards(self) -> None:
         """Raise NonFiniteError for a reward that is NaN or infinite."""
@@ -69,7 +70,7 @@ class GroupLedger:
     @property
     def is_complete(self) -> bool:
         """Whether all samples have ended."""
-        return bool((self._columns.numbers >= 0).all())
+        return bool((self._columns.samples >= 0).all())
 
     def next_part(self, order: OverlapOrder, least_tokens: int) -> list[int]:
         """The groups to train on next, which are then taken; empty where more have to end first.
@@ -77,8 +78,8 @@ class GroupLedger:
         Args:
             least_tokens: of a part, prompts included; the last one has what is left.
         """
-        ended = (self._columns.numbers >= 0).view(self._groups, self._samples).all(1)
-        tokens = self._sequence_lengths().view(self._groups, self._samples).sum(1)
+        ended = (self._columns.samples >= 0).view(self._groups, self._group_size).all(1)
+        tokens = self._sequence_lengths().view(self._groups, self._group_size).sum(1)
         if order is OverlapOrder.arrival:
             part = (ended & ~self._is_taken).nonzero()[:, 0].tolist()
             if not bool(ended.all()) and int(tokens[part].sum()) < least_tokens:
@@ -101,15 +102,15 @@ class GroupLedger:
 
     def samples_of(self, groups: Sequence[int]) -> list[int]:
         """Numbers of the samples of these groups, in their order."""
-        return [group * self._samples + i for group in groups for i in range(self._samples)]
+        return [group * self._group_size + i for group in groups for i in range(self._group_size)]
 
     def stats(self, groups: Sequence[int] | None = None) -> BatchStats:
         """The statistics of whole groups, numbered from 0; default all."""
         chosen = range(self._groups) if groups is None else groups
         samples = torch.tensor(self.samples_of(chosen), dtype=torch.int64)
         _, _, prompts, responses, reasons, rewards = (column[samples] for column in self._columns)
-        numbers = torch.arange(len(chosen)).repeat_interleave(self._samples)
-        return BatchStats(numbers, prompts, responses, reasons, rewards)
+        renumbered = torch.arange(len(chosen)).repeat_interleave(self._group_size)
+        return BatchStats(renumbered, prompts, responses, reasons, rewards)
 
     def _sequence_lengths(self) -> Tensor:
         return self._columns.prompt_lengths + self._columns.response_lengths

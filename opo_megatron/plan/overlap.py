@@ -151,17 +151,17 @@ def log_normal(lengths: Lengths, samples_per_prompt: int, spread: float = SPREAD
     normal, n = NormalDist(), lengths.samples // samples_per_prompt * samples_per_prompt
     points = [math.exp(spread * normal.inv_cdf((i + 0.5) / n)) for i in range(n)]
 
-    def drawn(scale: float) -> list[int]:
+    def scaled(scale: float) -> list[int]:
         return [max(1, min(lengths.longest_response, round(scale * point))) for point in points]
 
     low, high = 1e-3, 1e3 * lengths.longest_response
     for _ in range(60):
         middle = math.sqrt(low * high)
-        if sum(drawn(middle)) / n < lengths.response:
+        if sum(scaled(middle)) / n < lengths.response:
             low = middle
         else:
             high = middle
-    result = drawn(low)
+    result = scaled(low)
     random.Random(seed).shuffle(result)
     return result
 

@@ -116,9 +116,9 @@ def test_impossible_options_are_one_line_and_exit_code_2(
     assert ended.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_only_experts_are_left_out_in_fp8() -> None:
+def test_only_replayed_experts_are_left_out_in_fp8() -> None:
     on_gpu = Machine("cuda", "fp8", staged=True)
-    assert {name for name in LAYOUTS if not on_gpu.runs(name)} == {n for n in LAYOUTS if LAYOUTS[n].moe}
+    assert {name for name in LAYOUTS if not on_gpu.runs(name)} == {n for n in LAYOUTS if LAYOUTS[n].replay}
     assert all(Machine("cuda", "bf16", staged=True).runs(name) for name in LAYOUTS)
 
 
@@ -135,7 +135,11 @@ def test_every_layout_of_a_gpu_is_a_valid_recipe(
 def test_sections_of_a_gpu_name_layouts_that_run_in_their_precision() -> None:
     for names in (*ON_A_GPU.values(), *ON_CPU.values()):
         assert set(names) <= set(LAYOUTS)
-    assert all(Machine("cuda", "fp8", staged=True).runs(name) for name in ON_A_GPU["2 and 4 ranks"])
+    assert all(
+        Machine("cuda", "fp8", staged=True).runs(name)
+        for group in ("2 and 4 ranks", "experts, FP8")
+        for name in ON_A_GPU[group]
+    )
     assert {LAYOUTS[name].ranks for name in ON_A_GPU["2 ranks"]} == {2}
     assert {LAYOUTS[name].ranks for name in ON_A_GPU["4 ranks"]} == {4}
     parts = {part for names in ON_A_GPU.values() for name in names for part in LAYOUTS[name].overrides}

@@ -58,7 +58,7 @@ def step_of(overlaps: bool, responses: list[int], per_token: float, least: int =
     )
 
 
-def test_an_overlapped_step_is_between_its_longer_phase_and_the_sum_of_both() -> None:
+def test_an_overlapped_step_takes_less_than_both_and_no_less_than_one() -> None:
     rng = random.Random(1)
     for per_token in (0.01, 0.2, 1.0):
         for _ in range(20):

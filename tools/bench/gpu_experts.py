@@ -2,12 +2,14 @@
 
     python tools/check_gpu.py --only experts
 
-The model has 64 experts, 8 of them per token, with all sides multiples of 128.  Layouts with experts run
-among the other layouts.
+The model of the runs has 64 experts, 8 of them per token, with all sides multiples of 128.
 """
 
 from __future__ import annotations
 
+import functools
+
+from bench.gpu_layouts import layouts
 from bench.gpu_runs import train
 from bench.gpu_section import Figures, Section, Setting
 
@@ -49,4 +51,10 @@ def fp8(setting: Setting) -> Figures:
 EXPERT_SECTIONS = [
     Section("experts: SGLang's routing replayed, bf16", 240, replay, by_default=False),
     Section("experts: FP8 by blocks on both sides", 180, fp8, by_default=False),
+    Section(
+        "experts: layouts, bf16", 120, functools.partial(layouts, "experts, bf16", "bf16"), by_default=False
+    ),
+    Section(
+        "experts: layouts, FP8", 120, functools.partial(layouts, "experts, FP8", "fp8"), by_default=False
+    ),
 ]
