@@ -238,6 +238,7 @@ def _timeline_figure(run: Run, row: MetricsRow, with_png: bool) -> Figure:
         title = f"timeline of step {row['step']}, {_shortened(run.name)}"
         axes.set_title(title, fontweight="bold")
         axes.grid(axis="y", visible=False)
+        axes.set_xlim(0, 1.02 * row["seconds"])
         axes.set_ylim(len(names) - 0.5, -0.5)
         canvas.legend(loc="outside right center")
         all_ranks = len(row["ranks"])

@@ -52,7 +52,7 @@ def replay(run_dir: Path, *arguments: str) -> int:
     ],
     indirect=["run_dir"],
 )
-def test_an_overlapped_step_names_its_order_and_replays_as_far_as_that_allows(
+def test_an_overlapped_step_replays_as_far_as_its_order_allows(
     run_dir: Path, verdict: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     order = "prompt" if verdict.startswith("every") else "arrival"

@@ -71,7 +71,7 @@ def assert_is_a_timeline(row: dict[str, Any], metrics: dict[str, Any], ranks: in
         assert any(began < end for began, _ in rank["train"]), "no part was trained on meanwhile"
 
 
-def test_a_timeline_has_intervals_inside_the_step_that_do_not_overlap_on_a_trainer(run_dir: Path) -> None:
+def test_intervals_are_inside_the_step_and_apart_on_a_trainer(run_dir: Path) -> None:
     row, metrics = timeline(run_dir, LAST), rows(run_dir)[-1]
     assert_is_a_timeline(row, metrics, 1, SAMPLES)
     assert row["seconds"] <= metrics["time/step"]
@@ -144,7 +144,7 @@ def test_a_trace_has_the_seconds_of_the_step(
     assert unfinished == [*range(SAMPLES, -1, -1)]
 
 
-def test_phases_of_an_overlapped_run_do_not_count_hidden_training_twice(run_dir: Path) -> None:
+def test_phases_do_not_count_hidden_training_twice(run_dir: Path) -> None:
     from opo_megatron.report.figures import phases_of
     from opo_megatron.report.runs import read_runs
 
@@ -177,7 +177,7 @@ def test_several_runs_are_processes_of_one_trace(run_dir: Path, tmp_path: Path) 
         (".json", "--trace .*/.json does not end with .json"),
     ],
 )
-def test_a_trace_that_cannot_be_written_is_refused_before_the_figures(
+def test_a_trace_that_cannot_be_written_is_refused_early(
     trace: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import re
