@@ -20,12 +20,13 @@ from opo_megatron.checkpoint.saver import CheckpointSaver
 from opo_megatron.config import Config
 from opo_megatron.config.rules.resilience import VOLATILE
 from opo_megatron.distributed import outcome
-from opo_megatron.distributed.process_groups import Parallel, all_reduce
+from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, all_reduce
 from opo_megatron.errors import OnPolicyError
 from opo_megatron.observe.console import Display
 from opo_megatron.observe.metrics_file import MetricsRow
 from opo_megatron.observe.run_files import RunFiles
 from opo_megatron.observe.step_metrics import memory_metrics, throughput_metrics
+from opo_megatron.observe.step_timeline import RankTimeline, timeline_row
 from opo_megatron.observe.summary_table import summary_table
 from opo_megatron.observe.timing import PhaseTimer
 from opo_megatron.observe.utilization import peak_tflops
@@ -109,8 +110,13 @@ class Run:
         self.warm_step = row["step"]
         self.saver.save_or_stop(self.progress, self.config.warm_start.steps, {})
 
-    def finish_step(self, row: MetricsRow, rollouts: Rollouts | None = None) -> None:
+    def finish_step(
+        self, row: MetricsRow, rollouts: Rollouts | None = None, timeline: RankTimeline | None = None
+    ) -> None:
         """Log an OPO step, then save where it is due."""
+        if timeline is not None and self.config.rollout.overlap:
+            ranks = all_gather_objects(self.parallel, timeline)
+            self.files.write_timeline(timeline_row(row["step"], ranks))
         if rollouts is not None and self.config.observe.save_rollouts:
             self.files.write_rollouts(row["step"], gather_to_rank0(self.parallel, rollouts))
         if self.config.observe.audit:

@@ -67,7 +67,7 @@ def opo_step(run: Run, step: int) -> None:
     report: MetricsRow = {}
 
     if config.rollout.overlap:  # the same, trained on group by group while others are sampled
-        rollouts, stats, advantages, metrics, report = overlapped_update(run, step, lr)
+        rollouts, stats, advantages, metrics, report = overlapped_update(run, step, lr, timer.timeline)
     else:
         rollouts, stats = sample_batch(run, step, timer)
         with timer.phase("reward"):
@@ -89,7 +89,7 @@ def opo_step(run: Run, step: int) -> None:
     if evaluation_is_due(config, step):
         with timer.phase("eval"):
             row |= evaluate(run)
-    run.finish_step(row | timer.metrics(), rollouts=rollouts)
+    run.finish_step(row | timer.metrics(), rollouts, timer.timeline)
 
 
 def opo_update(

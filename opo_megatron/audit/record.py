@@ -4,7 +4,8 @@ Each OPO step records a digest per column of its rollouts (among them the expert
 they are replayed), digest and norm per tensor of its new weights,
 and a chain: a hash of these digests and the previous chain, so that one number tells whether two runs are
 equal up to this step.  Digests do not depend on the parallel layout (`audit/digest.py`).  Engine
-log-probabilities are left out: their rounding depends on the layout.  Warm-start steps are not recorded;
+log-probabilities are left out: their rounding depends on the layout.  A step that overlapped with generation
+records the order of its sums: `arrival` is not repeatable bit for bit.  Warm-start steps are not recorded;
 step 0 has the weights after the warm start.
 """
 
@@ -26,6 +27,8 @@ from opo_megatron.utils.hashing import MASK, hash_of, mix_tensor
 
 CHAIN = "audit_chain"
 """Key of the last chain in the run's state."""
+ORDER = "overlap_order"
+"""Key of the order in which groups were trained on, of steps that overlapped with generation."""
 PER_SAMPLE = ("prompt_ids", "response_lengths", "finish_reasons", "rewards")
 PER_TOKEN = {"prompt_tokens": "prompt_lengths", "response_tokens": "response_lengths"}
 EXPERTS = "routed_experts"
@@ -46,8 +49,10 @@ def audit_row(
     )
     chain = hash_of((int(state.get(CHAIN, "0"), 16), weights_sum, rollouts_sum))
     state[CHAIN] = in_hex(chain)
+    overlapped = config.rollout.overlap and rollouts is not None
     return {
         "step": step,
+        **({ORDER: config.rollout.overlap_order.value} if overlapped else {}),
         "chain": in_hex(chain),
         "weights": in_hex(weights_sum),
         "rollouts": in_hex(rollouts_sum),
@@ -59,7 +64,7 @@ def audit_row(
 
 def layout_of(config: Config, parallel: Parallel) -> str:
     """All settings that affect the rounding of sums."""
-    policy = config.policy
+    policy, rollout = config.policy, config.rollout
     return (
         f"{parallel.world_size} ranks, tensor {policy.tensor_model_parallel_size}, pipeline "
         f"{policy.pipeline_model_parallel_size}×{policy.virtual_pipeline_model_parallel_size or 1}, "
@@ -67,7 +72,8 @@ def layout_of(config: Config, parallel: Parallel) -> str:
         f"{policy.expert_model_parallel_size}×{policy.expert_tensor_parallel_size}, sequence parallel "
         f"{policy.sequence_parallel}, {policy.max_tokens_per_micro_batch} tokens"
         f"{' packed' if policy.packing is Packing.thd else ''}, head "
-        f"{policy.head_chunk_tokens}, {config.rollout.local.slots} slots, {parallel.device.type}"
+        f"{policy.head_chunk_tokens}, {rollout.local.slots} slots, {parallel.device.type}"
+        f"{f', parts of {rollout.overlap_micro_batches} micro-batches' if rollout.overlap else ''}"
     )
 
 

@@ -2,7 +2,7 @@
 
 A row is written at once and is on disk before `append` returns.  A resumed run first deletes the rows after
 its checkpoint and a partial last line.  A value that was not measured is absent.  Only values under time/,
-memory/, throughput/ and run/ may differ between identical runs.
+memory/, throughput/, run/ and overlap/ may differ between identical runs.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ class RunFiles:
         self.metrics = MetricsFile(self.dir / "metrics.jsonl")
         self.warm_start = MetricsFile(self.dir / "warm_start.jsonl")
         self.audit = MetricsFile(self.dir / "audit.jsonl")
+        self.timeline = MetricsFile(self.dir / "timeline.jsonl")
         self._loggers: list[MetricLogger] = []
         if not is_writer:
             return
@@ -43,6 +44,8 @@ class RunFiles:
         self.metrics.truncate_after(step)
         if config.observe.audit:
             self.audit.truncate_after(step)
+        if config.rollout.overlap:
+            self.timeline.truncate_after(step)
         if warm_step is not None:
             self.warm_start.truncate_after(warm_step)
         self._delete_rollouts_after(step)
@@ -55,7 +58,7 @@ class RunFiles:
 
     def _copy_rows(self, other: Path) -> None:
         """Copy the rows of the run whose checkpoint this one resumes from."""
-        for file in (self.metrics, self.warm_start, self.audit):
+        for file in (self.metrics, self.warm_start, self.audit, self.timeline):
             if (other / file.path.name).exists():
                 shutil.copyfile(other / file.path.name, file.path)
 
@@ -79,6 +82,11 @@ class RunFiles:
         """The audit of a finished OPO step."""
         if self.is_writer:
             self.audit.append(row)
+
+    def write_timeline(self, row: MetricsRow) -> None:
+        """When an overlapped step did what, on every rank."""
+        if self.is_writer:
+            self.timeline.append(row)
 
     def write_warm_start(self, row: MetricsRow) -> None:
         """Log a finished warm-start step."""

@@ -4,7 +4,9 @@ The run's recipe resumes from the nearest earlier checkpoint, in a separate fold
 run's parallel layout all digests must be equal; under another one, the norms of all weights within 1e-5.
 Where the engine would not generate the same responses (another layout, SGLang outside exact mode), or the
 step was non-finite, the recorded rollouts replace generation.  In exact mode the local engine generates what
-SGLang did; with `--rollouts` a server does it again.  The file of the step's rollouts must have the recorded
+SGLang did; with `--rollouts` a server does it again.  A step that overlapped with generation adds up the same
+parts again where they were in prompt order; in order of arrival, its sums are rounded as under another
+layout.  The file of the step's rollouts must have the recorded
 digests.  The error names what differs: reward, token or weight.
 """
 
@@ -21,18 +23,18 @@ import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.config import MismatchAction
-from opo_megatron.audit.record import PER_SAMPLE, PER_TOKEN, column_digests, in_hex, layout_of
+from opo_megatron.audit.record import ORDER, PER_SAMPLE, PER_TOKEN, column_digests, in_hex, layout_of
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.build import open_run
 from opo_megatron.checkpoint.progress import PHASES, RunProgress, checkpoints
 from opo_megatron.config import Config
-from opo_megatron.config.choices import EngineName, Fill, Kl
+from opo_megatron.config.choices import EngineName, Fill, Kl, OverlapOrder
 from opo_megatron.config.rules.exact import exact_switch
 from opo_megatron.config.schema import CheckpointConfig, ObserveConfig, RolloutConfig
 from opo_megatron.distributed.process_groups import all_gather_objects
 from opo_megatron.errors import NonFiniteError, ReplayDiffers, UserError
 from opo_megatron.observe.metrics_file import MetricsFile, MetricsRow
-from opo_megatron.rollout.engine import GenerationRequest, Progress, Sampling
+from opo_megatron.rollout.engine import Deliver, GenerationRequest, Progress, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.run import Run
 from opo_megatron.tasks.base import STREAM_TRAIN
@@ -79,18 +81,33 @@ def replay(config: Config, run_dir: Path, step: int, with_own_engine: bool = Fal
         try:
             layout = layout_of(config, run.parallel)
             later = range(max(run.step, 0) + 1, step + 1)
-            is_same = all(recorded[j]["layout"] == layout for j in later if j in recorded)
+            rows = [recorded[j] for j in later if j in recorded]
+            is_same = all(row["layout"] == layout and _is_repeatable(row) for row in rows)
             if with_own_engine and not is_same:
-                raise UserError(
-                    f"--rollouts under another layout ({layout}) than the run's, whose weights differ by "
-                    "rounding; replay with the run's layout, or without --rollouts"
-                )
+                raise UserError(_why_not_sampled_again(rows, layout))
             _Replay(run, run_dir, recorded, is_same, regenerates and is_same).run_until(step)
         finally:
             if run.parallel.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
                 with suppress(OSError):  # not empty: other replays
                     folder.parent.rmdir()
+
+
+def _is_repeatable(row: MetricsRow) -> bool:
+    """Whether the same layout rounds the sums of the step the same way."""
+    return bool(row.get(ORDER) != OverlapOrder.arrival.value)
+
+
+def _why_not_sampled_again(rows: Sequence[MetricsRow], layout: str) -> str:
+    if all(map(_is_repeatable, rows)):
+        return (
+            f"--rollouts under another layout ({layout}) than the run's, whose weights differ by rounding; "
+            "replay with the run's layout, or without --rollouts"
+        )
+    return (
+        "--rollouts, but the run has rollout.overlap_order=arrival, so its weights are not repeatable to the "
+        "last bit; replay without --rollouts"
+    )
 
 
 def _for_replay(config: Config, run_dir: Path, folder: Path, step: int, with_own_engine: bool) -> Config:
@@ -180,6 +197,7 @@ class _Replay:
             if self._was_nonfinite(step)
             else rollouts_path(self.run_dir, step)
         )
+        rollouts = None
         if self._was_nonfinite(step) or not self.regenerates:
             if self.run.config.rollout.fill is not Fill.off:
                 raise UserError(
@@ -192,7 +210,10 @@ class _Replay:
                     f"{path} is missing, and only the run's layout ({self.recorded[step]['layout']}) "
                     "generates the same rollouts again; replay with that one"
                 )
-            generation.engine = _RecordedEngine(engine, Rollouts.load(path))  # type: ignore[arg-type]
+            rollouts = Rollouts.load(path)
+        config = self.run.config.rollout
+        if rollouts is not None or (config.overlap and config.engine is EngineName.local):
+            generation.engine = _ReplayEngine(engine, rollouts)  # type: ignore[arg-type]
         try:
             opo_step(self.run, step)
         finally:
@@ -258,22 +279,28 @@ class _Replay:
         return None
 
 
-class _RecordedEngine:
-    """An engine that returns the recorded rollouts of a step instead of generating them."""
+class _ReplayEngine:
+    """An engine that returns the recorded rollouts of a step, where there are some, instead of generating
+    them, and delivers all of them at once."""
 
-    def __init__(self, engine: LocalEngine, rollouts: Rollouts) -> None:
-        self._engine = engine
-        self._rollouts = replace(rollouts, rewards=None, advantages=None, token_advantages=None)
-        pairs = zip(rollouts.groups.tolist(), rollouts.sample_indices.tolist(), strict=True)
-        self._index = {pair: i for i, pair in enumerate(pairs)}
+    def __init__(self, engine: LocalEngine, rollouts: Rollouts | None) -> None:
+        self._engine, self._rollouts = engine, rollouts
         self.version = engine.version
 
     def generate(
-        self, requests: Sequence[GenerationRequest], sampling: Sampling, progress: Progress | None = None
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        progress: Progress | None = None,
+        deliver: Deliver | None = None,
     ) -> Rollouts:
-        if sampling.seed[1:2] != (STREAM_TRAIN,):
-            return self._engine.generate(requests, sampling, progress)
-        return self._rollouts.select([self._index[one.group, one.sample_index] for one in requests])
+        if sampling.seed[1:2] != (STREAM_TRAIN,) or self._rollouts is None:
+            rollouts = self._engine.generate(requests, sampling, progress)
+        else:
+            rollouts = _recorded(self._rollouts, requests)
+        if deliver is not None and requests:
+            deliver(rollouts)
+        return rollouts
 
     def update_weights(self, buckets: NamedTensors, version: int) -> None:
         self._engine.update_weights(buckets, version)
@@ -291,6 +318,25 @@ class _RecordedEngine:
     def recover(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+def _recorded(rollouts: Rollouts, requests: Sequence[GenerationRequest]) -> Rollouts:
+    """The recorded responses to the requests.
+
+    Raises:
+        UserError: where some are not recorded.
+    """
+    pairs = zip(rollouts.groups.tolist(), rollouts.sample_indices.tolist(), strict=True)
+    index = {pair: i for i, pair in enumerate(pairs)}
+    wanted = [(one.group, one.sample_index) for one in requests]
+    missing = [pair for pair in wanted if pair not in index]
+    if missing:
+        raise UserError(
+            f"the recorded batch lacks {len(missing)} of {len(wanted)} samples, still sampled when another "
+            "was not finite (rollout.overlap=true); such a step is not replayed, choose another"
+        )
+    unjudged = replace(rollouts, rewards=None, advantages=None, token_advantages=None)
+    return unjudged.select([index[pair] for pair in wanted])
 
 
 def first_difference(was: Rollouts, now: Rollouts) -> str | None:

@@ -17,9 +17,12 @@ from io import BytesIO, StringIO
 from typing import TYPE_CHECKING, Any
 
 from opo_megatron.observe.gradient_noise import UNBIASED, Noise, noise_intervals, variance_reports
+from opo_megatron.observe.metrics_file import MetricsRow
+from opo_megatron.observe.step_timeline import ENDED
 from opo_megatron.report.arms import Arm, Band, band, bin_size
 from opo_megatron.report.measures import Measure, sections_of
 from opo_megatron.report.runs import Run
+from opo_megatron.report.timeline import ENGINE, TRAINER, bars_of
 from opo_megatron.utils.extras import require_extra
 
 if TYPE_CHECKING:
@@ -31,10 +34,16 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v")
 PHASES = {
-    "rollout": "#0072B2", "reward": "#E69F00", "variance": "#CC79A7", "train": "#D55E00", "sync": "#009E73",
-    "eval": "#56B4E9", "audit": "#999999",
+    "rollout": "#0072B2", "reward": "#E69F00", "variance": "#CC79A7", "train": "#D55E00", "tail": "#F0A070",
+    "sync": "#009E73", "eval": "#56B4E9", "audit": "#999999",
 }  # fmt: skip
 OTHER = "#DDDDDD"
+INTERVALS = PHASES | {"engine": "#0072B2", "update": "#882E00", "lost": "#DDDDDD"}
+"""Colours of a timeline."""
+SHOWN_RANKS = 16
+"""At most, in a timeline."""
+SHOWN_ENDS = 400
+"""Places on a timeline that can show that a response has ended."""
 FEW_POINTS = 30
 """Curves of at most this many points have markers."""
 LONGEST_NAME = 40
@@ -64,7 +73,7 @@ class Figure:
 
 
 def figures_of(arms: Sequence[Arm], with_png: bool, show: Callable[[str, float], None]) -> list[Figure]:
-    """All figures: one per metric, then the gradient's noise by baseline and the time by phase.
+    """All figures: one per metric, then the gradient's noise by baseline, the time by phase, and timelines.
 
     Args:
         with_png: also as pictures, which doubles the time.
@@ -89,6 +98,7 @@ def figures_of(arms: Sequence[Arm], with_png: bool, show: Callable[[str, float],
         runs = [run for arm in arms for run in arm.runs]
         if any(phases_of(run) for run in runs):
             figures.append(_time_figure(runs, with_png))
+        figures += [_timeline_figure(run, run.timeline, with_png) for run in runs if run.timeline]
     return figures
 
 
@@ -156,7 +166,10 @@ def _shortened(name: str) -> str:
 
 
 def phases_of(run: Run) -> dict[str, float]:
-    """Mean seconds per OPO step by phase; the rest is `other`."""
+    """Mean seconds per OPO step by phase; the rest is `other`.
+
+    Where a step overlaps with generation, `rollout` ends with the last response and `tail` is what follows.
+    """
     steps = [row for row in run.rows if row.get("time/step")]
     if not steps:
         return {}
@@ -165,6 +178,8 @@ def phases_of(run: Run) -> dict[str, float]:
         name.removeprefix("time/"): sum(row.get(name) or 0.0 for row in steps) / len(steps) for name in names
     }
     whole = seconds.pop("step")
+    if "tail" in seconds:
+        del seconds["train"]  # which is partly during `rollout`
     # The audit is not part of time/step.
     inside = sum(value for name, value in seconds.items() if name != "audit")
     ordered = sorted(seconds, key=lambda name: [*PHASES, name].index(name))
@@ -192,9 +207,48 @@ def _time_figure(runs: Sequence[Run], with_png: bool) -> Figure:
         axes.set_ylim(len(runs) - 0.5, -0.5)
         axes.margins(x=0.08)
         canvas.legend(loc="outside right center")
-        caption = "Mean over all steps of a run; other: time outside the phases."
+        caption = (
+            "Mean over all steps of a run; other: time outside the phases; tail: where training overlaps "
+            "with generation, what follows the last response."
+        )
         svg, png = _render(canvas, with_png)
     return _figure("time_by_phase", "Time", "time per step, by phase", caption, svg, png)
+
+
+def _timeline_figure(run: Run, row: MetricsRow, with_png: bool) -> Figure:
+    """A row of bars per trainer and per engine; white lines where responses ended."""
+    ranks = row["ranks"][:SHOWN_RANKS]
+    names = [f"{what} {rank}" for rank in range(len(ranks)) for what in (ENGINE, TRAINER)]
+    with _canvas(9.4, 1.5 + 0.36 * len(names)) as canvas:
+        axes = canvas.subplots()
+        labels: set[str] = set()
+        for number, rank in enumerate(ranks):
+            for bar in bars_of(rank):
+                place = 2 * number + (bar.row == TRAINER)
+                label = None if bar.name in labels else bar.name
+                labels.add(bar.name)
+                axes.barh(
+                    place, bar.end - bar.begin, left=bar.begin, height=0.7, label=label,
+                    color=INTERVALS.get(bar.name, OTHER), edgecolor="white", linewidth=0.4,
+                )  # fmt: skip
+            unit = row["seconds"] / SHOWN_ENDS
+            ends = [unit * cell for cell in sorted({round(end / unit) for end in rank[ENDED]})]
+            axes.vlines(ends, 2 * number - 0.35, 2 * number + 0.35, color="white", linewidth=0.6)
+        axes.set(yticks=range(len(names)), yticklabels=names, xlabel="seconds since the step began")
+        title = f"timeline of step {row['step']}, {_shortened(run.name)}"
+        axes.set_title(title, fontweight="bold")
+        axes.grid(axis="y", visible=False)
+        axes.set_xlim(0, 1.02 * row["seconds"])
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        canvas.legend(loc="outside right center")
+        all_ranks = len(row["ranks"])
+        more = f"  The first {len(ranks)} of {all_ranks} ranks." if all_ranks > len(ranks) else ""
+        caption = (
+            "Of the last step that trained while its tail was sampled, by rank; white lines: responses that "
+            f"ended.{more}"
+        )
+        svg, png = _render(canvas, with_png)
+    return _figure(f"timeline_{run.name}", "Time", title, caption, svg, png)
 
 
 def noise_of(arm: Arm) -> dict[str, Noise]:

@@ -32,6 +32,8 @@ class Run:
     """metrics.jsonl by step; empty before the first row."""
     dumps: dict[int, Path]
     """Rollout files by step."""
+    timeline: MetricsRow | None = None
+    """The last row of timeline.jsonl; None where no step overlapped with generation."""
 
     @property
     def seed(self) -> Any:
@@ -113,11 +115,18 @@ def _read(folder: Path, name: str) -> Run:
         raise UserError(f"{recipe} is not YAML ({str(error).splitlines()[0]}); fix it") from None
     if "train.steps" not in settings:
         raise UserError(f"{recipe} is not a resolved recipe (train.steps is missing); name a run.dir")
-    return Run(path=folder, name=name, settings=settings, rows=_rows(folder), dumps=_dumps(folder))
+    return Run(
+        path=folder,
+        name=name,
+        settings=settings,
+        rows=_rows(folder, "metrics.jsonl"),
+        dumps=_dumps(folder),
+        timeline=next(reversed(_rows(folder, "timeline.jsonl")), None),
+    )
 
 
-def _rows(folder: Path) -> list[MetricsRow]:
-    file = MetricsFile(folder / "metrics.jsonl")
+def _rows(folder: Path, name: str) -> list[MetricsRow]:
+    file = MetricsFile(folder / name)
     rows = file.read()
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):

@@ -8,6 +8,7 @@ asks for the next ones.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 
 from opo_megatron.batch.rollouts import Rollouts
@@ -28,6 +29,9 @@ class Arrivals:
         self._is_closed = False
         self.finished = self.tokens = 0
         """Responses that have ended, and their tokens."""
+        self.began = time.perf_counter()
+        self.ended: list[float] = []
+        """When each response ended, by `time.perf_counter`."""
         self._thread = threading.Thread(
             target=self._generate, args=(engine, requests, sampling), name="opo-arrivals", daemon=True
         )
@@ -75,6 +79,7 @@ class Arrivals:
     def _deliver(self, rollouts: Rollouts) -> None:
         with self._changed:
             self._new.append(rollouts)
+            self.ended += len(rollouts) * [time.perf_counter()]
             self.finished += len(rollouts)
             self.tokens += int(rollouts.response_lengths.sum())
             self._changed.notify_all()

@@ -15,7 +15,6 @@ the same parts (`GroupLedger`) from that.  A failure or a stop on any rank ends 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -34,6 +33,7 @@ from opo_megatron.distributed.process_groups import all_gather_objects
 from opo_megatron.errors import EngineFailure, OnPolicyError, Preempted
 from opo_megatron.kernels.advantages import compute_advantages
 from opo_megatron.observe.metrics_file import MetricsRow
+from opo_megatron.observe.step_timeline import RankTimeline
 from opo_megatron.policy.metric_sums import MetricSums, StepMetrics
 from opo_megatron.rollout.arrivals import Arrivals
 from opo_megatron.rollout.engine import StreamingEngine
@@ -63,8 +63,6 @@ class StepInFlight:
     """Response lengths of the samples that this data-parallel rank has trained on."""
     wrong_version: str | None = None
     """The first tokens, of any rank, that other weights sampled."""
-    hidden_seconds: float = 0.0
-    """Training during which responses were still sampled."""
     cuts: int = 0
 
     def rollouts(self, numbers: Sequence[int]) -> Rollouts:
@@ -73,29 +71,34 @@ class StepInFlight:
 
 
 def overlapped_update(
-    run: Run, step: int, lr: float
+    run: Run, step: int, lr: float, timeline: RankTimeline
 ) -> tuple[Rollouts, BatchStats, Tensor, StepMetrics, MetricsRow]:
     """Sample and train one step; a collective.  Where it raises, no gradients are left.
+
+    Args:
+        timeline: takes what this rank does.
 
     Returns:
         This rank's samples, the statistics and advantages of all, the step's metrics, and the times.
     """
     try:
-        return _update(run, step, lr)
+        return _update(run, step, lr, timeline)
     except Exception:
         run.policy.zero_gradients()
         raise
 
 
-def _update(run: Run, step: int, lr: float) -> tuple[Rollouts, BatchStats, Tensor, StepMetrics, MetricsRow]:
-    started = time.perf_counter()
-    flight = run.generation.retry(lambda: _attempt(run, step))
-    sampled = time.perf_counter()
+def _update(
+    run: Run, step: int, lr: float, timeline: RankTimeline
+) -> tuple[Rollouts, BatchStats, Tensor, StepMetrics, MetricsRow]:
+    flight = run.generation.retry(lambda: _attempt(run, step, timeline))
+    sampled = timeline.now()
     own = flight.ledger.blocks[run.parallel.rank]
     rollouts = run.last_rollouts = flight.rollouts(own)
     run.watchdog.enter("train")
     while groups := _next_part(run, flight):
-        _add_gradients(run, flight, groups)
+        with timeline.interval("train"):
+            _add_gradients(run, flight, groups)
     rollouts.advantages = flight.advantages[own.start : own.stop]
 
     def check(metrics: StepMetrics) -> None:
@@ -106,12 +109,14 @@ def _update(run: Run, step: int, lr: float) -> tuple[Rollouts, BatchStats, Tenso
     stats = flight.ledger.stats()
     normalizer = loss_normalizer(run.config.algorithm, stats.response_lengths)
     lengths = torch.cat(flight.trained_lengths)
-    metrics = run.policy.finish_streamed_step(flight.sums, normalizer, lengths, lr, check)
-    return rollouts, stats, flight.advantages, metrics, _times(flight, started, sampled, time.perf_counter())
+    with timeline.interval("update"):
+        metrics = run.policy.finish_streamed_step(flight.sums, normalizer, lengths, lr, check)
+    return rollouts, stats, flight.advantages, metrics, _times(timeline, flight.cuts, sampled)
 
 
-def _attempt(run: Run, step: int) -> StepInFlight:
+def _attempt(run: Run, step: int, timeline: RankTimeline) -> StepInFlight:
     """Sample all responses, training on complete groups meanwhile."""
+    timeline.begin_attempt()
     config, prompts = run.config, run.prompts(step)
     samples = config.rollout.samples_per_prompt
     requests = requests_for(prompts, samples, run.parallel)
@@ -132,18 +137,20 @@ def _attempt(run: Run, step: int) -> StepInFlight:
     run.watchdog.enter("rollout")
     with Arrivals(engine, requests, sampling) as arrivals:
         while not ledger.is_complete:
-            _exchange(run, flight, arrivals, prompts)
+            _exchange(run, flight, arrivals, prompts, timeline)
             show(arrivals.finished, len(requests), arrivals.tokens)
             if not ledger.is_complete and (groups := _next_part(run, flight)):
-                began = time.perf_counter()
                 run.watchdog.enter("train")
-                _add_gradients(run, flight, groups)
+                with timeline.interval("train"):
+                    _add_gradients(run, flight, groups)
                 run.watchdog.enter("rollout")
-                flight.hidden_seconds += time.perf_counter() - began
+    timeline.note_engine(arrivals.began, arrivals.ended)
     return flight
 
 
-def _exchange(run: Run, flight: StepInFlight, arrivals: Arrivals, prompts: Sequence[Prompt]) -> None:
+def _exchange(
+    run: Run, flight: StepInFlight, arrivals: Arrivals, prompts: Sequence[Prompt], timeline: RankTimeline
+) -> None:
     """Enter what has ended on any rank into the ledger.
 
     Raises:
@@ -156,7 +163,8 @@ def _exchange(run: Run, flight: StepInFlight, arrivals: Arrivals, prompts: Seque
         if run.generation.stop is not None:
             run.generation.stop.raise_if_stopping()
         for part in arrivals.take(POLL_SECONDS):
-            part.rewards = compute_rewards(run.task, prompts, part)
+            with timeline.interval("reward"):
+                part.rewards = compute_rewards(run.task, prompts, part)
             wrong = wrong or _wrong_version(part, run.policy.version)
             keys = zip(part.groups.tolist(), part.sample_indices.tolist(), strict=True)
             numbers = [flight.own_numbers[key] for key in keys]
@@ -218,16 +226,17 @@ def _add_gradients(run: Run, flight: StepInFlight, groups: Sequence[int]) -> Non
     flight.cuts += 1
 
 
-def _times(flight: StepInFlight, started: float, sampled: float, ended: float) -> MetricsRow:
+def _times(timeline: RankTimeline, cuts: int, sampled: float) -> MetricsRow:
     """`time/rollout` ends with the last response; `time/train` is all training, `time/tail` what follows."""
-    rollout, tail = sampled - started, ended - sampled
-    train = flight.hidden_seconds + tail
+    rollout, tail = sampled, timeline.now() - sampled
+    hidden = timeline.seconds("train", until=sampled)
+    train = timeline.seconds("train") + timeline.seconds("update")
     return {
         "time/rollout": rollout,
         "time/train": train,
         "time/tail": tail,
-        "overlap/cuts": flight.cuts,
-        "overlap/hidden": flight.hidden_seconds / train,
+        "overlap/cuts": cuts,
+        "overlap/hidden": hidden / train,
         "overlap/engine_idle": tail / (rollout + tail),
-        "overlap/trainer_idle": (rollout - flight.hidden_seconds) / (rollout + tail),
+        "overlap/trainer_idle": (rollout - hidden) / (rollout + tail),
     }

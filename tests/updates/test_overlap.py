@@ -203,7 +203,7 @@ def test_parts_in_prompt_order_depend_on_lengths_alone() -> None:
     assert seen == {((0,), (1, 2), (3, 4))}
 
 
-def test_parts_in_order_of_arrival_have_whole_groups_once_and_enough_tokens() -> None:
+def test_parts_in_order_of_arrival_have_whole_groups_and_enough_tokens() -> None:
     for order in itertools.permutations(range(6)):
         ledger, taken = GroupLedger(3, 2, world_size=2), []
         for number in order:

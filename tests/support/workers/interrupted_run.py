@@ -4,18 +4,21 @@ interrupted_run.py FAULTS [--real] ARGUMENT...
 
 Each entry of the JSON list `FAULTS` is one attempt of `opo ARGUMENT...`: null is not interrupted,
 [point, signal] sends itself that signal at that point, [point, signal, rank] only on that rank, and
-["server", points] kills the run's SGLang server at each of these points.  A rank runs
-the first entry; otherwise each runs in a child, forked after all imports, and the list of exit codes
+["server", points] kills the run's SGLang server at each of these points.  The point "streamed N" is event N
+of this attempt's second step that overlaps: responses that end, parts that begin and end, the update.  A rank
+runs the first entry; otherwise each runs in a child, forked after all imports, and the list of exit codes
 (−n for a signal) is printed as the last line.  `--real` keeps the task's reward.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +56,7 @@ def _during_rollouts_of(engine: Any, inject: Callable[[], None], stream: int, ca
     generate = engine.generate
     count = 0
 
-    def interrupted(self: Any, requests: Any, sampling: Any, progress: Any = None) -> Any:
+    def interrupted(self: Any, requests: Any, sampling: Any, progress: Any = None, *deliver: Any) -> Any:
         def show(done: int, total: int, tokens: int) -> None:
             if 2 * done > total and count == calls and sampling.seed[1:2] == (stream,):
                 inject()
@@ -62,7 +65,7 @@ def _during_rollouts_of(engine: Any, inject: Callable[[], None], stream: int, ca
 
         nonlocal count
         count += sampling.seed[1:2] == (stream,)
-        return generate(self, requests, sampling, show)
+        return generate(self, requests, sampling, show, *deliver)
 
     engine.generate = interrupted
 
@@ -98,6 +101,41 @@ def during_training(inject: Callable[[], None]) -> None:
     Policy.accumulate_gradients, Policy.train_step = interrupted, step
 
 
+def during_streamed_step(inject: Callable[[], None], number: int) -> None:
+    """At an event of this attempt's second streamed step."""
+    generate, add, finish = SglangEngine.generate, Policy.add_gradients, Policy.finish_streamed_step
+    steps, events = itertools.count(1), itertools.count(1)
+    in_step: list[bool] = []
+
+    def event() -> None:
+        if in_step and next(events) == number:
+            inject()
+
+    def streamed(self: Any, requests: Any, sampling: Any, progress: Any = None, deliver: Any = None) -> Any:
+        if deliver is None:
+            return generate(self, requests, sampling, progress)
+        if next(steps) == 2:
+            in_step.append(True)
+
+        def noting(part: Rollouts) -> None:
+            event()
+            deliver(part)
+
+        return generate(self, requests, sampling, progress, noting)
+
+    def adding(self: Policy, *arguments: Any) -> None:
+        event()
+        add(self, *arguments)
+        event()
+
+    def finishing(self: Policy, *arguments: Any) -> Any:
+        event()
+        return finish(self, *arguments)
+
+    SglangEngine.generate, Policy.add_gradients = streamed, adding  # type: ignore[method-assign]
+    Policy.finish_streamed_step = finishing  # type: ignore[method-assign]
+
+
 def during_writing(inject: Callable[[], None]) -> None:
     """The checkpoint writer has written its tensors and has not read them back."""
     entries_of = checkpoint_writer.entries_of
@@ -130,6 +168,13 @@ MOMENTS = {
 }
 
 
+def moment(point: str) -> Callable[[Callable[[], None]], None]:
+    """What injects a fault at a point, by its name."""
+    if point.startswith("streamed "):
+        return partial(during_streamed_step, number=int(point.removeprefix("streamed ")))
+    return MOMENTS[point]
+
+
 def attempt(fault: list[Any] | None, arguments: list[str]) -> int:
     """One run of the command; does not return where a signal kills the process."""
     if arguments[0] == "--real":
@@ -138,7 +183,7 @@ def attempt(fault: list[Any] | None, arguments: list[str]) -> int:
         LiftTask.reward = easy_reward  # type: ignore[method-assign]
     if fault is not None and fault[0] == "server":
         for point in fault[1]:
-            MOMENTS[point](_killing_the_server(arguments))
+            moment(point)(_killing_the_server(arguments))
     elif fault is not None and (len(fault) < 3 or str(fault[2]) == os.environ.get("RANK", "0")):
         point, signal_number = fault[:2]
         rank, sent = os.getpid(), []  # also where a child process reaches the point
@@ -149,7 +194,7 @@ def attempt(fault: list[Any] | None, arguments: list[str]) -> int:
                 sent.append(signal_number)
                 os.kill(rank, signal_number)
 
-        MOMENTS[point](inject)
+        moment(point)(inject)
     return main(arguments)
 
 

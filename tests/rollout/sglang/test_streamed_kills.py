@@ -1,0 +1,83 @@
+"""Steps that overlap with a real server's generation: kills of the run and of the server change nothing."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from signal import SIGKILL
+
+import pytest
+
+from tests.support.fixtures import SMALL_MODEL
+from tests.support.interrupted import assert_same_run, attempts
+from tests.support.servers import processes_of, sglang_python
+from tests.support.tiny_run import rows
+
+LIMIT = 2400
+"""Seconds of a run that starts six servers, on a machine that others use too."""
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(LIMIT + 100)]
+
+KILLS, SAMPLES = 5, 6 * 4
+COMMAND = (
+    *SMALL_MODEL,
+    "policy.max_tokens_per_micro_batch=64",
+    "resume=auto",
+    "warm_start.steps=0",
+    f"train.steps={KILLS + 2}",
+    "rollout.prompts_per_step=6",
+    "rollout.samples_per_prompt=4",
+    "rollout.max_response_tokens=48",  # some are long enough to train meanwhile
+    "rollout.engine=sglang",
+    "rollout.sglang.exact=true",
+    "rollout.overlap=true",
+    "rollout.overlap_order=prompt",
+    "on_policy.tolerance=0",
+    "optimizer.schedule=cosine",
+    "eval.every_steps=0",
+    "eval.problems=8",
+    "observe.kl=off",
+    "checkpoint.every_steps=1",  # every attempt ends in its second step, one later than the attempt before
+)
+
+
+@pytest.fixture(scope="module")
+def command() -> tuple[str, ...]:
+    return (*COMMAND, f"rollout.sglang.python={sglang_python()}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(command: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    assert attempts(run_dir, command=command, timeout=LIMIT) == [0]
+    steps = rows(run_dir)[1:]
+    assert {row["on_policy/logprob_diff_max"] for row in steps} == {0.0}
+    assert min(row["overlap/cuts"] for row in steps) > 1
+    orders = [row.get("overlap_order") for row in rows(run_dir, "audit.jsonl")]
+    assert orders == [None, *(KILLS + 2) * ["prompt"]]
+    return run_dir
+
+
+def test_a_step_whose_server_is_killed_is_sampled_and_trained_anew(
+    command: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    faults = ["server", [f"streamed {SAMPLES // 2}"]]
+    assert attempts(tmp_path / "run", faults, command=command, timeout=LIMIT) == [0, 0]
+    failures = {row["step"]: row["run/engine_failures"] for row in rows(tmp_path / "run")}
+    assert failures == {0: 0, 1: 0} | dict.fromkeys(range(2, KILLS + 3), 1)
+    lost = ["lost" in row["ranks"][0] for row in rows(tmp_path / "run", "timeline.jsonl")]
+    assert lost == [step == 2 for step in range(1, KILLS + 3)]
+    assert_same_run(tmp_path / "run", uninterrupted)
+    assert processes_of(tmp_path / "run") == []
+
+
+def test_five_kills_inside_streamed_steps_change_nothing(
+    command: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Of the events of a step, which are its responses, its parts and its update."""
+    events = sorted(random.Random(5).sample(range(1, SAMPLES + 4), KILLS))
+    schedules = [[f"streamed {event}", int(SIGKILL)] for event in events]
+    codes = attempts(tmp_path / "run", *schedules, command=command, timeout=LIMIT)
+    assert codes == [-SIGKILL] * KILLS + [0]
+    assert_same_run(tmp_path / "run", uninterrupted)
+    timeline = [row["step"] for row in rows(tmp_path / "run", "timeline.jsonl")]
+    assert timeline == [*range(1, KILLS + 3)]
