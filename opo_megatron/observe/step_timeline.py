@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from opo_megatron.observe.metrics_file import MetricsRow
 
 ENGINE = "engine"
@@ -43,6 +41,8 @@ class RankTimeline:
     @contextmanager
     def interval(self, name: str) -> Iterator[None]:
         """Note what happens inside, kernels included."""
+        import torch  # not above: `opo report` needs this file, and is fast without it
+
         began = self.now()
         try:
             yield

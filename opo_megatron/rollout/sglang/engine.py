@@ -36,7 +36,7 @@ from opo_megatron.config.schema import Config, SglangConfig
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
 from opo_megatron.rollout.engine import Deliver, Digests, GenerationRequest, Progress, Sampling
-from opo_megatron.rollout.sglang import exact_mode, routed_experts
+from opo_megatron.rollout.sglang import exact_mode, expert_recording
 from opo_megatron.rollout.sglang.api_key import shared_key
 from opo_megatron.rollout.sglang.balance import Balance
 from opo_megatron.rollout.sglang.client import Client
@@ -49,6 +49,7 @@ from opo_megatron.rollout.sglang.exact_batchings import (
     replies_batched,
 )
 from opo_megatron.rollout.sglang.replies import digests_of, rollouts_of
+from opo_megatron.rollout.sglang.routed_experts import experts_of
 from opo_megatron.rollout.sglang.server import Server, free_port
 from opo_megatron.rollout.sglang.transfer import (
     Bucket,
@@ -159,7 +160,7 @@ class SglangEngine:
                 if self.settings.exact:
                     exact_mode.check_server(self.config, client)
                 if self.config.rollout.routing_replay:
-                    routed_experts.check_server(client)
+                    expert_recording.check_server(client)
             return
         # Without its KV cache a server cannot be asked whether it is healthy: it would generate a token.
         if self._server is not None and (self._released or not self._server.is_alive()):
@@ -365,7 +366,7 @@ class SglangEngine:
                     finished += len(reply)
                     tokens += sum(len(one["output_ids"]) for one in reply)
                     if deliver is not None:
-                        deliver(rollouts_of(parts[posted[done]], reply, sampling))
+                        deliver(self._rollouts_of(parts[posted[done]], reply, sampling))
                 if progress is not None:
                     progress(finished, len(requests), tokens)
         return self._rollouts_of(requests, [one for reply in replies for one in reply], sampling)
@@ -375,7 +376,7 @@ class SglangEngine:
     ) -> Rollouts:
         rollouts = rollouts_of(requests, replies, sampling)
         if sampling.routed_experts:
-            rollouts.routed_experts = routed_experts.experts_of(replies, self.config.policy.model)
+            rollouts.routed_experts = experts_of(replies, self.config.policy.model)
         return rollouts
 
     @contextlib.contextmanager

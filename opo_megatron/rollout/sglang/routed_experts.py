@@ -19,35 +19,14 @@ import torch
 from torch import Tensor
 
 from opo_megatron.batch.rollouts import experts_dtype
-from opo_megatron.config.schema import Config, ModelConfig
+from opo_megatron.config.schema import ModelConfig
 from opo_megatron.errors import EngineFailure, UserError
 from opo_megatron.rollout.engine import GenerationRequest
-from opo_megatron.rollout.sglang.client import Client
+from opo_megatron.rollout.sglang.expert_recording import OPTION
 
 ROUTED_EXPERTS = "routed_experts"
 """In `meta_info` of a reply: base64, and after `unpack_experts` a tensor."""
-OPTION = "enable-return-routed-experts"
-"""The option of a server that records experts."""
 _ENTRY = np.dtype("<i4")
-
-
-def options(config: Config) -> dict[str, object]:
-    """Options of a server whose rollouts need its experts."""
-    return {OPTION: True} if config.rollout.routing_replay else {}
-
-
-def check_server(client: Client) -> None:
-    """Check that a server which already ran records the experts that it takes.
-
-    Raises:
-        UserError: where it does not.
-    """
-    if not client.get("/server_info").get(OPTION.replace("-", "_")):
-        raise UserError(
-            f"rollout.routing_replay=true, but the SGLang server {client.url} of rollout.sglang.urls was "
-            f"started without --{OPTION}; start it by `opo serve` with this recipe, or set "
-            "rollout.routing_replay=false here"
-        )
 
 
 def unpack_experts(requests: Sequence[GenerationRequest], replies: Sequence[Any], model: ModelConfig) -> None:

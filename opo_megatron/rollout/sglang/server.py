@@ -23,7 +23,7 @@ from opo_megatron.config.choices import Dtype
 from opo_megatron.config.rules.api_key import variable_of
 from opo_megatron.config.schema import Config
 from opo_megatron.errors import UserError
-from opo_megatron.rollout.sglang import exact_mode, routed_experts
+from opo_megatron.rollout.sglang import exact_mode, expert_recording
 from opo_megatron.rollout.sglang.api_key import random_key, shared_key
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.compilation import CompileWatch
@@ -173,7 +173,7 @@ class Server:
             options |= {"enable-deterministic-inference": True, "attention-backend": "triton"}
         if settings.exact:
             options |= exact_mode.options(self.config)
-        options |= routed_experts.options(self.config)
+        options |= expert_recording.options(self.config)
         return as_words(options | by_their_own_names(settings.options))
 
     def environment(self) -> dict[str, str]:

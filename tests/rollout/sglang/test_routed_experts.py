@@ -18,7 +18,7 @@ import torch
 from opo_megatron.config import Config
 from opo_megatron.errors import EngineFailure, UserError
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
-from opo_megatron.rollout.sglang import routed_experts
+from opo_megatron.rollout.sglang import expert_recording
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.installation import SERVE
@@ -204,10 +204,10 @@ def test_servers_that_already_run_are_asked_whether_they_record_experts(value: A
     info = {} if value == "absent" else {"enable_return_routed_experts": value}
     with web_server(200, json.dumps(info)) as url:
         if value is True:
-            routed_experts.check_server(Client(url, 5))
+            expert_recording.check_server(Client(url, 5))
             return
         with pytest.raises(UserError) as raised:
-            routed_experts.check_server(Client(url, 5))
+            expert_recording.check_server(Client(url, 5))
     assert f"{url} of rollout.sglang.urls was started without --enable-return-routed-experts" in str(
         raised.value
     )
@@ -229,7 +229,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch, modules: Sequence[str], has_gpu: b
         if name in PACKAGES:
             module.__path__ = []
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(sys, "argv", ["serve.py", f"--{routed_experts.OPTION}"])
+    monkeypatch.setattr(sys, "argv", ["serve.py", f"--{expert_recording.OPTION}"])
     return serve["record_experts_on_cpu"]
 
 
