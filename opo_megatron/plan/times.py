@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.plan.hardware import GPUS_PER_NODE, Gpu, constant
@@ -56,6 +57,11 @@ class Work:
     expert_parallel: int = 1
     tensor_parallel: int = 1
     """Of the policy."""
+
+    @cached_property
+    def active(self) -> int:
+        """Parameters that multiply a token."""
+        return active_parameters(self.model, self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ def decode_seconds(work: Work, rows: float, cached: float) -> float:
     """One decoding step of an engine: one token for each of `rows` responses, with `cached` tokens in all."""
     unread = work.engine_experts * (1 - experts_read(work.model, rows))
     read = work.engine_weights - unread + cached * work.engine_token
-    operations = 2 * active_parameters(work.model, work.vocab_size) * rows / work.engine_tp
+    operations = 2 * work.active * rows / work.engine_tp
     latency = 2 * work.model.num_layers * constant("decode_launch") if work.engine_tp > 1 else 0.0
     bandwidth = work.gpu.bandwidth * constant("memory_efficiency")
     return max(read / bandwidth, operations / _compute(work)) + latency
@@ -144,8 +150,7 @@ def decode_seconds(work: Work, rows: float, cached: float) -> float:
 
 def prefill_seconds(work: Work, gpus: int) -> float:
     """The prompts of all samples, over `gpus` GPUs."""
-    active = active_parameters(work.model, work.vocab_size)
-    return 2 * active * work.lengths.samples * work.lengths.prompt / (_compute(work) * gpus)
+    return 2 * work.active * work.lengths.samples * work.lengths.prompt / (_compute(work) * gpus)
 
 
 def _compute(work: Work) -> float:
