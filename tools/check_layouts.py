@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from opo_megatron.batch.rollouts import Rollouts
     from opo_megatron.config import Config
     from opo_megatron.distributed.process_groups import Parallel
+    from opo_megatron.policy.policy import Policy
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 STEPS = 3
@@ -398,15 +399,20 @@ def replay_steps(config: Config, parallel: Parallel, name: str) -> list[list[flo
     return replayed_steps(config, parallel, VOCAB_SIZE, batches, replays=name != NO_REPLAY)
 
 
-def take_steps(config: Config, parallel: Parallel, name: str) -> list[list[float]]:
-    """[loss, grad norm] of each step, on the same rollouts for every layout."""
-    from opo_megatron.algorithm.objective import PolicyGradient
+def random_policy(config: Config, parallel: Parallel) -> Policy:
+    """A policy that every layout of a model starts from."""
     from opo_megatron.policy.policy import Policy
     from opo_megatron.weights.random_init import random_weights
 
     weights = random_weights(config.policy.model, VOCAB_SIZE, config.run.seed)
-    policy = Policy(config, VOCAB_SIZE, parallel, config.optimizer, weights)
-    results = []
+    return Policy(config, VOCAB_SIZE, parallel, config.optimizer, weights)
+
+
+def take_steps(config: Config, parallel: Parallel, name: str) -> list[list[float]]:
+    """[loss, grad norm] of each step, on the same rollouts for every layout."""
+    from opo_megatron.algorithm.objective import PolicyGradient
+
+    policy, results = random_policy(config, parallel), []
     for step in range(STEPS):
         rollouts = fixed_rollouts(step)
         # One process runs every sample backward; with several ranks, zero-advantage samples run forward-only.
@@ -425,12 +431,8 @@ def take_overlapped_steps(config: Config, parallel: Parallel, name: str) -> list
     import torch
 
     from opo_megatron.algorithm.objective import PolicyGradient
-    from opo_megatron.policy.policy import Policy
-    from opo_megatron.weights.random_init import random_weights
 
-    weights = random_weights(config.policy.model, VOCAB_SIZE, config.run.seed)
-    policy = Policy(config, VOCAB_SIZE, parallel, config.optimizer, weights)
-    results = []
+    policy, results = random_policy(config, parallel), []
     for step in range(STEPS):
         rollouts = fixed_rollouts(step)
         sums, lengths = policy.begin_gradients(measures_mismatch=False), []

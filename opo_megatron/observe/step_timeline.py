@@ -1,4 +1,4 @@
-"""When a step trained, judged, updated and generated: a row of `timeline.jsonl`, drawn by `opo report`.
+"""When a step trained, judged, updated and generated: a row of `timeline.jsonl`, shown by `opo report`.
 
 Times are in seconds since the step began, on each rank's own clock; ranks begin a step within the time of a
 barrier.  Intervals of one trainer do not overlap.  Only steps that overlap with generation are written: in

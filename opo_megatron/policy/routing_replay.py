@@ -3,8 +3,8 @@
 With experts a rounding difference does not stay small.  Where the scores of two experts are nearly equal,
 engine and policy may choose different ones, and the token's log-probability jumps.  So the rollouts carry
 the engine's choice, and Megatron's `RouterReplay` puts it in place of the router's own top-k.  The weights of
-the chosen experts, softmax of the router's scores at them, are computed afresh, so that the router's gradient
-flows as if it had chosen them itself.
+the chosen experts are the softmax of the router's own scores at them, so that the router's gradient flows as
+if it had chosen them itself.
 
 A router works on tokens in the order of Megatron's hidden states, [s, b] flattened, of which a
 sequence-parallel rank has its contiguous part.  Layers that are recomputed in the backward pass take their

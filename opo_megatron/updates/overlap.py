@@ -30,7 +30,7 @@ from opo_megatron.batch.redistribute import send_to_dp
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.batch.stats import BatchStats
 from opo_megatron.distributed.process_groups import all_gather_objects
-from opo_megatron.errors import EngineFailure, OnPolicyError, Preempted
+from opo_megatron.errors import EngineFailure, NonFiniteError, OnPolicyError, Preempted
 from opo_megatron.kernels.advantages import compute_advantages
 from opo_megatron.observe.metrics_file import MetricsRow
 from opo_megatron.observe.step_timeline import RankTimeline
@@ -183,8 +183,11 @@ def _exchange(
         flight.wrong_version = flight.wrong_version or wrong_there
         for one in of_rank:
             flight.ledger.enter(one)
-    run.last_rollouts = flight.empty if not flight.parts else flight.rollouts(sorted(flight.parts))
-    flight.ledger.check_rewards()
+    try:
+        flight.ledger.check_rewards()
+    except NonFiniteError:
+        run.last_rollouts = flight.rollouts(sorted(flight.parts))  # what is saved of the batch
+        raise
 
 
 def _wrong_version(rollouts: Rollouts, expected: int) -> str | None:

@@ -82,10 +82,10 @@ def test_one_group_has_nothing_to_overlap_with() -> None:
 
 def test_log_normal_lengths_have_the_mean_and_the_limit() -> None:
     for mean in (100.0, 400.0, 900.0):
-        drawn = log_normal(Lengths(4096, 10.0, mean, 20, 1000), 8)
-        assert sum(drawn) / len(drawn) == pytest.approx(mean, rel=5e-3)
-        assert max(drawn) <= 1000 and min(drawn) >= 1
-        assert drawn != sorted(drawn)
+        lengths = log_normal(Lengths(4096, 10.0, mean, 20, 1000), 8)
+        assert sum(lengths) / len(lengths) == pytest.approx(mean, rel=5e-3)
+        assert max(lengths) <= 1000 and min(lengths) >= 1
+        assert lengths != sorted(lengths)
 
 
 def test_a_run_without_rollouts_has_no_lengths(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_a_reward_that_is_not_finite_leaves_weights_and_moments(
         assert_unchanged(run, before)
 
 
-def test_after_an_engine_failure_the_whole_step_is_sampled_anew(tmp_path: Path) -> None:
+def test_after_an_engine_failure_the_whole_step_is_sampled_again(tmp_path: Path) -> None:
     waited, weights = one_step(tmp_path / "waited", seed=1, order="prompt")
     with a_run(tmp_path / "run", seed=1, order="prompt") as run:
         failures = []

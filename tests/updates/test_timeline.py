@@ -1,4 +1,4 @@
-"""When an overlapped step did what: recorded on every rank, drawn by `opo report`, written as a trace."""
+"""When an overlapped step did what: recorded on every rank, shown by `opo report`, written as a trace."""
 
 from __future__ import annotations
 

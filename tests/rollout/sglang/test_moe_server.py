@@ -126,11 +126,11 @@ def check_mismatch(served: Served, largest_part: float) -> None:
     assert rollouts.routed_experts is not None
     assert rollouts.routed_experts.shape == (64 * (8 + 56 - 1), served.config.policy.model.num_layers, 2)
     replayed = served.differences(rollouts)
-    chosen_anew = served.differences(replace(rollouts, routed_experts=None))
-    print(f"mean {replayed.mean():.4f}, without replay {chosen_anew.mean():.4f}")
-    print(f"max {replayed.max():.4f}, without replay {chosen_anew.max():.4f}")
-    assert float(replayed.mean()) <= largest_part * float(chosen_anew.mean())
-    assert float(replayed.max()) <= TOLERANCE < float(chosen_anew.max())
+    own_experts = served.differences(replace(rollouts, routed_experts=None))
+    print(f"mean {replayed.mean():.4f}, without replay {own_experts.mean():.4f}")
+    print(f"max {replayed.max():.4f}, without replay {own_experts.max():.4f}")
+    assert float(replayed.mean()) <= largest_part * float(own_experts.mean())
+    assert float(replayed.max()) <= TOLERANCE < float(own_experts.max())
 
 
 def test_replayed_experts_leave_only_rounding_between_server_and_policy(served: Served) -> None:
@@ -204,7 +204,7 @@ def test_a_run_is_on_policy_with_replay_and_refused_without(served: Served, tmp_
         Rollouts.load(tmp_path / "replay" / "rollouts" / "step_00000001.safetensors").routed_experts
         is not None
     )
-    result = train(served, tmp_path / "anew", "rollout.routing_replay=false")
+    result = train(served, tmp_path / "own_experts", "rollout.routing_replay=false")
     assert result.returncode != 0 and "on_policy.tolerance" in result.stderr, result.stdout + result.stderr
 
 
@@ -214,4 +214,4 @@ def test_a_tensor_parallel_server_returns_experts_and_takes_weights(
     for served in serve(tmp_path, parallel, *SPLITS, "rollout.sglang.tensor_parallel_size=2"):
         difference, _ = served.probe(served.sync())
         assert difference <= TOLERANCE
-        check_mismatch(served, 0.6)
+        check_mismatch(served, 0.4)

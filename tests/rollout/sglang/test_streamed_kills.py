@@ -57,7 +57,7 @@ def uninterrupted(command: tuple[str, ...], tmp_path_factory: pytest.TempPathFac
     return run_dir
 
 
-def test_a_step_whose_server_is_killed_is_sampled_and_trained_anew(
+def test_a_step_whose_server_is_killed_is_sampled_and_trained_again(
     command: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
     faults = ["server", [f"streamed {SAMPLES // 2}"]]
