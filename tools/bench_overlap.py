@@ -101,7 +101,11 @@ def a_server(folder: Path, python: str) -> Iterator[list[str]]:
     command = [sys.executable, "-m", "opo_megatron", "serve", RECIPE, f"rollout.sglang.python={python}", key]
     with (folder / "server.log").open("wb") as log:
         server = subprocess.Popen(
-            [*command, *MODEL, "--port", str(port)], stdout=log, stderr=log, cwd=ROOT, preexec_fn=on_core(1)
+            [*command, *MODEL, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=log,
+            stderr=log,
+            cwd=ROOT,
+            preexec_fn=on_core(1),
         )
     try:
         for _ in range(300):
@@ -112,6 +116,10 @@ def a_server(folder: Path, python: str) -> Iterator[list[str]]:
             except (urllib.error.URLError, OSError):
                 if server.poll() is not None:
                     sys.exit((folder / "server.log").read_text()[-2000:])
+        else:
+            sys.exit(
+                f"the server did not answer for five minutes: {(folder / 'server.log').read_text()[-2000:]}"
+            )
         yield [f"rollout.sglang.urls=[http://127.0.0.1:{port}]", key]
     finally:
         server.terminate()
