@@ -47,6 +47,7 @@ SLOTS, STEPS, SKIPPED, MICRO_BATCH = 48, 8, 2, 2048
 MODEL = (
     "policy.device=cpu", "task.options.moves=12", "policy.model.max_sequence_length=96",
     "rollout.max_response_tokens=60", "policy.model.num_layers=4", "policy.model.vocab_size=17",
+    "policy.model.hidden_size=192", "policy.model.ffn_hidden_size=512",
     f"rollout.sglang.max_running_requests={SLOTS}",
 )  # fmt: skip
 RUN = (

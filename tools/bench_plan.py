@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -51,11 +52,12 @@ class PublishedRun:
     samples: int = 2048
     prompt: float = 100.0
     expert_parallel: int = 1
+    tensor: int = 1
 
 
 FITTED = PublishedRun("Llama-3.1-8B", 16, 1581, 1019, pipeline=2, data_parallel=8, engine_tp=1)
 PREDICTED = (
-    PublishedRun("Qwen3-32B", 32, 571, 3206, pipeline=4, data_parallel=2, engine_tp=4),
+    PublishedRun("Qwen3-32B", 32, 571, 3206, pipeline=4, data_parallel=2, engine_tp=4, tensor=4),
     PublishedRun("Qwen3-30B-A3B", 32, 1102, 3306, 1, 32, engine_tp=1, expert_parallel=8),
 )
 
@@ -186,6 +188,23 @@ def work_of(row: PublishedRun) -> Any:
         passes=2.0,
         engine_experts=weight_bytes(config, vocab_size, row.engine_tp, experts=True),
         expert_parallel=row.expert_parallel,
+        tensor_parallel=row.tensor,
+        stages=row.pipeline,
+        replica_bytes=6 * parameters_of_rank(row) if row.data_parallel > 1 else 0,
+    )
+
+
+def parameters_of_rank(row: PublishedRun) -> int:
+    """Matrices are divided over tensor ranks, layers over the pipeline, experts over their ranks."""
+    from opo_megatron.plan.models import MODELS
+    from opo_megatron.weights.param_mapping import hf_shapes, is_expert
+
+    model = MODELS[row.model]
+    assert model.vocab_size is not None
+    sizes = {name: math.prod(shape) for name, shape in hf_shapes(model, model.vocab_size).items()}
+    return sum(
+        size // (row.tensor * row.pipeline * (row.expert_parallel if is_expert(name) else 1))
+        for name, size in sizes.items()
     )
 
 
@@ -196,9 +215,7 @@ def training_ceiling(sequence: int, bubble: float) -> float:
     from opo_megatron.plan.lengths import Lengths
     from opo_megatron.plan.times import training_seconds
 
-    work = work_of(
-        PublishedRun("Llama-3-70B", 64, 1664, sequence / 2, pipeline=8, data_parallel=2, engine_tp=8)
-    )
+    work = work_of(PublishedRun("Llama-3-70B", 64, 1664, sequence / 2, 8, 2, engine_tp=8, tensor=4))
     lengths = Lengths(128, 0.0, float(sequence), 0, sequence)
     work = replace(
         work,
@@ -207,6 +224,7 @@ def training_ceiling(sequence: int, bubble: float) -> float:
         bubble=bubble,
         passes=0.0,
         trains_in_fp8=True,
+        chunks=5,
     )
     return lengths.tokens / training_seconds(work) / work.gpus
 

@@ -7,12 +7,16 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from opo_megatron.cli.common import add_debug, add_recipe, count_of
 from opo_megatron.errors import UserError
 from opo_megatron.utils.extras import block_import
+
+if TYPE_CHECKING:
+    from opo_megatron.plan.plan import Job
 
 SUMMARY = "memory of every rank, weight sync and time of a run, without a GPU"
 EPILOG = """\
@@ -25,6 +29,8 @@ examples:
       a model by its name, without its weights; responses of 2,000 tokens on average
   opo plan my.yaml --overlap --lengths runs/mine
       how many nodes should serve, if training overlaps with generation?
+  opo plan my.yaml --gpus 64 --best
+      the five fastest layouts that fit, and what to change in the recipe; takes up to two minutes
   opo plan my.yaml --gpus 64 --json | jq '.times.step, .parameters'
       for scripts
 
@@ -59,6 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="with --overlap: the response lengths of a run's rollout files; default log-normal ones",
     )
+    add(
+        "--best",
+        action="store_true",
+        help="search all layouts for the shortest predicted step that fits, instead of planning the recipe's",
+    )
     add("--json", action="store_true", help="print the whole plan as JSON")
 
 
@@ -81,6 +92,8 @@ def run(options: argparse.Namespace) -> int:
 
     arguments = (options.recipe, options.overrides, options.gpus, gpu, options.mean_response)
     job = load_job(*arguments)
+    if options.best:
+        return _show_best(options, job, progress)
     plan = make_plan(job, progress)
     nearest = None
     if plan.problem is not None:
@@ -100,6 +113,29 @@ def run(options: argparse.Namespace) -> int:
         "no layout that fits was found; use more GPUs" + (f" or --gpu {other}" if other else "")
     )  # fmt: skip
     raise UserError(f"{plan.problem}; {remedy}")
+
+
+def _show_best(options: argparse.Namespace, job: Job, progress: _Progress) -> int:
+    """Print the fastest layouts.
+
+    Raises:
+        UserError: where none fits.
+    """
+    from opo_megatron.plan.best import MARGIN, propose
+    from opo_megatron.plan.show_best import best_to_json, show_best
+
+    present, found = propose(options.recipe, options.overrides, job, options.mean_response, progress)
+    progress.close()
+    if options.json:
+        print(json.dumps(best_to_json(present, found), indent=1))
+    else:
+        show_best(present, found, Console(file=sys.stdout, highlight=False))
+    if not found:
+        raise UserError(
+            f"no layout of {options.recipe} on {job.gpus} × {job.gpu.name.upper()} was found that leaves "
+            f"{MARGIN:.0%} of the memory free; use more GPUs (--gpus), or larger ones (--gpu h200)"
+        )
+    return 0
 
 
 class _Progress:

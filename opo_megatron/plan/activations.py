@@ -33,7 +33,6 @@ from opo_megatron.batch.micro_batch import schedule_for
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config.choices import Dtype, Packing, Recompute
 from opo_megatron.config.schema import PolicyConfig
-from opo_megatron.distributed.process_groups import Parallel
 from opo_megatron.kernels import lm_head
 from opo_megatron.plan.ranks import META, inner_optimizers
 from opo_megatron.policy.policy import Policy
@@ -226,8 +225,10 @@ def recomputes_all(policy: PolicyConfig) -> bool:
     return policy.recompute is Recompute.full or policy.megatron.get("recompute_granularity") == "full"
 
 
-def textbook_activations(policy: PolicyConfig, lengths: Sequence[tuple[int, int]], parallel: Parallel) -> int:
-    """Bytes of a stage's activations by formula, for comparison.
+def textbook_activations(
+    policy: PolicyConfig, lengths: Sequence[tuple[int, int]], dp_size: int, pp_rank: int
+) -> int:
+    """Bytes of a stage's activations by formula, for comparison and as a first guess.
 
     Per token and layer, in elements: 4·hidden for two norms, 2·queries + 2·keys for attention, 4·ffn for
     SwiGLU (of each active expert, whose tokens are also dispatched and combined); after Korthikanti et al.,
@@ -246,12 +247,13 @@ def textbook_activations(policy: PolicyConfig, lengths: Sequence[tuple[int, int]
         elements, shards = hidden, shards if policy.sequence_parallel else 1
     shards *= policy.context_parallel_size
     totals = [sum(one) for one in lengths]
-    schedule = schedule_for(policy, totals, parallel.dp_size)
+    schedule = schedule_for(policy, totals, dp_size)
     tokens = schedule.padded_tokens(totals)[0] // schedule.count
-    stages, chunks = parallel.pp_size, parallel.vpp_size
-    in_flight = stages - parallel.pp_rank
+    stages = policy.pipeline_model_parallel_size
+    chunks = policy.virtual_pipeline_model_parallel_size or 1
+    in_flight = stages - pp_rank
     if chunks > 1:
-        in_flight = 2 * (stages - parallel.pp_rank - 1) + (chunks - 1) * stages + 1
+        in_flight = 2 * (stages - pp_rank - 1) + (chunks - 1) * stages + 1
     in_flight = min(in_flight, schedule.count * chunks)
     layers = model.num_layers // (stages * chunks)
     itemsize = 2 if policy.dtype is Dtype.bf16 else 4

@@ -15,7 +15,7 @@ from opo_megatron.config.choices import Dtype, EngineName
 from opo_megatron.config.schema import Config
 from opo_megatron.plan.hardware import Gpu, constant
 from opo_megatron.plan.lengths import Lengths
-from opo_megatron.weights.param_mapping import EMBEDDING, HEAD, hf_shapes, is_expert
+from opo_megatron.plan.sizes import sizes_of
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,12 @@ def weight_bytes(config: Config, vocab_size: int, tensor_parallel_size: int, exp
     Args:
         experts: only the experts' weights.
     """
-    fp8, total = generates_in_fp8(config), 0
-    for name, shape in hf_shapes(config.policy.model, vocab_size).items():
-        if experts and not is_expert(name):
-            continue
-        itemsize = 1 if fp8 and len(shape) == 2 and name not in (EMBEDDING, HEAD) else _itemsize(config)
-        size = math.prod(shape) * itemsize
-        total += size // tensor_parallel_size if len(shape) == 2 else size
-    return total
+    sizes, itemsize = sizes_of(config.policy.model, vocab_size), _itemsize(config)
+    block = 1 if generates_in_fp8(config) else itemsize
+    if experts:
+        return sizes.experts * block // tensor_parallel_size
+    matrices = (sizes.matrices + sizes.experts) * block + (sizes.embedding + sizes.head) * itemsize
+    return matrices // tensor_parallel_size + sizes.vectors * itemsize
 
 
 def plan_engine(

@@ -42,10 +42,11 @@ class Constant(NamedTuple):
 
 CONSTANTS = {
     "training_efficiency": Constant(
-        0.41,
+        0.48,
         "of the dense peak",
-        "Megatron-LM's README: 41 to 48 % of the peak on H100s, depending on model size; the lowest",
+        "Megatron-LM's README: 41 to 48 % of the peak on H100s; the highest: communication is counted apart",
     ),
+    "exposed": Constant(0.5, "of the policy's communication", "assumed: computation hides half"),
     "memory_efficiency": Constant(
         3.0 / 3.35, "of the data sheet", "3.0 TB/s measured on an H100 with 3.35 in its data sheet"
     ),
@@ -61,11 +62,14 @@ CONSTANTS = {
     "decode_launch": Constant(
         10e-6, "s per layer and tensor-parallel all-reduce", "assumed: latency of small NCCL calls in a node"
     ),
+    "decode_step": Constant(
+        1e-3, "s per decoding step", "assumed: launching a CUDA graph, sampling and scheduling beside it"
+    ),
     "bucket_latency": Constant(
         16e-3, "s per bucket", "SGLang's update of a tiny bucket took 9 to 16 ms on a CPU; the maximum"
     ),
     "step_overhead": Constant(
-        1.60,
+        1.57,
         "times what is counted",
         "fitted (tools/bench_plan.py) to one published run: Llama-3.1-8B, 16 H100s, 1,581 tokens/s/GPU",
     ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Lengths:
         """Tokens of a step, prompts and responses."""
         return self.samples * (self.prompt + self.response)
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """τ; infinite where every response is truncated."""
         mean, longest = self.response, float(self.longest_response)

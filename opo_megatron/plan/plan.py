@@ -10,12 +10,13 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from opo_megatron.algorithm.config import ObjectiveName, Weight
-from opo_megatron.batch.micro_batch import padded_length, schedule_for, sequence_alignment
+from opo_megatron.batch.micro_batch import padded_length, schedule_micro_batches, sequence_alignment
 from opo_megatron.config import Config, load_config
 from opo_megatron.config.arithmetic import model_parallel_size, shares_memory, smallest_world
 from opo_megatron.config.choices import Dtype, EngineName, Packing, TaskName
@@ -212,7 +213,7 @@ def count_stage(
         if not with_activations:
             return held, Stage(0, 0, is_counted=False)
         samples = longest_samples(job)
-        textbook = textbook_activations(config.policy, samples, parallel)
+        textbook = textbook_activations(config.policy, samples, parallel.dp_size, parallel.pp_rank)
         if config.policy.model.num_moe_experts is not None:
             return held, Stage(textbook, textbook, is_counted=False)
         return held, Stage(activation_peak(policy, samples, on_gpus=True), textbook, is_counted=True)
@@ -251,9 +252,26 @@ def assemble(job: Job, ranks: list[RankBytes], stages: list[Stage], sync: SyncPl
         job.config, job.vocab_size, job.lengths, job.gpus, job.gpu, max(rank.parameters for rank in ranks)
     )
     phases = [phases_of(job, rank, stages[rank.pp_rank], engine) for rank in ranks]
+    replica_bytes = max(rank.gradients + rank.parameters for rank in ranks) if job.data_parallel > 1 else 0
+    work, count, padding = work_of(job, engine, max(rank.parameters for rank in ranks), replica_bytes)
+    moved = max(rank.optimizer for rank in ranks) if job.shares_memory else 0
+    times = step_times(work, sync_seconds(sync, job.gpu), moved, max(rank.host_optimizer for rank in ranks))
+    return RunPlan(
+        job, ranks, stages, engine, sync, phases, work, times, count, padding, problem_of(job, phases, engine)
+    )
+
+
+def work_of(job: Job, engine: EnginePlan, policy_weights: int, replica_bytes: int) -> tuple[Work, int, float]:
+    """The work of a step, the micro-batches per data-parallel rank, and the padding.
+
+    Args:
+        policy_weights: bytes of a rank's weights.
+        replica_bytes: what it exchanges with its data-parallel replicas.
+    """
     count, padded, padding = _micro_batches(job)
+    policy = job.config.policy
     work = Work(
-        model=job.config.policy.model,
+        model=policy.model,
         vocab_size=job.vocab_size,
         gpus=job.gpus,
         gpu=job.gpu,
@@ -270,14 +288,16 @@ def assemble(job: Job, ranks: list[RankBytes], stages: list[Stage], sync: SyncPl
         trains_in_fp8=trains_in_fp8(job.config),
         samples_per_prompt=job.config.rollout.samples_per_prompt,
         engine_experts=weight_bytes(job.config, job.vocab_size, engine.tensor_parallel_size, experts=True),
-        expert_parallel=job.config.policy.expert_model_parallel_size,
-        tensor_parallel=job.config.policy.tensor_model_parallel_size,
+        expert_parallel=policy.expert_model_parallel_size,
+        tensor_parallel=policy.tensor_model_parallel_size,
+        context_parallel=policy.context_parallel_size,
+        stages=policy.pipeline_model_parallel_size,
+        chunks=policy.virtual_pipeline_model_parallel_size or 1,
+        policy_weights=policy_weights,
+        micro_batches=count,
+        replica_bytes=replica_bytes,
     )
-    moved = max(rank.optimizer for rank in ranks) if job.shares_memory else 0
-    times = step_times(work, sync_seconds(sync, job.gpu), moved, max(rank.host_optimizer for rank in ranks))
-    return RunPlan(
-        job, ranks, stages, engine, sync, phases, work, times, count, padding, problem_of(job, phases, engine)
-    )
+    return work, count, padding
 
 
 def phases_of(job: Job, rank: RankBytes, stage: Stage, engine: EnginePlan) -> Phases:
@@ -349,11 +369,32 @@ def _micro_batches(job: Job) -> tuple[int, float, float]:
     """Micro-batches per data-parallel rank; padded tokens of the fullest rank, times the ranks; and the
     fraction of those that is padding, or waiting for that rank."""
     policy = job.config.policy
-    lengths = [round(job.lengths.prompt) + response for response in job.lengths.responses()]
-    schedule = schedule_for(policy, lengths, job.data_parallel)
-    padded = (
-        max(schedule.padded_tokens(lengths, row_multiple(policy), token_multiple(policy))) * job.data_parallel
+    interleaved = policy.virtual_pipeline_model_parallel_size is not None
+    return _schedule(
+        job.lengths, job.data_parallel, policy.max_tokens_per_micro_batch, interleaved,
+        policy.pipeline_model_parallel_size if interleaved else 1, policy.packing,
+        sequence_alignment(policy), row_multiple(policy), token_multiple(policy),
+    )  # fmt: skip
+
+
+@cache
+def _schedule(
+    distribution: Lengths,
+    replicas: int,
+    tokens: int,
+    interleaved: bool,
+    multiple: int,
+    packing: Packing,
+    alignment: int,
+    rows: int,
+    token_multiple: int,
+) -> tuple[int, float, float]:
+    """`schedule_for`'s, by what it depends on: the search asks again and again."""
+    lengths = [round(distribution.prompt) + response for response in distribution.responses()]
+    schedule = schedule_micro_batches(
+        lengths, replicas, tokens, interleaved, multiple, packing is Packing.thd, alignment
     )
+    padded = max(schedule.padded_tokens(lengths, rows, token_multiple)) * replicas
     return schedule.count, float(padded), 1 - (sum(lengths) - len(lengths)) / padded
 
 

@@ -58,7 +58,7 @@ def show(plan: RunPlan, console: Console) -> None:
     console.print(_notes(plan), markup=False)
 
 
-def _table(title: str, *headings: str) -> Table:
+def new_table(title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="right" if i else "left")
@@ -70,7 +70,7 @@ def _held(plan: RunPlan) -> Table:
     counted = all(stage.is_counted for stage in plan.stages)
     title = "Memory per rank, GB" + ("" if counted else " (activations by formula)")
     headings = ("stage", "ranks", "weights", "gradients", "optimizer", "activations", "by formula")
-    table = _table(title, *headings)
+    table = new_table(title, *headings)
     for number, stage in enumerate(plan.stages):
         ranks = [rank for rank in plan.ranks if rank.pp_rank == number]
         fullest = max(ranks, key=lambda rank: rank.static)
@@ -80,7 +80,7 @@ def _held(plan: RunPlan) -> Table:
 
 
 def _phases(plan: RunPlan) -> Table:
-    table = _table("Peak memory per GPU, GB", "phase", "fullest rank", "mean of ranks", "free")
+    table = new_table("Peak memory per GPU, GB", "phase", "fullest rank", "mean of ranks", "free")
     for name, label in (("sync", "weight sync"), ("drawing", "generation"), ("training", "training")):
         sizes = [_size(phases, name) for phases in plan.phases]
         free = plan.job.gpu.memory - max(sizes)
@@ -101,7 +101,7 @@ def _sync(plan: RunPlan) -> Table:
     sync = plan.sync
     nvlink = [traffic.nvlink for traffic in sync.received]
     network = [traffic.network for traffic in sync.received]
-    table = _table("Weight sync", "", "")
+    table = new_table("Weight sync", "", "")
     table.add_row("tensors, received exactly once by every rank", f"{sync.tensors:,}")
     table.add_row("buckets", f"{len(sync.bucket_bytes)}, {max(sync.bucket_bytes) / 2**20:.0f} MiB at most")
     table.add_row("weights", f"{_gb(sync.total)} GB")
@@ -113,7 +113,7 @@ def _sync(plan: RunPlan) -> Table:
 
 def _times(plan: RunPlan) -> Table:
     times, engine = plan.times, plan.engine
-    table = _table("Time per step, s", "phase", "seconds", "share")
+    table = new_table("Time per step, s", "phase", "seconds", "share")
     for label, seconds in (
         ("generation", times.generation),
         ("weight sync", times.sync),

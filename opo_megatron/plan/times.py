@@ -1,30 +1,32 @@
 """The time of a step, phase by phase, from operations and bandwidths.
 
-    training    (3 + passes + recompute) · (2·N·tokens + attention) · (1 + bubble) / (efficient peak · GPUs)
+    training    (max( (3 + passes + recompute) · (2·N·tokens + attention) / (efficient peak · GPUs),
+                reading the weights ) + exposed communication of tensor, context and pipeline ranks)
+                · (1 + bubble) + gradients over replicas
     bubble      (PP − 1) / (micro-batches · virtual stages), Megatron's schedules
     dispatch    (3 + passes + recompute − 1) · 2·k·H·tokens·layers · (EP − 1)/EP / link, with experts
     decoding    Σ over positions t of max( (weights + cache read at t) / bandwidth, 2·N·alive(t) / peak )
+                + latency
     host step   (gradients down, weights up) / host link + 28 bytes per parameter / host memory
     sync        bytes of the slowest rank per bucket over each link, and the engine's two copies
 
 One constant, fitted to one published run, multiplies the sum for what is not counted (verifiers, imbalance,
 Python, loading).  N counts the parameters that multiply a token: all matrices but the embedding, and only
 the active experts; of a layer's E experts a decoding step of n responses reads 1 − (1 − k/E)ⁿ, as if tokens
-chose them independently and uniformly.  Context parallelism is assumed to overlap its communication with
+chose them independently and uniformly.  Half of the policy's communication is assumed to hide behind
 computation.  Evaluations and checkpoints are left out.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.plan.hardware import GPUS_PER_NODE, Gpu, constant
 from opo_megatron.plan.lengths import Lengths
+from opo_megatron.plan.sizes import sizes_of
 from opo_megatron.plan.sync import SyncPlan
-from opo_megatron.weights.param_mapping import EMBEDDING, hf_shapes, is_expert
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,18 @@ class Work:
     """Those of `engine_weights` that belong to experts."""
     expert_parallel: int = 1
     tensor_parallel: int = 1
-    """Of the policy."""
+    """Of the policy, as all that follow."""
+    context_parallel: int = 1
+    stages: int = 1
+    """Of the pipeline, without virtual ones."""
+    chunks: int = 1
+    """Virtual stages of a pipeline rank."""
+    policy_weights: int = 0
+    """Bytes of a rank's weights, which every pass over a micro-batch reads."""
+    micro_batches: int = 0
+    """Per data-parallel rank."""
+    replica_bytes: int = 0
+    """What a rank exchanges with its data-parallel replicas: fp32 gradients there, parameters back."""
 
     @cached_property
     def active(self) -> int:
@@ -88,16 +101,10 @@ class Times:
 
 def active_parameters(model: ModelConfig, vocab_size: int) -> int:
     """Parameters that multiply a token."""
-    total = 0
-    for name, shape in hf_shapes(model, vocab_size).items():
-        if len(shape) != 2 or (name == EMBEDDING and not model.tie_embeddings):
-            continue
-        size = math.prod(shape)
-        if is_expert(name):
-            assert model.num_moe_experts is not None
-            total += size * model.moe_router_topk // model.num_moe_experts
-        else:
-            total += size
+    sizes = sizes_of(model, vocab_size)
+    total = sizes.matrices + (sizes.embedding if model.tie_embeddings else sizes.head)
+    if model.num_moe_experts is not None:
+        total += sizes.experts * model.moe_router_topk // model.num_moe_experts
     return total
 
 
@@ -109,10 +116,37 @@ def training_seconds(work: Work) -> float:
     sequence = work.lengths.prompt + work.lengths.response
     # Two products of scores over half a square, 2 operations each.
     attention = 2 * model.num_layers * model.num_attention_heads * model.kv_channels * sequence
-    operations = units * work.trained_tokens * (2 * active_parameters(model, work.vocab_size) + attention)
+    operations = units * work.trained_tokens * (2 * work.active + attention)
     peak = work.gpu.fp8 if work.trains_in_fp8 else work.gpu.bf16
-    seconds = operations / (peak * constant("training_efficiency") * work.gpus) + dispatch_seconds(work)
-    return seconds * (1 + work.bubble)
+    read = work.policy_weights * work.micro_batches * units
+    seconds = max(
+        operations / (peak * constant("training_efficiency") * work.gpus),
+        read / (work.gpu.bandwidth * constant("memory_efficiency")),
+    )
+    seconds += dispatch_seconds(work) + communication_seconds(work)
+    return seconds * (1 + work.bubble) + work.replica_bytes / (
+        constant("network") * constant("link_efficiency")
+    )
+
+
+def communication_seconds(work: Work) -> float:
+    """What tensor-, context- and pipeline-parallel ranks exchange during all passes, as far as it is exposed.
+
+    Bytes that a rank receives per token of its own, per pass: two all-reduces a layer over TP ranks, 4 H each
+    times 2 (t − 1)/t; keys and values of the other CP ranks, 4 groups·head_dim (c − 1); a hidden state per
+    boundary between chunks, 2 H.  A rank has tokens · TP·PP / GPUs tokens of its own, and 1/PP of the layers.
+    """
+    model, tensor, context = work.model, work.tensor_parallel, work.context_parallel
+    assert model.num_query_groups is not None and model.kv_channels is not None
+    passes = 2.0 + work.passes + (1.0 if work.recomputes else 0.0)
+    own = work.trained_tokens * tensor * work.stages / work.gpus
+    layers = model.num_layers / work.stages
+    reduced = layers * 2 * 2 * (tensor - 1) / tensor * 2 * model.hidden_size
+    keys = layers * 2 * 2 * model.num_query_groups * model.kv_channels * (context - 1) / tensor
+    hidden = 0 if work.stages == 1 else work.chunks * 2 * model.hidden_size / tensor
+    within = constant("nvlink") if tensor * context <= GPUS_PER_NODE else constant("network")
+    seconds = reduced / constant("nvlink") + keys / within + hidden / constant("network")
+    return constant("exposed") * passes * own * seconds / constant("link_efficiency")
 
 
 def dispatch_seconds(work: Work) -> float:
@@ -143,7 +177,9 @@ def decode_seconds(work: Work, rows: float, cached: float) -> float:
     unread = work.engine_experts * (1 - experts_read(work.model, rows))
     read = work.engine_weights - unread + cached * work.engine_token
     operations = 2 * work.active * rows / work.engine_tp
-    latency = 2 * work.model.num_layers * constant("decode_launch") if work.engine_tp > 1 else 0.0
+    latency = constant("decode_step")
+    if work.engine_tp > 1:
+        latency += 2 * work.model.num_layers * constant("decode_launch")
     bandwidth = work.gpu.bandwidth * constant("memory_efficiency")
     return max(read / bandwidth, operations / _compute(work)) + latency
 
