@@ -42,11 +42,11 @@ def send_to_dp(
     """
     position = {sample: i for i, sample in enumerate(held[parallel.rank])}
     dp_ranks = all_gather_objects(parallel, parallel.dp_rank)
-    send_chunks = [
-        rollouts.select([position[i] for i in schedule.samples_of(dp_rank) if i in position])
-        for dp_rank in dp_ranks
-    ]
-    received = Rollouts.concatenate(all_to_all_objects(parallel, send_chunks))
+    chunks = {  # the ranks of a replica get the same
+        dp_rank: rollouts.select([position[i] for i in schedule.samples_of(dp_rank) if i in position])
+        for dp_rank in set(dp_ranks)
+    }
+    received = Rollouts.concatenate(all_to_all_objects(parallel, [chunks[dp_rank] for dp_rank in dp_ranks]))
     scheduled = schedule.samples_of(parallel.dp_rank)
     is_of = [set(of_rank) for of_rank in held]
     arrived = [i for of_rank in is_of for i in scheduled if i in of_rank]

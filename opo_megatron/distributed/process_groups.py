@@ -194,10 +194,14 @@ def all_gather_objects(parallel: Parallel, value: Any) -> list[Any]:
 
 
 def all_to_all_objects(parallel: Parallel, values: list[Any]) -> list[Any]:
-    """Send values[r] to every rank r; returns what each rank sent.  Unpickles without checks."""
+    """Send values[r] to every rank r; returns what each rank sent.  Unpickles without checks.
+
+    An object that several ranks get is pickled once.
+    """
     if parallel.world_size == 1:
         return values
-    blobs = [torch.frombuffer(bytearray(pickle.dumps(v)), dtype=torch.uint8) for v in values]
+    pickled = {id(v): torch.frombuffer(bytearray(pickle.dumps(v)), dtype=torch.uint8) for v in values}
+    blobs = [pickled[id(v)] for v in values]
     sent = torch.tensor([b.numel() for b in blobs])
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=parallel.cpu_group)

@@ -65,11 +65,19 @@ CONSTANTS = {
     "decode_step": Constant(
         1e-3, "s per decoding step", "assumed: launching a CUDA graph, sampling and scheduling beside it"
     ),
+    "exchange": Constant(
+        0.036,
+        "s per rank of the run",
+        "tools/bench_all_else.py: samples, statistics and outcomes exchanged with one other rank over gloo",
+    ),
+    "reward": Constant(
+        1e-6, "s per response token of a rank", "tools/bench_all_else.py: the math verifier on one core"
+    ),
     "bucket_latency": Constant(
         16e-3, "s per bucket", "SGLang's update of a tiny bucket took 9 to 16 ms on a CPU; the maximum"
     ),
     "step_overhead": Constant(
-        1.57,
+        1.55,
         "times what is counted",
         "fitted (tools/bench_plan.py) to one published run: Llama-3.1-8B, 16 H100s, 1,581 tokens/s/GPU",
     ),

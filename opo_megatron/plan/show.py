@@ -120,6 +120,7 @@ def _times(plan: RunPlan) -> Table:
         ("optimizer to host memory and back", times.turns),
         *([("optimizer step in host memory", times.host_step)] if times.host_step else []),
         ("training", times.training),
+        ("rewards, exchange of samples, digests, files", times.bookkeeping),
         ("everything else (fitted)", times.other),
         ("step", times.step),
     ):

@@ -8,10 +8,11 @@
     decoding    Σ over positions t of max( (weights + cache read at t) / bandwidth, 2·N·alive(t) / peak )
                 + latency
     host step   (gradients down, weights up) / host link + 28 bytes per parameter / host memory
+    bookkeeping exchange with every other rank, rewards of a rank's tokens (records/all_else.json)
     sync        bytes of the slowest rank per bucket over each link, and the engine's two copies
 
-One constant, fitted to one published run, multiplies the sum for what is not counted (verifiers, imbalance,
-Python, loading).  N counts the parameters that multiply a token: all matrices but the embedding, and only
+One constant, fitted to one published run, multiplies the sum for what is not counted (imbalance, Python, slow
+verifiers).  N counts the parameters that multiply a token: all matrices but the embedding, and only
 the active experts; of a layer's E experts a decoding step of n responses reads 1 − (1 − k/E)ⁿ, as if tokens
 chose them independently and uniformly.  Half of the policy's communication is assumed to hide behind
 computation.  Evaluations and checkpoints are left out.
@@ -88,6 +89,8 @@ class Times:
     host_step: float
     """The step of the optimizer's offloaded part."""
     training: float
+    bookkeeping: float
+    """Rewards, exchange of samples and outcomes, digests, files."""
     other: float
     tokens_per_gpu: float
     """Tokens/s/GPU of the whole step, prompts and responses."""
@@ -96,7 +99,8 @@ class Times:
 
     @property
     def step(self) -> float:
-        return self.generation + self.sync + self.turns + self.host_step + self.training + self.other
+        counted = self.generation + self.sync + self.turns + self.host_step + self.training
+        return counted + self.bookkeeping + self.other
 
 
 def active_parameters(model: ModelConfig, vocab_size: int) -> int:
@@ -227,6 +231,12 @@ def host_step_seconds(optimizer_bytes: int) -> float:
     return parameters * (8 / constant("host_link") + 28 / constant("host_memory"))
 
 
+def bookkeeping_seconds(work: Work) -> float:
+    """What all ranks tell each other, and the rewards of a rank's responses."""
+    own = work.lengths.samples * work.lengths.response / work.gpus
+    return (work.gpus - 1) * constant("exchange") + own * constant("reward")
+
+
 def step_times(work: Work, sync: float, moved_bytes: int, host_optimizer: int = 0) -> Times:
     """The phases of one step.
 
@@ -238,7 +248,8 @@ def step_times(work: Work, sync: float, moved_bytes: int, host_optimizer: int = 
     generation, training = generation_seconds(work), training_seconds(work)
     turns = 2 * moved_bytes / constant("host_link")
     host_step = host_step_seconds(host_optimizer)
-    counted = generation + training + sync + turns + host_step
+    bookkeeping = bookkeeping_seconds(work)
+    counted = generation + training + sync + turns + host_step + bookkeeping
     step = counted * constant("step_overhead")
     tokens = work.lengths.tokens
     return Times(
@@ -247,6 +258,7 @@ def step_times(work: Work, sync: float, moved_bytes: int, host_optimizer: int = 
         turns,
         host_step,
         training,
+        bookkeeping,
         step - counted,
         tokens / step / work.gpus,
         tokens / training / work.gpus,

@@ -177,8 +177,8 @@ def test_proposals_fit_and_come_fastest_first(gpus: int) -> None:
         assert one["problem"] is None and one["peak"] <= (1 - MARGIN) * GPUS["h100"].memory
 
 
-def scaled_down(layout: dict[str, Any], experts: bool) -> list[str]:
-    """A proposal with two ranks per dimension, on a model of four layers."""
+def scaled_down(layout: dict[str, Any], experts: bool) -> tuple[int, list[str]]:
+    """A proposal with two ranks per dimension, on a model of four layers: (ranks, overrides)."""
     small = {
         key: min(2, layout[f"policy.{key}_model_parallel_size"]) for key in ("tensor", "pipeline", "expert")
     }
@@ -192,7 +192,7 @@ def scaled_down(layout: dict[str, Any], experts: bool) -> list[str]:
         f"policy.virtual_pipeline_model_parallel_size={'null' if virtual is None else 2}",
         f"policy.sequence_parallel={str(small['tensor'] > 1).lower()}",
         f"policy.recompute={layout['policy.recompute']}",
-        f"run.ranks={ranks}", "policy.packing=thd",
+        "policy.packing=thd",
         "policy.model.num_layers=4", "policy.model.hidden_size=32",
         "policy.model.ffn_hidden_size=64", "policy.model.num_attention_heads=4",
         "policy.model.num_query_groups=2", "rollout.prompts_per_step=8", "rollout.samples_per_prompt=2",
@@ -202,7 +202,7 @@ def scaled_down(layout: dict[str, Any], experts: bool) -> list[str]:
     if experts:
         overrides += [f"policy.model.{key}" for key in ("num_moe_experts=4", "moe_ffn_hidden_size=32")]
         overrides += ["policy.model.moe_router_topk=2"]
-    return overrides
+    return ranks, overrides
 
 
 @pytest.mark.slow
@@ -218,11 +218,12 @@ def test_every_proposal_builds_and_its_scaled_down_form_trains(
         settings = one["layout"].items()
         overrides = [f"{key}={'null' if value is None else value}" for key, value in settings]
         load_job(path_of(recipe), overrides, gpus, GPUS["h100"], None)
-        small = scaled_down(one["layout"], job.config.policy.model.num_moe_experts is not None)
+        ranks, small = scaled_down(one["layout"], job.config.policy.model.num_moe_experts is not None)
         if tuple(small) in seen:
             continue
         seen.add(tuple(small))
         command = [sys.executable, "-m", "opo_megatron", "train", path_of("quickstart")]
+        command += ["--nproc", str(ranks)]
         result = subprocess.run(
             [*command, f"run.dir={tmp_path / str(number)}", *small], capture_output=True, text=True,
             timeout=600, check=False, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
