@@ -57,15 +57,20 @@ def uninterrupted(command: tuple[str, ...], tmp_path_factory: pytest.TempPathFac
     return run_dir
 
 
-def test_a_step_whose_server_is_killed_is_sampled_and_trained_again(
-    command: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+@pytest.mark.parametrize("continues", ["true", "false"])
+def test_a_step_whose_server_is_killed_is_continued_or_begins_anew(
+    continues: str, command: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
+    command = (*command, f"rollout.sglang.continue_responses={continues}")
     faults = ["server", [f"streamed {SAMPLES // 2}"]]
     assert attempts(tmp_path / "run", faults, command=command, timeout=LIMIT) == [0, 0]
-    failures = {row["step"]: row["run/engine_failures"] for row in rows(tmp_path / "run")}
+    metrics = rows(tmp_path / "run")
+    failures = {row["step"]: row["run/engine_failures"] for row in metrics}
     assert failures == {0: 0, 1: 0} | dict.fromkeys(range(2, KILLS + 3), 1)
-    lost = ["lost" in row["ranks"][0] for row in rows(tmp_path / "run", "timeline.jsonl")]
-    assert lost == [step == 2 for step in range(1, KILLS + 3)]
+    kept = {row["step"] for row in metrics if row["run/tokens_continued"]}
+    assert kept == ({2} if continues == "true" else set())
+    lost = {row["step"] for row in rows(tmp_path / "run", "timeline.jsonl") if "lost" in row["ranks"][0]}
+    assert lost == (set() if continues == "true" else {2})
     assert_same_run(tmp_path / "run", uninterrupted)
     assert processes_of(tmp_path / "run") == []
 
