@@ -104,7 +104,8 @@ def test_a_server_on_the_cpu_sees_no_gpu(tmp_path: Path) -> None:
 
 CHILD = """
 import runpy, sys, time, types
-sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: True))  # no stubs
+cuda = types.SimpleNamespace(is_available=lambda: True)  # needs no stubs
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
 serve = runpy.run_path(sys.argv[1])
 serve["die_with_trainer"]()
 print("lives", flush=True)
@@ -112,11 +113,12 @@ time.sleep(60)
 """
 PARENT_PROGRAM = """
 import os, subprocess, sys
-environment = os.environ | ({"OPO_TRAINER_PID": sys.argv[3].replace("own", str(os.getpid()))} if sys.argv[3] else {})
-child = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], env=environment, stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE)
-line = child.stdout.readline().decode().strip()
-print(child.pid, line, child.communicate()[1].decode().strip() if not line else "", flush=True)
+program, serve, trainer = sys.argv[1:]
+named = {"OPO_TRAINER_PID": trainer.replace("own", str(os.getpid()))} if trainer else {}
+argv, pipe = [sys.executable, "-c", program, serve], subprocess.PIPE
+child = subprocess.Popen(argv, env=os.environ | named, stdout=pipe, stderr=pipe, text=True)
+line = child.stdout.readline() or child.communicate()[1]
+print(child.pid, line.strip(), flush=True)
 """
 
 

@@ -56,7 +56,7 @@ class FakeServer:
             server.shutdown()
             server.server_close()
 
-    def handler(fake) -> type[BaseHTTPRequestHandler]:  # noqa: N805
+    def handler(fake) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 

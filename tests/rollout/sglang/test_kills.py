@@ -110,7 +110,7 @@ def lengths_of(run: Run, kills: int, monkeypatch: pytest.MonkeyPatch) -> tuple[l
         replies = post(self, path, *args, **body)  # type: ignore[arg-type]
         if path == "/generate" and recording.is_set():
             finished_lengths.extend(len(one["output_ids"]) for one in replies)  # type: ignore[attr-defined]
-            if kills and len(finished_lengths) >= (2 * round_index + 1) * SAMPLES // rounds // 2:
+            if kills and len(finished_lengths) >= (round_index + 1) * SAMPLES // rounds // 2:
                 recording.clear()
                 os.killpg(int((run_dir / "sglang" / "server_0.pid").read_text()), signal.SIGKILL)
         return replies
@@ -141,8 +141,8 @@ def tokens_sampled(log: str) -> int:
 def test_response_lengths_do_not_depend_on_kills(
     continues: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Servers are killed when half of all responses have ended.  Where responses are continued, no token that was
-    received is sampled again, and few are lost."""
+    """Servers are killed when half of all responses have ended.  Where responses are continued, no token that
+    was received is sampled again, and few are lost."""
     large = ("policy.model.max_sequence_length=256", "rollout.sglang.max_running_requests=1024")
     logs = ("rollout.sglang.options={log_level: info, decode_log_interval: 1}",)
     key = f"rollout.sglang.continue_responses={continues}"
