@@ -149,7 +149,8 @@ def _attempt(run: Run, step: int, flight: StepInFlight, sampling: Sampling, time
     prompts, ledger = run.prompts(step), flight.ledger
     requests = requests_for(prompts, run.config.rollout.samples_per_prompt, run.parallel)
     missing = [one for one in requests if flight.own_numbers[one.group, one.sample_index] not in flight.parts]
-    ended, tokens = len(requests) - len(missing), sum(len(part) for part in flight.parts.values())
+    ended = len(requests) - len(missing)
+    tokens = sum(int(part.response_lengths.sum()) for part in flight.parts.values())
     show = run.generation.progress(f"step {step}  generating and training")
     run.watchdog.enter("rollout")
     arrivals = Arrivals(cast(StreamingEngine, run.generation.engine), missing, sampling)
