@@ -131,7 +131,7 @@ print(child.pid, line.strip(), flush=True)
         ("999999999", "the trainer that started this server is gone", False),
     ],
 )
-def test_a_server_ends_with_the_trainer_that_started_it_and_with_no_other_process(
+def test_a_server_ends_with_its_trainer_and_with_no_other_process(
     trainer: str, line: str, outlives: bool
 ) -> None:
     argv = [sys.executable, "-c", PARENT_PROGRAM, CHILD, str(SERVE), trainer]

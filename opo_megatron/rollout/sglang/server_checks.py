@@ -61,7 +61,7 @@ def answering(
     """
     found = [client.is_healthy() for client in clients] if parallel.rank == 0 else []
     healthy = all_gather_objects(parallel, found)[0]
-    silent = [client.url for client, answers in zip(clients, healthy, strict=True) if not answers]
+    silent = [client.url for client, is_healthy in zip(clients, healthy, strict=True) if not is_healthy]
     if silent and (is_start or len(silent) == len(clients)):
         others = (
             "; start it, or remove it there" if is_start else ", nor does any other; start one, then resume"
@@ -69,7 +69,7 @@ def answering(
         raise UserError(f"the SGLang server {silent[0]} of rollout.sglang.urls does not answer{others}")
     if silent:
         log(f"{', '.join(silent)} of rollout.sglang.urls does not answer; the run goes on with the others")
-    return [client for client, answers in zip(clients, healthy, strict=True) if answers]
+    return [client for client, is_healthy in zip(clients, healthy, strict=True) if is_healthy]
 
 
 def check_external(client: Client, config: Config) -> None:

@@ -202,7 +202,7 @@ def test_responses_that_an_engine_failure_cuts_are_continued_bit_for_bit(
     assert 0 < kept < int(expected.response_lengths.sum())
 
 
-def test_what_is_kept_belongs_to_one_sampling_and_to_the_call_after_a_failure(run: Run) -> None:
+def test_what_is_kept_is_for_one_sampling_and_the_call_after_a_failure(run: Run) -> None:
     engine, asked, sampling = engine_of(run), requests(6, 5), Sampling(8, STOPS, (12,))
     engine.generate(asked, sampling)
     assert engine.kept_tokens(sampling) is None, "nothing has failed"

@@ -154,7 +154,7 @@ def test_a_death_leaves_every_response_its_probability(deaths: list[Dies]) -> No
 
 
 @pytest.mark.parametrize("size", [2, 3, 32])
-def test_endings_known_earlier_than_other_tokens_would_change_probabilities(size: int) -> None:
+def test_endings_known_before_other_tokens_would_change_probabilities(size: int) -> None:
     """32: responses that have ended are kept, all others begin anew."""
     assert largest_error([after(1)], in_chunks(size)) > 1e-3
 

@@ -113,7 +113,7 @@ def test_servers_that_do_not_divide_the_ranks_are_rejected() -> None:
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("prefix", [(), (5,), (6, 5)])
-def test_a_continued_request_has_the_random_numbers_and_the_end_of_the_whole_one(
+def test_a_continued_request_has_the_random_numbers_of_the_whole_one(
     prefix: tuple[int, ...], exact: bool
 ) -> None:
     """Servers count positions from the start of their input: the prompt and what is sampled already."""
@@ -143,7 +143,7 @@ def test_a_stream_that_does_not_open_is_a_mistake_or_a_failure(
         Client(url, 5.0).stream("/x")
 
 
-def test_a_stream_is_read_until_it_ends_and_is_none_where_the_path_is_missing() -> None:
+def test_a_stream_is_read_to_its_end_and_is_none_for_a_missing_path() -> None:
     with web_server(404, "no") as url:
         assert Client(url, 5.0).stream("/x") is None
     with web_server(200, "some bytes") as url:
