@@ -118,22 +118,24 @@ def version_number(version: Any) -> int:
 class TokenChannel:
     """The ASGI application with `PATH`; everything else goes to `app`."""
 
-    def __init__(self, app: Any, receive: Callable[[], Any], opened: Callable[[], None]) -> None:
+    def __init__(self, app: Any, receive: Callable[[], Any], begin: Callable[[], None]) -> None:
         """Args:
         receive: awaits the next message of a scheduler.
-        opened: called whenever a channel is opened.
+        begin: called at the first request.
         """
-        self._app, self._receive, self._opened = app, receive, opened
+        self._app, self._receive, self._begin, self._has_begun = app, receive, begin, False
         self._queues: dict[str, asyncio.Queue[bytes | None]] = {}
         self._task: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if not self._has_begun and scope["type"] == "http":
+            self._has_begun = True
+            self._begin()
         if scope["type"] != "http" or scope["method"] != "GET" or scope["path"] != PATH:
             await self._app(scope, receive, send)
             return
         call = parse_qs(scope["query_string"].decode()).get("call", [""])[0]
         queue = self._queues[call] = asyncio.Queue()
-        self._opened()
         if self._task is None:  # here, because it needs the running loop
             self._task = asyncio.create_task(self._distribute())
         reader_left = asyncio.create_task(_end_when_disconnected(receive, queue))
@@ -192,9 +194,9 @@ def install(http_server: Any, arguments: Any) -> None:
     socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
     socket.set_hwm(0)
     socket.bind(os.environ[VARIABLE])
-    # Schedulers are connected when a server answers; a server that is killed would leave the folder.
-    forget = functools.partial(shutil.rmtree, folder, ignore_errors=True)
-    http_server.app.add_middleware(TokenChannel, receive=socket.recv_multipart, opened=forget)
+    # Schedulers are connected when a server answers; one that is killed later would leave the folder.
+    remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
+    http_server.app.add_middleware(TokenChannel, receive=socket.recv_multipart, begin=remove)
     http_server.launch_server = functools.partial(
         http_server.launch_server, run_scheduler_process_func=run_scheduler
     )

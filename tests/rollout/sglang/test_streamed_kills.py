@@ -69,7 +69,7 @@ def test_a_step_whose_server_is_killed_is_continued_or_begins_anew(
     continues: str, command: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
     command = (*command, f"rollout.sglang.continue_responses={continues}")
-    faults = ["server", [f"streamed {SAMPLES // 2}"]]
+    faults = ["server", [f"streamed {SAMPLES // 8}"]]
     assert attempts(tmp_path / "run", faults, command=command, timeout=LIMIT) == [0, 0]
     metrics = rows(tmp_path / "run")
     failures = {row["step"]: row["run/engine_failures"] for row in metrics}
@@ -125,7 +125,7 @@ def test_a_step_goes_on_with_the_external_servers_that_still_answer(
         urls = f"rollout.sglang.urls=[{','.join(url for _, url in servers)}]"
         external = (*command, urls, f"rollout.sglang.api_key_file={tmp_path / 'key'}")
         external = (*external, "rollout.sglang.transport=distributed")
-        faults = ["server", [f"streamed {SAMPLES // 2}"]]
+        faults = ["server", [f"streamed {SAMPLES // 8}"]]
         codes = attempts(tmp_path / "run", faults, command=external, timeout=LIMIT)
         assert codes == [0, 2], "of another attempt, all servers have to answer at the start"
         assert servers[0][0].poll() is not None and servers[1][0].poll() is None

@@ -146,10 +146,12 @@ def test_other_paths_are_the_servers_own() -> None:
     async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
         seen.append((scope["type"], scope.get("method"), scope.get("path")))
 
-    channel = TokenChannel(app, None, lambda: None)  # type: ignore[arg-type]
-    others = [scope("/generate"), scope(PATH + "/x"), scope(method="POST"), {"type": "lifespan"}]
+    begun: list[int] = []
+    channel = TokenChannel(app, None, lambda: begun.append(len(seen)))  # type: ignore[arg-type]
+    others = [{"type": "lifespan"}, scope("/generate"), scope(PATH + "/x"), scope(method="POST")]
     for one in others:
         asyncio.run(channel(one, None, None))
+    assert begun == [1], "at the first request, once"
     assert seen == [(one["type"], one.get("method"), one.get("path")) for one in others]
 
 
