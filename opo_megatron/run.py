@@ -126,6 +126,8 @@ class Run:
             row["time/audit"] = time.perf_counter() - started
         row["on_policy/sync_diff_max"] = self.generation.sync_difference
         row["run/engine_failures"] = self.generation.failures
+        row["run/tokens_continued"] = self.generation.tokens_continued
+        self.generation.tokens_continued = 0
         row["run/verifier_failures"] = int(all_reduce(self.parallel, torch.tensor(self.task.failures)))
         throughput = throughput_metrics(row, peak_tflops(self.parallel))
         memory = memory_metrics() | self.generation.memory.metrics

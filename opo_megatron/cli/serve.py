@@ -113,7 +113,7 @@ def server_command(
     write_model_config(config, model.vocab_size, folder, quantization)
     gpus = [str(i) for i in range(settings.tensor_parallel_size)]
     on_cpu = config.policy.device is Device.cpu
-    server = Server(config, folder, folder / "log", "external", None if on_cpu else gpus)
+    server = Server(config, folder, folder / "log", f"{host}:{port}", None if on_cpu else gpus)
     return [python, str(SERVE), *server.arguments(port, host)], server.environment(), server.key
 
 

@@ -215,7 +215,11 @@ class SglangConfig:
     timeout_seconds: float = 1800.0
     """A server that does not respond for this long counts as hung."""
     restarts: int = 3
-    """How many times in a row the rollouts of a step are regenerated after a failure, before the run ends."""
+    """How many times in a row the rollouts of a step are continued or regenerated after a failure, before the
+    run ends."""
+    continue_responses: bool = True
+    """After a server's death, continue responses from the tokens that were received as they were sampled.
+    `false`, and with servers that neither the run nor `opo serve` started: all are generated again."""
     share_memory: bool | None = None
     """Policy and servers release GPU memory to each other in turn. Default: true where the run's own servers
     use the trainer's GPUs."""

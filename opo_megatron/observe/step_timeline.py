@@ -51,17 +51,26 @@ class RankTimeline:
                 torch.cuda.synchronize()
             self.intervals.append((name, began, self.now()))
 
-    def begin_attempt(self) -> None:
-        """Generation begins; where it has begun before, an engine failed, and all until now is lost."""
+    def begin_attempt(self, continues: bool) -> None:
+        """Generation begins.
+
+        Args:
+            continues: after an engine failure, whether nothing was lost but unreceived tokens.
+        """
         self.attempts += 1
-        if self.attempts > 1:
+        if self.attempts > 1 and not continues:
             self.intervals, self.ended = [(LOST, 0.0, self.now())], []
 
-    def note_engine(self, began: float, ended: Sequence[float]) -> None:
-        """Note when requests were sent and when each response ended, by `time.perf_counter`."""
-        self.ended = [one - self.started for one in ended]
-        if self.ended:
-            self.intervals.append((ENGINE, began - self.started, self.ended[-1]))
+    def note_engine(self, began: float, ended: Sequence[float], is_complete: bool) -> None:
+        """Note when requests were sent and when each response ended, by `time.perf_counter`.
+
+        Args:
+            is_complete: whether all have ended; the engine failed otherwise.
+        """
+        self.ended += [one - self.started for one in ended]
+        end = self.now() if not is_complete else self.ended[-1] if ended else None
+        if end is not None:
+            self.intervals.append((ENGINE, began - self.started, end))
 
     def seconds(self, name: str, until: float = float("inf")) -> float:
         """Sum of the intervals of this name that have ended by then."""

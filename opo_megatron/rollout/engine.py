@@ -94,7 +94,17 @@ class RolloutEngine(Protocol):
         ...
 
     def recover(self) -> None:
-        """Make the engine usable after an EngineFailure, without weights; a collective of all ranks."""
+        """Make the engine usable after an EngineFailure, without weights; a collective of all ranks.
+
+        Where it can, the next `generate` with the same sampling and weight version continues the last.
+        """
+        ...
+
+    def kept_tokens(self, sampling: Sampling) -> int | None:
+        """After `recover` and an update: how many tokens of the last `generate` the next one begins with.
+
+        None where it generates anew.
+        """
         ...
 
     def close(self) -> None:

@@ -1,9 +1,10 @@
 """What generates: the engine, its weights, the memory it shares with the policy, recovery from failures.
 
 Failures must not select responses.  Where any rank's engine dies, hangs or closes a connection, all ranks
-discard every response of the step, restart the engine, send it the current weights, and generate all
-responses again: keeping the finished ones would favour short responses.  All ranks decide together, because
-the weight stream is a collective.
+restart their engines and send them the current weights.  Then every response goes on from all of its tokens
+that were received, whether it had ended or not; an engine that does not receive tokens as they are sampled
+generates all responses again: keeping only the finished ones would favour short responses.  All ranks decide
+together, because the weight stream is a collective.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class Generation:
     """Largest |Δ log-probability| of the probe after the last sync."""
     failures: int = field(default=0, init=False)
     """Engine failures of this attempt."""
+    tokens_continued: int = field(default=0, init=False)
+    """Tokens of this step, of all ranks, that were received before an engine failure and were not lost."""
 
     def synchronize(self) -> None:
         """Send the policy's weights to the engine and prove that they arrived.
@@ -97,20 +100,35 @@ class Generation:
             if interruptible and self.stop is not None:
                 self.stop.raise_if_stopping()
 
-        return self.retry(lambda: self.engine.generate(requests, sampling, show_or_stop))
+        return self.retry(lambda _: self.engine.generate(requests, sampling, show_or_stop), sampling)
 
-    def retry(self, attempt: Callable[[], T]) -> T:
-        """`attempt()` of all ranks, which generates; where an engine of one fails, all do it once more.
+    def retry(self, attempt: Callable[[bool], T], sampling: Sampling) -> T:
+        """`attempt` of all ranks, which generates; where an engine of one fails, all do it once more.
+
+        Args:
+            attempt: is told whether the engines of all ranks continue what the attempt before has left.
+            sampling: that of all its responses.
 
         Raises:
             Preempted: on all ranks, where it was interrupted.
         """
+        continues = False
 
         def recover() -> None:
+            nonlocal continues
             self._recover()
             self.synchronize()
+            kept = all_gather_objects(self.parallel, self.engine.kept_tokens(sampling))
+            continues = None not in kept
+            tokens = sum(one or 0 for one in kept)
+            self.tokens_continued += tokens
+            self.display.log(
+                f"{tokens:,} tokens that were received stay, and the responses of the step are continued"
+                if continues
+                else "all responses of the step are generated again"
+            )
 
-        return self._retry_collectively(attempt, recover, "all responses of the step are generated again")
+        return self._retry_collectively(lambda: attempt(continues), recover, "the engine is restarted")
 
     def with_energies(self, rollouts: Rollouts, stats: BatchStats) -> BatchStats:
         """The step's statistics with the energies that the baseline needs, by a forward-only pass where the

@@ -11,6 +11,8 @@ that is updated, as without overlap; a step takes about max(generation, training
 
 All ranks run the loop of `_attempt` in lockstep: each tells the others what has ended on it, and all derive
 the same parts (`GroupLedger`) from that.  A failure or a stop on any rank ends the attempt on all of them.
+Where the engines of all ranks continue what they had received, the next attempt goes on with the same sums
+and asks for the samples that are missing; otherwise it begins anew.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from opo_megatron.observe.metrics_file import MetricsRow
 from opo_megatron.observe.step_timeline import RankTimeline
 from opo_megatron.policy.metric_sums import MetricSums, StepMetrics
 from opo_megatron.rollout.arrivals import Arrivals
-from opo_megatron.rollout.engine import StreamingEngine
+from opo_megatron.rollout.engine import Sampling, StreamingEngine
 from opo_megatron.rollout.requests import compute_rewards, requests_for, training_sampling
 from opo_megatron.run import Run
 from opo_megatron.tasks import Prompt
@@ -91,7 +93,18 @@ def overlapped_update(
 def _update(
     run: Run, step: int, lr: float, timeline: RankTimeline
 ) -> tuple[Rollouts, BatchStats, Tensor, StepMetrics, MetricsRow]:
-    flight = run.generation.retry(lambda: _attempt(run, step, timeline))
+    flight: StepInFlight | None = None
+
+    def attempt(continues: bool) -> StepInFlight:
+        nonlocal flight
+        timeline.begin_attempt(continues)
+        if flight is None or not continues:
+            flight = _begin(run, step, sampling)
+        _attempt(run, step, flight, sampling, timeline)
+        return flight
+
+    sampling = training_sampling(run.config, run.task, step)
+    flight = run.generation.retry(attempt, sampling)
     sampled = timeline.now()
     own = flight.ledger.blocks[run.parallel.rank]
     rollouts = run.last_rollouts = flight.rollouts(own)
@@ -114,38 +127,45 @@ def _update(
     return rollouts, stats, flight.advantages, metrics, _times(timeline, flight.cuts, sampled)
 
 
-def _attempt(run: Run, step: int, timeline: RankTimeline) -> StepInFlight:
-    """Sample all responses, training on complete groups meanwhile."""
-    timeline.begin_attempt()
-    config, prompts = run.config, run.prompts(step)
-    samples = config.rollout.samples_per_prompt
+def _begin(run: Run, step: int, sampling: Sampling) -> StepInFlight:
+    """No sample has ended; what was added before is discarded."""
+    prompts, samples = run.prompts(step), run.config.rollout.samples_per_prompt
     requests = requests_for(prompts, samples, run.parallel)
-    sampling = training_sampling(config, run.task, step)
-    engine = cast(StreamingEngine, run.generation.engine)
     ledger = GroupLedger(len(prompts), samples, run.parallel.world_size)
     first = ledger.blocks[run.parallel.rank].start
-    empty = engine.generate([], sampling)
+    empty = run.generation.engine.generate([], sampling)
     empty.rewards = torch.zeros(0, dtype=torch.float64)
-    flight = StepInFlight(
+    return StepInFlight(
         run.policy.begin_gradients(measures_mismatch=True),
         ledger,
         {(one.group, one.sample_index): first + i for i, one in enumerate(requests)},
         empty,
         torch.zeros(len(prompts) * samples, dtype=torch.float64),
     )
+
+
+def _attempt(run: Run, step: int, flight: StepInFlight, sampling: Sampling, timeline: RankTimeline) -> None:
+    """Sample the responses that are missing, training on complete groups meanwhile."""
+    prompts, ledger = run.prompts(step), flight.ledger
+    requests = requests_for(prompts, run.config.rollout.samples_per_prompt, run.parallel)
+    missing = [one for one in requests if flight.own_numbers[one.group, one.sample_index] not in flight.parts]
+    ended = len(requests) - len(missing)
+    tokens = sum(int(part.response_lengths.sum()) for part in flight.parts.values())
     show = run.generation.progress(f"step {step}  generating and training")
     run.watchdog.enter("rollout")
-    with Arrivals(engine, requests, sampling) as arrivals:
+    arrivals = Arrivals(cast(StreamingEngine, run.generation.engine), missing, sampling)
+    try:
         while not ledger.is_complete:
             _exchange(run, flight, arrivals, prompts, timeline)
-            show(arrivals.finished, len(requests), arrivals.tokens)
+            show(ended + arrivals.finished, len(requests), tokens + arrivals.tokens)
             if not ledger.is_complete and (groups := _next_part(run, flight)):
                 run.watchdog.enter("train")
                 with timeline.interval("train"):
                     _add_gradients(run, flight, groups)
                 run.watchdog.enter("rollout")
-    timeline.note_engine(arrivals.began, arrivals.ended)
-    return flight
+    finally:
+        arrivals.close()
+        timeline.note_engine(arrivals.began, arrivals.ended, arrivals.finished == len(missing))
 
 
 def _exchange(
@@ -175,14 +195,15 @@ def _exchange(
     except Preempted as error:
         stop = str(error)
     events = all_gather_objects(run.parallel, (ended, failure, stop, wrong))
-    for of_rank, failed, stopped, wrong_there in events:
+    for of_rank, _, _, wrong_there in events:  # first, because they stay where the step is continued
+        flight.wrong_version = flight.wrong_version or wrong_there
+        for one in of_rank:
+            flight.ledger.enter(one)
+    for _, failed, stopped, _ in events:
         if stopped is not None:
             raise Preempted(stopped)
         if failed is not None:
             raise EngineFailure(failed)
-        flight.wrong_version = flight.wrong_version or wrong_there
-        for one in of_rank:
-            flight.ledger.enter(one)
     try:
         flight.ledger.check_rewards()
     except NonFiniteError:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import os
 import runpy
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -95,3 +100,65 @@ def test_a_server_on_the_cpu_sees_no_gpu(tmp_path: Path) -> None:
         for gpus in (None, ["2", "3"])
     ]
     assert visible_devices == ["", "2,3"]
+
+
+CHILD = """
+import runpy, sys, time, types
+cuda = types.SimpleNamespace(is_available=lambda: True)  # needs no stubs
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+serve = runpy.run_path(sys.argv[1])
+serve["die_with_trainer"]()
+print("lives", flush=True)
+time.sleep(60)
+"""
+PARENT_PROGRAM = """
+import os, subprocess, sys
+program, serve, trainer = sys.argv[1:]
+named = {"OPO_TRAINER_PID": trainer.replace("own", str(os.getpid()))} if trainer else {}
+argv, pipe = [sys.executable, "-c", program, serve], subprocess.PIPE
+child = subprocess.Popen(argv, env=os.environ | named, stdout=pipe, stderr=pipe, text=True)
+line = child.stdout.readline() or child.communicate()[1]
+print(child.pid, line.strip(), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("trainer", "line", "outlives"),
+    [
+        ("own", "lives", False),
+        ("", "lives", True),  # `opo serve` in the background, whose shell ends
+        ("1", "the trainer that started this server is gone", False),
+        ("999999999", "the trainer that started this server is gone", False),
+    ],
+)
+def test_a_server_ends_with_its_trainer_and_with_no_other_process(
+    trainer: str, line: str, outlives: bool
+) -> None:
+    argv = [sys.executable, "-c", PARENT_PROGRAM, CHILD, str(SERVE), trainer]
+    result = subprocess.run(argv, stdout=subprocess.PIPE, text=True, timeout=100, check=True)
+    pid, _, said = result.stdout.strip().partition(" ")
+    assert said.strip() == line
+    deadline = time.monotonic() + 10
+    while (lives := psutil.pid_exists(int(pid)) and psutil.Process(int(pid)).status() != "zombie") and (
+        not outlives and time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    assert lives == outlives
+    if outlives:
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def test_every_start_of_every_server_has_random_numbers_of_its_own(tmp_path: Path) -> None:
+    def seeds(run_seed: int, name: str) -> list[str]:
+        server = Server(small_config(f"run.seed={run_seed}"), tmp_path, tmp_path / "log", name, None)
+        found = []
+        for start in range(3):
+            server._starts = start
+            words = server.arguments(1)
+            found.append(words[words.index("--random-seed") + 1])
+        return found
+
+    runs = [(1, "server_0"), (1, "server_8"), (2, "server_0"), (1, "10.0.0.1:30000"), (1, "10.0.0.1:30001")]
+    all_seeds = [seed for one in runs for seed in seeds(*one)]
+    assert len({*all_seeds}) == len(all_seeds) == 15 and all(0 <= int(seed) < 2**31 for seed in all_seeds)
+    assert seeds(1, "server_0") == seeds(1, "server_0")

@@ -1,4 +1,6 @@
-"""A local engine that delivers its responses one by one, in a chosen order, as SGLang's engine does."""
+"""A local engine that delivers its responses one by one, in a chosen order, as SGLang's engine does.
+
+Its responses are a function of their request, so that one which is asked for again is continued."""
 
 from __future__ import annotations
 
@@ -22,11 +24,18 @@ class StreamedEngine:
         pauses: how often a call waits, so that the trainer sees what has ended.
         """
         self._engine, self._seed, self._pauses = engine, seed, pauses
+        self.continues = False
+        """Whether it says that it continues after a failure."""
+        self.asked: list[list[GenerationRequest]] = []
+        """The requests of every call that delivers."""
         self.change: Callable[[Rollouts], None] = lambda rollouts: None
         """Called with the responses of a step before they are delivered."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+    def kept_tokens(self, sampling: Sampling) -> int | None:
+        return 1000 if self.continues else None
 
     def generate(
         self,
@@ -38,6 +47,7 @@ class StreamedEngine:
         rollouts: Rollouts = self._engine.generate(requests, sampling, progress)
         if deliver is None:
             return rollouts
+        self.asked.append(list(requests))
         self.change(rollouts)
         count, draw = len(requests), random.Random(self._seed)
         # Half in order, forwards or backwards, so that some groups are complete long before others.

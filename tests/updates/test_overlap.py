@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from opo_megatron.batch.group_ledger import Ended, GroupLedger
 from opo_megatron.config.choices import OverlapOrder
 from opo_megatron.errors import EngineFailure, NonFiniteError, OnPolicyError
 from opo_megatron.plan.ranks import inner_optimizers
+from opo_megatron.policy.policy import Policy
 from opo_megatron.run import Run
 from opo_megatron.tasks.lift import LiftTask
 from opo_megatron.train import opo_step
+from opo_megatron.updates import overlap
 from tests.support.overlapped_run import a_run
 from tests.support.paths import WORKERS
 from tests.support.requirements import run_ranks_of
-from tests.support.tiny_run import easy_reward, lasting
+from tests.support.streamed_engine import PAUSE_SECONDS
+from tests.support.tiny_run import easy_reward, lasting, rows
 
 LOSS, NORM = 5e-7, 1e-6
 
@@ -124,6 +128,56 @@ def test_after_an_engine_failure_the_whole_step_is_sampled_again(tmp_path: Path)
         assert failures and all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
     row = lasting(tmp_path / "run")[-1]
     assert row == waited
+
+
+@pytest.mark.parametrize(
+    ("order", "delivered"),
+    [
+        ("prompt", 13),
+        *(pytest.param("prompt", count, marks=pytest.mark.slow) for count in (0, 1, 9, 23)),
+        *(pytest.param("arrival", count, marks=pytest.mark.slow) for count in (0, 9, 23)),
+    ],
+)
+def test_where_engines_continue_only_missing_responses_are_asked_for(
+    order: str, delivered: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In prompt order the step is the same bit for bit; parts that were added before the failure stay."""
+    waited, weights = one_step(tmp_path / "waited", seed=1, order=order)
+    begun, judged = [], []
+    begin, judge = Policy.begin_gradients, overlap.compute_rewards
+    monkeypatch.setattr(
+        Policy, "begin_gradients", lambda self, **named: (begun.append(1), begin(self, **named))[1]
+    )
+    monkeypatch.setattr(
+        overlap, "compute_rewards", lambda *args: (judged.append(len(args[2])), judge(*args))[1]
+    )
+    with a_run(tmp_path / "run", seed=1, order=order) as run:
+        engine: Any = run.generation.engine
+        engine.continues = True
+
+        def fail_once(rollouts: Any) -> None:
+            if len(engine.asked) == 1:
+                for i in range(delivered):
+                    deliver(rollouts.select([i]))
+                time.sleep(2 * PAUSE_SECONDS)  # the trainer enters them, and adds the first parts
+                raise EngineFailure("the server died")
+
+        deliver = delivered_by(run)
+        engine.change = fail_once
+        opo_step(run, 1)
+        after = [p.detach() for chunk in run.policy.chunks for p in chunk.parameters()]
+        assert [len(asked) for asked in engine.asked] == [24, 24 - delivered]
+        assert sum(judged) == 24 and begun == [1]
+        same = all(torch.equal(a, b) for a, b in zip(weights, after, strict=True))
+        assert same or order == "arrival"
+    row = rows(tmp_path / "run")[-1]
+    assert row["run/engine_failures"] == 1 and row["run/tokens_continued"] == 1000
+    assert abs(row["loss"] - waited["loss"]) <= LOSS
+    assert math.isclose(row["grad_norm"], waited["grad_norm"], rel_tol=NORM)
+    (timeline,) = rows(tmp_path / "run", "timeline.jsonl")
+    (rank,) = timeline["ranks"]
+    assert "lost" not in rank and len(rank["ended"]) == 24
+    assert len(rank["engine"]) == 2
 
 
 def delivered_by(run: Run) -> Any:

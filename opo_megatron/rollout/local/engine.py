@@ -83,6 +83,9 @@ class LocalEngine:
     def recover(self) -> None:
         """Nothing to do: the engine lives in this process."""
 
+    def kept_tokens(self, sampling: Sampling) -> None:
+        """It fails with its process."""
+
     def close(self) -> None:
         self._cache = None
 

@@ -7,12 +7,13 @@ refuses is a mistake in the request (`UserError`).
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +21,31 @@ from opo_megatron.errors import EngineFailure, UserError
 
 POLL_SECONDS = 1.0
 """Interval at which a server that does not answer is looked at."""
+
+
+class Stream:
+    """A reply that is read as it comes."""
+
+    response: http.client.HTTPResponse
+
+    def __init__(self, connection: http.client.HTTPConnection, socket: socket.socket) -> None:
+        self._connection, self.socket = connection, socket
+
+    def read(self) -> bytes:
+        """What has come since the last call, at least a byte; empty where it has ended, whatever for."""
+        try:
+            return self.response.read1()
+        except (OSError, ValueError, http.client.HTTPException):  # killed, or closed here meanwhile
+            return b""
+
+    def end(self) -> None:
+        """End it, from any thread: `read` returns what has come, then nothing."""
+        with contextlib.suppress(OSError):  # it has ended
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._connection.close()
+        self.response.close()
 
 
 class Client:
@@ -61,6 +87,28 @@ class Client:
         status, reply = self._request("GET", path, None, timeout)
         return self._checked(path, status, reply)
 
+    def stream(self, path: str) -> Stream | None:
+        """The reply to a GET, read as it comes; None where the server does not have the path.
+
+        Raises:
+            EngineFailure, UserError: as `get`.
+        """
+        connection = self._connection(self.timeout)
+        with self._failures(path, self.timeout):
+            connection.request("GET", path, None, self._authorization)
+            assert connection.sock is not None
+            stream = Stream(connection, connection.sock)  # a reply that ends the connection takes its socket
+            self._wait_for_reply(stream.socket, self.timeout)
+            response = stream.response = connection.getresponse()
+            if response.status == 200:
+                stream.socket.settimeout(None)
+                return stream
+            reply = response.read()
+        connection.close()
+        if response.status != 404:
+            self._checked(path, response.status, reply)
+        return None
+
     def address_towards(self) -> str:
         """This machine's address on the route to the server, at which the server reaches it."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
@@ -86,20 +134,26 @@ class Client:
     ) -> tuple[int, bytes]:
         headers = {"Content-Type": "application/json"} | (self._authorization if with_key else {})
         limit = timeout if timeout is not None else self.timeout
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=limit)
-        try:
+        with self._failures(path, limit), contextlib.closing(self._connection(limit)) as connection:
             connection.request(method, path, body, headers)
             if timeout is None:
                 self._wait_for_reply(connection.sock, limit)
             response = connection.getresponse()
             return response.status, response.read()
+
+    def _connection(self, timeout: float) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(self._host, self._port, timeout=timeout)
+
+    @contextlib.contextmanager
+    def _failures(self, path: str, limit: float) -> Iterator[None]:
+        """Raise EngineFailure where the server does not reply."""
+        try:
+            yield
         except TimeoutError as error:
             raise EngineFailure(f"{self.url}{path} did not reply for {limit:g} seconds") from error
         except (OSError, http.client.HTTPException) as error:
             what = str(error) or type(error).__name__
             raise EngineFailure(f"{self.url}{path} closed the connection ({what})") from error
-        finally:
-            connection.close()
 
     def _wait_for_reply(self, connection: socket.socket, limit: float) -> None:
         """Wait until a reply begins.

@@ -8,8 +8,10 @@ A weight update is pause → flush → begin → buckets → end → new version
 keys and values of old weights that stay in the radix cache would serve the next rollouts.  During an
 update the engine holds no version and refuses to generate.
 
-A failure discards all responses of the call: the caller has every rank generate the whole step again,
-because keeping those that had finished would favour short responses.
+After a failure the caller has every rank generate once more.  Each response is then continued from all of its
+received tokens, whether it had ended or not (`continuation.py`, `received.py`).  Where a server does not send
+tokens as they are sampled, or experts are recorded, the whole call is generated anew: keeping the responses
+that had finished would favour short ones.
 """
 
 from __future__ import annotations
@@ -17,30 +19,24 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config.choices import Transport
-from opo_megatron.config.rules.sglang import (
-    NO_DETERMINISTIC_CPU,
-    NO_EXPERT_PARALLEL_CPU,
-    expert_parallel_option,
-)
-from opo_megatron.config.schema import Config, SglangConfig
+from opo_megatron.config.schema import Config
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
 from opo_megatron.rollout.engine import Deliver, Digests, GenerationRequest, Progress, Sampling
-from opo_megatron.rollout.sglang import exact_mode, expert_recording
+from opo_megatron.rollout.sglang import exact_mode
 from opo_megatron.rollout.sglang.api_key import shared_key
 from opo_megatron.rollout.sglang.balance import Balance
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.compilation import CompileWatch
+from opo_megatron.rollout.sglang.continuation import Continuation
 from opo_megatron.rollout.sglang.exact_batchings import (
     BATCHINGS,
     CACHED,
@@ -51,6 +47,7 @@ from opo_megatron.rollout.sglang.exact_batchings import (
 from opo_megatron.rollout.sglang.replies import digests_of, rollouts_of
 from opo_megatron.rollout.sglang.routed_experts import experts_of
 from opo_megatron.rollout.sglang.server import Server, free_port
+from opo_megatron.rollout.sglang.server_checks import answering, check_external, check_servers_device
 from opo_megatron.rollout.sglang.transfer import (
     Bucket,
     DiskTransfer,
@@ -71,6 +68,8 @@ STREAMED_POSTS = 256
 """The same where responses are delivered as they end: mostly one request per post."""
 PROGRESS_EVERY_SECONDS = 1.0
 """Interval at which a stop request is noticed during generation."""
+ABORT_SECONDS = 10.0
+"""How long a server may take to note that its requests are aborted."""
 FLUSH_SECONDS = 30
 """How long a flush waits for running requests."""
 
@@ -106,6 +105,7 @@ class SglangEngine:
         self._released: set[str] = set()
         self._watch: CompileWatch | None = None
         self._announced: set[int] = set()
+        self._continuation = Continuation(self.settings.continue_responses, log)
         check_servers_device(self.settings, parallel.device)
         if not self.settings.urls:
             group = server_group(
@@ -142,25 +142,23 @@ class SglangEngine:
     # ------------------------------------------------------------------ lifecycle
 
     def recover(self) -> None:
-        """Start managed servers that are not running; a collective.  They hold no weights afterwards.
+        """Start managed servers that do not run, leave out external ones that do not answer; a collective.
+
+        They hold no weights afterwards.  The next call of `generate` continues the last one.
 
         Raises:
-            UserError: where an external server does not answer.
+            UserError: where an external server does not answer at the start, or none later.
         """
+        is_start = not self._clients
         self.version = None
+        self._continuation.keep()
         self._close_transfers()
         if self.settings.urls:
             key = shared_key(self.settings)
-            self._clients = [self._client(url, key) for url in self.settings.urls]
+            clients = [self._client(url, key) for url in self.settings.urls]
+            self._clients = answering(clients, self.parallel, is_start, self._log)
             for client in self._clients:
-                if not client.is_healthy():
-                    raise UserError(f"the SGLang server {client.url} of rollout.sglang.urls does not answer")
-                if self.settings.deterministic:
-                    check_is_deterministic(client)
-                if self.settings.exact:
-                    exact_mode.check_server(self.config, client)
-                if self.config.rollout.routing_replay:
-                    expert_recording.check_server(client)
+                check_external(client, self.config)
             return
         # Without its KV cache a server cannot be asked whether it is healthy: it would generate a token.
         if self._server is not None and (self._released or not self._server.is_alive()):
@@ -351,25 +349,36 @@ class SglangEngine:
             raise EngineFailure("the servers hold no complete weights")
         self._check_lengths(requests, sampling)
         posts = POSTS_PER_CALL if deliver is None else STREAMED_POSTS
-        size = max(1, -(-len(requests) // posts))
-        parts = [requests[i : i + size] for i in range(0, len(requests), size)]
-        replies: list[list[Any]] = [[] for _ in parts]
         balance = Balance(self._clients, self.config)
-        finished = tokens = 0
-        with ThreadPoolExecutor(posts) as threads, self.abort_on_preempt():
-            posted = {threads.submit(balance.post, part, sampling): i for i, part in enumerate(parts)}
-            waiting = set(posted)
-            while waiting:
-                ended, waiting = wait(waiting, PROGRESS_EVERY_SECONDS, return_when=FIRST_COMPLETED)
-                for done in ended:
-                    reply = replies[posted[done]] = done.result()
-                    finished += len(reply)
-                    tokens += sum(len(one["output_ids"]) for one in reply)
-                    if deliver is not None:
-                        deliver(self._rollouts_of(parts[posted[done]], reply, sampling))
+        with self._continuation.call(requests, sampling, self.version, self._clients) as call:
+            replies: dict[int, Any] = {}
+            tokens = 0
+
+            def enter(new: Mapping[int, Any]) -> None:
+                nonlocal tokens
+                replies.update(new)
+                tokens += sum(len(reply["output_ids"]) for reply in new.values())
+                if deliver is not None and new:
+                    deliver(self._rollouts_of([requests[i] for i in new], list(new.values()), sampling))
                 if progress is not None:
-                    progress(finished, len(requests), tokens)
-        return self._rollouts_of(requests, [one for reply in replies for one in reply], sampling)
+                    progress(len(replies), len(requests), tokens)
+
+            pending = call.received.pending
+            size = max(1, -(-len(pending) // posts))
+            parts = [pending[i : i + size] for i in range(0, len(pending), size)]
+            with ThreadPoolExecutor(posts) as threads, self.abort_on_error():
+                if call.received.ended:
+                    enter(call.received.ended)
+                waiting = {threads.submit(balance.post_call, call, part) for part in parts}
+                while waiting:
+                    ended, waiting = wait(waiting, PROGRESS_EVERY_SECONDS, return_when=FIRST_COMPLETED)
+                    enter({i: reply for post in ended for i, reply in post.result().items()})
+        return self._rollouts_of(requests, [replies[i] for i in range(len(requests))], sampling)
+
+    def kept_tokens(self, sampling: Sampling) -> int | None:
+        """Tokens of the last call that the next one, of this sampling, begins with; None without any."""
+        kept = self._continuation.kept(sampling, self.version)
+        return None if kept is None else kept.new_tokens
 
     def _rollouts_of(
         self, requests: Sequence[GenerationRequest], replies: Sequence[Any], sampling: Sampling
@@ -380,14 +389,14 @@ class SglangEngine:
         return rollouts
 
     @contextlib.contextmanager
-    def abort_on_preempt(self) -> Iterator[None]:
-        """Abort running requests on a stop request; otherwise leaving would wait for their end."""
+    def abort_on_error(self) -> Iterator[None]:
+        """Abort running requests where a server fails or the run stops; else leaving awaits their end."""
         try:
             yield
-        except (Preempted, KeyboardInterrupt):
+        except (EngineFailure, Preempted, KeyboardInterrupt):
             for client in self._clients:
                 with contextlib.suppress(EngineFailure):  # a server that is gone generates nothing
-                    client.post("/abort_request", abort_all=True)
+                    client.post("/abort_request", timeout=ABORT_SECONDS, abort_all=True)
             raise
 
     def probe(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> dict[str, Rollouts]:
@@ -446,34 +455,6 @@ class SglangEngine:
                 f"a prompt of {longest} tokens and rollout.max_response_tokens={sampling.max_tokens} exceed "
                 f"policy.model.max_sequence_length={limit}; shorten one or raise the other"
             )
-
-
-def check_servers_device(settings: SglangConfig, device: torch.device) -> None:
-    """Check that servers on the trainer's devices can do what the recipe sets.
-
-    Raises:
-        UserError: for NCCL, deterministic inference or distributed experts on a CPU.
-    """
-    if settings.transport is Transport.distributed:
-        group_backend(settings.distributed_backend, device)
-    if settings.deterministic and not settings.urls and device.type == "cpu":
-        raise UserError(NO_DETERMINISTIC_CPU.format("and this run is on a CPU"))
-    option = expert_parallel_option(settings)
-    if option is not None and not settings.urls and device.type == "cpu":
-        raise UserError(NO_EXPERT_PARALLEL_CPU.format(*option, "and this run is on a CPU"))
-
-
-def check_is_deterministic(client: Client) -> None:
-    """Check that a server which already ran samples repeatably.
-
-    Raises:
-        UserError: where it does not.
-    """
-    if not client.get("/server_info").get("enable_deterministic_inference"):
-        raise UserError(
-            f"rollout.sglang.deterministic=true, but the SGLang server {client.url} of rollout.sglang.urls "
-            "was started without it; add it to the server's `opo serve`, or set it to false here"
-        )
 
 
 def server_group(hosts: Sequence[str], rank: int, servers_per_node: int) -> list[int]:

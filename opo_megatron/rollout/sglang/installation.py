@@ -21,6 +21,8 @@ from opo_megatron.errors import UserError
 from opo_megatron.utils.start_folder import absolute
 
 SERVE = Path(__file__).parent / "serve.py"
+PARENT = "OPO_TRAINER_PID"
+"""Variable of a server that ends with the process of this id; `serve.py` has the name as well."""
 CHECK = "--check-options"
 """As its first argument, `serve.py` describes the server's parser instead of starting a server."""
 _TIMEOUT_SECONDS = 120.0
@@ -115,7 +117,7 @@ def _ask_parser(settings: SglangConfig, words: Sequence[str]) -> dict[str, Any] 
     try:
         result = subprocess.run(
             [str(python), str(SERVE), CHECK, *words],
-            env=own_environment(),
+            env=own_environment() | {PARENT: str(os.getpid())},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",

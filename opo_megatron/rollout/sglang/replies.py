@@ -13,10 +13,9 @@ from opo_megatron.errors import EngineFailure, UserError
 from opo_megatron.kernels.exact_sampling import key_at
 from opo_megatron.rollout.engine import GenerationRequest, Sampling, sampling_key
 from opo_megatron.rollout.sglang.exact_mode import PACKAGE
+from opo_megatron.rollout.sglang.token_channel import UNKNOWN_VERSION, version_number
 from opo_megatron.utils.hashing import MASK, signed
 
-UNKNOWN_VERSION = -1
-"""Version of a token whose server reports no number."""
 KEY, TRACE = "opo_key", "opo_trace"
 """Names that `exact_server/` has as well, and cannot import from here."""
 SEEDED = json.dumps({"callable": f"c{PACKAGE}.sampler\nSeeded\n.".encode().hex()})
@@ -24,7 +23,11 @@ SEEDED = json.dumps({"callable": f"c{PACKAGE}.sampler\nSeeded\n.".encode().hex()
 
 
 def generate_body(
-    requests: Sequence[GenerationRequest], sampling: Sampling, exact: bool = False, trace: bool = False
+    requests: Sequence[GenerationRequest],
+    sampling: Sampling,
+    exact: bool = False,
+    trace: bool = False,
+    prefixes: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """The body of a request to /generate.
 
@@ -34,21 +37,27 @@ def generate_body(
     Args:
         exact: the server runs in exact mode, and samples by the run's random numbers.
         trace: it also returns the digests of its operations.
+        prefixes: tokens of each response that are sampled already.  Random numbers belong to positions, in
+            the deterministic and in the exact mode: they go on as if the response had not been interrupted.
     """
+    if prefixes is None:
+        prefixes = [()] * len(requests)
+    if exact:
+        seeds: list[dict[str, Any]] = [{"custom_params": one} for one in carried(requests, sampling, trace)]
+    else:
+        seeds = [{"sampling_seed": sampling_key(sampling, request)} for request in requests]
     common = sampling_params(sampling)
     body: dict[str, Any] = {
-        "input_ids": [list(request.tokens) for request in requests],
+        "input_ids": [[*r.tokens, *prefix] for r, prefix in zip(requests, prefixes, strict=True)],
         "sampling_params": [
-            common | {"sampling_seed": sampling_key(sampling, request)} for request in requests
+            common | {"max_new_tokens": sampling.max_tokens - len(prefix)} | seed
+            for prefix, seed in zip(prefixes, seeds, strict=True)
         ],
         "return_logprob": True,
     }
     if sampling.routed_experts:
         body["return_routed_experts"] = True
     if exact:
-        body["sampling_params"] = [
-            common | {"custom_params": one} for one in carried(requests, sampling, trace)
-        ]
         body["custom_logit_processor"] = SEEDED
     return body
 
@@ -121,17 +130,12 @@ def versions_of(meta_info: dict[str, Any], length: int) -> list[int]:
     """The weight version of each token: by spans where the server reports them, else one for all."""
     spans = meta_info.get("weight_versions")
     if not spans:
-        return [_number(meta_info.get("weight_version"))] * length
+        return [version_number(meta_info.get("weight_version"))] * length
     versions = [UNKNOWN_VERSION] * length
     for span in spans:
         for position in range(span["start"], min(span["end"], length)):
-            versions[position] = _number(span["version"])
+            versions[position] = version_number(span["version"])
     return versions
-
-
-def _number(version: Any) -> int:
-    text = str(version)
-    return int(text) if text.isdecimal() else UNKNOWN_VERSION
 
 
 def _finish_reason(

@@ -3,11 +3,12 @@
     <rollout.sglang.python> serve.py --model-path … [any option of sglang.launch_server]   < KEY
     <rollout.sglang.python> serve.py --check-options [options]    # describes the server's parser as JSON
 
-It adds four things to `python -m sglang.launch_server`.  The server dies with the trainer that started it,
-even if the trainer is killed.  It reads its API key from standard input, because other users can see command
-lines, and no request passes without it but those of `OPEN_PATHS`.  Without a GPU it provides stubs of
-operators that SGLang imports but never calls there.  And without a GPU it lets SGLang record experts.
-SGLang's worker processes import this file first, so they have both too.
+It adds five things to `python -m sglang.launch_server`.  A server that a trainer started dies with it, even
+if the trainer is killed; one of `opo serve` does not.  It reads its API key from standard input, because
+other users can see command lines, and no request passes without it but those of `OPEN_PATHS`.  It sends
+tokens as they are sampled (`token_channel.py`).  Without a GPU it provides stubs of operators that SGLang
+imports but never calls there, and it lets SGLang record experts; SGLang's worker processes import this file
+first, so they have both too.
 
 Imports nothing from opo_megatron, which is not installed in that environment; `share_files` makes the files
 importable that the server of exact mode shares with the trainer.
@@ -32,13 +33,17 @@ KEYLESS = ("grpc_port", "grpc_mode", "smg_grpc_mode", "encoder_only", "use_ray",
 """Options of SGLang with which it listens in other ways, that ask for no key."""
 EXPERTS_OPTION = "--enable-return-routed-experts"
 KEYLESS_VARIABLES = ("SGLANG_GRPC_PORT", "SGLANG_RUST_SERVER")
+PARENT, TOKEN_CHANNEL = "OPO_TRAINER_PID", "OPO_TOKEN_CHANNEL"
+"""Variables that the trainer sets: its process id, and whether tokens are sent as they are sampled."""
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for SIGKILL when the parent process ends, for whatever reason."""
+def die_with_trainer() -> None:
+    """Ask the kernel for SIGKILL when the trainer ends, for whatever reason; `opo serve` names none."""
+    if (trainer := os.environ.get(PARENT)) is None:
+        return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
-        sys.exit("the process that started this server is gone")
+    if os.getppid() != int(trainer):  # it ended before the kernel was asked
+        sys.exit("the trainer that started this server is gone")
 
 
 def torchvision_has_operators() -> bool:
@@ -174,6 +179,10 @@ def serve() -> None:
         if getattr(arguments, name, None):
             sys.exit(f"the option {name} of SGLang opens a port that asks for no key; remove it")
     arguments.api_key = key
+    if TOKEN_CHANNEL in os.environ:
+        from opo_megatron.rollout.sglang import token_channel
+
+        token_channel.install(http_server, arguments)
     http_server.app.add_middleware(KeyGate, key=key)
     run_server(arguments)
 
@@ -201,7 +210,7 @@ record_experts_on_cpu()
 share_files()
 
 if __name__ == "__main__":
-    die_with_parent()
+    die_with_trainer()
     if sys.argv[1:2] == ["--check-options"]:
         print(json.dumps(describe_parser(sys.argv[2:])))
         sys.exit()

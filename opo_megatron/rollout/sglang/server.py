@@ -28,12 +28,15 @@ from opo_megatron.rollout.sglang.api_key import random_key, shared_key
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.compilation import CompileWatch
 from opo_megatron.rollout.sglang.installation import (
+    PARENT,
     SERVE,
     as_words,
     by_their_own_names,
     interpreter,
     own_environment,
 )
+from opo_megatron.rollout.sglang.token_channel import VARIABLE as TOKEN_CHANNEL
+from opo_megatron.utils.hashing import hash_of, hash_of_text
 from opo_megatron.utils.start_folder import start_folder
 
 CONTEXT_MARGIN = 8
@@ -96,6 +99,7 @@ class Server:
         self.settings = config.rollout.sglang
         self.key = shared_key(self.settings, makes_file=True) or random_key()
         self._process: subprocess.Popen[bytes] | None = None
+        self._starts = 0
         self.watch: CompileWatch | None = None
         """Of the process that was started last."""
         self.url = ""
@@ -122,6 +126,7 @@ class Server:
                     raise
 
     def _start_on(self, port: int, show_status: Callable[[str], None]) -> None:
+        self._starts += 1
         python = interpreter(self.settings)
         self.url = f"http://{LOOPBACK}:{port}"
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +137,7 @@ class Server:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self.environment(),
+                env=self.environment() | {PARENT: str(os.getpid())},
                 cwd=start_folder(),  # of paths among its options
                 start_new_session=True,  # its own process group, which `stop` signals
             )
@@ -162,7 +167,7 @@ class Server:
             "context-length": longest,
             "tensor-parallel-size": settings.tensor_parallel_size,
             "max-running-requests": running,
-            "random-seed": self.config.run.seed,
+            "random-seed": self._random_seed(),
             "log-level": "warning",
         }
         if self.gpus is None:
@@ -176,6 +181,14 @@ class Server:
         options |= expert_recording.options(self.config)
         return as_words(options | by_their_own_names(settings.options))
 
+    def _random_seed(self) -> int:
+        """Another one for every server and every start of it.
+
+        A server that restarted with the same one would sample with the same random numbers again, and so
+        continue responses with those that their beginnings were sampled with.
+        """
+        return hash_of((self.config.run.seed, hash_of_text(self.name), self._starts)) & (2**31 - 1)
+
     def environment(self) -> dict[str, str]:
         """The trainer's environment without the key, and the variables of torchrun and of its Python."""
         environment = own_environment()
@@ -186,6 +199,8 @@ class Server:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus or ())
         if self.settings.exact:
             environment |= exact_mode.ENVIRONMENT
+        if self.settings.continue_responses:
+            environment[TOKEN_CHANNEL] = "on"
         if self.gpus is None:
             # More threads than idle cores make it many times slower, as for the ranks.
             environment["OMP_NUM_THREADS"] = str(self.config.run.threads_per_rank)

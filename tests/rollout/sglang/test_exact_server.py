@@ -6,6 +6,7 @@ import random
 import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.build import open_run
+from opo_megatron.errors import EngineFailure
 from opo_megatron.observe.metrics_file import MetricsFile
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
@@ -163,3 +165,60 @@ def test_neither_arrival_order_nor_batch_size_nor_the_cache_changes_a_bit(run: R
     engine._clients[0].post("/flush_cache")
     for parts, at_once in ((alone, False), (alone, True), (threes, False), ([order], True)):
         assert_same(in_posts(engine, parts, at_once), expected)
+
+
+# ---------------------------------------------------------------------- continuation
+
+
+@pytest.mark.parametrize(
+    "cuts", [(5, 1, 9), *(pytest.param(one, marks=pytest.mark.slow) for one in ((1,), (9,), (30,), (3, 3)))]
+)
+def test_responses_that_an_engine_failure_cuts_are_continued_bit_for_bit(
+    run: Run, cuts: tuple[int, ...]
+) -> None:
+    """The engine fails when so many responses have ended, then the next call when so many more have."""
+    engine, asked, sampling = engine_of(run), requests(40, 5), Sampling(24, STOPS, (11, *cuts))
+    expected = engine.generate(asked, sampling)
+    kept = 0
+    for cut in cuts:
+        ended: list[Rollouts] = []
+
+        def fail(rollouts: Rollouts, ended: list[Rollouts] = ended, cut: int = cut) -> None:
+            ended.append(rollouts)
+            if sum(map(len, ended)) >= cut:
+                raise EngineFailure("cut")
+
+        with pytest.raises(EngineFailure, match="cut"):
+            engine.generate(asked, sampling, deliver=fail)
+        engine.recover()
+        run.generation.synchronize()
+        kept += engine.kept_tokens(sampling) or 0
+    parts: list[Rollouts] = []
+    assert_same(engine.generate(asked, sampling, deliver=parts.append), expected)
+    assert len(parts[0]) >= cuts[-1], "those that had ended are delivered at once"
+    assert sum(map(len, parts)) == len(asked)
+    last = engine._continuation._last
+    assert last is not None and last.received.new_tokens + kept == int(expected.response_lengths.sum())
+    assert 0 < kept < int(expected.response_lengths.sum())
+
+
+def test_what_is_kept_is_for_one_sampling_and_the_call_after_a_failure(run: Run) -> None:
+    engine, asked, sampling = engine_of(run), requests(6, 5), Sampling(8, STOPS, (12,))
+    engine.generate(asked, sampling)
+    assert engine.kept_tokens(sampling) is None, "nothing has failed"
+    engine.recover()
+    assert engine.kept_tokens(sampling) is None, "the servers hold no weights"
+    run.generation.synchronize()
+    assert engine.kept_tokens(sampling) is not None
+    assert engine.kept_tokens(replace(sampling, seed=(13,))) is None
+    engine.generate(asked, replace(sampling, seed=(13,)))
+    assert engine.kept_tokens(sampling) is None
+    engine.recover()
+    run.generation.synchronize()
+    run.policy.version += 1
+    try:
+        run.generation.synchronize()
+        assert engine.kept_tokens(replace(sampling, seed=(13,))) is None, "of other weights"
+    finally:
+        run.policy.version -= 1
+        run.generation.synchronize()

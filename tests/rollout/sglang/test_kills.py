@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import threading
@@ -19,6 +20,7 @@ from opo_megatron.build import open_run
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.sglang import engine as sglang_engine
 from opo_megatron.rollout.sglang.client import Client
+from opo_megatron.rollout.sglang.continuation import Call
 from opo_megatron.run import Run
 from opo_megatron.train import train
 from tests.support.fixtures import small_config
@@ -108,9 +110,9 @@ def lengths_of(run: Run, kills: int, monkeypatch: pytest.MonkeyPatch) -> tuple[l
         replies = post(self, path, *args, **body)  # type: ignore[arg-type]
         if path == "/generate" and recording.is_set():
             finished_lengths.extend(len(one["output_ids"]) for one in replies)  # type: ignore[attr-defined]
-            if kills and len(finished_lengths) >= SAMPLES // rounds // 3:
+            if kills and len(finished_lengths) >= (round_index + 1) * SAMPLES // rounds // 2:
                 recording.clear()
-                kill(run_dir)
+                os.killpg(int((run_dir / "sglang" / "server_0.pid").read_text()), signal.SIGKILL)
         return replies
 
     with monkeypatch.context() as patch:
@@ -129,18 +131,49 @@ def lengths_of(run: Run, kills: int, monkeypatch: pytest.MonkeyPatch) -> tuple[l
     return lengths, finished_lengths
 
 
+def tokens_sampled(log: str) -> int:
+    """Tokens that a server's scheduler sampled, by its own log: one per request of every pass."""
+    return sum(map(int, re.findall(r"(?:Decode batch, #running-req|Prefill batch, #new-seq): (\d+)", log)))
+
+
+@pytest.mark.parametrize("continues", ["true", "false"])
 @pytest.mark.timeout(600)
-def test_response_lengths_do_not_depend_on_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_response_lengths_do_not_depend_on_kills(
+    continues: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers are killed when half of all responses have ended.  Where responses are continued, no token that
+    was received is sampled again, and few are lost."""
     large = ("policy.model.max_sequence_length=256", "rollout.sglang.max_running_requests=1024")
-    config = small_config(*settings(tmp_path / "run", *large))
+    logs = ("rollout.sglang.options={log_level: info, decode_log_interval: 1}",)
+    key = f"rollout.sglang.continue_responses={continues}"
+    config = small_config(*settings(tmp_path / "run", *large, *logs, key))
+    log, received = tmp_path / "run" / "sglang" / "server_0.log", list[int]()
+    channels = Call.channels
+
+    def counted(self: Call, clients: object) -> object:
+        calls.append(self)
+        return channels(self, clients)  # type: ignore[arg-type]
+
     with open_run(config) as run:
         run.generation.synchronize()
         uninterrupted, _ = lengths_of(run, 0, monkeypatch)
+        begin, calls = len(log.read_text()), list[Call]()
+        monkeypatch.setattr(Call, "channels", counted)
         killed, finished_lengths = lengths_of(run, 2, monkeypatch)
-        assert run.generation.failures == 2
+        assert run.generation.failures == 2 and len(calls) == 4
+        received = [call.received.new_tokens for call in calls]
+        sampled_tokens = tokens_sampled(log.read_text()[begin:])
+        assert run.generation.tokens_continued == (received[0] + received[2] if continues == "true" else 0)
+    print(f"{sum(killed)} tokens, {sampled_tokens} sampled, {received} received")  # shown where it fails
     assert len(uninterrupted) == len(killed) == SAMPLES
-    assert ks_2samp(uninterrupted, killed).pvalue > 1e-3
-    # Responses that finished before the kills are biased: the test would detect it if they were kept.
+    assert ks_2samp(uninterrupted, killed).pvalue > 1e-2
+    if continues == "true":
+        assert sum(received) == sum(killed), "a token was received twice"
+        assert 0 <= sampled_tokens - sum(killed) <= 0.05 * sampled_tokens
+        assert min(received[0], received[2]) > 0.1 * sum(killed)
+    else:
+        assert sampled_tokens > 1.2 * sum(killed)
+    # Responses that finished before the kills are biased: the test would detect it if they alone were kept.
     assert len(finished_lengths) > 500 and ks_2samp(uninterrupted, finished_lengths).pvalue < 1e-9
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import pickle
 import sys
@@ -19,7 +20,7 @@ from opo_megatron.errors import EngineFailure, UserError
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.engine import server_group
-from opo_megatron.rollout.sglang.replies import UNKNOWN_VERSION, rollouts_of, sampling_params
+from opo_megatron.rollout.sglang.replies import UNKNOWN_VERSION, generate_body, rollouts_of, sampling_params
 from opo_megatron.rollout.sglang.server import Server
 from opo_megatron.rollout.sglang.transfer import _handle, _pickled, check_allocator
 from tests.support.fixtures import small_config
@@ -108,6 +109,52 @@ def test_ranks_of_a_node_share_its_servers_in_equal_parts(
 def test_servers_that_do_not_divide_the_ranks_are_rejected() -> None:
     with pytest.raises(UserError, match=r"rollout\.sglang\.servers=2 does not divide the 3 ranks"):
         server_group("aaa", 0, 2)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("prefix", [(), (5,), (6, 5)])
+def test_a_continued_request_has_the_random_numbers_of_the_whole_one(
+    prefix: tuple[int, ...], exact: bool
+) -> None:
+    """Servers count positions from the start of their input: the prompt and what is sampled already."""
+    whole = generate_body(REQUESTS, SAMPLING, exact)
+    body = generate_body(REQUESTS, SAMPLING, exact, prefixes=[prefix, ()])
+    assert body["input_ids"] == [[1, 2, *prefix], [3]]
+    assert [one.pop("max_new_tokens") for one in body["sampling_params"]] == [3 - len(prefix), 3]
+    assert [one.pop("max_new_tokens") for one in whole["sampling_params"]] == [3, 3]
+    assert body["sampling_params"] == whole["sampling_params"]
+    assert "sampling_seed" in whole["sampling_params"][0] or exact
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "words"),
+    [
+        (401, UserError, "asks for a key"),
+        (403, UserError, "asks for a key"),
+        (400, UserError, "refuses the request"),
+        (500, EngineFailure, r"/x failed \(500\): no"),
+        (503, EngineFailure, r"/x failed \(503\)"),
+    ],
+)
+def test_a_stream_that_does_not_open_is_a_mistake_or_a_failure(
+    status: int, error: type[Exception], words: str
+) -> None:
+    with web_server(status, "no") as url, pytest.raises(error, match=words):
+        Client(url, 5.0).stream("/x")
+
+
+def test_a_stream_is_read_to_its_end_and_is_none_for_a_missing_path() -> None:
+    with web_server(404, "no") as url:
+        assert Client(url, 5.0).stream("/x") is None
+    with web_server(200, "some bytes") as url:
+        stream = Client(url, 5.0).stream("/x")
+        assert stream is not None
+        with contextlib.closing(stream):
+            assert b"".join(iter(stream.read, b"")) == b"some bytes"
+    with pytest.raises(EngineFailure, match="/x closed the connection"):
+        Client(url, 5.0).stream("/x")
+    with web_server(200, "late", delay=2.0) as url, pytest.raises(EngineFailure, match=r"for 0\.3 seconds"):
+        Client(url, 0.3).stream("/x")
 
 
 def test_http_replies_are_parsed_or_raise() -> None:

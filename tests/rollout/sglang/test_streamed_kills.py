@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 from signal import SIGKILL
 
 import pytest
 
-from tests.support.fixtures import SMALL_MODEL
+from opo_megatron.rollout.sglang.client import Client
+from opo_megatron.rollout.sglang.server import free_port
+from tests.support.fixtures import RECIPE, SMALL_MODEL
 from tests.support.interrupted import assert_same_run, attempts
 from tests.support.servers import processes_of, sglang_python
 from tests.support.tiny_run import rows
@@ -57,15 +64,20 @@ def uninterrupted(command: tuple[str, ...], tmp_path_factory: pytest.TempPathFac
     return run_dir
 
 
-def test_a_step_whose_server_is_killed_is_sampled_and_trained_again(
-    command: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+@pytest.mark.parametrize("continues", ["true", "false"])
+def test_a_step_whose_server_is_killed_is_continued_or_begins_anew(
+    continues: str, command: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    faults = ["server", [f"streamed {SAMPLES // 2}"]]
+    command = (*command, f"rollout.sglang.continue_responses={continues}")
+    faults = ["server", [f"streamed {SAMPLES // 8}"]]
     assert attempts(tmp_path / "run", faults, command=command, timeout=LIMIT) == [0, 0]
-    failures = {row["step"]: row["run/engine_failures"] for row in rows(tmp_path / "run")}
+    metrics = rows(tmp_path / "run")
+    failures = {row["step"]: row["run/engine_failures"] for row in metrics}
     assert failures == {0: 0, 1: 0} | dict.fromkeys(range(2, KILLS + 3), 1)
-    lost = ["lost" in row["ranks"][0] for row in rows(tmp_path / "run", "timeline.jsonl")]
-    assert lost == [step == 2 for step in range(1, KILLS + 3)]
+    kept = {row["step"] for row in metrics if row["run/tokens_continued"]}
+    assert kept == ({2} if continues == "true" else set())
+    lost = {row["step"] for row in rows(tmp_path / "run", "timeline.jsonl") if "lost" in row["ranks"][0]}
+    assert lost == (set() if continues == "true" else {2})
     assert_same_run(tmp_path / "run", uninterrupted)
     assert processes_of(tmp_path / "run") == []
 
@@ -81,3 +93,48 @@ def test_five_kills_inside_streamed_steps_change_nothing(
     assert_same_run(tmp_path / "run", uninterrupted)
     timeline = [row["step"] for row in rows(tmp_path / "run", "timeline.jsonl")]
     assert timeline == [*range(1, KILLS + 3)]
+
+
+def an_external_server(
+    folder: Path, number: int, command: tuple[str, ...]
+) -> tuple[subprocess.Popen[bytes], str]:
+    """A server of `opo serve`, and its address."""
+    port = free_port()
+    argv = [sys.executable, "-m", "opo_megatron", "serve", str(RECIPE), *command, "policy.device=cpu"]
+    argv += ["policy.model.vocab_size=17", f"rollout.sglang.api_key_file={folder / 'key'}"]
+    argv += ["--host", "127.0.0.1", "--port", str(port)]
+    with (folder / f"{number}.log").open("wb") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
+    client, deadline = Client(f"http://127.0.0.1:{port}", 60), time.monotonic() + 300
+    while not client.is_healthy():
+        assert process.poll() is None and time.monotonic() < deadline, (folder / f"{number}.log").read_text()
+        time.sleep(0.5)
+    return process, client.url
+
+
+def test_a_step_goes_on_with_the_external_servers_that_still_answer(
+    command: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run" / "sglang").mkdir(parents=True)
+    servers = []
+    try:
+        for number in range(2):
+            servers.append(an_external_server(tmp_path, number, command))
+        # The fault kills the process of this file.
+        (tmp_path / "run" / "sglang" / "server_0.pid").write_text(f"{servers[0][0].pid}\n")
+        urls = f"rollout.sglang.urls=[{','.join(url for _, url in servers)}]"
+        external = (*command, urls, f"rollout.sglang.api_key_file={tmp_path / 'key'}")
+        external = (*external, "rollout.sglang.transport=distributed")
+        faults = ["server", [f"streamed {SAMPLES // 8}"]]
+        codes = attempts(tmp_path / "run", faults, command=external, timeout=LIMIT)
+        assert codes == [0, 2], "of another attempt, all servers have to answer at the start"
+        assert servers[0][0].poll() is not None and servers[1][0].poll() is None
+    finally:
+        for process, _ in servers:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, SIGKILL)
+            process.wait()
+    metrics = rows(tmp_path / "run")
+    assert {row["step"] for row in metrics if row["run/tokens_continued"]} == {2}
+    assert metrics[-1]["run/engine_failures"] == 1
+    assert_same_run(tmp_path / "run", uninterrupted)
