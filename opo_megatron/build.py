@@ -51,8 +51,9 @@ from opo_megatron.rollout.exact_check import check_exact, check_exact_device
 from opo_megatron.rollout.generation import Generation
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.rollout.memory_sharing import MemorySharing
-from opo_megatron.rollout.sglang.engine import SglangEngine, check_servers_device
+from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.server import write_model_config
+from opo_megatron.rollout.sglang.server_checks import check_servers_device
 from opo_megatron.run import Run
 from opo_megatron.tasks import Task, make_task
 from opo_megatron.tasks.stop_tokens import check_stop_tokens, how_responses_end

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -132,7 +132,7 @@ def measure(size: str, folder: Path, options: argparse.Namespace) -> dict[str, A
                     seconds, memory = timed(sync)
                     bare_seconds, _ = timed(lambda name=name: bare[name](policy.stream_weights()))  # type: ignore[misc]
                     print(f"  {name:12} {seconds:.3f} s, bare {bare_seconds:.3f} s", flush=True)
-                    broadcasts.append(timed(lambda: bare["broadcast"](iter([])))[0])
+                    broadcasts.append(timed(lambda: bare["broadcast"]([]))[0])
                     if i:
                         runs[name].append(
                             {"sync": seconds, "bare": bare_seconds, "bytes over baseline": memory}
@@ -187,7 +187,7 @@ def config_of(size: str, folder: Path, python: str, transport: str = "tensor", u
 
 # ---------------------------------------------------------------------- bare copies
 
-Stream = Iterator[list[tuple[str, Any]]]
+Stream = Iterable[list[tuple[str, Any]]]
 
 
 @contextmanager
@@ -196,7 +196,7 @@ def bare_copies(folder: Path, buckets: list[int]) -> Iterator[dict[str, Callable
     import torch
 
     from opo_megatron.rollout.sglang.server import free_port
-    from opo_megatron.rollout.sglang.transfer import _pickled
+    from opo_megatron.rollout.sglang.transfer import pickled
 
     command = [sys.executable, __file__, "--peer"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
@@ -222,7 +222,7 @@ def bare_copies(folder: Path, buckets: list[int]) -> Iterator[dict[str, Callable
                 storage = torch.UntypedStorage._new_shared(buckets[i])
                 buffer = torch.empty(0, dtype=torch.uint8).set_(storage)
                 pack(bucket, buffer)
-                request(do="tensor", bucket=i, named=_pickled([("bucket", buffer)]))
+                request(do="tensor", bucket=i, named=pickled([("bucket", buffer)]))
 
         staged = [torch.empty(size, dtype=torch.uint8) for size in buckets]
 

@@ -16,9 +16,10 @@ from opo_megatron.config.compare import check_resume
 from opo_megatron.errors import UserError
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.sglang.client import Client
-from opo_megatron.rollout.sglang.engine import SglangEngine, check_is_deterministic
+from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.replies import generate_body, sampling_params
 from opo_megatron.rollout.sglang.server import Server
+from opo_megatron.rollout.sglang.server_checks import check_is_deterministic
 from opo_megatron.rollout.sglang.transfer import _STORE_PREFIXES, group_backend
 from opo_megatron.utils.hashing import hash_of
 from tests.support.fixtures import small_config
