@@ -44,7 +44,11 @@ from opo_megatron.rollout.sglang.exact_batchings import (
 from opo_megatron.rollout.sglang.replies import digests_of, rollouts_of
 from opo_megatron.rollout.sglang.routed_experts import experts_of
 from opo_megatron.rollout.sglang.server import Server, free_port
-from opo_megatron.rollout.sglang.server_checks import check_is_deterministic, check_servers_device
+from opo_megatron.rollout.sglang.server_checks import (
+    check_cuts,
+    check_is_deterministic,
+    check_servers_device,
+)
 from opo_megatron.rollout.sglang.slices import SliceFeed, slice_feed
 from opo_megatron.rollout.sglang.transfer import (
     Bucket,
@@ -158,6 +162,8 @@ class SglangEngine:
                     raise UserError(f"the SGLang server {client.url} of rollout.sglang.urls does not answer")
                 if self.settings.deterministic:
                     check_is_deterministic(client)
+                if self._slices is not None:
+                    check_cuts(client, self.config)
                 if self.settings.exact:
                     exact_mode.check_server(self.config, client)
                 if self.config.rollout.routing_replay:

@@ -10,7 +10,8 @@ from opo_megatron.config.rules.sglang import (
     NO_EXPERT_PARALLEL_CPU,
     expert_parallel_option,
 )
-from opo_megatron.config.schema import SglangConfig
+from opo_megatron.config.rules.weight_layout import expert_ranks
+from opo_megatron.config.schema import Config, SglangConfig
 from opo_megatron.errors import UserError
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.transfer import group_backend
@@ -42,3 +43,20 @@ def check_is_deterministic(client: Client) -> None:
             f"rollout.sglang.deterministic=true, but the SGLang server {client.url} of rollout.sglang.urls "
             "was started without it; add it to the server's `opo serve`, or set it to false here"
         )
+
+
+def check_cuts(client: Client, config: Config) -> None:
+    """Check that a server which already ran is cut as the recipe says, before it is sent slices.
+
+    Raises:
+        UserError: where it is not.
+    """
+    info = client.get("/server_info")
+    wanted = {"tp_size": config.rollout.sglang.tensor_parallel_size, "ep_size": expert_ranks(config)}
+    for name, size in wanted.items():
+        if info.get(name) != size:
+            raise UserError(
+                f"rollout.sglang.layout=slices needs a server with {name}={size}, but the SGLang server "
+                f"{client.url} of rollout.sglang.urls has {name}={info.get(name)}; start it by `opo serve` "
+                "with this recipe, or set rollout.sglang.layout=full"
+            )
