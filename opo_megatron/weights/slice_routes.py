@@ -54,11 +54,11 @@ def routes_of(places: Sequence[Place], policy_size: int, engine: EngineSizes) ->
             able = [i for i in on_node[node] if _holds(places[i].tp_rank, rank, policy_size, engine.tensor)]
             if not able:
                 return f"the policy's ranks on {node} do not hold what rank {rank} of a server there needs"
-            beside = group[rank] if rank < len(group) else None
+            near = group[rank] if rank < len(group) else None
 
-            def cost(i: int, group: list[int] = group, beside: int | None = beside, rank: int = rank) -> Any:
+            def cost(i: int, group: list[int] = group, near: int | None = near, rank: int = rank) -> Any:
                 has_it = any(other == rank for _, other in feeds[i])
-                return i != beside, i not in group, not has_it, len(feeds[i])
+                return i != near, i not in group, not has_it, len(feeds[i])
 
             feeds[min(able, key=cost)].append((owner, rank))
     wanted: list[tuple[int, ...]] = [()] * len(places)

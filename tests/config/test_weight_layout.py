@@ -29,7 +29,7 @@ NOT_CUT = [
 
 
 @pytest.mark.parametrize(("overrides", "reason"), NOT_CUT)
-def test_slices_that_are_asked_for_but_not_possible_are_refused_with_the_reason_of_auto(
+def test_slices_that_are_not_possible_are_refused_with_the_reason_of_auto(
     overrides: tuple[str, ...], reason: str
 ) -> None:
     settings = (*MODEL, SGLANG, "policy.device=cpu", *overrides)
@@ -59,7 +59,7 @@ def test_slices_are_possible_otherwise(overrides: tuple[str, ...]) -> None:
     assert why_full(config, on_cpu=True) is None
 
 
-def test_servers_that_already_run_are_cut_for_only_where_that_is_asked_for() -> None:
+def test_slices_for_servers_that_already_run_must_be_asked_for() -> None:
     urls = "rollout.sglang.urls=[http://localhost:1]"
     reason = why_full(small_config(*MODEL, SGLANG, urls), on_cpu=True)
     assert reason == "the servers of rollout.sglang.urls may hold other tensors than this recipe's would"

@@ -33,7 +33,7 @@ def syncs_of(*cases: str) -> list[dict[str, Any]]:
     return list(json.loads(result.stdout.splitlines()[-1]))
 
 
-def test_a_rank_of_the_70b_recipe_receives_the_slices_of_the_other_stages_alone() -> None:
+def test_a_rank_of_the_70b_recipe_receives_slices_of_other_stages_alone() -> None:
     """In FP8, and in bf16: a matrix has 1 byte per element and 4 per block, or 2."""
     for sync, matrix in zip(syncs_of("", BF16), (1 + 4 / 128**2, 2), strict=True):
         check(sync, matrix)
@@ -50,6 +50,6 @@ def check(sync: dict[str, Any], matrix: float) -> None:
 
 
 @pytest.mark.slow
-def test_full_tensors_would_be_nearly_eight_times_as_much_and_more_within_nodes() -> None:
+def test_full_tensors_would_be_nearly_eight_times_as_much() -> None:
     full, cut = syncs_of(f"{BF16},{FULL}", BF16)
     assert min(full["network"]) > 7.7 * max(cut["network"]) and min(full["nvlink"]) > 29e9

@@ -132,9 +132,7 @@ def replaced(of: str, /, **fields: object) -> list[TensorInfo]:
         ([info for info in replaced(NORM) if "bias" not in info.name], "qkv_proj.bias"),
     ],
 )  # fmt: skip
-def test_a_tensor_that_the_engine_does_not_have_is_refused_before_anything_is_sent(
-    sent: list[TensorInfo], words: str
-) -> None:
+def test_what_the_engine_does_not_have_is_refused_before_sending(sent: list[TensorInfo], words: str) -> None:
     expected = expected_tensors(model_of("qwen2"), 100, EngineSizes(2), DTYPE)
     with pytest.raises(UserError) as error:
         check_slices(sent, expected)
@@ -183,7 +181,7 @@ def places(nodes: int, on_node: int, policy: int, sharing: int, stages: int = 1)
         (places(2, 2, 4, 2), 4, 2, None),
     ],
 )  # fmt: skip
-def test_every_engine_rank_is_fed_once_by_a_rank_of_its_node_that_holds_its_slice(
+def test_an_engine_rank_is_fed_once_by_a_rank_of_its_node_with_its_slice(
     given: list[Place], policy: int, engine: int, wanted: list[tuple[int, ...]] | None
 ) -> None:
     routes = routes_of(given, policy, EngineSizes(engine))

@@ -20,6 +20,7 @@ from opo_megatron.algorithm.on_policy import check_versions
 from opo_megatron.build import open_run
 from opo_megatron.errors import EngineFailure, OnPolicyError, Preempted
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
+from opo_megatron.rollout.probe import PROBE_SAMPLING
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.transfer import Sender
@@ -157,6 +158,23 @@ def test_weights_read_back_from_the_server_equal_the_policys(run: Run) -> None:
         name = f"model.layers.1.{name}.weight"
         values = torch.tensor(client.post("/get_weights_by_name", name=name, truncate_size=8))
         torch.testing.assert_close(values, streamed[name][: len(values)], rtol=0, atol=0)
+
+
+def test_slices_and_full_tensors_give_the_same_log_probabilities(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(run)
+    by_slices = run.generation.engine.probe(requests(4), PROBE_SAMPLING)
+    with monkeypatch.context() as patch:
+        assert engine._slices is not None
+        patch.setattr(engine, "_slices", None)
+        patch.setattr(engine, "_transfers", {})
+        run.generation.synchronize()
+        by_full = run.generation.engine.probe(requests(4), PROBE_SAMPLING)
+    for name, rollouts in by_slices.items():
+        expected = by_full[name].engine_log_prob
+        assert rollouts.engine_log_prob is not None and expected is not None
+        assert torch.equal(rollouts.engine_log_prob, expected)
 
 
 @pytest.mark.slow
