@@ -25,6 +25,8 @@ from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.transfer import Sender
 from opo_megatron.run import Run
+from opo_megatron.weights.engine_slices import EngineTensor
+from opo_megatron.weights.slice_stream import SliceStream
 from tests.support.fixtures import small_config
 from tests.support.servers import processes_of, sglang_python
 
@@ -37,6 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         f"run.dir={run_dir}",
         "policy.model.qk_layernorm=false",
         "policy.model.max_sequence_length=1024",
+        "policy.model.ffn_hidden_size=64",  # a multiple of 32, so that a CPU server can be sent slices
         "rollout.engine=sglang",
         f"rollout.sglang.python={sglang_python()}",
         "rollout.sglang.max_running_requests=32",
@@ -97,14 +100,17 @@ def test_weights_that_did_not_arrive_are_detected_by_the_probe(
 
 
 def test_an_altered_layer_is_detected_by_the_probe(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    send = Sender.send
+    write = SliceStream._write
 
-    def altered(self: Sender, bucket: list[tuple[str, torch.Tensor]]) -> None:
-        name = "model.layers.2.self_attn.v_proj.weight"
-        send(self, [(n, t * 1.01 if n == name else t) for n, t in bucket])
+    def altered(
+        self: SliceStream, tensor: EngineTensor, rank: int, pieces: object, values: torch.Tensor
+    ) -> None:
+        write(self, tensor, rank, pieces, values)  # type: ignore[arg-type]
+        if tensor.name == "model.layers.2.self_attn.qkv_proj.weight":
+            values.mul_(1.01)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Sender, "send", altered)
+        patch.setattr(SliceStream, "_write", altered)
         with pytest.raises(OnPolicyError, match="differs from the policy by"):
             run.generation.synchronize()
 
