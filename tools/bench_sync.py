@@ -2,6 +2,7 @@
 
     python tools/bench_sync.py                          # 10 and 200 million parameters
     python tools/bench_sync.py --sizes 10M --repeats 2  # a quick run; writes nothing
+    python tools/bench_sync.py --layouts                # slices and full tensors → records/sync_layouts.json
 
 Per transport, interleaved: `sync`, everything a training step does (pause, flush, open, send, close, new
 version, continue); and `bare`, the same bytes by the same path into another process that does nothing else:
@@ -9,7 +10,8 @@ one copy into shared memory and one out of it (tensor), one gloo broadcast into 
 one copy out of it (distributed), one file written and read (disk).  Medians, after one warm-up round.
 `broadcast` is the broadcast alone into pages already mapped: a lower bound, because a real receiver must
 still copy tensors into a model.  Memory is the trainer's peak during a sync minus that before it, shared
-memory included.  Exit code 1 where a limit is not met.
+memory included.  `--layouts` has a server of two ranks
+(`bench/sync_layouts.py`).  Exit code 1 where a limit is not met.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from bench.record import write_record
+from bench.sync_layouts import measure_layouts
 from bench_weights import resident
 
 from opo_megatron.utils.terminal import prepare_terminal
@@ -40,6 +43,8 @@ ROOT = Path(__file__).parent.parent
 TRANSPORTS = ("tensor", "distributed", "disk")
 LARGEST_TIME = 2.0
 """Multiple of a bare copy, for `tensor` and `distributed`."""
+LARGEST_SLICES = 1.3
+"""Multiple of a bare copy of the bytes that a server keeps, for slices of the largest model."""
 LARGEST_MEMORY = 2.0
 """In buckets."""
 
@@ -60,6 +65,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="only these sizes; writes nothing")
+    parser.add_argument("--layouts", action="store_true", help="slices against full tensors instead")
+    parser.add_argument("--no-record", action="store_true", help="write nothing")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument(
         "--sglang-python", default=str(ROOT / ".venv-sglang" / "bin" / "python"), metavar="PYTHON",
@@ -70,12 +77,14 @@ def main() -> int:
     if options.peer:
         Peer().serve()
         return 0
+    if options.layouts:
+        return compare_layouts(options)
     results = {}
     for size in options.sizes or SIZES:
         with tempfile.TemporaryDirectory() as folder:
             results[size] = measure(size, Path(folder), options)
     print(json.dumps(results, indent=2))
-    if options.sizes is None:
+    if options.sizes is None and not options.no_record:
         print(f"written to {write_record('sync', results)}")
     missed = [
         f"{size}, {transport}: {result['sync / bare']:.2f} bare copies, at most {LARGEST_TIME:g}"
@@ -92,6 +101,21 @@ def main() -> int:
     for line in missed:
         print(f"NOT MET: {line}")
     return 1 if missed else 0
+
+
+def compare_layouts(options: argparse.Namespace) -> int:
+    """Measure slices against full tensors; the exit code."""
+    results = {}
+    for size in options.sizes or SIZES:
+        with tempfile.TemporaryDirectory() as folder:
+            results[size] = measure_layouts(size, SIZES[size]["vocab_size"], Path(folder), options)
+    print(json.dumps(results, indent=2))
+    if options.sizes is None and not options.no_record:
+        print(f"written to {write_record('sync_layouts', results)}")
+    largest = results.get("200M", {}).get("slices / bare", 0.0)
+    if largest > LARGEST_SLICES:
+        print(f"NOT MET: 200M, slices: {largest:.2f} bare copies, at most {LARGEST_SLICES:g}")
+    return 1 if largest > LARGEST_SLICES else 0
 
 
 def measure(size: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -132,7 +156,7 @@ def measure(size: str, folder: Path, options: argparse.Namespace) -> dict[str, A
                     seconds, memory = timed(sync)
                     bare_seconds, _ = timed(lambda name=name: bare[name](policy.stream_weights()))  # type: ignore[misc]
                     print(f"  {name:12} {seconds:.3f} s, bare {bare_seconds:.3f} s", flush=True)
-                    broadcasts.append(timed(lambda: bare["broadcast"](iter([])))[0])
+                    broadcasts.append(timed(lambda: bare["broadcast"]([]))[0])
                     if i:
                         runs[name].append(
                             {"sync": seconds, "bare": bare_seconds, "bytes over baseline": memory}
@@ -173,7 +197,9 @@ def timed(work: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - started, resident("VmHWM") - before
 
 
-def config_of(size: str, folder: Path, python: str, transport: str = "tensor", url: str | None = None) -> Any:
+def config_of(
+    size: str, folder: Path, python: str, *more: str, transport: str = "tensor", url: str | None = None
+) -> Any:
     from opo_megatron.config import load_config
 
     overrides = [f"run.dir={folder}", "run.threads_per_rank=1", f"rollout.sglang.python={python}"]
@@ -182,12 +208,12 @@ def config_of(size: str, folder: Path, python: str, transport: str = "tensor", u
     overrides += [f"rollout.sglang.transport={transport}", "rollout.sglang.max_running_requests=8"]
     if url is not None:
         overrides.append(f"rollout.sglang.urls=[{url}]")
-    return load_config(str(ROOT / "recipes" / "quickstart_sglang.yaml"), overrides, 1)
+    return load_config(str(ROOT / "recipes" / "quickstart_sglang.yaml"), [*overrides, *more], 1)
 
 
 # ---------------------------------------------------------------------- bare copies
 
-Stream = Iterator[list[tuple[str, Any]]]
+Stream = Iterable[list[tuple[str, Any]]]
 
 
 @contextmanager
@@ -196,7 +222,7 @@ def bare_copies(folder: Path, buckets: list[int]) -> Iterator[dict[str, Callable
     import torch
 
     from opo_megatron.rollout.sglang.server import free_port
-    from opo_megatron.rollout.sglang.transfer import _pickled
+    from opo_megatron.rollout.sglang.transfer import pickled
 
     command = [sys.executable, __file__, "--peer"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
@@ -222,7 +248,7 @@ def bare_copies(folder: Path, buckets: list[int]) -> Iterator[dict[str, Callable
                 storage = torch.UntypedStorage._new_shared(buckets[i])
                 buffer = torch.empty(0, dtype=torch.uint8).set_(storage)
                 pack(bucket, buffer)
-                request(do="tensor", bucket=i, named=_pickled([("bucket", buffer)]))
+                request(do="tensor", bucket=i, named=pickled([("bucket", buffer)]))
 
         staged = [torch.empty(size, dtype=torch.uint8) for size in buckets]
 

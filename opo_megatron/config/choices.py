@@ -89,6 +89,14 @@ class Transport(str, Enum):
     disk = "disk"
 
 
+class WeightLayout(str, Enum):
+    """What the ranks of an SGLang server are sent."""
+
+    auto = "auto"
+    full = "full"
+    slices = "slices"
+
+
 class GroupBackend(str, Enum):
     """Library of the process group by which `distributed` sends weights."""
 

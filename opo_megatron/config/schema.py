@@ -34,6 +34,7 @@ from opo_megatron.config.choices import (
     Schedule,
     TaskName,
     Transport,
+    WeightLayout,
 )
 
 
@@ -199,6 +200,10 @@ class SglangConfig:
     transport: Transport = Transport.tensor
     """How weights reach a server. `tensor`: shared memory or CUDA IPC, within a node; `distributed`:
     broadcast; `disk`: a shared folder."""
+    layout: WeightLayout = WeightLayout.auto
+    """What each rank of a server is sent: `slices`, the tensors that it holds, cut out of the policy's
+    shards; `full`, all tensors of the model, of which it keeps its part. `auto` takes slices where both sides
+    allow it, and the run says why where they do not."""
     distributed_backend: GroupBackend | None = None
     """Library of the broadcasts of `transport=distributed`. `gloo` copies through host memory, and works
     where trainer and server share a GPU; `nccl` needs one for each. Default: nccl on GPUs, gloo on a CPU."""

@@ -23,6 +23,7 @@ from opo_megatron.config.rules.overlap import check_overlap
 from opo_megatron.config.rules.require import divides, require
 from opo_megatron.config.rules.resilience import check_faults
 from opo_megatron.config.rules.sglang import check_sglang
+from opo_megatron.config.rules.weight_layout import check_weight_layout
 from opo_megatron.config.schema import Config, PolicyConfig, RopeScalingConfig
 
 __all__ = ["MANAGED_FIELDS", "validate"]
@@ -49,6 +50,7 @@ def validate(config: Config, world_size: int | None) -> None:
     check_layout(config.policy)
     check_experts(config.policy)
     check_world(config, smallest_world(config) if world_size is None else world_size)
+    check_weight_layout(config)
     check_megatron_fields(config.policy)
     check_gpu_options(config)
 

@@ -49,6 +49,8 @@ class Parallel:
     cp_group: Any
     ep_group: Any
     etp_group: Any
+    expert_group: Any
+    """The ranks that hold one copy of a layer's experts, expert-tensor-parallel ranks innermost."""
     cpu_group: Any
     """All ranks, gloo, for host data."""
 
@@ -161,6 +163,7 @@ def megatron_groups(config: Config, device: torch.device) -> Parallel:
         cp_group=state.get_context_parallel_group(),
         ep_group=state.get_expert_model_parallel_group(),
         etp_group=state.get_expert_tensor_parallel_group(),
+        expert_group=state.get_expert_tensor_and_model_parallel_group(),
         cpu_group=dist.new_group(backend=None if device.type == "meta" else "gloo", timeout=timeout),
     )
 

@@ -206,8 +206,8 @@ def counted(layout: Layout, job: Job) -> Proposal:
     for held in ranks:
         with fake_rank(config, held.rank, job.gpus) as parallel:
             policy = meta_policy(config, job.vocab_size, parallel)
-            streams.append(rank_stream(policy, GPUS_PER_NODE))
-            tensors = check_cover(streams[-1], policy)
+            streams.append(rank_stream(policy, GPUS_PER_NODE, config))
+            tensors = max(tensors, check_cover(streams[-1]))
     return Proposal(layout, assemble(job, ranks, stages, combine(streams, tensors)))
 
 

@@ -230,8 +230,8 @@ def make_plan(job: Job, log: Log) -> RunPlan:
         log(f"rank {rank} of {job.gpus}: weights, optimizer, weight stream", 0.6 * rank / job.gpus)
         with fake_rank(config, rank, job.gpus) as parallel:
             policy = meta_policy(config, job.vocab_size, parallel)
-            stream = rank_stream(policy, GPUS_PER_NODE)
-            tensors = check_cover(stream, policy)
+            stream = rank_stream(policy, GPUS_PER_NODE, config)
+            tensors = max(tensors, check_cover(stream))
             ranks.append(offloaded(rank_bytes(policy), job.config.policy.optimizer_offload))
             streams.append(stream)
     pipeline = config.policy.pipeline_model_parallel_size

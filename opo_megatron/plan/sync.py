@@ -1,13 +1,15 @@
 """The plan of the weight sync: the tensors of each bucket, and the bytes over each link.
 
-The policy's weight stream runs for a rank, and its collectives are recorded as torch dispatches them.  A
-rank receives from its predecessor in the group: (g − 1)/g of the result of an all-gather over g ranks, all
-of a broadcast's.  Bytes count as NVLink where sender and receiver are in one node, else as network.
+The policy's weight stream runs for a rank, as full tensors or as slices, whichever the run would send, and
+its collectives are recorded as torch dispatches them.  A rank receives from its predecessor in the group:
+(g − 1)/g of the result of an all-gather over g ranks, all of a broadcast's; of an all-to-all, each part from
+its sender.  Bytes count as NVLink where sender and receiver are in one node, else as network.  Ranks are
+assumed to fill nodes in order, and engines the ranks of a node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from opo_megatron.config.choices import EngineName
+from opo_megatron.config.rules.weight_layout import expert_ranks, why_full
+from opo_megatron.config.schema import Config
 from opo_megatron.policy.policy import Policy
+from opo_megatron.weights.engine_slices import EngineSizes, expected_tensors
+from opo_megatron.weights.fp8_folder import engine_quantization
 from opo_megatron.weights.param_mapping import Shape, hf_shapes
+from opo_megatron.weights.slice_routes import Place, SliceRoutes, routes_of
 
 
 @dataclass
@@ -34,10 +42,13 @@ class RankStream:
 
     rank: int
     buckets: tuple[tuple[tuple[str, Shape], ...], ...]
-    """(Hugging Face name, shape) of every tensor, per bucket."""
+    """(name, shape) of every tensor, per bucket: Hugging Face's, or an engine rank's; none on a rank that
+    receives no slices."""
     bucket_bytes: tuple[int, ...]
     traffic: tuple[Traffic, ...]
     """Per bucket."""
+    expected: dict[str, Shape] = field(repr=False)
+    """Name → shape of all tensors that an engine, or one of its ranks, needs."""
 
     @property
     def received(self) -> Traffic:
@@ -71,6 +82,11 @@ class _Recorder(TorchDispatchMode):
             ordered = [*ranks[root:], *ranks[:root]]
             if dist.get_rank() != ordered[0]:
                 self._receive(sum(map(_bytes, tensors)), _before(ordered))
+        elif name == "alltoall_base_":
+            group, sizes = args[2:4]
+            for sender, size in zip(_ranks(group), sizes, strict=True):
+                if sender != dist.get_rank():
+                    self._receive(size * args[0].element_size(), sender)
         else:
             raise NotImplementedError(f"the plan of the weight sync does not support the collective {name}")
 
@@ -93,27 +109,70 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def rank_stream(policy: Policy, gpus_per_node: int) -> RankStream:
-    """Run a policy's weight stream on meta tensors; every bucket arrives on every rank."""
+def slice_routes(config: Config, vocab_size: int, ranks: int, gpus_per_node: int) -> SliceRoutes | None:
+    """Which slices each rank would receive; None where engines are sent full tensors."""
+    settings, policy = config.rollout.sglang, config.policy
+    if config.rollout.engine is not EngineName.sglang or why_full(config, on_cpu=False) is not None:
+        return None
+    tp_size = policy.tensor_model_parallel_size
+    on_node = min(gpus_per_node, ranks)
+    servers = settings.servers or max(1, on_node // settings.tensor_parallel_size)
+    sharing = max(1, on_node // servers)
+    of_stage = ranks // policy.pipeline_model_parallel_size
+    places = [
+        Place(
+            node=str(rank // on_node),
+            engine=0 if settings.urls else rank - rank % on_node % sharing,
+            tp_rank=rank % tp_size,
+            replica=rank % of_stage // tp_size,
+        )
+        for rank in range(ranks)
+    ]
+    engine = EngineSizes(
+        settings.tensor_parallel_size, expert_ranks(config), engine_quantization(config, vocab_size)
+    )
+    routes = routes_of(places, tp_size, engine)
+    return routes if isinstance(routes, SliceRoutes) else None
+
+
+def rank_stream(policy: Policy, gpus_per_node: int, config: Config) -> RankStream:
+    """Run a policy's weight stream on meta tensors; every bucket arrives on every rank that wants it."""
+    rank, vocab_size = policy.parallel.rank, policy.vocab_size
+    routes = slice_routes(config, vocab_size, policy.parallel.world_size, gpus_per_node)
     names: list[tuple[tuple[str, Shape], ...]] = []
     sizes: list[int] = []
     traffic: list[Traffic] = []
     with torch.no_grad(), _Recorder(gpus_per_node) as recorder:
-        for bucket in policy.stream_weights():
-            names.append(tuple((name, tuple(tensor.shape)) for name, tensor in bucket))
-            sizes.append(sum(_bytes(tensor) for _, tensor in bucket))
+        for bucket in _buckets(policy, routes):
+            first = next(iter(bucket), [])  # the same for every engine rank
+            names.append(tuple((name, tuple(tensor.shape)) for name, tensor in first))
+            sizes.append(sum(_bytes(tensor) for one in bucket for _, tensor in one))
             traffic.append(recorder.traffic)
             recorder.traffic = Traffic()
-    return RankStream(policy.parallel.rank, tuple(names), tuple(sizes), tuple(traffic))
+    if routes is None:
+        expected = hf_shapes(policy.config.model, vocab_size)
+    else:
+        dtype = next(policy.chunks[0].parameters()).dtype
+        infos = expected_tensors(policy.config.model, vocab_size, routes.engine, dtype)
+        expected = {info.name: info.shape for info in infos} if routes.wanted[rank] else {}
+    return RankStream(rank, tuple(names), tuple(sizes), tuple(traffic), expected)
 
 
-def check_cover(stream: RankStream, policy: Policy) -> int:
-    """The number of Hugging Face tensors of the stream.
+def _buckets(policy: Policy, routes: SliceRoutes | None) -> Iterator[list[list[tuple[str, Tensor]]]]:
+    """Per bucket the full tensors, or those of each engine rank that the policy's rank receives for."""
+    if routes is None:
+        yield from ([bucket] for bucket in policy.stream_weights())
+    else:
+        yield from (list(bucket.values()) for bucket in policy.stream_weights().slices(routes))
+
+
+def check_cover(stream: RankStream) -> int:
+    """The number of tensors of the stream.
 
     Raises:
-        ValueError: unless it has each tensor of the model exactly once, with the right shape.
+        ValueError: unless it has each of them exactly once, with the right shape.
     """
-    expected = hf_shapes(policy.config.model, policy.vocab_size)
+    expected = stream.expected
     received: dict[str, Shape] = {}
     for bucket in stream.buckets:
         for name, shape in bucket:
@@ -130,7 +189,7 @@ def check_cover(stream: RankStream, policy: Policy) -> int:
 
 @dataclass(frozen=True)
 class SyncPlan:
-    """The sync of all ranks, whose buckets are the same."""
+    """The sync of all ranks, whose buckets hold the same tensors, or none."""
 
     tensors: int
     bucket_bytes: tuple[int, ...]
@@ -148,12 +207,14 @@ def combine(streams: Sequence[RankStream], tensors: int) -> SyncPlan:
     """Combine the streams of all ranks.
 
     Raises:
-        ValueError: where a rank's buckets differ from the first rank's.
+        ValueError: where a rank's buckets differ from those of the first that feeds an engine.
     """
-    for stream in streams:
-        if stream.buckets != streams[0].buckets:
-            raise ValueError(f"the buckets of rank {stream.rank} differ from those of rank {streams[0].rank}")
+    feeding = [stream for stream in streams if stream.expected]
+    for stream in feeding:
+        if stream.buckets != feeding[0].buckets:
+            raise ValueError(f"the buckets of rank {stream.rank} differ from those of rank {feeding[0].rank}")
     columns = list(zip(*(stream.traffic for stream in streams), strict=True))
     slowest = tuple((max(t.nvlink for t in column), max(t.network for t in column)) for column in columns)
     received = tuple(stream.received for stream in streams)
-    return SyncPlan(tensors, streams[0].bucket_bytes, received, slowest)
+    bucket_bytes = tuple(map(max, zip(*(stream.bucket_bytes for stream in feeding), strict=True)))
+    return SyncPlan(tensors, bucket_bytes, received, slowest)

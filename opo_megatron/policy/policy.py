@@ -48,15 +48,8 @@ from opo_megatron.policy.routing_replay import RoutingReplay, check_routed_exper
 from opo_megatron.policy.token_loss import TokenLoss
 from opo_megatron.policy.token_measures import measure_tokens
 from opo_megatron.weights.param_mapping import Stages, parameters
-from opo_megatron.weights.stream import (
-    Bucket,
-    ModelShards,
-    Receivers,
-    Shards,
-    WeightSource,
-    load_weights,
-    stream_weights,
-)
+from opo_megatron.weights.slice_stream import WeightStream
+from opo_megatron.weights.stream import ModelShards, Receivers, Shards, WeightSource, load_weights
 
 
 @dataclass(frozen=True)
@@ -433,13 +426,14 @@ class Policy:
         if self.optimizer is not None:
             self.start_optimizer(self.optimizer_config)
 
-    def stream_weights(self, to: Receivers = "all") -> Iterator[Bucket]:
-        """Buckets of (Hugging Face name, full tensor), on every rank or on rank 0; a collective of all ranks.
+    def stream_weights(self, to: Receivers = "all") -> WeightStream:
+        """Buckets of (Hugging Face name, full tensor), on every rank or on rank 0, or slices for the ranks of
+        engines; to read it is a collective of all ranks.
 
         Tensors are read-only, and valid until the next optimizer step.
         """
         limit = int(self.config.weight_bucket_mib * 2**20)
-        return stream_weights(ModelShards(self.chunks), self.param_mapping, self.parallel, limit, to)
+        return WeightStream(ModelShards(self.chunks), self.param_mapping, self.parallel, limit, to)
 
     @contextmanager
     def swap_weights(self, source: WeightSource | LocalParams) -> Iterator[None]:

@@ -39,7 +39,7 @@ class BlockFp8:
             UserError: where no matrix consists of whole blocks.
         """
         assert model.vocab_size is not None
-        self._scales = scales
+        self.scales = scales
         self._quantized: set[str] = set()
         untouched, odd = [HEAD.removesuffix(".weight")], []
         for parameter in parameters(model, model.vocab_size, Stages(model.num_layers)):
@@ -66,6 +66,10 @@ class BlockFp8:
                 f"{FP8_BLOCK}×{FP8_BLOCK} blocks, e.g. {odd[0][0]} of shape {list(odd[0][1])}"
             )
 
+    def quantizes(self, name: str) -> bool:
+        """Whether a Hugging Face tensor is written in FP8."""
+        return name in self._quantized
+
     def infos(self, infos: Sequence[TensorInfo]) -> list[TensorInfo]:
         """The tensors to write in place of `infos`, in the same order."""
         return [written for info in infos for written in self._infos(info)]
@@ -88,7 +92,7 @@ class BlockFp8:
         if name not in self._quantized:
             yield name, tensor
             return
-        quantized, scale = quantize_blocks(name, tensor, self._scales)
+        quantized, scale = quantize_blocks(name, tensor, self.scales)
         yield name, quantized
         yield _scale(name), scale
 
@@ -105,13 +109,16 @@ class BlockFp8:
             "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
             "modules_to_not_convert": self.untouched,
         }
-        if self._scales is Scales.power_of_two:
+        if self.scales is Scales.power_of_two:
             config["scale_fmt"] = "ue8m0"
         return config
 
 
+SCALE_SUFFIX = "_scale_inv"
+
+
 def _scale(weight: str) -> str:
-    return weight + "_scale_inv"
+    return weight + SCALE_SUFFIX
 
 
 def _module(weight: str) -> str:

@@ -1,9 +1,9 @@
 """The parameter mapping: every Megatron parameter, its rank and sharding, and its Hugging Face tensors.
 
 A `ParamSpec` maps one Megatron parameter, by its name in either layer spec, to Hugging Face tensors and
-their sharding.  Transformer Engine's spec fuses a norm into the following linear layer and the experts of
-a layer into one module, so some names differ.  Features of the `ModelConfig` select the specs of a model
-family; a family with other tensors needs further specs.
+their sharding, and to the tensor of SGLang that holds them.  Transformer Engine's spec fuses a norm into the
+following linear layer and the experts of a layer into one module, so some names differ.  Features of the
+`ModelConfig` select the specs of a model family; a family with other tensors needs further specs.
 
 The mapping depends on the recipe alone, so it is the same on every rank: a receiver knows the shapes of
 what it receives.
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from opo_megatron.config.schema import ModelConfig
@@ -44,6 +45,13 @@ class ParamSpec:
     when: Callable[[ModelConfig], bool] = lambda model: True
     transformer_engine: str | None = None
     """Name in Transformer Engine's spec where it differs."""
+    sglang: str | None = None
+    """SGLang's name in the layer, where it is not that of the only Hugging Face tensor; all experts of a rank
+    are one tensor."""
+
+    @property
+    def engine_name(self) -> str:
+        return self.sglang or next(iter(self.tensors))
 
     @property
     def is_expert(self) -> bool:
@@ -69,6 +77,7 @@ PARAM_SPECS = (
             "self_attn.v_proj.weight": "keys hidden",
         },
         QueryKeyValue.of,
+        sglang="self_attn.qkv_proj.weight",
     ),
     ParamSpec(
         "self_attention.linear_qkv.bias",
@@ -79,6 +88,7 @@ PARAM_SPECS = (
         },
         QueryKeyValue.of,
         when=lambda model: model.add_qkv_bias,
+        sglang="self_attn.qkv_proj.bias",
     ),
     ParamSpec(
         "self_attention.q_layernorm.weight",
@@ -109,6 +119,7 @@ PARAM_SPECS = (
         {"mlp.gate_proj.weight": "ffn hidden", "mlp.up_proj.weight": "ffn hidden"},
         _GATE_UP,
         when=_dense,
+        sglang="mlp.gate_up_proj.weight",
     ),
     ParamSpec("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "hidden ffn"}, _ROW_PARALLEL, when=_dense),
     # Before experts the norm is not fused in either spec: the router needs its output too.
@@ -128,6 +139,7 @@ PARAM_SPECS = (
         _GATE_UP,
         when=_sparse,
         transformer_engine="mlp.experts.linear_fc1.weight{j}",
+        sglang="mlp.experts.w13_weight",
     ),
     ParamSpec(
         "mlp.experts.local_experts.{j}.linear_fc2.weight",
@@ -135,6 +147,7 @@ PARAM_SPECS = (
         _ROW_PARALLEL,
         when=_sparse,
         transformer_engine="mlp.experts.linear_fc2.weight{j}",
+        sglang="mlp.experts.w2_weight",
     ),
 )
 """The parameters of a layer, in streaming order."""
@@ -176,6 +189,8 @@ class Parameter:
     is_expert: bool = False
     tied_duplicate: bool = False
     """The last stage's copy of a tied embedding: loaded, never streamed."""
+    engine_name: str = field(kw_only=True)
+    """SGLang's tensor, which it fills or, as one of its experts, is a part of."""
 
     @property
     def numel(self) -> int:
@@ -210,18 +225,18 @@ def parameters(
     vocabulary, hidden = Vocabulary(vocab_size, padded_vocab), model.hidden_size
     stage, chunk = stages.pipeline - 1, stages.virtual - 1
     embedding = (((EMBEDDING, (vocab_size, hidden)),),)
-    mapping = [Parameter("embedding.word_embeddings.weight", vocabulary, embedding, stage=0, chunk=0)]
+    embed = partial(Parameter, sharding=vocabulary, tensors=embedding, engine_name=EMBEDDING)
+    mapping = [embed("embedding.word_embeddings.weight", stage=0, chunk=0)]
     for layer in range(model.num_layers):
         mapping.extend(_layer(model, layer, stages, ep_size, spec))
     norm = (((FINAL_NORM, (hidden,)),),)
-    mapping.append(Parameter("decoder.final_layernorm.weight", Replicated(), norm, stage, chunk))
+    final = "decoder.final_layernorm.weight"
+    mapping.append(Parameter(final, Replicated(), norm, stage, chunk, engine_name=FINAL_NORM))
     if not model.tie_embeddings:
         head = (((HEAD, (vocab_size, hidden)),),)
-        mapping.append(Parameter("output_layer.weight", vocabulary, head, stage, chunk))
+        mapping.append(Parameter("output_layer.weight", vocabulary, head, stage, chunk, engine_name=HEAD))
     elif stages.pipeline > 1:
-        mapping.append(
-            Parameter("output_layer.weight", vocabulary, embedding, stage, chunk, tied_duplicate=True)
-        )
+        mapping.append(embed("output_layer.weight", stage=stage, chunk=chunk, tied_duplicate=True))
     return mapping
 
 
@@ -253,4 +268,12 @@ def _layer(
                 for e in experts
             )
             mcore_name = f"decoder.layers.{index}.{name.format(j=j)}"
-            yield Parameter(mcore_name, entry.sharding(model), tensors, stage, chunk, entry.is_expert)
+            yield Parameter(
+                mcore_name,
+                entry.sharding(model),
+                tensors,
+                stage,
+                chunk,
+                entry.is_expert,
+                engine_name=f"model.layers.{layer}.{entry.engine_name}",
+            )

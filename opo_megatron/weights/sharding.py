@@ -1,8 +1,13 @@
-"""Sharding of a Megatron parameter over tensor-parallel ranks, from and to its Hugging Face tensors.
+"""Sharding of a parameter over tensor-parallel ranks: Megatron's shards, and the slices of SGLang.
 
-A sharding is a pair of inverse functions.  `split` returns rank r's shard of the full Hugging Face
-tensors; `join` returns those tensors from the shards of all ranks, in rank order.  `split` uses only
-basic slices, so it works on tensors in memory and in a file, and a rank reads only what it owns.
+`split` and `join` are inverse.  `split` returns rank r's shard of the full Hugging Face tensors; `join`
+returns those tensors from the shards of all ranks, in rank order, or the part of them that some consecutive
+shards hold.  `split` uses only basic slices, so it works on tensors in memory and in a file, and a rank reads
+only what it owns.
+
+`engine_rows` returns an engine rank's slice of the same tensors.  SGLang fuses tensors one after the other
+(queries, keys, values), so its slice is a list of parts; Megatron interleaves them by group.  The slice of
+part of the tensors is that part of the slice: a shard is cut without its neighbours.
 """
 
 from __future__ import annotations
@@ -40,6 +45,10 @@ class Sharding(Protocol):
         """The full tensors; with one shard they may be views of it."""
         ...
 
+    def engine_rows(self, tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
+        """An engine rank's slice: views to be concatenated along dimension 0."""
+        ...
+
 
 @dataclass(frozen=True)
 class Replicated:
@@ -52,6 +61,9 @@ class Replicated:
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         return [shards[0]]
+
+    def engine_rows(self, tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
+        return [tensors[0]]
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,11 @@ class Sharded:
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         return [_concatenate(shards, self.dim)]
+
+    def engine_rows(self, tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
+        (full,) = tensors
+        part = _part(full.shape[self.dim], rank, size)
+        return [full[part] if self.dim == 0 else full[:, part]]
 
 
 @dataclass(frozen=True)
@@ -92,6 +109,18 @@ class Vocabulary:
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         return [_concatenate(shards)[: self.rows]]
+
+    def engine_rows(self, tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
+        """Of all rows: another padding has other boundaries."""
+        (full,) = tensors
+        part = _part(engine_vocab_rows(self.rows, size), rank, size)
+        rows = full[min(part.start, self.rows) : min(part.stop, self.rows)]
+        return [rows, rows.new_zeros(part.stop - part.start - rows.shape[0], *rows.shape[1:])]
+
+    def aligned(self, policy_size: int, engine_size: int) -> bool:
+        """Whether shards and slices have the same padding, and so the same boundaries."""
+        padded = self.rows + -self.rows % policy_size if self.padded_rows is None else self.padded_rows
+        return padded == engine_vocab_rows(self.rows, engine_size)
 
 
 @dataclass(frozen=True)
@@ -125,9 +154,16 @@ class QueryKeyValue:
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         full = _concatenate(shards)
         tail = full.shape[1:]
-        grouped = full.reshape(self.groups, (self.queries_per_group + 2) * self.head_dim, *tail)
+        grouped = full.reshape(-1, (self.queries_per_group + 2) * self.head_dim, *tail)
         sizes = [self.queries_per_group * self.head_dim, self.head_dim, self.head_dim]
         return [part.reshape(-1, *tail) for part in grouped.split(sizes, 1)]
+
+    def engine_rows(self, tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
+        """Where there are fewer groups than ranks, several ranks hold copies of the same key and value."""
+        query, key, value = tensors
+        owners = min(size, key.shape[0] // self.head_dim)
+        owned = _part(key.shape[0], rank * owners // size, owners)
+        return [query[_part(query.shape[0], rank, size)], key[owned], value[owned]]
 
 
 @dataclass(frozen=True)
@@ -142,6 +178,20 @@ class GateUp:
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         halves = [shard.chunk(2) for shard in shards]
         return [_concatenate([half[i] for half in halves]) for i in range(2)]
+
+    def engine_rows(self, tensors: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
+        return [tensor[_part(tensor.shape[0], rank, size)] for tensor in tensors]
+
+
+VOCAB_MULTIPLE = 64
+"""SGLang pads its vocabulary to a multiple of this."""
+
+
+def engine_vocab_rows(rows: int, size: int) -> int:
+    """Rows of SGLang's embedding over all ranks; on a CPU it pads further where they do not divide."""
+    padded = -(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    multiple = VOCAB_MULTIPLE * size
+    return padded if padded % size == 0 else -(-rows // multiple) * multiple
 
 
 def _part(total: int, rank: int, size: int) -> slice:

@@ -99,7 +99,7 @@ def _gather(bucket: list[Parameter], shards: Shards, parallel: Parallel, to: Rec
     tp_size, shard_count = groups[0][0], math.prod(size for size, _ in groups)
     if shard_count == parallel.pp_size == 1 and (to == "all" or parallel.rank == 0):
         return [named for parameter in bucket for named in _join(parameter, [shards.read(parameter)], 1)]
-    shapes = [_shard_shape(parameter, tp_size) for parameter in bucket]
+    shapes = [shard_shape(parameter, tp_size) for parameter in bucket]
     sizes = [math.prod(shape) for shape in shapes]
     flat = _gather_shards(bucket, shards, parallel, to, groups, (shard_count, sum(sizes)))
     if flat is None:
@@ -179,7 +179,8 @@ def _send_to_stages(flat: Tensor, stage: int, parallel: Parallel, to: Receivers)
     return flat if parallel.pp_rank == 0 else None
 
 
-def _shard_shape(parameter: Parameter, size: int) -> torch.Size:
+def shard_shape(parameter: Parameter, size: int) -> torch.Size:
+    """Of a rank's shard over `size` ranks."""
     tensors = [torch.empty(shape, device="meta") for _, shape in parameter.tensors[0]]
     return parameter.sharding.split(tensors, 0, size).shape
 

@@ -46,13 +46,15 @@ from opo_megatron.rollout.sglang.exact_batchings import (
 )
 from opo_megatron.rollout.sglang.replies import digests_of, rollouts_of
 from opo_megatron.rollout.sglang.routed_experts import experts_of
-from opo_megatron.rollout.sglang.server import Server, free_port
+from opo_megatron.rollout.sglang.server import Server, free_port, server_group
 from opo_megatron.rollout.sglang.server_checks import answering, check_external, check_servers_device
+from opo_megatron.rollout.sglang.slices import SliceFeed, slice_feed
 from opo_megatron.rollout.sglang.transfer import (
     Bucket,
     DiskTransfer,
     DistributedTransfer,
     Sender,
+    SliceTransfer,
     TensorTransfer,
     Transfer,
     check_success,
@@ -60,6 +62,7 @@ from opo_megatron.rollout.sglang.transfer import (
 )
 from opo_megatron.utils.start_folder import absolute
 from opo_megatron.weights.fp8_folder import BlockFp8
+from opo_megatron.weights.slice_stream import WeightStream
 from opo_megatron.weights.stream import NamedTensors
 
 POSTS_PER_CALL = 16
@@ -76,6 +79,9 @@ FLUSH_SECONDS = 30
 
 class SglangEngine:
     """This rank's view of the servers."""
+
+    _slices: SliceFeed | None = None
+    """How its weights are cut; None where servers get full tensors."""
 
     def __init__(
         self,
@@ -101,7 +107,7 @@ class SglangEngine:
         self._folder = absolute(config.run.dir) / "sglang"
         self._server: Server | None = None
         self._owner = 0
-        self._transfers: dict[str, Transfer] = {}
+        self._transfers: dict[str, Transfer[Any]] = {}
         self._released: set[str] = set()
         self._watch: CompileWatch | None = None
         self._announced: set[int] = set()
@@ -116,6 +122,7 @@ class SglangEngine:
                 name = f"server_{parallel.rank}"
                 file = self._folder / f"{name}.log"
                 self._server = Server(config, model_dir, file, name, self._gpus(len(group)))
+        self._slices = slice_feed(config, parallel, self._owner, fp8, log)
         self._clients: list[Client] = []
         self.recover()
 
@@ -158,7 +165,7 @@ class SglangEngine:
             clients = [self._client(url, key) for url in self.settings.urls]
             self._clients = answering(clients, self.parallel, is_start, self._log)
             for client in self._clients:
-                check_external(client, self.config)
+                check_external(client, self.config, self._slices is not None)
             return
         # Without its KV cache a server cannot be asked whether it is healthy: it would generate a token.
         if self._server is not None and (self._released or not self._server.is_alive()):
@@ -250,8 +257,11 @@ class SglangEngine:
             EngineFailure: where a server did not load all of it; it then holds no usable weights.
         """
         self.version = None
+        if self._slices is not None:
+            assert isinstance(buckets, WeightStream)
+            self._slices.check(buckets)
         failure: EngineFailure | UserError | None = None
-        senders: list[Sender] = []
+        senders: list[Sender[Any]] = []
         try:
             self._resume({"weights"})
             if self.is_sender:
@@ -260,7 +270,32 @@ class SglangEngine:
                     senders.append(Sender(self._transfer(client)))
         except (EngineFailure, UserError) as error:
             failure, senders = error, []
-        for bucket in buckets:  # a collective of all ranks, to be exhausted whatever fails
+        failure = self._send(buckets, senders) or failure
+        for sender in senders:
+            try:
+                sender.finish()
+            except (EngineFailure, UserError) as error:
+                failure = failure or error
+        if self._slices is not None:
+            self._slices.finish()
+        if failure is not None:
+            raise failure
+        if self.is_sender:
+            for client in self._clients:
+                self._close_update(client, version)
+        self.version = version
+
+    def _send(self, buckets: NamedTensors, senders: Sequence[Sender[Any]]) -> UserError | None:
+        """Exhaust the stream, a collective of all ranks, whatever fails; returns the first failure."""
+        if self._slices is not None:
+            assert isinstance(buckets, WeightStream)
+            try:
+                self._slices.send(buckets, senders, len(self._clients))
+            except UserError as error:
+                return error
+            return None
+        failure: UserError | None = None
+        for bucket in buckets:
             if not senders or failure is not None:
                 continue
             try:
@@ -270,17 +305,7 @@ class SglangEngine:
             else:
                 for sender in senders:
                     sender.send(quantized)
-        for sender in senders:
-            try:
-                sender.finish()
-            except (EngineFailure, UserError) as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
-        if self.is_sender:
-            for client in self._clients:
-                self._close_update(client, version)
-        self.version = version
+        return failure
 
     def _quantized(self, bucket: Bucket) -> Bucket:
         """A bucket in the precision of the server's model.
@@ -292,12 +317,14 @@ class SglangEngine:
             return bucket
         return [pair for name, tensor in bucket for pair in self._fp8.tensors(name, tensor)]
 
-    def _transfer(self, client: Client) -> Transfer:
+    def _transfer(self, client: Client) -> Transfer[Any]:
         """The server's transport; created once, because joining a group takes time."""
         if client.url not in self._transfers:
             ranks, kind = self.settings.tensor_parallel_size, self.settings.transport
-            if kind is Transport.tensor:
-                transfer: Transfer = TensorTransfer(client, ranks, self.parallel.device)
+            if self._slices is not None:
+                transfer: Transfer[Any] = SliceTransfer(client)
+            elif kind is Transport.tensor:
+                transfer = TensorTransfer(client, ranks, self.parallel.device)
             elif kind is Transport.distributed:
                 backend = group_backend(self.settings.distributed_backend, self.parallel.device)
                 transfer = DistributedTransfer(client, ranks, free_port(), backend)
@@ -455,23 +482,3 @@ class SglangEngine:
                 f"a prompt of {longest} tokens and rollout.max_response_tokens={sampling.max_tokens} exceed "
                 f"policy.model.max_sequence_length={limit}; shorten one or raise the other"
             )
-
-
-def server_group(hosts: Sequence[str], rank: int, servers_per_node: int) -> list[int]:
-    """The ranks that share `rank`'s server: equal contiguous parts of its node's ranks.
-
-    Args:
-        hosts: name of each rank's node.
-
-    Raises:
-        UserError: where the node's ranks do not divide evenly.
-    """
-    local = [r for r, host in enumerate(hosts) if host == hosts[rank]]
-    if len(local) % servers_per_node:
-        raise UserError(
-            f"rollout.sglang.servers={servers_per_node} does not divide the {len(local)} ranks of a node; "
-            "choose a divisor"
-        )
-    size = len(local) // servers_per_node
-    first = local.index(rank) // size * size
-    return local[first : first + size]

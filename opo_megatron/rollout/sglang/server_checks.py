@@ -12,6 +12,7 @@ from opo_megatron.config.rules.sglang import (
     NO_EXPERT_PARALLEL_CPU,
     expert_parallel_option,
 )
+from opo_megatron.config.rules.weight_layout import expert_ranks
 from opo_megatron.config.schema import Config, SglangConfig
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import UserError
@@ -72,15 +73,37 @@ def answering(
     return [client for client, is_healthy in zip(clients, healthy, strict=True) if is_healthy]
 
 
-def check_external(client: Client, config: Config) -> None:
+def check_external(client: Client, config: Config, gets_slices: bool) -> None:
     """Check that a server which already ran was started for such a recipe.
+
+    Args:
+        gets_slices: whether it is sent slices.
 
     Raises:
         UserError: where it was not.
     """
     if config.rollout.sglang.deterministic:
         check_is_deterministic(client)
+    if gets_slices:
+        check_cuts(client, config)
     if config.rollout.sglang.exact:
         exact_mode.check_server(config, client)
     if config.rollout.routing_replay:
         expert_recording.check_server(client)
+
+
+def check_cuts(client: Client, config: Config) -> None:
+    """Check that a server which already ran is cut as the recipe says, before it is sent slices.
+
+    Raises:
+        UserError: where it is not.
+    """
+    info = client.get("/server_info")
+    wanted = {"tp_size": config.rollout.sglang.tensor_parallel_size, "ep_size": expert_ranks(config)}
+    for name, size in wanted.items():
+        if info.get(name) != size:
+            raise UserError(
+                f"rollout.sglang.layout=slices needs a server with {name}={size}, but the SGLang server "
+                f"{client.url} of rollout.sglang.urls has {name}={info.get(name)}; start it by `opo serve` "
+                "with this recipe, or set rollout.sglang.layout=full"
+            )

@@ -1,7 +1,8 @@
-"""Three transports for a bucket of full tensors to an SGLang server.
+"""Three transports for a bucket of weights to an SGLang server.
 
     tensor        same node: one buffer in shared memory (a CUDA IPC handle on GPUs), whose handle is sent
-                  by HTTP; every engine rank maps the same full tensors and copies its slice
+                  by HTTP; every engine rank maps the same full tensors and copies its slice,
+                  or maps and copies the tensors that it holds (`SliceTransfer`)
     distributed   any node: each tensor is broadcast to the engine's ranks (by NCCL on GPUs; by gloo on a CPU,
                   or where trainer and server share a GPU, which NCCL refuses)
     disk          a folder that both sides can read
@@ -22,10 +23,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from itertools import accumulate
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,16 +36,20 @@ from torch.multiprocessing import reductions
 from opo_megatron.config.choices import GroupBackend
 from opo_megatron.errors import EngineFailure, UserError
 from opo_megatron.rollout.sglang.client import Client
+from opo_megatron.weights.buffers import bytes_of, views_of
 from opo_megatron.weights.safetensors_file import FileWriter, TensorInfo
 
 Bucket = Sequence[tuple[str, Tensor]]
 GROUP = "opo_weights"
 
 
-class Transfer(Protocol):
-    """How one server receives buckets."""
+T_contra = TypeVar("T_contra", contravariant=True)
 
-    def send(self, bucket: Bucket) -> Callable[[], None]:
+
+class Transfer(Protocol[T_contra]):
+    """How one server receives buckets: of full tensors, or handles of slices."""
+
+    def send(self, bucket: T_contra, /) -> Callable[[], None]:
         """Returns a function that sends the bucket; it runs in a thread."""
         ...
 
@@ -58,20 +62,23 @@ class Transfer(Protocol):
         ...
 
 
-class Sender:
+T = TypeVar("T")
+
+
+class Sender(Generic[T]):
     """Sends buckets in order, each while the next is gathered.
 
     A failure does not interrupt the caller, who is inside a collective with other ranks: later buckets are
     dropped, and `finish` raises.
     """
 
-    def __init__(self, transfer: Transfer) -> None:
+    def __init__(self, transfer: Transfer[T]) -> None:
         self._transfer = transfer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._pending: Future[None] | None = None
         self._failure: EngineFailure | UserError | None = None
 
-    def send(self, bucket: Bucket) -> None:
+    def send(self, bucket: T) -> None:
         if self._failure is not None:
             return
         try:
@@ -98,6 +105,13 @@ class Sender:
         if self._failure is not None:
             raise self._failure
 
+    def wait(self) -> None:
+        """Until the server has loaded what was sent; `finish` raises where it did not."""
+        try:
+            self._wait()
+        except (EngineFailure, UserError) as failure:
+            self._failure = failure
+
     def _wait(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -121,17 +135,11 @@ class TensorTransfer:
             UserError: where memory of that device cannot be shared between processes.
         """
         self._client, self._engine_ranks = client, engine_ranks
-        if device.type == "cuda":
-            check_allocator(os.environ)
-        torch.multiprocessing.set_sharing_strategy(
-            "file_system"
-        )  # file descriptors would need a shared auth key
-        with redirect_stdio():
-            self._first = torch.zeros(1).share_memory_()  # starts torch's shared-memory helper
+        self._first = start_sharing(device)
 
     def send(self, bucket: Bucket) -> Callable[[], None]:
         named = _copy_shared(bucket)
-        text = _pickled(named)
+        text = pickled(named)
         body: dict[str, Any] = {"serialized_named_tensors": [text] * self._engine_ranks, "flush_cache": False}
 
         def work(named: list[tuple[str, Tensor]] = named) -> None:
@@ -145,6 +153,45 @@ class TensorTransfer:
 
     def close(self) -> None:
         pass
+
+
+class SliceTransfer:
+    """By shared memory on one node: to each engine rank the tensors that it holds, by their own names."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def send(self, handles: Sequence[str]) -> Callable[[], None]:
+        """Args:
+        handles: of every engine rank's tensors, in rank order; the caller keeps their memory.
+        """
+        body: dict[str, Any] = {"serialized_named_tensors": list(handles), "load_format": "direct"}
+
+        def work() -> None:
+            reply = self._client.post("/update_weights_from_tensor", flush_cache=False, **body)
+            check_success(reply, "a bucket of slices")
+
+        return work
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def start_sharing(device: torch.device) -> Tensor:
+    """Prepare this process to share memory of a device; returns shared memory that keeps it prepared.
+
+    Raises:
+        UserError: where memory of that device cannot be shared between processes.
+    """
+    if device.type == "cuda":
+        check_allocator(os.environ)
+    # File descriptors would need a shared auth key.
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    with redirect_stdio():
+        return torch.zeros(1).share_memory_()  # starts torch's shared-memory helper
 
 
 def check_allocator(environment: Mapping[str, str]) -> None:
@@ -163,29 +210,22 @@ def check_allocator(environment: Mapping[str, str]) -> None:
 
 def _copy_shared(bucket: Bucket) -> list[tuple[str, Tensor]]:
     """The tensors as views of one new buffer that another process can map; dtypes may differ."""
-    device = bucket[0][1].device
-    ends = list(accumulate(_aligned(tensor.nbytes) for _, tensor in bucket))
-    if device.type == "cpu":
-        # `share_memory_` of a normal tensor would copy it, and touch the pages of both.
-        storage = torch.UntypedStorage._new_shared(ends[-1])
-        buffer = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
-    else:
-        buffer = torch.empty(ends[-1], dtype=torch.uint8, device=device)
+    infos = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in bucket]
+    buffer = shared_buffer(bytes_of(infos), bucket[0][1].device)
     named = []
-    for (name, tensor), begin in zip(bucket, [0, *ends], strict=False):
-        view = buffer[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    for (name, tensor), view in zip(bucket, views_of(buffer, infos), strict=True):
         view.copy_(tensor)
         named.append((name, view))
     return named
 
 
-def _aligned(size: int) -> int:
-    """`size` rounded up to the alignment of the next tensor."""
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-_ALIGNMENT = 16
-"""Bytes; SGLang's kernels require it of their operands, and it is larger than any element."""
+def shared_buffer(size: int, device: torch.device) -> Tensor:
+    """New memory that another process can map."""
+    if device.type != "cpu":
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    # `share_memory_` of a normal tensor would copy it, and touch the pages of both.
+    storage = torch.UntypedStorage._new_shared(size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload,no-any-return]
 
 
 @contextlib.contextmanager
@@ -210,7 +250,7 @@ def redirect_stdio() -> Iterator[None]:
         os.close(devnull)
 
 
-def _pickled(named: list[tuple[str, Tensor]]) -> str:
+def pickled(named: list[tuple[str, Tensor]]) -> str:
     data = io.BytesIO()
     pickler = ForkingPickler(data)
     pickler.dispatch_table[Tensor] = _handle  # type: ignore[attr-defined]  # of this pickler only

@@ -20,10 +20,13 @@ from opo_megatron.algorithm.on_policy import check_versions
 from opo_megatron.build import open_run
 from opo_megatron.errors import EngineFailure, OnPolicyError, Preempted
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
+from opo_megatron.rollout.probe import PROBE_SAMPLING
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.engine import SglangEngine
 from opo_megatron.rollout.sglang.transfer import Sender
 from opo_megatron.run import Run
+from opo_megatron.weights.engine_slices import EngineTensor
+from opo_megatron.weights.slice_stream import SliceStream
 from tests.support.fixtures import small_config
 from tests.support.servers import processes_of, sglang_python
 
@@ -36,6 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         f"run.dir={run_dir}",
         "policy.model.qk_layernorm=false",
         "policy.model.max_sequence_length=1024",
+        "policy.model.ffn_hidden_size=64",  # a multiple of 32, so that a CPU server can be sent slices
         "rollout.engine=sglang",
         f"rollout.sglang.python={sglang_python()}",
         "rollout.sglang.max_running_requests=32",
@@ -96,14 +100,17 @@ def test_weights_that_did_not_arrive_are_detected_by_the_probe(
 
 
 def test_an_altered_layer_is_detected_by_the_probe(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    send = Sender.send
+    write = SliceStream._write
 
-    def altered(self: Sender, bucket: list[tuple[str, torch.Tensor]]) -> None:
-        name = "model.layers.2.self_attn.v_proj.weight"
-        send(self, [(n, t * 1.01 if n == name else t) for n, t in bucket])
+    def altered(
+        self: SliceStream, tensor: EngineTensor, rank: int, pieces: object, values: torch.Tensor
+    ) -> None:
+        write(self, tensor, rank, pieces, values)  # type: ignore[arg-type]
+        if tensor.name == "model.layers.2.self_attn.qkv_proj.weight":
+            values.mul_(1.01)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Sender, "send", altered)
+        patch.setattr(SliceStream, "_write", altered)
         with pytest.raises(OnPolicyError, match="differs from the policy by"):
             run.generation.synchronize()
 
@@ -157,6 +164,23 @@ def test_weights_read_back_from_the_server_equal_the_policys(run: Run) -> None:
         name = f"model.layers.1.{name}.weight"
         values = torch.tensor(client.post("/get_weights_by_name", name=name, truncate_size=8))
         torch.testing.assert_close(values, streamed[name][: len(values)], rtol=0, atol=0)
+
+
+def test_slices_and_full_tensors_give_the_same_log_probabilities(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(run)
+    by_slices = run.generation.engine.probe(requests(4), PROBE_SAMPLING)
+    with monkeypatch.context() as patch:
+        assert engine._slices is not None
+        patch.setattr(engine, "_slices", None)
+        patch.setattr(engine, "_transfers", {})
+        run.generation.synchronize()
+        by_full = run.generation.engine.probe(requests(4), PROBE_SAMPLING)
+    for name, rollouts in by_slices.items():
+        expected = by_full[name].engine_log_prob
+        assert rollouts.engine_log_prob is not None and expected is not None
+        assert torch.equal(rollouts.engine_log_prob, expected)
 
 
 @pytest.mark.slow

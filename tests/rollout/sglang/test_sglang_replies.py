@@ -19,10 +19,9 @@ from opo_megatron.cli.main import main
 from opo_megatron.errors import EngineFailure, UserError
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.sglang.client import Client
-from opo_megatron.rollout.sglang.engine import server_group
 from opo_megatron.rollout.sglang.replies import UNKNOWN_VERSION, generate_body, rollouts_of, sampling_params
-from opo_megatron.rollout.sglang.server import Server
-from opo_megatron.rollout.sglang.transfer import _handle, _pickled, check_allocator
+from opo_megatron.rollout.sglang.server import Server, server_group
+from opo_megatron.rollout.sglang.transfer import _handle, check_allocator, pickled
 from tests.support.fixtures import small_config
 from tests.support.paths import RECIPES
 from tests.support.web_server import web_server
@@ -220,7 +219,7 @@ def test_a_tensor_handle_identifies_its_gpu_by_uuid(monkeypatch: pytest.MonkeyPa
 def test_shared_tensors_are_sent_as_shared_memory_handles() -> None:
     torch.multiprocessing.set_sharing_strategy("file_system")
     shared = torch.arange(4.0).share_memory_()
-    ((name, received),) = pickle.loads(base64.b64decode(_pickled([("weight", shared.view(2, 2))])))
+    ((name, received),) = pickle.loads(base64.b64decode(pickled([("weight", shared.view(2, 2))])))
     assert name == "weight" and received.shape == (2, 2)
     shared[0] = 9
     assert received[0, 0] == 9  # the same memory

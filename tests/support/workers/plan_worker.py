@@ -28,8 +28,8 @@ def measure(recipe: str, gpus: int, streams: bool, layout: str, model: list[str]
             result["ranks"].append(vars(rank_bytes(policy)))
             if not streams:
                 continue
-            stream = rank_stream(policy, gpus_per_node=2)
-            result["tensors"] = check_cover(stream, policy)
+            stream = rank_stream(policy, 2, config)
+            result["tensors"] = check_cover(stream)
             received.append(stream)
             samples = [(8, 24)] * (8 * parallel.dp_size)
             result["ranks"][-1]["activations"] = activation_peak(policy, samples, on_gpus=True)
