@@ -103,7 +103,7 @@ class RolloutEngine(Protocol):
     def kept_tokens(self, sampling: Sampling) -> int | None:
         """After `recover` and an update: how many tokens of the last `generate` the next one begins with.
 
-        None where it generates anew.
+        None where it generates all again.
         """
         ...
 

@@ -1,10 +1,10 @@
 """What generates: the engine, its weights, the memory it shares with the policy, recovery from failures.
 
 Failures must not select responses.  Where any rank's engine dies, hangs or closes a connection, all ranks
-restart their engines and send them the current weights.  Then every response goes on from all of its tokens
-that were received, whether it had ended or not; an engine that does not receive tokens as they are sampled
-generates all responses again: keeping only the finished ones would favour short responses.  All ranks decide
-together, because the weight stream is a collective.
+restart their engines and send them the current weights.  Then every response is continued from all of its
+tokens that were received, whether it had ended or not; an engine that does not receive tokens as they are
+sampled generates all responses again: keeping only the finished ones would favour short responses.  All
+ranks decide together, because the weight stream is a collective.
 """
 
 from __future__ import annotations

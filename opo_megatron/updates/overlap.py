@@ -11,8 +11,8 @@ that is updated, as without overlap; a step takes about max(generation, training
 
 All ranks run the loop of `_attempt` in lockstep: each tells the others what has ended on it, and all derive
 the same parts (`GroupLedger`) from that.  A failure or a stop on any rank ends the attempt on all of them.
-Where the engines of all ranks continue what they had received, the next attempt goes on with the same sums
-and asks for the samples that are missing; otherwise it begins anew.
+Where the engines of all ranks continue what they had received, the next attempt keeps the same sums and
+asks for the samples that are missing; otherwise it starts over.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ update the engine holds no version and refuses to generate.
 
 After a failure the caller has every rank generate once more.  Each response is then continued from all of its
 received tokens, whether it had ended or not (`continuation.py`, `received.py`).  Where a server does not send
-tokens as they are sampled, or experts are recorded, the whole call is generated anew: keeping the responses
+tokens as they are sampled, or experts are recorded, the whole call is generated again: keeping the responses
 that had finished would favour short ones.
 """
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from opo_megatron.errors import EngineFailure
@@ -155,12 +156,16 @@ class Received:
         if not same:
             prompt = self.requests[index].prompt_id
             raise EngineFailure(f"{url}{PATH} sent other tokens than the reply to prompt {prompt} has")
-        return self._reply(index, meta_info, [*tokens.versions[:begin], *versions])
+        return self._reply(index, meta_info, [*tokens.versions[:begin], *versions]) if begin else reply
 
     def _reply(self, index: int, meta_info: dict[str, Any], versions: Sequence[int]) -> dict[str, Any]:
         tokens = self._tokens[index]
         log_probs = [[value, token, None] for value, token in zip(tokens.log_probs, tokens.ids, strict=True)]
-        spans = [{"start": i, "end": i + 1, "version": version} for i, version in enumerate(versions)]
+        spans, start = [], 0
+        for version, same in groupby(versions):  # a step has one version: one span
+            end = start + len([*same])
+            spans.append({"start": start, "end": end, "version": version})
+            start = end
         sampled = {"output_token_logprobs": log_probs, "weight_versions": spans}
         return {"output_ids": tokens.ids.tolist(), "meta_info": meta_info | sampled}
 

@@ -38,7 +38,7 @@ def generate_body(
         exact: the server runs in exact mode, and samples by the run's random numbers.
         trace: it also returns the digests of its operations.
         prefixes: tokens of each response that are sampled already.  Random numbers belong to positions, in
-            the deterministic and in the exact mode: they go on as if the response had not been interrupted.
+            the deterministic and in the exact mode: they continue as if there had been no interruption.
     """
     if prefixes is None:
         prefixes = [()] * len(requests)

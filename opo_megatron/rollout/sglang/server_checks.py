@@ -69,7 +69,7 @@ def answering(
         )
         raise UserError(f"the SGLang server {silent[0]} of rollout.sglang.urls does not answer{others}")
     if silent:
-        log(f"{', '.join(silent)} of rollout.sglang.urls does not answer; the run goes on with the others")
+        log(f"{', '.join(silent)} of rollout.sglang.urls does not answer; the run continues with the others")
     return [client for client, is_healthy in zip(clients, healthy, strict=True) if is_healthy]
 
 

@@ -179,7 +179,7 @@ def test_a_server_without_this_channel_is_used_without_and_named_once(header: by
 
 
 def test_what_was_kept_is_continued_by_a_server_without_a_channel_too() -> None:
-    """Other ranks have kept what had ended: to begin anew here would favour short responses."""
+    """Other ranks have kept what had ended: to start over here would favour short responses."""
     continuation, second = Continuation(True, lambda line: None), FakeServer(None)
     with FakeServer(dies_after=2).run() as client, pytest.raises(EngineFailure):
         one_call(continuation, [client])
@@ -236,7 +236,7 @@ def test_servers_that_no_longer_answer_are_left_out(
     left = answering(clients, alone, is_start=False, log=logged.append)
     assert left == [one for i, one in enumerate(clients) if i not in silent]
     names = ", ".join(clients[i].url for i in silent)
-    assert logged == [f"{names} of rollout.sglang.urls does not answer; the run goes on with the others"]
+    assert logged == [f"{names} of rollout.sglang.urls does not answer; the run continues with the others"]
     with pytest.raises(
         UserError, match=rf"{clients[silent[0]].url} of .* does not answer; start it, or remove"
     ):

@@ -14,7 +14,7 @@ import pytest
 from opo_megatron.errors import EngineFailure
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.sglang.received import Received, Record, Tokens, finish_reason
-from opo_megatron.rollout.sglang.replies import generate_body
+from opo_megatron.rollout.sglang.replies import generate_body, versions_of
 
 STOP, WORDS = 0, (1, 2)
 SAMPLING = Sampling(max_tokens=4, stop_tokens=(STOP,), seed=(1,))
@@ -155,7 +155,7 @@ def test_a_death_leaves_every_response_its_probability(deaths: list[Dies]) -> No
 
 @pytest.mark.parametrize("size", [2, 3, 32])
 def test_endings_known_before_other_tokens_would_change_probabilities(size: int) -> None:
-    """32: responses that have ended are kept, all others begin anew."""
+    """32: responses that have ended are kept, all others start over."""
     assert largest_error([after(1)], in_chunks(size)) > 1e-3
 
 
@@ -188,7 +188,7 @@ def test_a_merged_reply_is_that_of_the_whole_response(prefix: list[int]) -> None
     assert merged["output_ids"] == [*prefix, STOP]
     meta_info = merged["meta_info"]
     assert meta_info["output_token_logprobs"] == [[-0.25, one, None] for one in prefix] + [[-0.5, STOP, None]]
-    assert [span["version"] for span in meta_info["weight_versions"]] == [2] * len(prefix) + [3]
+    assert versions_of(meta_info, len(prefix) + 1) == [2] * len(prefix) + [3]
     assert received.new_tokens == 1
 
 
