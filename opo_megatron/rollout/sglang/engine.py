@@ -67,10 +67,12 @@ from opo_megatron.weights.stream import NamedTensors
 
 POSTS_PER_CALL = 16
 """A rank's requests are split into at most this many posts, so that progress shows as they end."""
-STREAMED_POSTS = 256
-"""The same where responses are delivered as they end: mostly one request per post."""
+SINGLE_POSTS = 256
+"""The same where responses are delivered as they end, and only replies tell that: mostly one request each."""
 PROGRESS_EVERY_SECONDS = 1.0
 """Interval at which a stop request is noticed during generation."""
+DELIVER_EVERY_SECONDS = 0.05
+"""The same where responses are delivered as their last token is received."""
 ABORT_SECONDS = 10.0
 """How long a server may take to note that its requests are aborted."""
 FLUSH_SECONDS = 30
@@ -375,30 +377,38 @@ class SglangEngine:
         if self.version is None:
             raise EngineFailure("the servers hold no complete weights")
         self._check_lengths(requests, sampling)
-        posts = POSTS_PER_CALL if deliver is None else STREAMED_POSTS
         balance = Balance(self._clients, self.config)
         with self._continuation.call(requests, sampling, self.version, self._clients) as call:
+            received = call.received
+            streams = deliver is not None and received.has_channels
+            posts = POSTS_PER_CALL if streams or deliver is None else SINGLE_POSTS
+            interval = DELIVER_EVERY_SECONDS if streams else PROGRESS_EVERY_SECONDS
             replies: dict[int, Any] = {}
             tokens = 0
 
             def enter(new: Mapping[int, Any]) -> None:
                 nonlocal tokens
+                first = [i for i in new if i not in replies]
                 replies.update(new)
-                tokens += sum(len(reply["output_ids"]) for reply in new.values())
-                if deliver is not None and new:
-                    deliver(self._rollouts_of([requests[i] for i in new], list(new.values()), sampling))
+                tokens += sum(len(new[i]["output_ids"]) for i in first)
+                if deliver is not None and first:
+                    deliver(
+                        self._rollouts_of([requests[i] for i in first], [new[i] for i in first], sampling)
+                    )
                 if progress is not None:
                     progress(len(replies), len(requests), tokens)
 
-            pending = call.received.pending
+            pending = received.pending
             size = max(1, -(-len(pending) // posts))
             parts = [pending[i : i + size] for i in range(0, len(pending), size)]
             with ThreadPoolExecutor(posts) as threads, self.abort_on_error():
-                if call.received.ended:
-                    enter(call.received.ended)
+                if received.ended:
+                    enter(received.ended)
                 waiting = {threads.submit(balance.post_call, call, part) for part in parts}
                 while waiting:
-                    ended, waiting = wait(waiting, PROGRESS_EVERY_SECONDS, return_when=FIRST_COMPLETED)
+                    ended, waiting = wait(waiting, interval, return_when=FIRST_COMPLETED)
+                    if streams:
+                        enter(received.take_ended())
                     enter({i: reply for post in ended for i, reply in post.result().items()})
         return self._rollouts_of(requests, [replies[i] for i in range(len(requests))], sampling)
 

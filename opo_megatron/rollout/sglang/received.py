@@ -86,6 +86,7 @@ class Received:
             if reason is not None
         }
         """Replies to the others."""
+        self._new_ends: list[int] = []
 
     def add(self, records: Iterable[Record]) -> None:
         """Enter records in the order in which they were sent.
@@ -101,7 +102,22 @@ class Received:
                 tokens.ids.append(token)
                 tokens.versions.append(version)
                 tokens.log_probs.append(log_prob)
+                if finish_reason(tokens.ids, self.sampling) is not None:
+                    self._new_ends.append(index)
             self._changed.notify_all()
+
+    def take_ended(self) -> dict[int, Any]:
+        """Replies to the requests whose last token has been received since this was called before.
+
+        A server replies to several requests at once, and when all of them have ended.
+        """
+        with self._changed:
+            ended, self._new_ends = self._new_ends, []
+        replies = {}
+        for i in ended:
+            reason = finish_reason(self._tokens[i].ids, self.sampling)
+            replies[i] = self._reply(i, {"finish_reason": reason}, self._tokens[i].versions)
+        return replies
 
     def fail(self, url: str, reason: str) -> None:
         """No more tokens come from this server."""

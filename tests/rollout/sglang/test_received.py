@@ -243,3 +243,35 @@ def test_a_token_that_does_not_follow_is_refused(position: int) -> None:
     received.add([(0, 0, 1, 3, -0.5)])
     with pytest.raises(ValueError, match="does not follow those before it"):
         received.add([(0, position, 1, 3, -0.5)])
+
+
+@pytest.mark.parametrize(
+    ("sent", "ended"),
+    [
+        ([(0, 1)], []),
+        ([(0, 1), (0, STOP)], [[0]]),
+        ([(1, STOP), (0, 1), (0, STOP)], [[1], [0]]),
+        ([(0, 2), (0, 1)], [[0]]),  # with the prefix as many as there may be
+        ([(1, 1), (1, 1), (1, 2), (0, 1), (1, STOP), (0, STOP)], [[1], [0]]),
+    ],
+)
+def test_a_response_ends_with_its_last_token_and_once(
+    sent: list[tuple[int, int]], ended: list[list[int]]
+) -> None:
+    """Its reply says the same, which comes when all responses of its post have ended."""
+    received = Received(REQUESTS, SAMPLING, kept([2, 2]))
+    taken, new = [], defaultdict(list)
+    for index, token in sent:
+        received.add([(index, len(new[index]), token, 3, -0.5)])
+        new[index].append(token)
+        replies = received.take_ended()
+        taken += [list(replies)] if replies else []
+        for i, one in replies.items():
+            known = reply(new[i], finish_reason=one["meta_info"]["finish_reason"])
+            merged = received.merged(i, known, URL, 0.0)
+            assert one["output_ids"] == merged["output_ids"]
+            log_probs = [value for value, *_ in one["meta_info"]["output_token_logprobs"]]
+            assert log_probs == [value for value, *_ in merged["meta_info"]["output_token_logprobs"]]
+            versions = [versions_of(r["meta_info"], len(one["output_ids"])) for r in (one, merged)]
+            assert versions[0] == versions[1]
+    assert taken == ended and received.take_ended() == {}
