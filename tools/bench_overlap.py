@@ -1,15 +1,17 @@
 """Measures a step that overlaps training with generation, on two cores → records/overlap.json
 
-    python tools/bench_overlap.py                            # about eight minutes, alone on two cores
+    python tools/bench_overlap.py                            # about eleven minutes, alone on two cores
     python tools/bench_overlap.py --repetitions 1 --no-record
 
 A real SGLang server on one core, the trainer on the other; the lift with responses of 3 to 60 tokens, 48
 of 384 at a time.  Runs with and without `rollout.overlap` take turns on the same server.  `in turn` is
 generation plus training of the runs without, `overlapped` the time to the optimizer step of those with.
+The learning rate is next to 0, so that the lengths of all steps have one distribution.
 
-The planner's simulation (`plan/overlap.py`) has three constants here, fitted to the runs in turn: seconds of
-a decoding step (a + b · responses) and of a trained token.  It then predicts the overlapped steps from their
-lengths.
+The planner's simulation (`plan/overlap.py`) predicts the overlapped steps from their lengths.  Its constants
+are measured: seconds of a decoding step (a + b · responses) and of admitting a response, by three very
+different loads on the same server, scaled so that they sum to the generation of the runs in turn; and
+seconds of a trained token, from those runs.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -38,12 +41,16 @@ from bench.record import write_record
 
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.plan.overlap import decoded, simulate
+from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.server import free_port
 from opo_megatron.utils.terminal import prepare_terminal
 
 ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / "recipes" / "quickstart_sglang.yaml")
-SLOTS, STEPS, SKIPPED, MICRO_BATCH = 48, 8, 2, 2048
+SAMPLES = 8
+"""Of each prompt, in the recipe."""
+CONSTANTS = ("a", "b", "seconds of an admitted response", "seconds of a trained token")
+SLOTS, STEPS, SKIPPED, MICRO_BATCH = 48, 12, 2, 2048
 MODEL = (
     "policy.device=cpu", "task.options.moves=12", "policy.model.max_sequence_length=96",
     "rollout.max_response_tokens=60", "policy.model.num_layers=4", "policy.model.vocab_size=17",
@@ -54,9 +61,12 @@ RUN = (
     f"train.steps={STEPS}", "warm_start.steps=100", "eval.every_steps=0", "eval.problems=16",
     "checkpoint.at_end=false", "observe.audit=false", "observe.kl=off",
     f"policy.max_tokens_per_micro_batch={MICRO_BATCH}", "policy.recompute=full",
+    "optimizer.lr=1e-9",
 )  # fmt: skip
 Rows = list[dict[str, Any]]
 """Rows of metrics.jsonl, each with its `lengths`, group by group, and mean `prompt`."""
+Load = tuple[list[float], float]
+"""(decoding steps, Σ responses over them, responses), seconds."""
 
 
 def main() -> int:
@@ -69,13 +79,15 @@ def main() -> int:
     options = parser.parse_args()
     in_turn: list[Rows] = []
     overlapped: list[Rows] = []
+    loads: list[Load] = []
     with tempfile.TemporaryDirectory() as folder, a_server(Path(folder), options.sglang_python) as server:
         for repetition in range(options.repetitions):
             for runs, overlaps in ((in_turn, False), (overlapped, True)):
                 name = f"{repetition}_{'overlapped' if overlaps else 'in_turn'}"
                 runs.append(run(Path(folder) / name, server, overlaps))
                 print(f"{name}: median step {median(map(seconds_of, runs[-1])):.2f} s", flush=True)
-    results = summarize(in_turn, overlapped)
+            loads += measured_loads(Path(folder), server, in_turn[-1][-1])
+    results = summarize(in_turn, overlapped, loads)
     print(json.dumps(results, indent=2))
     if not options.no_record:
         print(f"written to {write_record('overlap', results)}")
@@ -141,14 +153,41 @@ def run(folder: Path, server: list[str], overlaps: bool) -> Rows:
     return rows
 
 
+def measured_loads(folder: Path, server: list[str], row: dict[str, Any]) -> list[Load]:
+    """Seconds of a step's own lengths, of a full batch of long responses, and of many short ones."""
+    url = server[0].partition("[")[2].rstrip("]")
+    client = Client(url, 600.0, (folder / "key").read_text().strip())
+    draw = random.Random(1)
+    result: list[Load] = []
+    for lengths in 2 * [row["lengths"], SLOTS * [60], len(row["lengths"]) * [2]]:
+        groups = -(-len(lengths) // SAMPLES)
+        prompts = [[draw.randrange(2, 17) for _ in range(row["prompt"])] for _ in range(groups)]
+        client.post("/flush_cache?timeout=30")
+        began = time.perf_counter()
+        client.post(
+            "/generate",
+            input_ids=[prompts[i // SAMPLES] for i in range(len(lengths))],
+            sampling_params=[{"max_new_tokens": length, "ignore_eos": True} for length in lengths],
+            return_logprob=True,
+        )
+        result.append((features(lengths, row["prompt"]), time.perf_counter() - began))
+    return result
+
+
+def features(lengths: list[int], prompt: int) -> list[float]:
+    """What generation is linear in: decoding steps, Σ responses over them, responses."""
+    ends = decoded(lengths, prompt, SLOTS, lambda running, cached: 1.0)
+    return [max(ends), float(sum(lengths)), float(len(lengths))]
+
+
 def seconds_of(row: dict[str, Any]) -> float:
     """From the first request to the optimizer step."""
     return float(row["time/rollout"] + row.get("time/tail", row["time/train"] + row.get("time/reward", 0.0)))
 
 
-def summarize(in_turn: list[Rows], overlapped: list[Rows]) -> dict[str, Any]:
+def summarize(in_turn: list[Rows], overlapped: list[Rows], loads: list[Load]) -> dict[str, Any]:
     """Ratios of sums over all steps; seconds per 1,000 response tokens, because lengths differ a little."""
-    constants = fitted([row for rows in in_turn for row in rows])
+    constants = fitted([row for rows in in_turn for row in rows], loads)
     ratios = [per_token(b) / per_token(a) for a, b in zip(in_turn, overlapped, strict=True)]
     all_in_turn = [row for rows in in_turn for row in rows]
     all_overlapped = [row for rows in overlapped for row in rows]
@@ -174,7 +213,7 @@ def summarize(in_turn: list[Rows], overlapped: list[Rows]) -> dict[str, Any]:
         "overlapped / in turn": per_token(all_overlapped) / per_token(all_in_turn),
         "overlapped / in turn, by repetition": ratios,
         "overlapped / simulated": measured / simulated,
-        "constants": dict(zip(("a", "b", "seconds of a trained token"), constants, strict=True)),
+        "constants": dict(zip(CONSTANTS, constants, strict=True)),
     }
 
 
@@ -183,24 +222,23 @@ def per_token(rows: Rows) -> float:
     return 1e3 * sum(map(seconds_of, rows)) / sum(sum(row["lengths"]) for row in rows)
 
 
-def fitted(rows: Rows) -> tuple[float, float, float]:
-    """a, b and the seconds of a trained token, by least squares over steps in turn."""
-    features = []
-    for row in rows:
-        ends = decoded(row["lengths"], row["prompt"], SLOTS, lambda running, cached: 1.0)
-        features.append((max(ends), float(sum(row["lengths"]))))  # decoding steps, and Σ responses over them
-    (a, b), *_ = np.linalg.lstsq(
-        np.array(features), np.array([row["time/rollout"] for row in rows]), rcond=None
-    )
+def fitted(rows: Rows, loads: list[Load]) -> tuple[float, ...]:
+    """`CONSTANTS`; the first three fit `loads` in relative error, and are then scaled to `rows`."""
+    weighted = np.array([[one / seconds for one in parts] for parts, seconds in loads])
+    shape, *_ = np.linalg.lstsq(weighted, np.ones(len(loads)), rcond=None)
+    if (shape < 0).any():
+        sys.exit(f"no time of a decoding step fits the loads {loads}; is another program running?")
+    expected = sum(float(shape @ features(row["lengths"], row["prompt"])) for row in rows)
+    scale = sum(row["time/rollout"] for row in rows) / expected
     tokens = sum(sum(row["lengths"]) + row["prompt"] * len(row["lengths"]) for row in rows)
-    return float(a), float(b), sum(row["time/train"] for row in rows) / tokens
+    return *(float(one * scale) for one in shape), sum(row["time/train"] for row in rows) / tokens
 
 
-def simulated_seconds(row: dict[str, Any], constants: tuple[float, float, float]) -> float:
-    a, b, trained_token = constants
+def simulated_seconds(row: dict[str, Any], constants: tuple[float, ...]) -> float:
+    a, b, admission, trained_token = constants
     timeline = simulate(
-        row["lengths"], 8, row["prompt"], 1, SLOTS, lambda running, cached: a + b * running,
-        lambda tokens: trained_token * tokens, 2 * MICRO_BATCH,
+        row["lengths"], SAMPLES, row["prompt"], 1, SLOTS, lambda running, cached: a + b * running,
+        lambda tokens: trained_token * tokens, 2 * MICRO_BATCH, began=admission * len(row["lengths"]),
     )  # fmt: skip
     return timeline.step
 
