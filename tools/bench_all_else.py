@@ -1,15 +1,16 @@
 """Measures what a step does besides generation, sync and training, at the counts of the 70B recipe
 → records/all_else.json
 
-    python tools/bench_all_else.py                 # two minutes on two cores
+    python tools/bench_all_else.py --against COMMIT    # before and after; a minute on two cores
     python tools/bench_all_else.py --no-record
 
-1,024 responses of 4,096 tokens over 64 ranks: every rank here has the 16 responses of one of them, so that
-all messages between two ranks have their true sizes.  Measured alone and with 2 ranks over gloo, each on a
-core; what grows with the ranks is extended to 64 by the difference, per message: an upper bound, because
-messages to several ranks overlap there.  Rank 0's file of the rollouts is measured with all 1,024.  The
-digest of the weights is memory-bound on a GPU: the bytes that its operations read and write per element are
-counted, for the elements of a rank of the recipe (`opo plan`).
+1,024 responses of 4,096 tokens over 64 ranks: every rank here has the 16 responses of one of them, and sends
+the 8 that a replica trains on to each of its ranks, so that all messages between two ranks have their true
+sizes.  Measured alone and with 2 ranks of one replica over gloo, each on a core; what grows with the ranks
+is extended to 64 by the difference, per message: an upper bound, because messages to several ranks overlap
+there.  Rank 0's file of the rollouts is measured with all 1,024.  The digest of the weights is memory-bound
+on a GPU: the bytes that its operations read and write per element are counted, for the elements of a rank of
+the recipe (`opo plan`).  `before` is the same of a commit.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 
 import torch
 from bench.record import write_record
+from compare_commits import checkout
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -63,6 +65,7 @@ COLLECTIVES = 16
 """Small exchanges among all ranks in a step: outcomes of generation, sync and probe, statistics, versions,
 digests, failures, whether to save or to stop."""
 EXCHANGES = ("exchange of samples", "statistics", "small exchanges", "samples to rank 0")
+DIGEST = "digest of the weights"
 ROUNDS = 9
 
 
@@ -71,33 +74,48 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--no-record", action="store_true", help="print only")
+    parser.add_argument("--against", metavar="COMMIT", help="measure this commit too")
     parser.add_argument("--rank", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank:
         measure_rank(Path(options.rank))
         return 0
-    by_ranks = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for ranks in (1, 2):
-            file = Path(folder) / f"{ranks}.json"
-            if run_ranks([sys.executable, __file__, "--rank", str(file)], ranks):
-                return 1
-            by_ranks[ranks] = json.loads(file.read_text())
-    results = summarize(by_ranks) | {"digest of the weights, s": digest_of_weights()}
-    results["sum, s"] = sum(value for name, value in results.items() if name.endswith(", s"))
+    results: dict[str, Any] = {"now": measured(ROOT)}
+    if options.against is not None:
+        with checkout(options.against) as before:
+            results = {"against": options.against, "before": measured(before), **results}
     print(json.dumps(results, indent=2))
     if not options.no_record:
         print(f"written to {write_record('all_else', results)}")
     return 0
 
 
+def measured(tree: Path) -> dict[str, Any]:
+    """All parts, with the package of a tree.
+
+    Raises:
+        SystemExit: where a rank fails.
+    """
+    by_ranks = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks in (1, 2):
+            file = Path(folder) / f"{ranks}.json"
+            command = ["env", f"PYTHONPATH={tree}", sys.executable, __file__, "--rank", str(file)]
+            if code := run_ranks(command, ranks):
+                sys.exit(code)
+            by_ranks[ranks] = json.loads(file.read_text())
+    return summarize(by_ranks)
+
+
 def summarize(by_ranks: dict[int, dict[str, float]]) -> dict[str, Any]:
     """Seconds at 64 ranks: what is exchanged by the message, the rest as measured."""
     alone, two = by_ranks[1], by_ranks[2]
     results: dict[str, Any] = {}
-    for name in two:
+    for name in [name for name in two if name != DIGEST]:
         message = max(0.0, two[name] - alone[name]) if name in EXCHANGES else 0.0
         results[f"{name}, s"] = two[name] + message * (RANKS - 2)
+    results["digest of the weights, s"] = alone[DIGEST]
+    results["sum, s"] = sum(value for name, value in results.items() if name.endswith(", s"))
     return results | {"measured with 1 and 2 ranks": by_ranks}
 
 
@@ -128,29 +146,26 @@ def solution(number: int) -> str:
 
 def measure_rank(file: Path) -> None:
     """All parts on this rank; rank 0 writes the medians."""
-    config = load_config(ROOT / "recipes" / "quickstart.yaml", ["policy.device=cpu"], _world_size())
+    world = int(os.environ["WORLD_SIZE"])
+    one_replica = ["policy.device=cpu", f"policy.tensor_model_parallel_size={world}"]
+    config = load_config(ROOT / "recipes" / "quickstart.yaml", one_replica, world)
     parallel = initialize(config)
     try:
         parts = {name: timed(parallel, fn) for name, fn in parts_of(parallel, file.parent).items()}
         if parallel.rank == 0:
-            file.write_text(json.dumps(parts))
+            file.write_text(json.dumps(parts | {DIGEST: digest_of_weights()}))
     finally:
         shutdown()
-
-
-def _world_size() -> int:
-    return int(os.environ["WORLD_SIZE"])
 
 
 def parts_of(parallel: Parallel, folder: Path) -> dict[str, Callable[[], object]]:
     """Name → what this rank does in a step."""
     world = parallel.world_size
     own = samples(parallel.rank * PER_RANK, PER_RANK)
-    total = world * PER_RANK
+    sent = own.select(list(range(PER_RANK // REPLICAS)))
+    total = world * len(sent)
     held = [list(rank_range(total, rank, world)) for rank in range(world)]
-    schedule = schedule_micro_batches(
-        [PROMPT + RESPONSE] * total, world, 2 * (PROMPT + RESPONSE), packed=True
-    )
+    schedule = schedule_micro_batches([PROMPT + RESPONSE] * total, 1, 2 * (PROMPT + RESPONSE), packed=True)
     texts = [solution(number) for number in range(PER_RANK)]
     everything = samples(0, RANKS * PER_RANK) if parallel.rank == 0 else None
     metrics = MetricsFile(folder / f"metrics_{world}.jsonl") if parallel.rank == 0 else None
@@ -169,7 +184,7 @@ def parts_of(parallel: Parallel, folder: Path) -> dict[str, Callable[[], object]
 
     return {
         "rewards": lambda: [grade(text, str(number)) for number, text in enumerate(texts)],
-        "exchange of samples": lambda: send_to_dp(parallel, own, schedule, held),
+        "exchange of samples": lambda: send_to_dp(parallel, sent, schedule, held),
         "statistics": lambda: gather_stats(parallel, own),
         "small exchanges": small_exchanges,
         "digests of the samples": lambda: digest_rollouts(parallel, own),

@@ -33,6 +33,7 @@ def to_json(plan: RunPlan, nearest: list[str] | None = None) -> dict[str, Any]:
         "stages": [asdict(stage) for stage in plan.stages],
         "engine": {**asdict(plan.engine), "cached_tokens": plan.engine.cached_tokens},
         "sync": {
+            "why_full": sync.why_full,
             "tensors": sync.tensors,
             "bytes": sync.total,
             "bucket_bytes": list(sync.bucket_bytes),
@@ -102,6 +103,8 @@ def _sync(plan: RunPlan) -> Table:
     nvlink = [traffic.nvlink for traffic in sync.received]
     network = [traffic.network for traffic in sync.received]
     table = new_table("Weight sync", "", "")
+    sent = "slices of each rank" if sync.why_full is None else f"full tensors: {sync.why_full}"
+    table.add_row("layout", sent)
     table.add_row("tensors, received exactly once by every rank", f"{sync.tensors:,}")
     table.add_row("buckets", f"{len(sync.bucket_bytes)}, {max(sync.bucket_bytes) / 2**20:.0f} MiB at most")
     table.add_row("weights", f"{_gb(sync.total)} GB")

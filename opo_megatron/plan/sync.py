@@ -49,6 +49,8 @@ class RankStream:
     """Per bucket."""
     expected: dict[str, Shape] = field(repr=False)
     """Name → shape of all tensors that an engine, or one of its ranks, needs."""
+    why_full: str | None = None
+    """Why engines are sent full tensors; None where each of their ranks is sent its own slices."""
 
     @property
     def received(self) -> Traffic:
@@ -109,11 +111,13 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def slice_routes(config: Config, vocab_size: int, ranks: int, gpus_per_node: int) -> SliceRoutes | None:
-    """Which slices each rank would receive; None where engines are sent full tensors."""
+def slice_routes(config: Config, vocab_size: int, ranks: int, gpus_per_node: int) -> SliceRoutes | str:
+    """Which slices each rank would receive, or why engines are sent full tensors."""
     settings, policy = config.rollout.sglang, config.policy
-    if config.rollout.engine is not EngineName.sglang or why_full(config, on_cpu=False) is not None:
-        return None
+    if config.rollout.engine is not EngineName.sglang:
+        return "the local engine has no ranks"
+    if (reason := why_full(config, on_cpu=False)) is not None:
+        return reason
     tp_size = policy.tensor_model_parallel_size
     on_node = min(gpus_per_node, ranks)
     servers = settings.servers or max(1, on_node // settings.tensor_parallel_size)
@@ -131,14 +135,14 @@ def slice_routes(config: Config, vocab_size: int, ranks: int, gpus_per_node: int
     engine = EngineSizes(
         settings.tensor_parallel_size, expert_ranks(config), engine_quantization(config, vocab_size)
     )
-    routes = routes_of(places, tp_size, engine)
-    return routes if isinstance(routes, SliceRoutes) else None
+    return routes_of(places, tp_size, engine)
 
 
 def rank_stream(policy: Policy, gpus_per_node: int, config: Config) -> RankStream:
     """Run a policy's weight stream on meta tensors; every bucket arrives on every rank that wants it."""
     rank, vocab_size = policy.parallel.rank, policy.vocab_size
-    routes = slice_routes(config, vocab_size, policy.parallel.world_size, gpus_per_node)
+    found = slice_routes(config, vocab_size, policy.parallel.world_size, gpus_per_node)
+    reason, routes = (found, None) if isinstance(found, str) else (None, found)
     names: list[tuple[tuple[str, Shape], ...]] = []
     sizes: list[int] = []
     traffic: list[Traffic] = []
@@ -155,7 +159,7 @@ def rank_stream(policy: Policy, gpus_per_node: int, config: Config) -> RankStrea
         dtype = next(policy.chunks[0].parameters()).dtype
         infos = expected_tensors(policy.config.model, vocab_size, routes.engine, dtype)
         expected = {info.name: info.shape for info in infos} if routes.wanted[rank] else {}
-    return RankStream(rank, tuple(names), tuple(sizes), tuple(traffic), expected)
+    return RankStream(rank, tuple(names), tuple(sizes), tuple(traffic), expected, reason)
 
 
 def _buckets(policy: Policy, routes: SliceRoutes | None) -> Iterator[list[list[tuple[str, Tensor]]]]:
@@ -197,6 +201,8 @@ class SyncPlan:
     """By rank."""
     slowest: tuple[tuple[float, float], ...] = field(repr=False)
     """Per bucket, the largest number of bytes that a rank receives over (NVLink, network)."""
+    why_full: str | None = None
+    """As of all its streams."""
 
     @property
     def total(self) -> int:
@@ -217,4 +223,4 @@ def combine(streams: Sequence[RankStream], tensors: int) -> SyncPlan:
     slowest = tuple((max(t.nvlink for t in column), max(t.network for t in column)) for column in columns)
     received = tuple(stream.received for stream in streams)
     bucket_bytes = tuple(map(max, zip(*(stream.bucket_bytes for stream in feeding), strict=True)))
-    return SyncPlan(tensors, bucket_bytes, received, slowest)
+    return SyncPlan(tensors, bucket_bytes, received, slowest, streams[0].why_full)

@@ -56,6 +56,16 @@ class Arrivals:
             new, self._new = self._new, []
             return new
 
+    def finish(self) -> None:
+        """Wait until the engine has confirmed all that it delivered.
+
+        Raises:
+            EngineFailure, UserError: what the engine raised.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
     def close(self) -> None:
         """Abort what is still generated, and wait for the thread."""
         with self._changed:

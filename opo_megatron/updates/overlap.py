@@ -163,6 +163,7 @@ def _attempt(run: Run, step: int, flight: StepInFlight, sampling: Sampling, time
                 with timeline.interval("train"):
                     _add_gradients(run, flight, groups)
                 run.watchdog.enter("rollout")
+        arrivals.finish()
     finally:
         arrivals.close()
         timeline.note_engine(arrivals.began, arrivals.ended, arrivals.finished == len(missing))

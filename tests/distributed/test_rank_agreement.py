@@ -39,6 +39,7 @@ def check(one_process: dict, results: list[dict], layouts: tuple[str, ...]) -> N
     assert len(one_process["tokens"]) == 256
     for layout, result in zip(layouts, results, strict=True):
         assert result["worst"] <= TOLERANCE, layout
+        assert result["exchanged"], layout
         assert result["tokens"] == one_process["tokens"], f"{layout or 'dp2'} generated other tokens"
 
 

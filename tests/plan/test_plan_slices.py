@@ -40,7 +40,7 @@ def test_a_rank_of_the_70b_recipe_receives_slices_of_other_stages_alone() -> Non
 
 
 def check(sync: dict[str, Any], matrix: float) -> None:
-    assert sync["nvlink"] == [0, 0, 0, 0]
+    assert sync["why_full"] is None and sync["nvlink"] == [0, 0, 0, 0]
     layer, ends = MATRICES * matrix + 2 * 2 * HIDDEN, 2 * VOCAB * HIDDEN // RANKS
     whole = LAYERS * layer + 2 * ends + 2 * HIDDEN
     lacking = [whole - LAYERS // 4 * layer - own for own in (ends, 0, 0, ends + 2 * HIDDEN)]
@@ -52,4 +52,5 @@ def check(sync: dict[str, Any], matrix: float) -> None:
 @pytest.mark.slow
 def test_full_tensors_would_be_nearly_eight_times_as_much() -> None:
     full, cut = syncs_of(f"{BF16},{FULL}", BF16)
+    assert full["why_full"] == FULL and cut["why_full"] is None
     assert min(full["network"]) > 7.7 * max(cut["network"]) and min(full["nvlink"]) > 29e9

@@ -2,7 +2,7 @@
 
     agreement_worker.py OUTPUT [override,override …]…
 
-Rank 0 writes a list of {worst, tokens}, one per layout.
+Rank 0 writes a list of {worst, tokens, exchanged}, one per layout.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from opo_megatron.batch.redistribute import gather_to_rank0, local_slice, redistribute_to_dp
 from opo_megatron.batch.stats import gather_stats
 from opo_megatron.distributed.process_groups import (
+    SMALL_BYTES,
     Parallel,
     all_gather_objects,
     destroy_model_parallel,
@@ -56,7 +57,22 @@ def measure(overrides: list[str], parallel: Parallel) -> dict[str, object]:
     difference = (policy.log_probs(batch, schedule, TEMPERATURE) - batch.engine_log_prob).abs().max()
     all_rollouts = gather_to_rank0(parallel, rollouts)
     worst = max(all_gather_objects(parallel, float(difference)))
-    return {"worst": worst, "tokens": all_rollouts.responses() if all_rollouts else None}
+    return {
+        "worst": worst,
+        "tokens": all_rollouts.responses() if all_rollouts else None,
+        "exchanged": exchanges_all_sizes(parallel),
+    }
+
+
+def exchanges_all_sizes(parallel: Parallel) -> bool:
+    """Whether objects arrive whose pickles are around `SMALL_BYTES`, on one rank, the others, or all."""
+    ranks = range(parallel.world_size)
+    for size in (0, *range(SMALL_BYTES - 60, SMALL_BYTES + 2), 100_000):
+        for large in (ranks[:1], ranks[1:], ranks):
+            objects = [bytes([rank]) * (size if rank in large else 3) for rank in ranks]
+            if all_gather_objects(parallel, objects[parallel.rank]) != objects:
+                return False
+    return True
 
 
 def main() -> None:

@@ -118,7 +118,8 @@ def during_streamed_step(inject: Callable[[], None], number: int) -> None:
             in_step.append(True)
 
         def noting(part: Rollouts) -> None:
-            event()
+            for _ in range(len(part)):
+                event()
             deliver(part)
 
         return generate(self, requests, sampling, progress, noting)

@@ -26,6 +26,7 @@ def sync_of(recipe: str, ranks: str, overrides: list[str]) -> dict[str, Any]:
             tensors = max(tensors, check_cover(streams[-1]))
     sync = combine(streams, tensors)
     return {
+        "why_full": sync.why_full,
         "tensors": tensors,
         "bytes": sync.total,
         "nvlink": [traffic.nvlink for traffic in sync.received],
