@@ -24,6 +24,7 @@ The launch follows from shapes and `most_queries` alone, so a CUDA graph can hol
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ BLOCK = 32
 """Keys of a block."""
 SPLIT = 512
 """Keys of one partial result."""
-WARPS, STAGES = 1, 3
+WARPS, STAGES = 4, 3
 FEW_PROGRAMS = 512
 """With fewer programs, an H100's 132 SMs idle, and the partial results become programs."""
 LOG2E = 1.4426950408889634
@@ -71,6 +72,7 @@ def _rows_of_tile(
 def _partial(
     q, keys, values, slots, position, begin, end, factor, key_slot, value_slot,
     D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Maximum, sum and mixed values of the keys from `begin` to the end of its split."""
     channel = tl.arange(0, PADDED_D)
@@ -81,8 +83,8 @@ def _partial(
         key = first + tl.arange(0, BLOCK)
         is_read = key < end
         slot = tl.load(slots + key, mask=is_read, other=0).to(tl.int64)
-        key_offset = tl.multiple_of(slot * key_slot, 8)
-        value_offset = tl.multiple_of(slot * value_slot, 8)
+        key_offset = slot * key_slot * UNIT  # a product with a constant tells the compiler the alignment
+        value_offset = slot * value_slot * UNIT
         inside = is_read[:, None] & (channel < D)[None, :]
         k = tl.load(keys + key_offset[:, None] + channel[None, :], mask=inside, other=0.0)
         v = tl.load(values + value_offset[:, None] + channel[None, :], mask=inside, other=0.0)
@@ -133,8 +135,9 @@ def _kernel(
     factor, width, tokens, splits, key_slot, key_group, value_slot, value_group,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, IS_SPLIT: tl.constexpr,
+    UNIT: tl.constexpr, HAS_POSITIONS: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):  # fmt: skip
+    # Strides of keys and values are in units of UNIT elements.
     tile, request = tl.program_id(0), tl.program_id(2)
     group, split = tl.program_id(1) % GROUPS, tl.program_id(1) // GROUPS
     token, head, position, exists, end = _rows_of_tile(
@@ -148,12 +151,12 @@ def _kernel(
     inside = exists[:, None] & (channel < D)[None, :]
     q = tl.load(query + row[:, None] * D + channel[None, :], mask=inside, other=0.0)
     slots = table + request.to(tl.int64) * width
-    keys += group * tl.multiple_of(key_group, 8)
-    values += group * tl.multiple_of(value_group, 8)
+    keys += group * key_group * UNIT
+    values += group * value_group * UNIT
     if IS_SPLIT:
         highest, total, mixed = _partial(
             q, keys, values, slots, position, split * SPLIT, end, factor, key_slot, value_slot,
-            D, PADDED_D, ROWS, BLOCK, SPLIT,
+            D, PADDED_D, ROWS, BLOCK, SPLIT, UNIT,
         )  # fmt: skip
         size = tokens.to(tl.int64) * HEADS
         row += split * size
@@ -167,7 +170,7 @@ def _kernel(
         for begin in range(0, end, SPLIT):
             other_highest, other_total, other_mixed = _partial(
                 q, keys, values, slots, position, begin, end, factor, key_slot, value_slot,
-                D, PADDED_D, ROWS, BLOCK, SPLIT,
+                D, PADDED_D, ROWS, BLOCK, SPLIT, UNIT,
             )  # fmt: skip
             highest, total, mixed = _merge(highest, total, mixed, other_highest, other_total, other_mixed)
         _store(output, log_sums, highest, total, mixed, token, head, exists, HEADS, D, PADDED_D)
@@ -289,6 +292,7 @@ def forward(
     output = torch.empty_like(query)
     log_sums = query.new_empty(tokens, heads, dtype=torch.float32)
     sizes = constants(heads, groups, head_dim)
+    unit = math.gcd(8, head_dim)
     count, width = requests.table.shape
     tiles = triton.cdiv(requests.most_queries * sizes["PADDED"], ROWS)
     splits = triton.cdiv(width, SPLIT)
@@ -307,8 +311,8 @@ def forward(
     _kernel[(tiles, groups * (splits if is_split else 1), count)](
         query, keys, values, requests.table, *boundaries, output, log_sums, part_sums, part_mixed,
         requests.scale * LOG2E, requests.table.stride(0), tokens, splits,
-        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
-        BLOCK=BLOCK, HAS_POSITIONS=has_positions, IS_SPLIT=is_split, **sizes, **options,
+        *(stride // unit for part in (keys, values) for stride in part.stride()[:2]),
+        BLOCK=BLOCK, UNIT=unit, HAS_POSITIONS=has_positions, IS_SPLIT=is_split, **sizes, **options,
     )  # fmt: skip
     if is_split:
         _merge_kernel[(tiles, groups, count)](
