@@ -42,7 +42,9 @@ def ints(values: Sequence[int]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.int32)
 
 
-def parts(length: int = LENGTH, seed: int = 1, heads: int = HEADS, groups: int = GROUPS, d: int = HEAD_DIM) -> Any:
+def parts(
+    length: int = LENGTH, seed: int = 1, heads: int = HEADS, groups: int = GROUPS, d: int = HEAD_DIM
+) -> Any:
     """query, keys and values of one sequence."""
     return tuple(normal(length, count, d, seed=seed + i) for i, count in enumerate((heads, groups, groups)))
 
@@ -92,7 +94,9 @@ def trained() -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         return one, train(*one, [LENGTH])
 
 
-@pytest.mark.parametrize(("heads", "groups", "d"), [(4, 4, 16), (4, 2, 16), (3, 1, 8), (6, 2, 24), (32, 1, 16)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "d"), [(4, 4, 16), (4, 2, 16), (3, 1, 8), (6, 2, 24), (32, 1, 16)]
+)
 def test_attention_is_near_float64_for_every_grouping_of_heads(heads: int, groups: int, d: int) -> None:
     query, keys, values = parts(40, 3, heads, groups, d)
     query = query[-9:]

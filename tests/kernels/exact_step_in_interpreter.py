@@ -72,7 +72,9 @@ def rollouts_of(engine: LocalEngine, count: int = 3) -> Rollouts:
     rng = random.Random(0)
     prompts = [tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 40))) for _ in range(count)]
     requests = [GenerationRequest(i, i, 0, prompt) for i, prompt in enumerate(prompts)]
-    rollouts = engine.generate(requests, Sampling(max_tokens=4, stop_tokens=(0, 1), seed=(1,), temperature=0.7))
+    rollouts = engine.generate(
+        requests, Sampling(max_tokens=4, stop_tokens=(0, 1), seed=(1,), temperature=0.7)
+    )
     rollouts.advantages = (torch.arange(count) % 3).double() - 1
     return rollouts
 
@@ -114,7 +116,9 @@ def test_every_operation_has_the_same_digest_in_engine_and_policy(parallel: Para
     config, policy = make(parallel)
     engine = engine_of(config, policy, 2)
     request = GenerationRequest(0, 0, 0, tuple(range(2, 9)))
-    rollouts, traces = engine.trace([request], Sampling(max_tokens=3, stop_tokens=(), seed=(1,), temperature=0.7))
+    rollouts, traces = engine.trace(
+        [request], Sampling(max_tokens=3, stop_tokens=(), seed=(1,), temperature=0.7)
+    )
     assert policy_digests(policy, parallel, rollouts) == traces[0]
 
 

@@ -73,7 +73,12 @@ def _attention_cases(dtype: str, s: Shape) -> dict[str, Counted]:
     for name, is_split, n_bytes, operations in (
         ("attention, training", False, trained, products),
         ("attention, decode", False, requests * s.keys * cached, 4.0 * requests * s.keys * width),
-        ("attention, decode in splits", True, requests * s.keys * cached + partial, 4.0 * requests * s.keys * width),
+        (
+            "attention, decode in splits",
+            True,
+            requests * s.keys * cached + partial,
+            4.0 * requests * s.keys * width,
+        ),
     ):
         constants = sizes | {"BLOCK": attention.BLOCK, "UNIT": 8, "IS_SPLIT": is_split}
         found[name] = Counted(_case(attention._kernel, dtype, constants, options), n_bytes, operations)
@@ -96,7 +101,9 @@ def _attention_cases(dtype: str, s: Shape) -> dict[str, Counted]:
 def _linear_cases(dtype: str, s: Shape) -> dict[str, Counted]:
     launch, item = linear.BLOCKS[TYPES[dtype]], TYPES[dtype].itemsize
     blocks = {name: value for name, value in launch.items() if name.isupper()} | {"BAND": linear.BAND}
-    options = {name: value for name, value in launch.items() if not name.isupper()} | {"enable_fp_fusion": False}
+    options = {name: value for name, value in launch.items() if not name.isupper()} | {
+        "enable_fp_fusion": False
+    }
     found = {}
     for name, columns, width, parts in (
         ("linear, gate and up", 2 * s.ffn, s.hidden, 1),
