@@ -119,8 +119,8 @@ def fuses_weight_gradients(policy: PolicyConfig, device: torch.device, is_exact:
     if is_exact:
         if asked:
             raise UserError(
-                "policy.megatron.gradient_accumulation_fusion is true, but the layers of exact mode have their "
-                "own gradients; remove it"
+                "policy.megatron.gradient_accumulation_fusion is true, but the layers of exact mode compute "
+                "their own gradients; remove it"
             )
         return False
     has_apex = device.type == "cuda" and find_spec(_APEX_EXTENSION) is not None
