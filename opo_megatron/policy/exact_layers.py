@@ -182,10 +182,10 @@ class ExactAttention(PackedAttention):
                     gather_from_sequence_parallel_region(part, group=group) for part in (key, value)
                 )
             return _attend(query, key, value, rows).flatten(1).unsqueeze(1)
-        length, batch = query.shape[:2]
+        length, count = query.shape[:2]
         query, key, value = (part.transpose(0, 1).flatten(0, 1) for part in (query, key, value))
-        mixed = _attend(query, key, value, padded_rows(batch, length, query.device))
-        return mixed.view(batch, length, -1).transpose(0, 1)
+        mixed = _attend(query, key, value, padded_rows(count, length, query.device))
+        return mixed.view(count, length, -1).transpose(0, 1)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *_: Any, **__: Any
