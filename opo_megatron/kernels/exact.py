@@ -20,12 +20,16 @@ bfloat16, products and attention compute in float32 from bfloat16 operands and r
 in float32.  A run checks all this on its machine before it starts.  Only the forward pass is
 batch-invariant; gradients are computed as usual.
 
-SGLang's process loads this file too, so it needs nothing but torch.
+On GPUs each of these operations is a Triton kernel (`kernels/triton_exact_*.py`), also those that need no
+change on a CPU: contraction, division and alignment make library kernels differ.
+
+SGLang's process loads this file too, so it needs nothing but torch, and Triton on GPUs.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from functools import cache
 from typing import Any
 
@@ -51,6 +55,16 @@ MASKED = -10000.0
 """Megatron's score of a masked key: its softmax weight underflows to 0."""
 
 
+INTERPRETER_VARIABLE = "OPO_EXACT_TRITON"
+"""Set to 1, CPU tensors take the Triton kernels, in Triton's interpreter: for tests."""
+_INTERPRETED = os.environ.get(INTERPRETER_VARIABLE) == "1"
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether the operations on `x` are Triton kernels."""
+    return x.is_cuda or _INTERPRETED
+
+
 def linear(x: Tensor, weight: Tensor, parts: int = 1) -> Tensor:
     """x Wᵀ: [..., K], [N, K] → [..., N], in x's type.
 
@@ -71,6 +85,10 @@ def partial_products(x: Tensor, weight: Tensor, parts: int) -> Tensor:
     Ranks that share a weight matrix by its columns compute some of the parts each; added by `add_in_order`,
     all parts give the same bits on any number of ranks.
     """
+    if uses_triton(x):
+        from opo_megatron.kernels.triton_exact_linear import partial_matmul
+
+        return partial_matmul(x, weight, parts)
     pairs = zip(x.float().chunk(parts, 1), weight.float().chunk(parts, 1), strict=True)
     return torch.stack([_tiled(own.contiguous(), columns.contiguous()) for own, columns in pairs])
 
@@ -85,6 +103,10 @@ def add_in_order(partials: Tensor) -> Tensor:
 
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """h Wᵀ of the LM head: [n, H], [V, H] → [n, V] float32, without a gradient."""
+    if uses_triton(hidden):
+        from opo_megatron.kernels.triton_exact_linear import matmul
+
+        return matmul(hidden, weight, torch.float32)
     return _tiled(hidden.float(), weight.float())
 
 
@@ -105,6 +127,10 @@ class _Linear(torch.autograd.Function):
 
 def _product(x: Tensor, weight: Tensor, parts: int) -> Tensor:
     """[n, K], [N, K] → [n, N]: float32 sums, rounded once."""
+    if parts == 1 and uses_triton(x):
+        from opo_megatron.kernels.triton_exact_linear import matmul
+
+        return matmul(x, weight, x.dtype)
     if parts == 1:
         return _tiled(x.float(), weight.float()).to(x.dtype)
     return add_in_order(partial_products(x, weight, parts)).to(x.dtype)
@@ -165,6 +191,42 @@ def silu(x: Tensor) -> Tensor:
     return F.silu(F.pad(x, (0, -width % multiple)))[..., :width] if width % multiple else F.silu(x)
 
 
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up: [..., 2 F] → [..., F]."""
+    if uses_triton(gate_up):
+        from opo_megatron.kernels import triton_exact_rows as rows
+
+        return rows.swiglu(gate_up.flatten(0, -2)).view(*gate_up.shape[:-1], -1)
+    gate, up = gate_up.chunk(2, -1)
+    return silu(gate) * up
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / √(mean x² + eps) · w of each row [..., width]."""
+    if uses_triton(x):
+        from opo_megatron.kernels import triton_exact_rows as rows
+
+        return rows.rms_norm(x, weight, eps)
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of each head: x [..., heads, d], cos and sin [..., 1, d]."""
+    if uses_triton(x):
+        from opo_megatron.kernels import triton_exact_rows as rows
+
+        flat = (part.reshape(-1, *part.shape[-2:]) for part in (x, cos, sin))
+        heads, *angles = flat
+        return rows.rotary(heads, *(angle[:, 0] for angle in angles)).view_as(x)
+    return rotate_halves(x, cos, sin)
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotary` by torch's operations."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
 def padded_keys(length: int) -> int:
     """`length`, rounded up to a multiple of `KEY_MULTIPLE`."""
     return -(-length // KEY_MULTIPLE) * KEY_MULTIPLE
@@ -212,6 +274,25 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tens
     return mixed[:, :rows, :head_dim].reshape(batch, heads, length, head_dim).transpose(1, 2).to(result_type)
 
 
+def slot_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    query_starts: Tensor,
+    key_lengths: Tensor,
+    most_queries: int,
+    scale: float,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """The attention of `uses_triton` tensors; see `triton_exact_attention.attention`."""
+    from opo_megatron.kernels.triton_exact_attention import attention as attention_kernel
+
+    return attention_kernel(
+        query, keys, values, table, query_starts, key_lengths, most_queries, scale, positions
+    )
+
+
 def _pad_rows(x: Tensor, rows: int) -> Tensor:
     """[b, n, d], zero-padded to at least `rows` rows."""
     return x if x.shape[1] >= rows else F.pad(x, (0, 0, 0, rows - x.shape[1]))
@@ -223,4 +304,10 @@ def log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
     Args:
         temperature: one number, or one of each row [n, 1].
     """
+    if uses_triton(logits):
+        from opo_megatron.kernels import triton_exact_rows as rows
+
+        if not isinstance(temperature, Tensor):
+            temperature = torch.full((logits.shape[0],), temperature, device=logits.device)
+        return rows.log_softmax(logits, temperature.flatten().float())
     return torch.log_softmax(logits.float() / temperature, -1)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opo_megatron.kernels.exact import uses_triton
 from opo_megatron.utils.hashing import GOLDEN, MASK, mix_tensor, shift_right, signed
 
 ALIGNMENT = 32
@@ -43,6 +44,10 @@ def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
     The first token whose cumulative probability exceeds the threshold: never one of probability 0.
     """
+    if uses_triton(probabilities):
+        from opo_megatron.kernels import triton_exact_rows as rows
+
+        return rows.inverse_cdf(probabilities, uniform)
     cumulative = probabilities.double().cumsum_(-1)
     threshold = uniform.unsqueeze(1) * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
