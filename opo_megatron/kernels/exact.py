@@ -218,6 +218,11 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         flat = (part.reshape(-1, *part.shape[-2:]) for part in (x, cos, sin))
         heads, *angles = flat
         return rows.rotary(heads, *(angle[:, 0] for angle in angles)).view_as(x)
+    return rotate_halves(x, cos, sin)
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotary` by torch's operations."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
 

@@ -291,8 +291,9 @@ def gather_logits(logits: Tensor, vocabulary: VocabularyShard) -> Tensor:
     group = vocabulary.group
     if group is None:
         return logits
-    widths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(widths, torch.tensor([logits.shape[1]]), group=group)
+    own = torch.tensor([logits.shape[1]], device=logits.device)
+    widths = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(widths, own, group=group)
     widest = max(int(width) for width in widths)
     padded = torch.nn.functional.pad(logits, (0, widest - logits.shape[1]))
     shards = [torch.empty_like(padded) for _ in widths]

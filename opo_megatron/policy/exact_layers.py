@@ -1,26 +1,32 @@
 """Exact mode in the policy: Megatron's layers computed with the operations of `kernels/exact.py`.
 
 Every module with parameters is a subclass of Megatron's, so names, checkpoints, gradients and their
-reduction stay the same; only the rounding of the forward pass changes.  Megatron's MLP is unchanged but for
-its activation function.
+reduction stay the same; only the rounding of the forward pass changes.  On GPUs the rotary embedding and
+attention take all sequences of a micro-batch in one launch, by the tables of `exact_rows.py`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from opo_megatron.kernels import exact
+from opo_megatron.policy.exact_rows import AttendedRows, packed_rows, padded_rows
 from opo_megatron.policy.packed_attention import PackedAttention
 
 
@@ -99,8 +105,85 @@ def _gathered(x: Tensor, group: Any) -> Tensor:
     return torch.cat(parts)
 
 
+class ExactMLP(MLP):
+    """Gate and up, SwiGLU, down."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
+        gate_up, _bias = self.linear_fc1(hidden_states)
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(exact.swiglu(gate_up))
+        return output
+
+
+class ExactSelfAttention(SelfAttention):
+    """Megatron's, with the rotary embedding of `kernels/exact.py` on GPUs; on a CPU Megatron's has its bits."""
+
+    def forward(
+        self, *args: Any, packed_seq_params: PackedSeqParams | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        self._packed = packed_seq_params
+        output: tuple[Tensor, Tensor | None] = super().forward(
+            *args, packed_seq_params=packed_seq_params, **kwargs
+        )
+        return output
+
+    def _adjust_key_value_for_inference(
+        self,
+        inference_context: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary_pos_emb: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Megatron calls it before it rotates, and rotates nothing where this returns no frequencies.
+
+        Args:
+            query, key: [s, b, heads or groups, head_dim].
+            rotary_pos_emb: angles [s, 1, 1, head_dim] of queries and of keys, which are the same.
+        """
+        if rotary_pos_emb is not None and exact.uses_triton(query):
+            angles = rotary_pos_emb[0][:, 0]  # [s, 1, head_dim]
+            if self._packed is not None:
+                angles = angles[packed_rows(self._packed, query.shape[0]).positions]
+            cos, sin = (
+                part.to(query.dtype).unsqueeze(1).expand(-1, query.shape[1], -1, -1)
+                for part in (angles.cos(), angles.sin())
+            )
+            query, key = exact.rotary(query, cos, sin), exact.rotary(key, cos, sin)
+            rotary_pos_emb = None
+        return super()._adjust_key_value_for_inference(
+            inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
+        )
+
+
 class ExactAttention(PackedAttention):
     """Causal attention over padded rows, or over one row of packed sequences."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if not exact.uses_triton(query):
+            return super().forward(
+                query, key, value, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs
+            )
+        if packed_seq_params is not None:
+            rows = packed_rows(packed_seq_params, query.shape[0])
+            if self.context_size > 1:
+                group = parallel_state.get_context_parallel_group()
+                key, value = (gather_from_sequence_parallel_region(part, group=group) for part in (key, value))
+            return _attend(query, key, value, rows).flatten(1).unsqueeze(1)
+        length, batch = query.shape[:2]
+        flat = (part.transpose(0, 1).flatten(0, 1) for part in (query, key, value))
+        mixed = _attend(*flat, padded_rows(batch, length, query.device))
+        return mixed.view(batch, length, -1).transpose(0, 1)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *_: Any, **__: Any
@@ -119,12 +202,28 @@ class ExactAttention(PackedAttention):
         return mixed.transpose(0, 1).flatten(2)
 
 
+def _attend(query: Tensor, key: Tensor, value: Tensor, rows: AttendedRows) -> Tensor:
+    """[n, heads, head_dim] → the same, by the Triton kernel."""
+    return exact.slot_attention(
+        query,
+        key.contiguous(),
+        value.contiguous(),
+        rows.table,
+        rows.query_starts,
+        rows.key_lengths,
+        rows.most_queries,
+        1 / math.sqrt(query.shape[-1]),
+        rows.attended_positions,
+    )
+
+
 def use_exact_layers(spec: Any, parts: int) -> None:
     """Replace modules of a dense layer's local spec by the classes of this file, in place.
 
     Args:
         parts: `policy.exact_sum_parts`.
     """
+    spec.submodules.self_attention.module, spec.submodules.mlp.module = ExactSelfAttention, ExactMLP
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp
     row_linear = ModuleSpec(module=ExactRowLinear, params={"parts": parts})
     attention.linear_qkv, attention.linear_proj = ExactColumnLinear, row_linear

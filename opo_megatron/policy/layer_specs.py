@@ -26,11 +26,13 @@ import torch
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
+from torch import Tensor
 
 from opo_megatron.config.choices import FP8_BLOCK, FP8_MULTIPLE, Dtype, Fp8, Packing, Recompute, Scales
 from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.environment.versions import numbers, read_versions
 from opo_megatron.errors import UserError
+from opo_megatron.kernels import exact
 from opo_megatron.policy.exact_layers import use_exact_layers
 from opo_megatron.policy.packed_attention import PackedAttention
 from opo_megatron.weights.param_mapping import LayerSpec
@@ -57,9 +59,20 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def spec_name(device: torch.device) -> LayerSpec:
-    """Which of Megatron's layer specs a policy on this device uses."""
-    has_engine = device.type == "cuda" and find_spec("transformer_engine") is not None
+class ExactRMSNorm(RMSNorm):
+    """The norm of `kernels/exact.py`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.eps is not None
+        return exact.rms_norm(x, self.weight, self.eps)
+
+
+def spec_name(device: torch.device, is_exact: bool = False) -> LayerSpec:
+    """Which of Megatron's layer specs a policy on this device uses.
+
+    Exact mode has Megatron's local spec with layers of its own on GPUs as well.
+    """
+    has_engine = device.type == "cuda" and find_spec("transformer_engine") is not None and not is_exact
     return "transformer_engine" if has_engine else "local"
 
 
@@ -81,26 +94,34 @@ def layer_spec(config: TransformerConfig, name: LayerSpec, exact_parts: int | No
     spec = gpt_layer_specs.get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    norm = RMSNorm if exact_parts is None else ExactRMSNorm
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if attention.q_layernorm is not IdentityOp:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        attention.q_layernorm = attention.k_layernorm = norm
     if exact_parts is not None:
         use_exact_layers(spec, exact_parts)
-    return spec, RMSNorm
+    return spec, norm
 
 
-def fuses_weight_gradients(policy: PolicyConfig, device: torch.device) -> bool:
+def fuses_weight_gradients(policy: PolicyConfig, device: torch.device, is_exact: bool = False) -> bool:
     """Whether layers add their weight gradients to the fp32 `main_grad` within the matrix product.
 
-    TE's layers do so by themselves, Megatron's by an extension of Apex.
+    Those of exact mode never do.  TE's layers do so by themselves, Megatron's by an extension of Apex.
 
     Raises:
         UserError: where policy.megatron.gradient_accumulation_fusion asks for it in vain.
     """
     asked = policy.megatron.get("gradient_accumulation_fusion")
     if device.type == "meta":  # no kernel runs
+        return False
+    if is_exact:
+        if asked:
+            raise UserError(
+                "policy.megatron.gradient_accumulation_fusion is true, but the layers of exact mode have their "
+                "own gradients; remove it"
+            )
         return False
     has_apex = device.type == "cuda" and find_spec(_APEX_EXTENSION) is not None
     possible = has_apex or spec_name(device) == "transformer_engine"
@@ -128,12 +149,12 @@ def fuse_weight_gradients(chunk: torch.nn.Module) -> None:
         layer.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
-def device_fields(policy: PolicyConfig, device: torch.device) -> dict[str, Any]:
+def device_fields(policy: PolicyConfig, device: torch.device, is_exact: bool = False) -> dict[str, Any]:
     """Fields of TransformerConfig that depend on the device and on the packages installed."""
     fields: dict[str, Any] = {}
-    if policy.model.num_moe_experts is not None and spec_name(device) == "transformer_engine":
+    if policy.model.num_moe_experts is not None and spec_name(device, is_exact) == "transformer_engine":
         fields["moe_grouped_gemm"] = True
-    if policy.packing is Packing.thd and spec_name(device) == "transformer_engine":
+    if policy.packing is Packing.thd and spec_name(device, is_exact) == "transformer_engine":
         # Megatron's unfused RoPE for packed sequences copies cu_seqlens to the host in every layer.
         fields["apply_rope_fusion"] = True
     return fields

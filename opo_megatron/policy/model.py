@@ -1,7 +1,7 @@
 """The recipe's decoder-only Megatron-Core `GPTModel`: RMSNorm, SwiGLU, RoPE, GQA, optionally MoE.
 
 Layers are Transformer Engine's on GPUs where it is installed, else Megatron's local ones (see
-`layer_specs.py`).  Two things differ from Megatron's local layer spec (and four more in exact mode, see
+`layer_specs.py`).  Two things differ from Megatron's local layer spec (and more in exact mode, see
 `exact_layers.py`).  The norm is the project's, because Megatron's torch norm does not support sequence
 parallelism.  The output layer keeps its weight, name and checkpoint entry but returns hidden states:
 logits exist only inside `kernels/lm_head.py`, chunk by chunk.  Dropout is 0, because the engine samples
@@ -24,7 +24,6 @@ from torch import Tensor
 from opo_megatron.config.choices import Dtype, Fp8
 from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.errors import UserError
-from opo_megatron.kernels import exact as exact_kernels
 from opo_megatron.kernels.rotary import inverse_frequencies
 from opo_megatron.policy.layer_specs import (
     device_fields,
@@ -57,7 +56,9 @@ def padded_vocab_size(policy: PolicyConfig, vocab_size: int, dp_size: int) -> in
     return -(-vocab_size // rows) * rows
 
 
-def transformer_config(policy: PolicyConfig, device: torch.device) -> TransformerConfig:
+def transformer_config(
+    policy: PolicyConfig, device: torch.device, is_exact: bool = False
+) -> TransformerConfig:
     """The recipe's model and parallel layout as Megatron's TransformerConfig."""
     model = policy.model
     dtype = torch.bfloat16 if policy.dtype is Dtype.bf16 else torch.float32
@@ -100,7 +101,7 @@ def transformer_config(policy: PolicyConfig, device: torch.device) -> Transforme
         "bias_activation_fusion": False,
         "apply_rope_fusion": False,
     }
-    fields |= device_fields(policy, device) | fp8_fields(policy) | recompute_fields(policy)
+    fields |= device_fields(policy, device, is_exact) | fp8_fields(policy) | recompute_fields(policy)
     if virtual is not None:
         # Interleaved, batched p2p over 2 stages is silently wrong: both neighbours are one peer.
         fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -115,7 +116,8 @@ def transformer_config(policy: PolicyConfig, device: torch.device) -> Transforme
             "moe_enable_routing_replay": True,  # where the rollouts carry experts, see `routing_replay.py`
         }
     # Transformer Engine's layers get it when they are built, see `fuse_weight_gradients`.
-    fused = spec_name(device) == "local" and fuses_weight_gradients(policy, device)
+    is_local = spec_name(device, is_exact) == "local"
+    fused = is_local and fuses_weight_gradients(policy, device, is_exact)
     fields |= policy.megatron | {"gradient_accumulation_fusion": fused}
     if not policy.megatron:
         return TransformerConfig(**fields)
@@ -137,14 +139,12 @@ def build_chunks(
     exact: bool = False,
 ) -> list[GPTModel]:
     """This rank's model chunks (one, or one per virtual stage), with uninitialized weights."""
-    config = transformer_config(policy, device)
-    if policy.fp8 is Fp8.blockwise and spec_name(device) == "transformer_engine":
+    config, name = transformer_config(policy, device, exact), spec_name(device, exact)
+    if policy.fp8 is Fp8.blockwise and name == "transformer_engine":
         set_fp8_scales(policy.fp8_scales)
-    if exact:
-        config.activation_func = exact_kernels.silu
     stages = policy.virtual_pipeline_model_parallel_size or 1
     last = policy.pipeline_model_parallel_size - 1
-    spec, norm = layer_spec(config, spec_name(device), policy.exact_sum_parts if exact else None)
+    spec, norm = layer_spec(config, name, policy.exact_sum_parts if exact else None)
     layers = config.num_layers // (policy.pipeline_model_parallel_size * stages)
     chunks = []
     for stage in range(stages):
@@ -164,7 +164,7 @@ def build_chunks(
         chunk.rotary_pos_emb.inv_freq = inverse_frequencies(policy.model).to(chunk.rotary_pos_emb.inv_freq)
         if chunk.post_process:
             chunk.output_layer.forward = _pass_through
-        if spec_name(device) == "transformer_engine" and fuses_weight_gradients(policy, device):
+        if name == "transformer_engine" and fuses_weight_gradients(policy, device):
             fuse_weight_gradients(chunk)
         chunks.append(chunk)
     RouterReplay.clear_global_router_replay_instances()  # it would keep every model's routers, unused

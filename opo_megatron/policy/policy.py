@@ -93,7 +93,7 @@ class Policy:
         )
         stages = Stages(self.config.model.num_layers, parallel.pp_size, parallel.vpp_size)
         padded = padded_vocab_size(self.config, vocab_size, parallel.dp_size)
-        spec = spec_name(parallel.device)
+        spec = spec_name(parallel.device, is_exact)
         self.param_mapping = parameters(self.config.model, vocab_size, stages, parallel.ep_size, padded, spec)
         if weights is not None:
             load_weights(self.chunks, self.param_mapping, parallel, weights)

@@ -4,7 +4,7 @@ Attention scale and SwiGLU follow Megatron's local spec (the scale inside `baddb
 one product), so that both round alike.  Rows of the cache are independent responses, each at its own
 position.
 
-In exact mode linear layers and attention are those of `kernels/exact.py`, which the policy uses too.  SGLang
+In exact mode all operations are those of `kernels/exact.py`, which the policy uses too.  SGLang
 then runs this decoder in its own process, over its own cache (`rollout/sglang/exact_server/`), so the file
 needs nothing but torch.
 """
@@ -44,6 +44,20 @@ class KeyValueCache:
         # Zeros: a masked key has weight 0, and 0 times uninitialized memory may be NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def by_slot(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, each a view [slots, heads, head_dim]; see `slots`."""
+        _, rows, heads, length, width = self.keys.shape
+        size, strides = (rows * heads * length - (heads - 1) * length, heads, width), (width, length * width, 1)
+        keys, values = (part[layer] for part in (self.keys, self.values))
+        return keys.as_strided(size, strides), values.as_strided(size, strides)
+
+    def slots(self, rows: int, length: int) -> Tensor:
+        """[rows, length] int32: where the first tokens of each row lie in `by_slot`."""
+        _, _, heads, capacity, _ = self.keys.shape
+        device = self.keys.device
+        first = torch.arange(rows, dtype=torch.int32, device=device) * (heads * capacity)
+        return first.unsqueeze(1) + torch.arange(length, dtype=torch.int32, device=device)
 
     def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
         """Copy the first `length` tokens of rows `sources` to rows `targets`."""
@@ -147,13 +161,20 @@ class Decoder:
         """
         prompts, length = tokens.shape
         positions = torch.arange(length, device=self.device).expand(prompts, length)
-        mask = causal_mask(length, self.device)
+        if self._uses_slots:
+            slots = torch.arange(prompts * length, dtype=torch.int32, device=self.device)
+            own = slots.view(prompts, length), torch.full_like(slots[:prompts], length)
+            mask = slots  # attention over slots needs none
+        else:
+            mask = causal_mask(length, self.device)
         if not self.exact:
             mask = mask[:, :length]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             cache.keys[layer, rows, :, :length] = key.transpose(1, 2)[sources]
             cache.values[layer, rows, :, :length] = value.transpose(1, 2)[sources]
+            if self._uses_slots:
+                return self._attend_slots(query, key.flatten(0, 1), value.flatten(0, 1), *own)
             return self._attention(query, key.transpose(1, 2), value.transpose(1, 2), mask)
 
         return self.forward(tokens, positions, attend)
@@ -165,12 +186,15 @@ class Decoder:
         length = int(positions.max()) + 1
         if self.exact:
             length = padded_keys(length)
+        slots = cache.slots(n, length) if self._uses_slots else None
         is_masked = torch.arange(length, device=self.device) > positions.unsqueeze(1)
         mask = is_masked.view(n, 1, 1, length)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             cache.keys[layer, rows, :, positions] = key[:, 0]
             cache.values[layer, rows, :, positions] = value[:, 0]
+            if slots is not None:
+                return self._attend_slots(query, *cache.by_slot(layer), slots, positions.int() + 1)
             keys, values = cache.keys[layer, :n, :, :length], cache.values[layer, :n, :, :length]
             return self._attention(query, keys, values, mask)
 
@@ -209,6 +233,7 @@ class Decoder:
             if self.model.qk_layernorm:
                 query, key = self._norm(query, f"{i}.q_norm"), self._norm(key, f"{i}.k_norm")
                 self._observed(f"the norm of queries and keys {of}", query, key)
+            rotate = exact_kernels.rotary if self.exact else exact_kernels.rotate_halves
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
             self._observed(f"the rotary embedding {of}", query, key)
             attended = attend(i, query, key, value).reshape(batch_size, length, -1)
@@ -233,7 +258,24 @@ class Decoder:
         return exact_kernels.linear(x, weight, self.sum_parts if name.endswith((".out", ".down")) else 1)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self._tensors[name], self.model.layernorm_epsilon)
+        weight, eps = self._tensors[name], self.model.layernorm_epsilon
+        return exact_kernels.rms_norm(x, weight, eps) if self.exact else F.rms_norm(x, weight.shape, weight, eps)
+
+    @property
+    def _uses_slots(self) -> bool:
+        """Whether attention is the Triton kernel of exact mode."""
+        return self.exact and exact_kernels.uses_triton(self._tensors["embedding"])
+
+    def _attend_slots(
+        self, query: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor
+    ) -> Tensor:
+        """Attention of query [b, s, heads, head_dim], the last of each row's keys, over slots of keys."""
+        rows, length = query.shape[:2]
+        starts = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=self.device)
+        mixed = exact_kernels.slot_attention(
+            query.flatten(0, 1), keys, values, table, starts, lengths, length, 1 / math.sqrt(self.head_dim)
+        )
+        return mixed.view_as(query)
 
     def _attention(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """Causal attention [b, s, heads, head_dim] of query [b, s, heads, head_dim] over keys and values
@@ -262,8 +304,7 @@ class Decoder:
     def _mlp(self, x: Tensor, name: str, of: str) -> Tensor:
         gate_up = self._linear(x, name + "gate_up")
         self._observed(f"the linear layer of gate and up {of}", gate_up)
-        gate, up = gate_up.chunk(2, -1)
-        activated = (exact_kernels.silu if self.exact else F.silu)(gate) * up
+        activated = exact_kernels.swiglu(gate_up) if self.exact else _swiglu(gate_up)
         self._observed(f"SwiGLU {of}", activated)
         down = self._linear(activated, name + "down")
         self._observed(f"the linear layer of the MLP's output {of}", down)
@@ -299,6 +340,6 @@ class Decoder:
         return values, chosen
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
