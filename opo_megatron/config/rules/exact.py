@@ -18,7 +18,7 @@ PROVEN_OPTIONS = frozenset(
         *("chunked-prefill-size", "max-prefill-tokens", "max-total-tokens", "max-running-requests"),
         *("max-queued-requests", "enable-mixed-chunk", "disable-overlap-schedule", "disable-radix-cache"),
         *("schedule-policy", "schedule-conservativeness", "radix-eviction-policy", "mem-fraction-static"),
-        *("sleep-on-idle", "stream-interval", "skip-server-warmup", "random-seed"),
+        *("sleep-on-idle", "stream-interval", "skip-server-warmup", "random-seed", "grammar-backend"),
         # Which batches decode in a CUDA graph
         *("cuda-graph-max-bs-decode", "cuda-graph-bs-decode", "disable-cuda-graph-padding"),
         *("disable-cuda-graph", "disable-decode-cuda-graph"),
