@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BLOCKS = {torch.bfloat16: 64, torch.float32: 32}
 """Queries and keys of a block."""
-WARPS, STAGES = 4, 2
+WARPS, STAGES = 8, 2
 
 
 @triton.jit
@@ -155,7 +155,9 @@ def backward(
     (_, heads, head_dim), groups = query.shape, keys.shape[1]
     deltas = (d_output.float() * output.float()).sum(-1)
     d_query = torch.empty_like(query)
-    d_keys, d_values = (torch.zeros(part.shape, dtype=part.dtype, device=part.device) for part in (keys, values))
+    d_keys, d_values = (
+        torch.zeros(part.shape, dtype=part.dtype, device=part.device) for part in (keys, values)
+    )
     block, (count, width) = BLOCKS[query.dtype], requests.table.shape
     has_positions = requests.positions is not None
     inputs = (

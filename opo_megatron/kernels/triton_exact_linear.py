@@ -63,9 +63,7 @@ def _kernel(
                 b = tl.load(weight_rows + k, mask=is_column & (k < size), other=0.0)
             total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
         place = (part.to(tl.int64) * rows + row)[:, None] * N + column[None, :]
-        tl.store(
-            product + place, total.to(product.dtype.element_ty), mask=is_row & (column < N)[None, :]
-        )
+        tl.store(product + place, total.to(product.dtype.element_ty), mask=is_row & (column < N)[None, :])
 
 
 def matmul(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:

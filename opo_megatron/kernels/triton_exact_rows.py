@@ -141,13 +141,16 @@ def _inverse_cdf_kernel(probabilities, uniforms, tokens, WIDTH: tl.constexpr, BL
         _, _, _, total = _cumulative(probabilities, total, begin, WIDTH, BLOCK)
     threshold = tl.load(uniforms + row) * total
     chosen = tl.full([], WIDTH, tl.int32)
+    last = tl.zeros([], tl.int32)
     before = tl.zeros([], tl.float64)
     for begin in range(0, WIDTH, BLOCK):
         token, chance, cumulative, before = _cumulative(probabilities, before, begin, WIDTH, BLOCK)
         # A parallel sum may rise by rounding where a probability is 0.
         exceeds = (cumulative > threshold) & (chance > 0)
         chosen = tl.minimum(chosen, tl.min(tl.where(exceeds, token, WIDTH), 0))
-    tl.store(tokens + row, tl.minimum(chosen, WIDTH - 1).to(tl.int64))
+        last = tl.maximum(last, tl.max(tl.where(chance > 0, token, 0), 0))
+    # The largest uniform number may round the threshold up to the total.
+    tl.store(tokens + row, tl.minimum(chosen, last).to(tl.int64))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

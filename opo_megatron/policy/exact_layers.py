@@ -178,7 +178,9 @@ class ExactAttention(PackedAttention):
             rows = packed_rows(packed_seq_params, query.shape[0])
             if self.context_size > 1:
                 group = parallel_state.get_context_parallel_group()
-                key, value = (gather_from_sequence_parallel_region(part, group=group) for part in (key, value))
+                key, value = (
+                    gather_from_sequence_parallel_region(part, group=group) for part in (key, value)
+                )
             return _attend(query, key, value, rows).flatten(1).unsqueeze(1)
         length, batch = query.shape[:2]
         flat = (part.transpose(0, 1).flatten(0, 1) for part in (query, key, value))

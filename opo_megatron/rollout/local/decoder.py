@@ -48,7 +48,10 @@ class KeyValueCache:
     def by_slot(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, each a view [slots, heads, head_dim]; see `slots`."""
         _, rows, heads, length, width = self.keys.shape
-        size, strides = (rows * heads * length - (heads - 1) * length, heads, width), (width, length * width, 1)
+        size, strides = (
+            (rows * heads * length - (heads - 1) * length, heads, width),
+            (width, length * width, 1),
+        )
         keys, values = (part[layer] for part in (self.keys, self.values))
         return keys.as_strided(size, strides), values.as_strided(size, strides)
 
@@ -259,7 +262,9 @@ class Decoder:
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         weight, eps = self._tensors[name], self.model.layernorm_epsilon
-        return exact_kernels.rms_norm(x, weight, eps) if self.exact else F.rms_norm(x, weight.shape, weight, eps)
+        return (
+            exact_kernels.rms_norm(x, weight, eps) if self.exact else F.rms_norm(x, weight.shape, weight, eps)
+        )
 
     @property
     def _uses_slots(self) -> bool:
