@@ -6,6 +6,7 @@ calls that runs again on the same tensors.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from opo_megatron.kernels import exact
+from tests.support import interpreter_bf16 as interpreter_bf16
 
 HEADS, GROUPS, WIDTH, SLOTS, CONTEXT = 2, 1, 16, 150, 48
 LENGTHS = (1, 34, 7, 39, 3)
@@ -153,6 +156,16 @@ class Server:
 @pytest.fixture
 def server() -> Server:
     return Server()
+
+
+def test_the_training_pass_is_the_usual_attention() -> None:
+    q, k, v, output = training_pass()
+    for begin, end in itertools.pairwise(STARTS):
+        one = (part[begin:end].float().transpose(0, 1) for part in (q, k, v))
+        usual = F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True, scale=LAYER.scaling)
+        torch.testing.assert_close(
+            output[begin:end].float(), usual.transpose(0, 1).flatten(1), rtol=0.02, atol=0.02
+        )
 
 
 @pytest.mark.parametrize("first", [1, 7, 16, 32, 33])
