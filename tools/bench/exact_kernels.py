@@ -194,8 +194,8 @@ def _training(
         library, scale = attention(shape), shape.head_dim**-0.5
 
         def ours() -> Tensor:
-            rows = (part.flatten(0, 1) for part in (q, k, v))
-            return exact.slot_attention(*rows, table, starts, lengths, length, scale)
+            query, keys, values = (part.flatten(0, 1) for part in (q, k, v))
+            return exact.slot_attention(query, keys, values, table, starts, lengths, length, scale)
 
         def theirs() -> Tensor:
             return library(q, k, v)
@@ -222,11 +222,11 @@ def _decoding(requests: int, length: int, shape: Shape, device: torch.device) ->
         table = slots.int().view(requests, length)
         starts = torch.arange(requests + 1, dtype=torch.int32, device=device)
         lengths = torch.full((requests,), length, dtype=torch.int32, device=device)
-        together = [part[slots].unflatten(0, (requests, length)).transpose(1, 2) for part in (keys, values)]
+        k, v = (part[slots].unflatten(0, (requests, length)).transpose(1, 2) for part in (keys, values))
         scale = shape.head_dim**-0.5
 
         def theirs() -> Tensor:
-            mixed = F.scaled_dot_product_attention(q.unsqueeze(2), *together, scale=scale, enable_gqa=True)
+            mixed = F.scaled_dot_product_attention(q.unsqueeze(2), k, v, scale=scale, enable_gqa=True)
             return mixed[:, :, 0]
 
         return (

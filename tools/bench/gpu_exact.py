@@ -20,7 +20,7 @@ from bench.gpu_training import LARGE, VOCABULARY
 
 STEPS = 4
 MODELS: dict[str, dict[str, object]] = {
-    "1.35 G parameters": LARGE | {"vocab_size": VOCABULARY},
+    "1.35 G parameters": {**LARGE, "vocab_size": VOCABULARY},
     "Qwen3-0.6B's shape": {
         "num_layers": 28, "hidden_size": 1024, "ffn_hidden_size": 3072, "num_attention_heads": 16,
         "num_query_groups": 8, "kv_channels": 128, "max_sequence_length": 2048, "vocab_size": 151936,
