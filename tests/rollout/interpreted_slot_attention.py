@@ -233,9 +233,7 @@ class Graph:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
-def test_a_replayed_graph_has_the_rows_of_training_also_where_a_batch_is_padded(
-    server: Server, size: int
-) -> None:
+def test_a_replayed_graph_has_the_rows_of_training_also_in_a_padded_batch(server: Server, size: int) -> None:
     server.backend.init_cuda_graph_state(5, 5)
     graphs = {count: Graph(server, count) for count in (5, size)}
     for requests in (range(max(1, size - 2)), range(size)):
@@ -274,7 +272,7 @@ def test_the_host_reads_nothing_of_what_a_graph_holds(
     assert lengths.tolist() == [*LENGTHS[:4], 1]
 
 
-def test_requests_may_decode_without_graphs_and_the_next_ones_in_them_again(server: Server) -> None:
+def test_requests_may_decode_without_graphs_and_the_next_in_them_again(server: Server) -> None:
     for wanted in (True, False, False, True, True, False, True):
         server.backend.use_graphs(wanted)
         assert server.runner.decode_cuda_graph_runner == ("graphs" if wanted else None)

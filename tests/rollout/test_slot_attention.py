@@ -1,4 +1,4 @@
-"""The attention of an exact server on a GPU, in Triton's interpreter."""
+"""Attention and sampler of an exact server on a GPU, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 
-def test_the_paged_cache_has_the_rows_of_training_also_in_graphs() -> None:
-    program = str(Path(__file__).with_name("interpreted_slot_attention.py"))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", program]
+def test_the_servers_operations_have_the_rows_of_training_and_local_engine() -> None:
+    names = ("interpreted_slot_attention.py", "interpreted_sampler.py")
+    programs = [str(Path(__file__).with_name(name)) for name in names]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *programs]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OPO_EXACT_TRITON": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stdout + result.stderr
