@@ -2,10 +2,10 @@
 
     python tools/report_exact_kernels.py            # in bf16; --dtype fp32 writes nothing
 
-Of each kernel, for the sizes of an 8B model: registers, bytes spilled, shared memory, programs that fit into a
-multiprocessor, and the floor of a launch: the bytes that it at least moves at 3.35 TB/s, and the operations
-that it computes at 989 TFLOP/s on tensor cores, or 67 elsewhere.  No time is measured.  Exit code 1 where a kernel spills
-registers.
+Of each kernel, for the sizes of an 8B model: registers, bytes spilled, shared memory, programs that fit into
+a multiprocessor, and the floor of a launch: the bytes that it at least moves at 3.35 TB/s, and the operations
+that it computes at 989 TFLOP/s on tensor cores, or 67 elsewhere.  No time is measured.  Exit code 1 where a
+kernel spills registers.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def main() -> int:
         results[name] = entry = figures(counted)
         print(
             f"{name:42} {entry['registers']:3} registers, {entry['spilled_bytes']} bytes spilled, "
-            f"{entry['shared_bytes'] / 1024:.0f} KB shared, floor {entry['floor_us']} us by {entry['bound_by']}"
+            f"{entry['shared_bytes'] / 1024:.0f} KB shared, "
+            f"floor {entry['floor_us']} us by {entry['bound_by']}"
         )
     if arguments.dtype == "bf16":
         print(write_record("exact_kernels", results))

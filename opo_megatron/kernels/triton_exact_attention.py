@@ -9,7 +9,7 @@ themselves.  The softmax is online, in float32, with exponents in base 2:
 Why a row has the same bits wherever it stands:
 
 - Every product has one shape, whatever the number of queries, and keys are blocked from key 0.
-- A key that is masked or absent has weight 0, and a block or split without a key of the row leaves it as it is.
+- A masked or absent key has weight 0, and a block or split without a key of the row leaves it as it is.
 - At every `SPLIT` keys a new partial result begins, and they are merged in ascending order.  While decoding,
   where there are few rows, the partial results are programs of their own and merged by a second kernel.
 - Warps and stages are fixed, nothing is tuned, products and sums are not contracted, and the layout depends
@@ -59,7 +59,7 @@ def _rows_of_tile(
     index, head = row // PADDED, row % PADDED
     exists = (index < count) & (head < SHARED)
     token = start + index
-    if HAS_POSITIONS:
+    if HAS_POSITIONS:  # noqa: SIM108 - a constant of the compiler, which compiles one branch
         position = tl.load(positions + token, mask=exists, other=-1)
     else:
         position = length - count + index
@@ -182,7 +182,7 @@ def _merge_kernel(
     HEADS: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, HAS_POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    token, head, position, exists, end = _rows_of_tile(
+    token, head, _position, exists, end = _rows_of_tile(
         query_starts, key_lengths, positions, tl.program_id(1), tl.program_id(2), tl.program_id(0),
         HEADS // GROUPS, PADDED, ROWS, HAS_POSITIONS,
     )  # fmt: skip
@@ -193,7 +193,7 @@ def _merge_kernel(
     highest = tl.full([ROWS], _LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, PADDED_D], tl.float32)
-    for begin in range(0, end, SPLIT):
+    for _begin in range(0, end, SPLIT):
         other_highest = tl.load(part_sums + row, mask=exists, other=_LOWEST)
         other_total = tl.load(part_sums + splits * size + row, mask=exists, other=0.0)
         other_mixed = tl.load(part_mixed + row[:, None] * D + channel[None, :], mask=inside, other=0.0)
@@ -267,7 +267,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         from opo_megatron.kernels.triton_exact_attention_backward import backward
 
-        return *backward(*ctx.saved_tensors, gradients[0], ctx.requests), None, None
+        query, keys, values, output, log_sums = ctx.saved_tensors
+        computed = backward(query, keys, values, output, log_sums, gradients[0], ctx.requests)
+        return *computed, None, None
 
 
 def constants(heads: int, groups: int, head_dim: int) -> dict[str, int]:
@@ -323,6 +325,6 @@ def forward(
 
 
 def aligned(x: Tensor) -> Tensor:
-    """`x`, contiguous and aligned to 16 bytes: kernels are compiled for aligned pointers once, for all batches."""
+    """`x`, contiguous and aligned to 16 bytes: one compiled kernel serves all batches."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x

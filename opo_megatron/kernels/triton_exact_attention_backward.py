@@ -45,7 +45,7 @@ def _score_gradient(q, k, v, d_out, log_sum, delta, position, key, exists, is_re
 
 @triton.jit
 def _positions_of(positions, token, index, length, count, exists, HAS_POSITIONS: tl.constexpr):
-    if HAS_POSITIONS:
+    if HAS_POSITIONS:  # noqa: SIM108 - a constant of the compiler, which compiles one branch
         position = tl.load(positions + token, mask=exists, other=-1)
     else:
         position = length - count + index
@@ -170,7 +170,8 @@ def backward(
         keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
     )  # fmt: skip
     options = {
-        "HEADS": heads, "GROUPS": groups, "D": head_dim, "PADDED_D": max(16, triton.next_power_of_2(head_dim)),
+        "HEADS": heads, "GROUPS": groups, "D": head_dim,
+        "PADDED_D": max(16, triton.next_power_of_2(head_dim)),
         "BLOCK": block, "HAS_POSITIONS": has_positions, "num_warps": WARPS, "num_stages": STAGES,
     }  # fmt: skip
     _key_kernel[(triton.cdiv(width, block), groups, count)](*inputs, d_keys, d_values, *scalars, **options)

@@ -226,7 +226,8 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _rotate(gradients[0], *ctx.saved_tensors, -1.0), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotate(gradients[0], cos, sin, -1.0), None, None
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -115,7 +115,7 @@ class ExactMLP(MLP):
 
 
 class ExactSelfAttention(SelfAttention):
-    """Megatron's, with the rotary embedding of `kernels/exact.py` on GPUs; on a CPU Megatron's has its bits."""
+    """Megatron's, with the rotary embedding of exact mode on GPUs; on a CPU Megatron's has the same bits."""
 
     def forward(
         self, *args: Any, packed_seq_params: PackedSeqParams | None = None, **kwargs: Any
@@ -182,10 +182,10 @@ class ExactAttention(PackedAttention):
                     gather_from_sequence_parallel_region(part, group=group) for part in (key, value)
                 )
             return _attend(query, key, value, rows).flatten(1).unsqueeze(1)
-        length, batch = query.shape[:2]
-        flat = (part.transpose(0, 1).flatten(0, 1) for part in (query, key, value))
-        mixed = _attend(*flat, padded_rows(batch, length, query.device))
-        return mixed.view(batch, length, -1).transpose(0, 1)
+        length, count = query.shape[:2]
+        query, key, value = (part.transpose(0, 1).flatten(0, 1) for part in (query, key, value))
+        mixed = _attend(query, key, value, padded_rows(count, length, query.device))
+        return mixed.view(count, length, -1).transpose(0, 1)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *_: Any, **__: Any

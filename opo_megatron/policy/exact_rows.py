@@ -40,11 +40,11 @@ class AttendedRows:
 
 
 @lru_cache(maxsize=4)
-def padded_rows(batch: int, length: int, device: torch.device) -> AttendedRows:
-    """Of `batch` sequences of `length` rows each, one after another."""
-    slots = torch.arange(batch * length, dtype=torch.int32, device=device)
-    starts = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
-    return AttendedRows(slots.view(batch, length), starts, starts.diff(), slots % length, length)
+def padded_rows(count: int, length: int, device: torch.device) -> AttendedRows:
+    """Of `count` sequences of `length` rows each, one after another."""
+    slots = torch.arange(count * length, dtype=torch.int32, device=device)
+    starts = torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=device)
+    return AttendedRows(slots.view(count, length), starts, starts.diff(), slots % length, length)
 
 
 def packed_rows(packed: PackedSeqParams, rows: int) -> AttendedRows:

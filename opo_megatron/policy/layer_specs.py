@@ -105,23 +105,25 @@ def layer_spec(config: TransformerConfig, name: LayerSpec, exact_parts: int | No
     return spec, norm
 
 
-def fuses_weight_gradients(policy: PolicyConfig, device: torch.device, is_exact: bool = False) -> bool:
+def refuse_fused_gradients(policy: PolicyConfig) -> None:
+    """Raise UserError where a policy in exact mode is asked for what its layers cannot do."""
+    if policy.megatron.get("gradient_accumulation_fusion"):
+        raise UserError(
+            "policy.megatron.gradient_accumulation_fusion is true, but the layers of exact mode compute "
+            "their own gradients; remove it"
+        )
+
+
+def fuses_weight_gradients(policy: PolicyConfig, device: torch.device) -> bool:
     """Whether layers add their weight gradients to the fp32 `main_grad` within the matrix product.
 
-    Those of exact mode never do.  TE's layers do so by themselves, Megatron's by an extension of Apex.
+    TE's layers do so by themselves, Megatron's by an extension of Apex.
 
     Raises:
         UserError: where policy.megatron.gradient_accumulation_fusion asks for it in vain.
     """
     asked = policy.megatron.get("gradient_accumulation_fusion")
     if device.type == "meta":  # no kernel runs
-        return False
-    if is_exact:
-        if asked:
-            raise UserError(
-                "policy.megatron.gradient_accumulation_fusion is true, but the layers of exact mode have their "
-                "own gradients; remove it"
-            )
         return False
     has_apex = device.type == "cuda" and find_spec(_APEX_EXTENSION) is not None
     possible = has_apex or spec_name(device) == "transformer_engine"

@@ -32,6 +32,7 @@ from opo_megatron.policy.layer_specs import (
     fuses_weight_gradients,
     layer_spec,
     recompute_fields,
+    refuse_fused_gradients,
     set_fp8_scales,
     spec_name,
 )
@@ -116,8 +117,10 @@ def transformer_config(
             "moe_enable_routing_replay": True,  # where the rollouts carry experts, see `routing_replay.py`
         }
     # Transformer Engine's layers get it when they are built, see `fuse_weight_gradients`.
-    is_local = spec_name(device, is_exact) == "local"
-    fused = is_local and fuses_weight_gradients(policy, device, is_exact)
+    if is_exact:
+        refuse_fused_gradients(policy)
+    is_local = spec_name(device, is_exact) == "local" and not is_exact
+    fused = is_local and fuses_weight_gradients(policy, device)
     fields |= policy.megatron | {"gradient_accumulation_fusion": fused}
     if not policy.megatron:
         return TransformerConfig(**fields)

@@ -71,7 +71,7 @@ def in_float64(query: Tensor, keys: Tensor, values: Tensor, scale: float = SCALE
 
 
 def scattered(keys: Tensor, values: Tensor, lengths: Sequence[int], seed: int = 9) -> tuple[Tensor, ...]:
-    """A pool of NaN with the first tokens of the sequence once per request, in random slots, and the table."""
+    """Pools of NaN that hold the first tokens of the sequence for each request in random slots; the table."""
     generator = torch.Generator().manual_seed(seed)
     slots = torch.randperm(sum(lengths) + 50, generator=generator).int()
     pools = tuple(torch.full((slots.numel(), *x.shape[1:]), math.nan) for x in (keys, values))

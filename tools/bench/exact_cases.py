@@ -1,4 +1,4 @@
-"""The kernels of exact mode as they are launched for a model, with the bytes and operations that they need."""
+"""The kernels of exact mode as they are launched, with the bytes and operations that they need."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Shape:
     head_dim: int = 128
     vocabulary: int = 151936
     rows: int = 8192
-    """Rows of a training pass: sequences of `keys` tokens; and of a batch that decodes: an eighth of `keys`."""
+    """Rows of a training pass, in sequences of `keys` tokens; `keys / 8` requests decode at once."""
     keys: int = 2048
 
 
@@ -127,18 +127,21 @@ def _row_cases(dtype: str, s: Shape) -> dict[str, Counted]:
     norm = {"WIDTH": s.hidden, "PADDED": triton.next_power_of_2(s.hidden)}
     half = s.head_dim // 2
     heads = {
-        "HEADS": s.heads, "HALF": half, "PADDED": triton.next_power_of_2(half), "HEADS_BLOCK": rows.HEADS_BLOCK,
+        "HEADS": s.heads, "HALF": half, "PADDED": triton.next_power_of_2(half),
+        "HEADS_BLOCK": rows.HEADS_BLOCK,
     }  # fmt: skip
     gated = {"WIDTH": s.ffn, "BLOCK": rows.BLOCK}
     over = {"WIDTH": s.vocabulary, "BLOCK": rows.VOCABULARY_BLOCK}
     listed: list[tuple[str, Any, dict[str, Any], dict[str, str], float, float]] = [
         ("norm", rows._norm_kernel, norm | {"HAS_RESIDUAL": False}, {}, 2 * item * s.hidden, 4 * s.hidden),
-        ("norm of a sum", rows._norm_kernel, norm | {"HAS_RESIDUAL": True}, {}, 4 * item * s.hidden, 5 * s.hidden),
+        ("norm of a sum", rows._norm_kernel, norm | {"HAS_RESIDUAL": True}, {},
+         4 * item * s.hidden, 5 * s.hidden),
         ("rotary", rows._rotary_kernel, heads, {},
          2 * item * (s.heads + 1) * s.head_dim, 3 * s.heads * s.head_dim),
         ("SwiGLU", rows._swiglu_kernel, gated, {}, 3 * item * s.ffn, 5 * s.ffn),
         ("SwiGLU, gradient", rows._swiglu_gradient_kernel, gated, {}, 5 * item * s.ffn, 10 * s.ffn),
-        ("log-softmax", rows._log_softmax_kernel, over, {"logits": "*fp32"}, 12 * s.vocabulary, 8 * s.vocabulary),
+        ("log-softmax", rows._log_softmax_kernel, over, {"logits": "*fp32"},
+         12 * s.vocabulary, 8 * s.vocabulary),
         ("sampling", rows._inverse_cdf_kernel, over, {"tokens": "*i64"}, 8 * s.vocabulary, 6 * s.vocabulary),
     ]  # fmt: skip
     return {
