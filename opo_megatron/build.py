@@ -191,8 +191,7 @@ def _check_environment(config: Config, parallel: Parallel) -> None:
     """Refuse what this machine cannot do, before anything is loaded."""
     if config.observe.wandb_project is not None and parallel.rank == 0:
         load_wandb(config)
-    if (switch := exact_switch(config)) is not None:
-        check_exact_device(switch, parallel)
+    check_exact_device(config, parallel)
     if config.rollout.engine is EngineName.sglang:
         check_servers_device(config.rollout.sglang, parallel.device)
         check_overlap_devices(config, parallel.device.type == "cuda")

@@ -3,10 +3,14 @@
 python tools/bench_exact.py                  # four whole quickstarts, and rollouts of two sizes of model
 python tools/bench_exact.py --steps 20       # shorter ones; prints only
 python tools/bench_exact.py --engine local   # one engine; prints only
+python tools/bench_exact.py --device cuda    # on a GPU → records/exact_gpu.json
 
 Whole runs of the quickstart with and without exact mode, on one thread, one after the other, from the same
 seed.  Rounding makes them diverge after some steps, so times are also given per thousand response tokens.
 Then rollouts alone (`bench/exact_rollouts.py`).  Exit code 1 where a requirement is not met.
+
+On a GPU: every kernel beside cuBLAS, Transformer Engine's attention and PyTorch (`bench/exact_kernels.py`),
+and whole steps beside the usual mode (`bench/gpu_exact.py`).  Exit code 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -24,7 +29,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.exact_kernels import SHAPES, kernel_times
 from bench.exact_rollouts import tokens_per_second
+from bench.gpu_exact import EXACT_SECTIONS
+from bench.gpu_section import Setting
 from bench.record import write_record
 from bench_loop import PHASES, ROOT, phases, rows_of
 
@@ -42,8 +50,14 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, metavar="N", help="number of OPO steps; writes no record")
     parser.add_argument("--engine", choices=RECIPES, help="measure only this engine; writes no record")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--sglang-python", default=str(ROOT / ".venv-sglang" / "bin" / "python"), help="with --device cuda"
+    )
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of each rollout; default 5")
     arguments = parser.parse_args()
+    if arguments.device == "cuda":
+        return on_gpu(arguments.sglang_python)
     engines = [arguments.engine] if arguments.engine else list(RECIPES)
     with tempfile.TemporaryDirectory() as folder:
         results: dict[str, Any] = {
@@ -61,6 +75,35 @@ def main() -> int:
     missed = [claim for engine in engines for claim in unmet(results, engine)]
     for claim in missed:
         print(f"NOT MET: {claim}")
+    return 1 if missed else 0
+
+
+def on_gpu(sglang_python: str) -> int:
+    """Kernels, then whole steps of both modes."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print("error: --device cuda, but torch sees no GPU; run this on a machine with one", file=sys.stderr)
+        return 2
+    if importlib.util.find_spec("transformer_engine") is None:
+        print(
+            "error: --device cuda compares with Transformer Engine's attention, which is not installed; "
+            "install transformer_engine[pytorch]",
+            file=sys.stderr,
+        )
+        return 2
+    results: dict[str, Any] = {"GPU": torch.cuda.get_device_name()}
+    results |= {f"kernels: {name}": kernel_times(shape) for name, shape in SHAPES.items()}
+    torch.cuda.empty_cache()
+    missed = []
+    for section in EXACT_SECTIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            results[section.name] = section.run(Setting("cuda", Path(folder), sglang_python))
+        missed += [f"{section.name}: {line}" for line in results[section.name].get("not met", [])]
+    print(json.dumps(results, indent=2))
+    print(f"written to {write_record('exact_gpu', results)}")
+    for line in missed:
+        print(f"NOT MET: {line}")
     return 1 if missed else 0
 
 

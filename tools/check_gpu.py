@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_engine import ENGINE_SECTIONS
+from bench.gpu_exact import EXACT_SECTIONS
 from bench.gpu_experts import EXPERT_SECTIONS
 from bench.gpu_kernels import KERNEL_SECTIONS
 from bench.gpu_layouts import LAYOUT_SECTIONS
@@ -55,6 +56,7 @@ SECTIONS: list[Section] = [
     *KERNEL_SECTIONS,
     *TRAINING_SECTIONS,
     *EXPERT_SECTIONS,
+    *EXACT_SECTIONS,
 ]
 CPU_PATIENCE = 5
 """A section's limit on a CPU, in limits on a GPU."""

@@ -181,7 +181,7 @@ class LocalEngineConfig:
     """Responses decoded at once per rank. A finished response frees its slot for the next."""
     exact: bool = False
     """Make the log-probabilities recorded while sampling bitwise equal to those of the training pass, so that
-    `on_policy.tolerance` may be 0. CPU and dense models only."""
+    `on_policy.tolerance` may be 0. Dense models only; on GPUs in bf16."""
 
 
 @dataclass
@@ -237,7 +237,7 @@ class SglangConfig:
     exact: bool = False
     """Run the policy's own operations inside the servers: recorded log-probabilities are bitwise equal to
     those of the training pass, so that `on_policy.tolerance` may be 0, and responses depend on the run's seed
-    alone, so that a resumed run samples the same again. CPU and dense models only."""
+    alone, so that a resumed run samples the same again. Dense models only; on GPUs in bf16."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further options of `sglang.launch_server`, by their own names, with `_` or `-`; `options.NAME=VALUE`
     sets one. `true` is a flag, a list several words, a mapping JSON; `false` and `null` leave one out."""

@@ -50,6 +50,8 @@ def sampling_key(sampling: Sampling, request: GenerationRequest) -> int:
     return hash_of((*sampling.seed, request.prompt_id, request.sample_index))
 
 
+WITHOUT_GRAPHS = "without CUDA graphs"
+"""The batching, in the check of exact mode, of an engine that otherwise decodes in CUDA graphs."""
 Digests = Mapping[str, int]
 """Operation → digest of its rows, in the order of the forward pass (`kernels/exact_digest.py`)."""
 

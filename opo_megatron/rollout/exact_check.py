@@ -19,11 +19,11 @@ import torch
 from opo_megatron.algorithm.objective import PolicyGradient
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config import Config
-from opo_megatron.config.rules.exact import exact_switch, needs
+from opo_megatron.config.rules.exact import exact_switch, needs, on_gpus
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, OnPolicyError, UserError
 from opo_megatron.policy.policy import Policy
-from opo_megatron.rollout.engine import Digests, GenerationRequest, Sampling
+from opo_megatron.rollout.engine import WITHOUT_GRAPHS, Digests, GenerationRequest, Sampling
 from opo_megatron.rollout.exact_trace import first_difference, policy_digests
 from opo_megatron.weights.stream import NamedTensors
 
@@ -64,18 +64,20 @@ class ExactEngine(Protocol):
         ...
 
 
-def check_exact_device(switch: str, parallel: Parallel) -> None:
-    """Check that the device is a CPU.
-
-    Args:
-        switch: the key that makes the run exact.
+def check_exact_device(config: Config, parallel: Parallel) -> None:
+    """Check what exact mode needs on the device that `policy.device=auto` found.
 
     Raises:
-        UserError: naming this rank's device.
+        UserError: naming the setting.
     """
-    if parallel.device.type != "cpu":
-        reason = "where exactness is not proven"
-        raise UserError(needs(switch, "policy.device", parallel.device.type, "cpu", reason))
+    switch, device = exact_switch(config), parallel.device.type
+    if switch is None or device == "cpu":
+        return
+    if device != "cuda":
+        raise UserError(needs(switch, "policy.device", device, "cpu", "where exactness is not proven"))
+    for key, value, needed, reason in on_gpus(config.policy.dtype):
+        if value != needed:
+            raise UserError(needs(switch, key, value, needed, reason))
 
 
 def check_exact(config: Config, policy: Policy, engine: ExactEngine, parallel: Parallel) -> int:
@@ -214,7 +216,7 @@ def _not_exact(
 ) -> OnPolicyError:
     """The error, with the operation that differs; a collective."""
     switch = exact_switch(config)
-    operation = _differing_operation(config, policy, engine, parallel)
+    operation = _differing_operation(config, policy, engine, parallel, batching)
     return OnPolicyError(
         f"{switch}=true, but {batching} engine and policy differ by {difference:.2g} in a token's "
         f"log-probability on this machine, first in {operation}, so exactness cannot be claimed; set "
@@ -222,8 +224,13 @@ def _not_exact(
     )
 
 
-def _differing_operation(config: Config, policy: Policy, engine: ExactEngine, parallel: Parallel) -> str:
-    """The first operation whose bits differ for a few responses; a collective."""
+def _differing_operation(
+    config: Config, policy: Policy, engine: ExactEngine, parallel: Parallel, batching: str
+) -> str:
+    """The first operation whose bits differ for a few responses; a collective.
+
+    They are traced without CUDA graphs.
+    """
     requests = _requests(policy, 0, 3, longest=0)
     sampling = replace(_sampling(config, policy), stop_tokens=())
     traces = all_gather_objects(parallel, engine.trace(requests, sampling))
@@ -234,4 +241,10 @@ def _differing_operation(config: Config, policy: Policy, engine: ExactEngine, pa
             return operation
     if _largest_difference(config, policy, parallel, rollouts, False) != 0:
         return "the sampler, which records other log-probabilities than those of its logits"
+    if batching != WITHOUT_GRAPHS and WITHOUT_GRAPHS in engine.batchings():
+        rollouts = _generate(config, policy, engine, parallel, batching)
+        if _largest_difference(config, policy, parallel, rollouts, False) != 0:
+            rollouts = _generate(config, policy, engine, parallel, WITHOUT_GRAPHS)
+            if _largest_difference(config, policy, parallel, rollouts, False) == 0:
+                return "the CUDA graphs of decoding, without which they are equal"
     return "an operation whose rows depend on the others of their batch"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from opo_megatron.errors import OnPolicyError, UserError
 from opo_megatron.kernels import exact
 from opo_megatron.policy.policy import Policy
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
-from opo_megatron.rollout.exact_check import check_exact
+from opo_megatron.rollout.exact_check import check_exact, check_exact_device
 from opo_megatron.rollout.exact_trace import policy_digests
 from opo_megatron.rollout.local import sampler
 from opo_megatron.rollout.local.decoder import Decoder
@@ -216,12 +217,9 @@ SGLANG = ("rollout.engine=sglang", "rollout.sglang.exact=true")
 @pytest.mark.parametrize(
     ("switch", "override"),
     [
-        *((EXACT, one) for one in ("rollout.engine=sglang", "policy.device=cuda", "run.threads_per_rank=2")),
+        *((EXACT, one) for one in ("rollout.engine=sglang", "run.threads_per_rank=2")),
         (EXACT, "policy.model.num_moe_experts=4"),
-        *(
-            (SGLANG[1], one)
-            for one in ("rollout.engine=local", "policy.device=cuda", "run.threads_per_rank=2")
-        ),
+        *((SGLANG[1], one) for one in ("rollout.engine=local", "run.threads_per_rank=2")),
         (SGLANG[1], "rollout.sglang.tensor_parallel_size=2"),
         (SGLANG[1], "rollout.sglang.fp8=true"),
         (SGLANG[1], "policy.fp8=blockwise"),
@@ -234,6 +232,65 @@ def test_settings_that_cannot_be_exact_are_rejected(switch: str, override: str) 
         UserError, match=rf"{re.escape(switch)} needs {key}=.*, but it is .*; set {key}=.* or "
     ):
         small_config(*before, switch, override)
+
+
+ON_GPUS = ("policy.device=cuda", "policy.dtype=bf16")
+
+
+@pytest.mark.parametrize("switch", [(EXACT,), SGLANG], ids=["local", "sglang"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        (),
+        ("run.threads_per_rank=2",),
+        ("policy.packing=thd",),
+        ("policy.exact_sum_parts=2",),
+        ("policy.sequence_parallel=false", "rollout.temperature=0.7"),
+    ],
+    ids=" ".join,
+)
+def test_a_dense_model_in_bf16_may_be_exact_on_gpus(
+    switch: tuple[str, ...], setting: tuple[str, ...]
+) -> None:
+    assert small_config(*switch, *ON_GPUS, *setting).policy.device.value == "cuda"
+
+
+@pytest.mark.parametrize("switch", [(EXACT,), SGLANG], ids=["local", "sglang"])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("policy.dtype=fp32", "policy.dtype=bf16, but it is fp32"),
+        ("policy.fp8=tensorwise", "policy.fp8=null, but it is tensorwise"),
+        ("policy.fp8=blockwise", "policy.fp8=null, but it is blockwise"),
+        ("policy.model.num_moe_experts=4", "policy.model.num_moe_experts=null, but it is 4"),
+        ("policy.exact_sum_parts=0", "policy.exact_sum_parts is 0; it must be at least 1"),
+    ],
+)
+def test_what_stays_refused_on_gpus_is_named(switch: tuple[str, ...], override: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        small_config(*switch, *ON_GPUS, override)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "message"),
+    [
+        ("cpu", "fp32", None),
+        ("cpu", "bf16", None),
+        ("cuda", "bf16", None),
+        ("cuda", "fp32", "needs policy.dtype=bf16, but it is fp32"),
+        ("xpu", "bf16", "needs policy.device=cpu, but it is xpu"),
+    ],
+)
+def test_the_device_that_auto_finds_is_checked(device: str, dtype: str, message: str | None) -> None:
+    config, parallel = (
+        small_config(EXACT, f"policy.dtype={dtype}"),
+        SimpleNamespace(device=torch.device(device)),
+    )
+    if message is None:
+        check_exact_device(config, parallel)  # type: ignore[arg-type]
+    else:
+        with pytest.raises(UserError, match=re.escape(message)):
+            check_exact_device(config, parallel)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -274,6 +331,8 @@ def test_experts_are_refused_with_sglang_too() -> None:
         "rl-on-policy-target=fsdp",
         "enable_torch_compile=true",
         "speculative_algorithm=NGRAM",
+        "cuda_graph_backend_prefill=breakable",
+        "cuda-graph-backend-decode=tc_piecewise",
         "dtype=bfloat16",
     ],
 )
@@ -285,7 +344,8 @@ def test_options_of_a_server_that_may_change_an_operation_are_refused(option: st
 
 
 def test_options_of_a_server_that_change_no_operation_are_taken() -> None:
-    options = ("chunked_prefill_size=64", "enable-mixed-chunk=true", "log_level=info")
+    options = ["chunked_prefill_size=64", "enable-mixed-chunk=true", "log_level=info"]
+    options += ["cuda_graph_max_bs_decode=64", "cuda-graph-bs-decode=[1,8]", "disable_cuda_graph=true"]
     small_config(*SGLANG, *(f"rollout.sglang.options.{option}" for option in options))
 
 

@@ -1,12 +1,12 @@
 """Rules of exact mode (`rollout.local.exact=true`, `rollout.sglang.exact=true`).
 
-Engine and policy agree bitwise only if both compute the same sums: by one thread, each on one rank.  Whether
-the machine's BLAS does so is tested when a run starts.
+Engine and policy agree bitwise only if both compute the same sums: on a CPU by one thread, on a GPU by the
+same Triton kernels in bf16.  Whether they do so on this machine is tested when a run starts.
 """
 
 from __future__ import annotations
 
-from opo_megatron.config.choices import Device, EngineName
+from opo_megatron.config.choices import Device, Dtype, EngineName
 from opo_megatron.config.entries import SERVER_OPTIONS
 from opo_megatron.config.rules.require import divides, require
 from opo_megatron.config.schema import Config, PolicyConfig
@@ -18,7 +18,10 @@ PROVEN_OPTIONS = frozenset(
         *("chunked-prefill-size", "max-prefill-tokens", "max-total-tokens", "max-running-requests"),
         *("max-queued-requests", "enable-mixed-chunk", "disable-overlap-schedule", "disable-radix-cache"),
         *("schedule-policy", "schedule-conservativeness", "radix-eviction-policy", "mem-fraction-static"),
-        *("sleep-on-idle", "stream-interval", "skip-server-warmup", "random-seed"),
+        *("sleep-on-idle", "stream-interval", "skip-server-warmup", "random-seed", "grammar-backend"),
+        # Which batches decode in a CUDA graph
+        *("cuda-graph-max-bs-decode", "cuda-graph-bs-decode", "disable-cuda-graph-padding"),
+        *("disable-cuda-graph", "disable-decode-cuda-graph"),
         # What is logged
         *("log-level", "log-level-http", "log-requests", "log-requests-level", "decode-log-interval"),
         *("enable-metrics", "enable-request-time-stats-logging", "show-time-cost", "watchdog-timeout"),
@@ -61,13 +64,16 @@ def check_exact(config: Config) -> None:
             None,
             "and products of few rows each, padded to tiles of fixed size, cost more than a dense layer",
         ),
-        ("policy.fp8", policy.fp8 and policy.fp8.value, None, "whose scales depend on the batch"),
-        ("run.threads_per_rank", config.run.threads_per_rank, 1, "which splits products between threads"),
+        ("policy.fp8", policy.fp8 and policy.fp8.value, None, "whose products exact mode does not have"),
     ]
+    if policy.device is not Device.cuda:
+        required.append(
+            ("run.threads_per_rank", config.run.threads_per_rank, 1, "which splits products between threads")
+        )
     if engine is EngineName.sglang:
         required += [
             ("rollout.sglang.tensor_parallel_size", sglang.tensor_parallel_size, 1, OTHER_SUMS),
-            ("rollout.sglang.fp8", bool(sglang.fp8), False, "and the policy has no FP8 on a CPU"),
+            ("rollout.sglang.fp8", bool(sglang.fp8), False, "and the policy's weights are not FP8"),
             (
                 "rollout.sglang.deterministic",
                 sglang.deterministic,
@@ -75,10 +81,8 @@ def check_exact(config: Config) -> None:
                 "whose operations are SGLang's own",
             ),
         ]
-    require(
-        policy.device is not Device.cuda,
-        needs(switch, "policy.device", "cuda", "cpu", "where exactness is not proven"),
-    )
+    if policy.device is Device.cuda:
+        required += on_gpus(policy.dtype)
     for key, value, needed, reason in required:
         require(value == needed, needs(switch, key, value, needed, reason))
     check_parts(switch, policy)
@@ -96,6 +100,11 @@ def check_exact(config: Config) -> None:
                 f"{_text(value)} is not proven to leave them alone; remove it or set "
                 "rollout.sglang.exact=false",
             )
+
+
+def on_gpus(dtype: Dtype) -> list[tuple[str, object, object, str]]:
+    """What exact mode needs on a GPU: (key, value, needed, reason)."""
+    return [("policy.dtype", dtype.value, "bf16", "whose kernels on GPUs are not proven")]
 
 
 def check_parts(switch: str, policy: PolicyConfig) -> None:

@@ -36,15 +36,20 @@ class Balance:
         }
 
     def post(
-        self, requests: Sequence[GenerationRequest], sampling: Sampling, trace: bool = False
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        trace: bool = False,
+        no_graph: bool = False,
     ) -> list[Any]:
-        """One reply per request, in that order.
+        """One reply per request, in that order; see `generate_body`.
 
         Raises:
             EngineFailure: the server did not answer, or not completely.
             UserError: it refuses the requests, or does not return what they ask for.
         """
-        body = generate_body(requests, sampling, self._config.rollout.sglang.exact, trace)
+        exact = self._config.rollout.sglang.exact
+        body = generate_body(requests, sampling, exact, trace, no_graph=no_graph)
         return self._post(requests, sampling, body)[1]
 
     def _post(

@@ -30,7 +30,14 @@ from opo_megatron.config.choices import Transport
 from opo_megatron.config.schema import Config
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
-from opo_megatron.rollout.engine import Deliver, Digests, GenerationRequest, Progress, Sampling
+from opo_megatron.rollout.engine import (
+    WITHOUT_GRAPHS,
+    Deliver,
+    Digests,
+    GenerationRequest,
+    Progress,
+    Sampling,
+)
 from opo_megatron.rollout.sglang import exact_mode
 from opo_megatron.rollout.sglang.api_key import shared_key
 from opo_megatron.rollout.sglang.balance import Balance
@@ -450,11 +457,15 @@ class SglangEngine:
 
     def batchings(self) -> Sequence[str]:
         absent = {CACHED} if exact_mode.disables_prefixes(self.settings) else set()
-        absent |= {CHUNKED} if exact_mode.chunk_tokens(self.settings) <= 0 else set()
+        absent |= {CHUNKED} if self._chunk_tokens() <= 0 else set()
+        absent |= set() if self.parallel.device.type == "cuda" else {WITHOUT_GRAPHS}
         return [batching for batching in BATCHINGS if batching not in absent]
 
     def check_size(self, batching: str) -> tuple[int, int]:
-        return check_size(batching, exact_mode.chunk_tokens(self.settings))
+        return check_size(batching, self._chunk_tokens())
+
+    def _chunk_tokens(self) -> int:
+        return exact_mode.chunk_tokens(self.settings, on_gpu=self.parallel.device.type == "cuda")
 
     def generate_batched(
         self, requests: Sequence[GenerationRequest], sampling: Sampling, batching: str
@@ -468,7 +479,8 @@ class SglangEngine:
             return None
         rollouts = []
         for client in self._clients:
-            post = partial(Balance([client], self.config).post, sampling=sampling)
+            no_graph = batching == WITHOUT_GRAPHS
+            post = partial(Balance([client], self.config).post, sampling=sampling, no_graph=no_graph)
             replies = replies_batched(client, post, requests, batching)
             rollouts.append(rollouts_of(requests, replies, sampling))
         return Rollouts.concatenate(rollouts)
@@ -476,7 +488,7 @@ class SglangEngine:
     def trace(
         self, requests: Sequence[GenerationRequest], sampling: Sampling
     ) -> tuple[Rollouts, list[Digests]] | None:
-        """Responses of the first server, and the digests of its operations."""
+        """Responses of the first server, decoded without CUDA graphs, and the digests of its operations."""
         if not self.is_sender:
             return None
         client = self._clients[0]

@@ -2,6 +2,7 @@
 
 Everything that SGLang does with a cache happens here on purpose: prompts prefilled in chunks, prefixes from
 the cache, and requests that are retracted while they run and prefilled again with what they have sampled.
+On a GPU a server decodes in CUDA graphs, so the last batching is one without.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from typing import Any
 
 from opo_megatron.errors import EngineFailure
-from opo_megatron.rollout.engine import GenerationRequest
+from opo_megatron.rollout.engine import WITHOUT_GRAPHS, GenerationRequest
 from opo_megatron.rollout.sglang.client import Client
 
 ALONE = "one request at a time"
@@ -19,7 +20,7 @@ THREE = "three requests at once"
 CHUNKED = "with prompts prefilled in chunks"
 CACHED = "with prompts from the prefix cache"
 RETRACTED = "with retracted requests"
-BATCHINGS = (ALONE, THREE, CHUNKED, CACHED, RETRACTED)
+BATCHINGS = (ALONE, THREE, CHUNKED, CACHED, RETRACTED, WITHOUT_GRAPHS)
 
 FEW = 3
 CHUNKS = 3

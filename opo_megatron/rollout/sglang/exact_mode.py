@@ -23,13 +23,24 @@ OPTIONS: Mapping[str, object] = {
     "enable-custom-logit-processor": True,  # lets a request's parameters reach the sampler
     CHUNK: 1024,
 }
+GPU_OPTIONS: Mapping[str, object] = {
+    "attention-backend": "triton",  # the name that `exact_server/attention.py` takes on GPUs
+    "sampling-backend": "pytorch",  # and the sampler's
+    CHUNK: 4096,
+    "kv-cache-dtype": "auto",  # that of the model
+    # Decoding runs in CUDA graphs.  A graph of a prefill pads its batches, and compiles parts of the model.
+    "cuda-graph-backend-prefill": "disabled",
+}
+"""In addition on GPUs.  The overlap schedule stays on.  torch.compile and speculative decoding are off by
+default, and `config/rules/exact.py` refuses every option that is not proven."""
 ENVIRONMENT: Mapping[str, str] = {"SGLANG_EXTERNAL_MODEL_PACKAGE": PACKAGE}
 MODEL = "opo_model"
 
 
-def options(config: Config) -> dict[str, object]:
+def options(config: Config, on_gpu: bool) -> dict[str, object]:
     """Options of a server in exact mode.  Its name tells which recipes it is exact for."""
-    return dict(OPTIONS) | {"served-model-name": server_name(config)}
+    device: Mapping[str, object] = GPU_OPTIONS if on_gpu else {}
+    return dict(OPTIONS) | dict(device) | {"served-model-name": server_name(config)}
 
 
 def server_name(config: Config) -> str:
@@ -62,9 +73,10 @@ def model_description(policy: PolicyConfig) -> dict[str, Any]:
     return {MODEL: fields | {"exact_sum_parts": policy.exact_sum_parts}}
 
 
-def chunk_tokens(settings: SglangConfig) -> int:
+def chunk_tokens(settings: SglangConfig, on_gpu: bool) -> int:
     """Tokens that a server prefills at once; -1: any number."""
-    chunk: int = by_their_own_names(settings.options).get(CHUNK, OPTIONS[CHUNK])
+    default = (GPU_OPTIONS if on_gpu else OPTIONS)[CHUNK]
+    chunk: int = by_their_own_names(settings.options).get(CHUNK, default)
     return chunk
 
 

@@ -16,7 +16,7 @@ from opo_megatron.rollout.sglang.exact_mode import PACKAGE
 from opo_megatron.rollout.sglang.token_channel import UNKNOWN_VERSION, version_number
 from opo_megatron.utils.hashing import MASK, signed
 
-KEY, TRACE = "opo_key", "opo_trace"
+KEY, TRACE, NO_GRAPH = "opo_key", "opo_trace", "opo_no_graph"
 """Names that `exact_server/` has as well, and cannot import from here."""
 SEEDED = json.dumps({"callable": f"c{PACKAGE}.sampler\nSeeded\n.".encode().hex()})
 """The custom logit processor of every request: a pickled reference to its class."""
@@ -28,6 +28,7 @@ def generate_body(
     exact: bool = False,
     trace: bool = False,
     prefixes: Sequence[Sequence[int]] | None = None,
+    no_graph: bool = False,
 ) -> dict[str, Any]:
     """The body of a request to /generate.
 
@@ -39,11 +40,13 @@ def generate_body(
         trace: it also returns the digests of its operations.
         prefixes: tokens of each response that are sampled already.  Random numbers belong to positions, in
             the deterministic and in the exact mode: they continue as if there had been no interruption.
+        no_graph: a server in exact mode decodes these without CUDA graphs.
     """
     if prefixes is None:
         prefixes = [()] * len(requests)
     if exact:
-        seeds: list[dict[str, Any]] = [{"custom_params": one} for one in carried(requests, sampling, trace)]
+        parameters = carried(requests, sampling, trace, no_graph)
+        seeds: list[dict[str, Any]] = [{"custom_params": one} for one in parameters]
     else:
         seeds = [{"sampling_seed": sampling_key(sampling, request)} for request in requests]
     common = sampling_params(sampling)
@@ -62,13 +65,16 @@ def generate_body(
     return body
 
 
-def carried(requests: Sequence[GenerationRequest], sampling: Sampling, trace: bool) -> list[dict[str, Any]]:
+def carried(
+    requests: Sequence[GenerationRequest], sampling: Sampling, trace: bool, no_graph: bool
+) -> list[dict[str, Any]]:
     """What each request carries to the sampler.
 
     A server counts positions from the start of the prompt, the local engine from the first sampled token.
     """
     keys = [key_at(sampling_key(sampling, request), len(request.tokens)) for request in requests]
-    return [{KEY: key} | ({TRACE: True} if trace else {}) for key in keys]
+    wanted = {name: True for name, is_wanted in ((TRACE, trace), (NO_GRAPH, no_graph)) if is_wanted}
+    return [{KEY: key} | wanted for key in keys]
 
 
 def sampling_params(sampling: Sampling) -> dict[str, Any]:

@@ -177,7 +177,7 @@ class Server:
         if settings.deterministic:
             options |= {"enable-deterministic-inference": True, "attention-backend": "triton"}
         if settings.exact:
-            options |= exact_mode.options(self.config)
+            options |= exact_mode.options(self.config, on_gpu=self.gpus is not None)
         options |= expert_recording.options(self.config)
         return as_words(options | by_their_own_names(settings.options))
 

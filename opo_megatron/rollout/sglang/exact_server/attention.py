@@ -1,7 +1,8 @@
-"""SGLang's attention backend of exact mode: `kernels/exact.py` over the paged cache.
+"""SGLang's attention backends of exact mode: `kernels/exact.py` over the paged cache.
 
-Keys and values are copied from the slots of each request.  Requests with equally many new tokens, which all
-requests have while they decode, are one batch: masked keys have weight 0 and change no bit.
+On a GPU the kernel reads keys and values where they are, by the table of each request's slots
+(`slot_attention.py`).  On a CPU they are copied from their slots.  Requests with equally many new tokens,
+which all have while they decode, are one batch: masked keys have weight 0 and change no bit.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
 from opo_megatron.kernels import exact
+from opo_megatron.rollout.sglang.exact_server.slot_attention import SlotAttention
 
 # On CPUs every backend of another name gets Triton kernels for the tables of the cache.
 NAME = "torch_native"
+# On GPUs `torch_native` turns CUDA graphs off.
+GPU_NAME = "triton"
 DUMMY_SLOT = 0
 """SGLang's slot of padding; its content is finite."""
 
@@ -111,4 +115,11 @@ class ExactAttention(AttentionBackend):  # type: ignore[misc]
         return False
 
 
-register_attention_backend(NAME)(ExactAttention)
+def backend(runner: Any) -> AttentionBackend:
+    """The backend for the device of the cache."""
+    keys = runner.token_to_kv_pool.get_key_buffer(0)
+    return SlotAttention(runner) if exact.uses_triton(keys) else ExactAttention(runner)
+
+
+for _name in (NAME, GPU_NAME):
+    register_attention_backend(_name)(backend)

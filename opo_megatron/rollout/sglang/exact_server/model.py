@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_executor.forward_context import get_attn_backend
 from torch import Tensor, nn
 
 from opo_megatron.config.choices import RopeType
 from opo_megatron.kernels.exact_digest import row_digests
 from opo_megatron.rollout.local.decoder import Decoder
-from opo_megatron.rollout.sglang.exact_server.sampler import TRACE, parameters
+from opo_megatron.rollout.sglang.exact_server.sampler import NO_GRAPH, TRACE, parameters
+from opo_megatron.rollout.sglang.exact_server.slot_attention import SlotAttention
 
 MODEL = "opo_model"
 """`policy.model` and `policy.exact_sum_parts` in the server's `config.json`."""
@@ -42,14 +44,16 @@ class ExactForCausalLM(nn.Module):
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__()
         model = _model_of(config)
-        self.decoder = Decoder(
-            model,
-            config.vocab_size,
-            torch.get_default_dtype(),
-            torch.device("cpu"),
-            exact=True,
-            sum_parts=model.exact_sum_parts,
-        )
+        device = torch.get_default_device()  # that of the server, under which SGLang builds its models
+        with torch.device("cpu"):
+            self.decoder = Decoder(
+                model,
+                config.vocab_size,
+                torch.get_default_dtype(),
+                device,
+                exact=True,
+                sum_parts=model.exact_sum_parts,
+            )
         for name, tensor in self.decoder.tensors().items():  # SGLang looks for a model's memory here
             self.register_parameter(name.replace(".", "_"), nn.Parameter(tensor, requires_grad=False))
         self.attention = nn.ModuleList(
@@ -71,7 +75,12 @@ class ExactForCausalLM(nn.Module):
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: Any, *_: Any, **__: Any) -> Any:
-        """Logits of the rows [n] that SGLang samples from."""
+        """Logits of the rows [n] that SGLang samples from.
+
+        While a CUDA graph is captured there are no requests.
+        """
+        if forward_batch.sampling_info is not None and not forward_batch.forward_mode.is_decode():
+            _choose_graphs(parameters(forward_batch.sampling_info))
         trace = _Trace(forward_batch)
         self.decoder.observe = trace.add if trace.is_wanted else None
 
@@ -87,12 +96,25 @@ class ExactForCausalLM(nn.Module):
         return output
 
 
+def _choose_graphs(carried: list[dict[str, Any]]) -> None:
+    """Let prefilled requests decode in CUDA graphs, unless one of them is traced or asks for none.
+
+    A replayed graph runs nothing of this file.
+    """
+    backend = get_attn_backend()
+    if isinstance(backend, SlotAttention):
+        backend.use_graphs(not any(one.get(TRACE) or one.get(NO_GRAPH) for one in carried))
+
+
 class _Trace:
     """Digests of a forward pass, per operation and request."""
 
     def __init__(self, forward_batch: Any) -> None:
-        carried = parameters(forward_batch.sampling_info)
+        sampling_info = forward_batch.sampling_info
+        carried = [] if sampling_info is None else parameters(sampling_info)
         self.is_wanted = any(one.get(TRACE) for one in carried)
+        if not self.is_wanted:
+            return
         is_decode = forward_batch.forward_mode.is_decode()
         self._rows = [1] * len(carried) if is_decode else forward_batch.extend_seq_lens.tolist()
         self.requests: list[dict[str, int]] = [{} for _ in carried]

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from opo_megatron.kernels import exact, exact_sampling
 
-# SGLang sets this name on every CPU, whatever its option --sampling-backend says.
+# SGLang sets this name on every CPU, whatever its option --sampling-backend says; on a GPU the trainer does.
 NAME = "pytorch"
-KEY, TRACE = "opo_key", "opo_trace"
-"""What a request carries: its key, and whether the digests of its operations are wanted."""
+KEY, TRACE, NO_GRAPH = "opo_key", "opo_trace", "opo_no_graph"
+"""What a request carries: its key, whether the digests of its operations are wanted, and whether it is
+decoded without a CUDA graph."""
 
 
 class Seeded(CustomLogitProcessor):  # type: ignore[misc]
@@ -35,7 +36,10 @@ def parameters(sampling_info: Any) -> list[dict[str, Any]]:
 
 
 class ExactSampler(Sampler):  # type: ignore[misc]
-    """Records log softmax(z / T) and samples from its exponential."""
+    """Records log softmax(z / T) and samples from its exponential.
+
+    SGLang samples outside of its CUDA graphs.
+    """
 
     def forward(
         self,
@@ -54,7 +58,9 @@ class ExactSampler(Sampler):  # type: ignore[misc]
         # The temperature of greedy requests is 1.
         log_probs = exact.log_softmax(logits_output.next_token_logits, sampling_info.temperatures)
         carried = parameters(sampling_info)
-        keys = torch.tensor([one.get(KEY, 0) for one in carried], dtype=torch.int64)
+        keys = torch.tensor(
+            [one.get(KEY, 0) for one in carried], dtype=torch.int64, pin_memory=log_probs.is_cuda
+        ).to(log_probs.device, non_blocking=True)
         tokens = self._sample(log_probs, exact_sampling.uniforms(keys, positions.long() + 1), sampling_info)
         if return_logprob:
             result = self.output_logprob_processor.compute_logprobs(
@@ -67,6 +73,9 @@ class ExactSampler(Sampler):  # type: ignore[misc]
         tokens = log_probs.argmax(-1)
         if sampling_info.is_all_greedy:
             return tokens
+        if not sampling_info.need_top_k_sampling and not sampling_info.need_top_p_sampling:
+            # Their settings are not read, which would wait for the GPU.
+            return exact_sampling.inverse_cdf(exact_sampling.probabilities(log_probs), uniform)
         truncations: dict[tuple[int, float], list[int]] = {}
         settings = zip(sampling_info.top_ks.tolist(), sampling_info.top_ps.tolist(), strict=True)
         for row, (top_k, top_p) in enumerate(settings):
