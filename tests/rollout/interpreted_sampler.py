@@ -88,7 +88,7 @@ def test_each_row_is_sampled_as_if_it_were_alone_by_the_local_engine(mix: str) -
         assert tokens[i] == expected and output.found[i] == one[0, expected]
 
 
-def test_requests_without_truncation_are_sampled_without_reading_their_settings() -> None:
+def test_without_truncation_settings_of_requests_are_not_read() -> None:
     output, info, positions = batch(*MIXES["plain"])
     info.top_ks = info.top_ps = None
     assert sample(output, info, positions).shape == (ROWS,)

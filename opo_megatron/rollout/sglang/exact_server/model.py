@@ -7,6 +7,7 @@ SGLang's own, which they replace.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -56,11 +57,14 @@ class ExactForCausalLM(nn.Module):
             )
         for name, tensor in self.decoder.tensors().items():  # SGLang looks for a model's memory here
             self.register_parameter(name.replace(".", "_"), nn.Parameter(tensor, requires_grad=False))
+        # SGLang keeps buffers where a server releases its weights' memory for a while.
+        self.register_buffer("cos", self.decoder.cos, persistent=False)
+        self.register_buffer("sin", self.decoder.sin, persistent=False)
         self.attention = nn.ModuleList(
             RadixAttention(
                 model.num_attention_heads,
                 model.kv_channels,
-                model.kv_channels**-0.5,
+                1 / math.sqrt(model.kv_channels),  # as the policy computes it
                 model.num_query_groups,
                 layer_id=i,
             )
