@@ -39,8 +39,9 @@ quickstart: setup  ## train the small recipe in a new folder under runs/
 	while [ -e "$$dir" ]; do dir="runs/quickstart-$$n"; n=$$((n + 1)); done; \
 	$(VENV)/bin/opo train recipes/quickstart.yaml run.dir="$$dir"
 
+# In order of their folders: files with few tests have the longest, and would come last.
 test: setup-dev setup-sglang  ## fast tests (seconds each)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=12
 
 test-slow: setup-dev setup-sglang  ## slow tests (minutes each)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m slow

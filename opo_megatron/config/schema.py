@@ -377,7 +377,8 @@ class PolicyConfig:
     """Model chunks per pipeline stage (interleaved schedule). Default: no virtual stages."""
     exact_sum_parts: int = 1
     """Parts, added in order, of the sums that tensor parallelism splits in exact mode. A multiple of
-    `tensor_model_parallel_size`; a run computes the same bits with any number of ranks that divides it."""
+    `tensor_model_parallel_size` and `rollout.sglang.tensor_parallel_size`; a run computes the same bits with
+    any numbers of ranks that divide it."""
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions along the sequence."""
     context_parallel_size: int = 1

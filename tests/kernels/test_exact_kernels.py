@@ -15,6 +15,8 @@ from bench.exact_cases import cases
 from opo_megatron.kernels import exact
 
 CASES = cases()
+QUICK = ("attention, training", "linear, down")
+"""The others are compiled by the slow tests."""
 FOLDER = Path(__file__).parent
 
 
@@ -41,7 +43,9 @@ def test_a_tensor_on_a_cpu_takes_the_torch_operations() -> None:
     assert not exact.uses_triton(torch.zeros(1))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
+)
 def test_kernels_compile_for_hopper_without_spills(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -220,7 +220,6 @@ SGLANG = ("rollout.engine=sglang", "rollout.sglang.exact=true")
         *((EXACT, one) for one in ("rollout.engine=sglang", "run.threads_per_rank=2")),
         (EXACT, "policy.model.num_moe_experts=4"),
         *((SGLANG[1], one) for one in ("rollout.engine=local", "run.threads_per_rank=2")),
-        (SGLANG[1], "rollout.sglang.tensor_parallel_size=2"),
         (SGLANG[1], "rollout.sglang.fp8=true"),
         (SGLANG[1], "policy.fp8=blockwise"),
     ],
@@ -308,6 +307,34 @@ def test_parts_of_sums_are_split_evenly_over_ranks(ranks: int, parts: int, messa
     layout = (f"policy.tensor_model_parallel_size={ranks}", "policy.model.num_query_groups=4")
     with pytest.raises(UserError, match=re.escape(message)):
         small_config(EXACT, *layout, f"policy.exact_sum_parts={parts}", world_size=ranks)
+
+
+@pytest.mark.parametrize(
+    ("trainers", "servers", "parts", "message"),
+    [
+        (1, 2, 1, "tensor_parallel_size=2 needs policy.exact_sum_parts to be a multiple of it, but it is 1"),
+        (1, 4, 2, "but it is 2; set policy.exact_sum_parts=4"),
+        (2, 3, 2, "but it is 2; set policy.exact_sum_parts=6"),
+        (4, 2, 2, "policy.tensor_model_parallel_size=4 needs policy.exact_sum_parts to be a multiple of it"),
+        (1, 8, 8, "num_query_groups is 4, which is not divisible by rollout.sglang.tensor_parallel_size=8"),
+        (2, 4, 4, None),
+        (4, 1, 8, None),
+    ],
+)
+def test_parts_of_sums_are_split_evenly_over_a_servers_ranks(
+    trainers: int, servers: int, parts: int, message: str | None
+) -> None:
+    settings = (
+        f"policy.tensor_model_parallel_size={trainers}",
+        f"rollout.sglang.tensor_parallel_size={servers}",
+        f"policy.exact_sum_parts={parts}",
+        "policy.model.num_query_groups=4",
+    )
+    if message is None:
+        small_config(*SGLANG, *settings, world_size=8)
+    else:
+        with pytest.raises(UserError, match=re.escape(message)):
+            small_config(*SGLANG, *settings, world_size=8)
 
 
 def test_parts_of_sums_need_exact_mode() -> None:

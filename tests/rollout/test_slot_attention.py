@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_servers_operations_have_the_rows_of_training_and_local_engine() -> None:
     names = ("interpreted_slot_attention.py", "interpreted_sampler.py")
     programs = [str(Path(__file__).with_name(name)) for name in names]

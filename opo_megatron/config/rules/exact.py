@@ -6,12 +6,14 @@ same Triton kernels in bf16.  Whether they do so on this machine is tested when 
 
 from __future__ import annotations
 
+import math
+
 from opo_megatron.config.choices import Device, Dtype, EngineName
 from opo_megatron.config.entries import SERVER_OPTIONS
 from opo_megatron.config.rules.require import divides, require
-from opo_megatron.config.schema import Config, PolicyConfig
+from opo_megatron.config.schema import Config
 
-OTHER_SUMS = "which splits sums over ranks"
+TRAINER, SERVER = "policy.tensor_model_parallel_size", "rollout.sglang.tensor_parallel_size"
 PROVEN_OPTIONS = frozenset(
     (
         # How requests are put together
@@ -72,7 +74,6 @@ def check_exact(config: Config) -> None:
         )
     if engine is EngineName.sglang:
         required += [
-            ("rollout.sglang.tensor_parallel_size", sglang.tensor_parallel_size, 1, OTHER_SUMS),
             ("rollout.sglang.fp8", bool(sglang.fp8), False, "and the policy's weights are not FP8"),
             (
                 "rollout.sglang.deterministic",
@@ -85,7 +86,7 @@ def check_exact(config: Config) -> None:
         required += on_gpus(policy.dtype)
     for key, value, needed, reason in required:
         require(value == needed, needs(switch, key, value, needed, reason))
-    check_parts(switch, policy)
+    check_parts(switch, config)
     if engine is EngineName.sglang:
         for name, value in sglang.options.items():
             require(
@@ -107,17 +108,23 @@ def on_gpus(dtype: Dtype) -> list[tuple[str, object, object, str]]:
     return [("policy.dtype", dtype.value, "bf16", "whose kernels on GPUs are not proven")]
 
 
-def check_parts(switch: str, policy: PolicyConfig) -> None:
+def check_parts(switch: str, config: Config) -> None:
     """Check that parts of sums can be split over tensor-parallel ranks, and sums into parts."""
-    parts, ranks, model = policy.exact_sum_parts, policy.tensor_model_parallel_size, policy.model
-    require(
-        parts % ranks == 0,
-        f"{switch}=true with policy.tensor_model_parallel_size={ranks} needs policy.exact_sum_parts to be a "
-        f"multiple of it, but it is {parts}; set policy.exact_sum_parts={ranks}",
-    )
+    policy, model = config.policy, config.policy.model
+    parts, ranks = policy.exact_sum_parts, {TRAINER: policy.tensor_model_parallel_size}
+    if config.rollout.engine is EngineName.sglang:
+        ranks[SERVER] = config.rollout.sglang.tensor_parallel_size
+    for key, size in ranks.items():
+        require(
+            parts % size == 0,
+            f"{switch}=true with {key}={size} needs policy.exact_sum_parts to be a multiple of it, but it is "
+            f"{parts}; set policy.exact_sum_parts={math.lcm(*ranks.values())}",
+        )
     divides("policy.exact_sum_parts", parts, "policy.model.ffn_hidden_size", model.ffn_hidden_size)
     width = model.num_attention_heads * (model.kv_channels or 0)
     divides("policy.exact_sum_parts", parts, "the width of all attention heads", width)
+    if SERVER in ranks:
+        divides(SERVER, ranks[SERVER], "policy.model.num_query_groups", model.num_query_groups or 1)
 
 
 def needs(switch: str, key: str, value: object, needed: object, reason: str) -> str:

@@ -5,14 +5,16 @@ one product), so that both round alike.  Rows of the cache are independent respo
 position.
 
 In exact mode all operations are those of `kernels/exact.py`, which the policy uses too.  SGLang
-then runs this decoder in its own process, over its own cache (`rollout/sglang/exact_server/`), so the file
-needs nothing but torch.
+then runs this decoder in its own processes, over its own cache (`rollout/sglang/exact_server/`), so the file
+needs nothing but torch.  Several ranks share one there: each has some heads and columns of the MLP, and their
+sums are added in the order of `policy.exact_sum_parts`, as the policy's ranks do.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +32,17 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query, key, value), each [b, s, heads, head_dim] → attention output [b, s, heads, head_dim]."""
 Observe = Callable[[str, Tensor], None]
 """(operation, its output [b, s, …]); layers are counted from 1, as Megatron does."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's part of a dense decoder in exact mode."""
+
+    ranks: int
+    """They divide the groups of heads, the width of the MLP, and `sum_parts`."""
+    rank: int
+    gather: Callable[[Tensor, int], Tensor]
+    """(tensor, dimension) → those of all ranks, concatenated along it in their order."""
 
 
 class KeyValueCache:
@@ -79,15 +92,18 @@ class Decoder:
         device: torch.device,
         exact: bool = False,
         sum_parts: int = 1,
+        share: Share | None = None,
     ) -> None:
         """Args:
         sum_parts: `policy.exact_sum_parts`.
+        share: of this rank, where several compute the model.
         """
         assert model.num_query_groups is not None and model.kv_channels is not None
         self.model, self.vocab_size, self.dtype, self.device = model, vocab_size, dtype, device
-        self.exact, self.sum_parts = exact, sum_parts
-        self.groups, self.head_dim = model.num_query_groups, model.kv_channels
-        self.queries_per_group = model.num_attention_heads // self.groups
+        self.exact, self.sum_parts, self._share = exact, sum_parts, share
+        self._ranks = 1 if share is None else share.ranks
+        self.groups, self.head_dim = model.num_query_groups // self._ranks, model.kv_channels
+        self.queries_per_group = model.num_attention_heads // model.num_query_groups
         self._tensors: dict[str, Tensor] = {}
         self._slices: dict[str, Tensor] = {}
         self._allocate()
@@ -111,8 +127,13 @@ class Decoder:
         return dict(self._tensors)
 
     def load(self, name: str, tensor: Tensor) -> None:
-        """Copy in one tensor by its Hugging Face name."""
-        self._slices[name].copy_(tensor)
+        """Copy in one tensor by its Hugging Face name, or this rank's share of it."""
+        own = self._slices[name]
+        if self._share is not None:
+            for dim, (size, whole) in enumerate(zip(own.shape, tensor.shape, strict=True)):
+                if size * self._ranks == whole:
+                    tensor = tensor.chunk(self._ranks, dim)[self._share.rank]
+        own.copy_(tensor)
 
     def _allocate(self) -> None:
         model, hidden = self.model, self.model.hidden_size
@@ -120,8 +141,8 @@ class Decoder:
         if not model.tie_embeddings:
             self._stack("head", {"lm_head.weight": self.vocab_size}, hidden)
         self._stack("norm", {"model.norm.weight": hidden})
-        queries = model.num_attention_heads * self.head_dim
         keys = self.groups * self.head_dim
+        queries = keys * self.queries_per_group
         for i in range(model.num_layers):
             p = f"model.layers.{i}."
             self._stack(f"{i}.norm", {p + "input_layernorm.weight": hidden})
@@ -143,6 +164,7 @@ class Decoder:
                 self._allocate_mlp(f"{i}.{e}.", f"{p}mlp.experts.{e}.", model.moe_ffn_hidden_size)
 
     def _allocate_mlp(self, prefix: str, hf_prefix: str, ffn: int) -> None:
+        ffn //= self._ranks
         gate_up = {hf_prefix + "gate_proj.weight": ffn, hf_prefix + "up_proj.weight": ffn}
         self._stack(prefix + "gate_up", gate_up, self.model.hidden_size)
         self._stack(prefix + "down", {hf_prefix + "down_proj.weight": self.model.hidden_size}, ffn)
@@ -226,21 +248,20 @@ class Decoder:
             qkv = self._linear(y, f"{i}.qkv")
             if self.model.add_qkv_bias:
                 qkv = qkv + self._tensors[f"{i}.qkv_bias"]
-            self._observed(f"the linear layer of queries, keys and values {of}", qkv)
+            kinds = qkv.split([count * self.head_dim for count in heads], -1)
+            self._observed(f"the linear layer of queries, keys and values {of}", *kinds, is_cut=True)
             query, key, value = (
                 part.view(batch_size, length, count, self.head_dim)
-                for part, count in zip(
-                    qkv.split([count * self.head_dim for count in heads], -1), heads, strict=True
-                )
+                for part, count in zip(kinds, heads, strict=True)
             )
             if self.model.qk_layernorm:
                 query, key = self._norm(query, f"{i}.q_norm"), self._norm(key, f"{i}.k_norm")
-                self._observed(f"the norm of queries and keys {of}", query, key)
+                self._observed(f"the norm of queries and keys {of}", query, key, is_cut=True)
             rotate = exact_kernels.rotary if self.exact else exact_kernels.rotate_halves
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-            self._observed(f"the rotary embedding {of}", query, key)
+            self._observed(f"the rotary embedding {of}", query, key, is_cut=True)
             attended = attend(i, query, key, value).reshape(batch_size, length, -1)
-            self._observed(f"the attention {of}", attended)
+            self._observed(f"the attention {of}", attended, is_cut=True)
             out = self._linear(attended, f"{i}.out")
             self._observed(f"the linear layer of the attention's output {of}", out)
             x = x + out
@@ -258,7 +279,12 @@ class Decoder:
         weight = self._tensors[name]
         if not self.exact:
             return x @ weight.t()
-        return exact_kernels.linear(x, weight, self.sum_parts if name.endswith((".out", ".down")) else 1)
+        is_summed = name.endswith((".out", ".down"))
+        if self._share is None or not is_summed:
+            return exact_kernels.linear(x, weight, self.sum_parts if is_summed else 1)
+        own = exact_kernels.partial_products(x.flatten(0, -2), weight, self.sum_parts // self._ranks)
+        total = exact_kernels.add_in_order(self._share.gather(own, 0))
+        return total.to(x.dtype).view(*x.shape[:-1], -1)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         weight, eps = self._tensors[name], self.model.layernorm_epsilon
@@ -308,16 +334,22 @@ class Decoder:
 
     def _mlp(self, x: Tensor, name: str, of: str) -> Tensor:
         gate_up = self._linear(x, name + "gate_up")
-        self._observed(f"the linear layer of gate and up {of}", gate_up)
+        self._observed(f"the linear layer of gate and up {of}", *gate_up.chunk(2, -1), is_cut=True)
         activated = exact_kernels.swiglu(gate_up) if self.exact else _swiglu(gate_up)
-        self._observed(f"SwiGLU {of}", activated)
+        self._observed(f"SwiGLU {of}", activated, is_cut=True)
         down = self._linear(activated, name + "down")
         self._observed(f"the linear layer of the MLP's output {of}", down)
         return down
 
-    def _observed(self, operation: str, *outputs: Tensor) -> None:
-        if self.observe is not None:
-            self.observe(operation, torch.cat(outputs, 2))
+    def _observed(self, operation: str, *outputs: Tensor, is_cut: bool = False) -> None:
+        """Args:
+        is_cut: whether each rank has its share of them, along their third dimension.
+        """
+        if self.observe is None:
+            return
+        if self._share is not None and is_cut:
+            outputs = tuple(self._share.gather(output.contiguous(), 2) for output in outputs)
+        self.observe(operation, torch.cat(outputs, 2))
 
     def _experts(self, x: Tensor, layer: int) -> Tensor:
         """Each token's top-k experts, weighted by the softmax over them, or over all experts."""

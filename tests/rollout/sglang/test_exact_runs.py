@@ -159,6 +159,16 @@ def test_two_servers_sample_what_one_samples(local_run: Path, tmp_path: Path) ->
     assert sampled(tmp_path / "run", 1) == sampled(local_run, 1)
 
 
+@pytest.mark.parametrize("trainers", [1, 2])
+def test_a_server_of_two_ranks_samples_what_one_samples(
+    trainers: int, local_run: Path, tmp_path: Path
+) -> None:
+    split = (TP2,) if trainers == 2 else ()
+    ranks = (*split, "rollout.sglang.tensor_parallel_size=2", "--nproc", str(trainers))
+    run_steps(tmp_path / "run", *SHORT, PARTS, *ranks)
+    assert sampled(tmp_path / "run", 1) == sampled(local_run, 1)
+
+
 def test_another_models_server_is_refused(server: Server, tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "opo_megatron", "train", str(RECIPE), f"run.dir={tmp_path / 'run'}"]
     argv += [*SHORT, *EXACT, f"rollout.sglang.urls=[{server.url}]", "policy.model.ffn_hidden_size=64"]

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_context import get_attn_backend
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from opo_megatron.config.choices import RopeType
 from opo_megatron.kernels.exact_digest import row_digests
-from opo_megatron.rollout.local.decoder import Decoder
+from opo_megatron.rollout.local.decoder import Decoder, Share
 from opo_megatron.rollout.sglang.exact_server.sampler import NO_GRAPH, TRACE, parameters
 from opo_megatron.rollout.sglang.exact_server.slot_attention import SlotAttention
 
@@ -29,10 +30,10 @@ MODEL = "opo_model"
 
 
 class ExactLogits(LogitsProcessor):  # type: ignore[misc]
-    """SGLang's choice of rows, the decoder's product."""
+    """SGLang's choice of rows, the decoder's product: every rank computes the whole vocabulary."""
 
     def __init__(self, config: Any, decoder: Decoder) -> None:
-        super().__init__(config)
+        super().__init__(config, skip_all_gather=True)
         self._decoder = decoder
 
     def _compute_lm_head(self, hidden_states: Tensor, lm_head: Any, embedding_bias: Any = None) -> Tensor:
@@ -46,6 +47,8 @@ class ExactForCausalLM(nn.Module):
         super().__init__()
         model = _model_of(config)
         device = torch.get_default_device()  # that of the server, under which SGLang builds its models
+        group = get_tp_group()
+        ranks = group.world_size
         with torch.device("cpu"):
             self.decoder = Decoder(
                 model,
@@ -54,6 +57,7 @@ class ExactForCausalLM(nn.Module):
                 device,
                 exact=True,
                 sum_parts=model.exact_sum_parts,
+                share=Share(ranks, group.rank_in_group, group.all_gather) if ranks > 1 else None,
             )
         for name, tensor in self.decoder.tensors().items():  # SGLang looks for a model's memory here
             self.register_parameter(name.replace(".", "_"), nn.Parameter(tensor, requires_grad=False))
@@ -62,10 +66,10 @@ class ExactForCausalLM(nn.Module):
         self.register_buffer("sin", self.decoder.sin, persistent=False)
         self.attention = nn.ModuleList(
             RadixAttention(
-                model.num_attention_heads,
+                model.num_attention_heads // ranks,
                 model.kv_channels,
                 1 / math.sqrt(model.kv_channels),  # as the policy computes it
-                model.num_query_groups,
+                model.num_query_groups // ranks,
                 layer_id=i,
             )
             for i in range(model.num_layers)
