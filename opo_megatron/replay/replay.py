@@ -42,6 +42,7 @@ from opo_megatron.config.schema import CheckpointConfig, ObserveConfig, RolloutC
 from opo_megatron.distributed.process_groups import all_gather_objects
 from opo_megatron.errors import NonFiniteError, ReplayDiffers, UserError
 from opo_megatron.observe.metrics_file import MetricsFile, MetricsRow
+from opo_megatron.rollout.conversations import Conversations
 from opo_megatron.rollout.engine import Deliver, GenerationRequest, Progress, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.run import Run
@@ -301,9 +302,11 @@ class _ReplayEngine:
         sampling: Sampling,
         progress: Progress | None = None,
         deliver: Deliver | None = None,
+        *,
+        conversations: Conversations | None = None,
     ) -> Rollouts:
         if sampling.seed[1:2] != (STREAM_TRAIN,) or self._rollouts is None:
-            rollouts = self._engine.generate(requests, sampling, progress)
+            rollouts = self._engine.generate(requests, sampling, progress, conversations=conversations)
         else:
             rollouts = _recorded(self._rollouts, requests)
         if deliver is not None and requests:
