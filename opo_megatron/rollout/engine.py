@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.utils.hashing import hash_of
 from opo_megatron.weights.stream import NamedTensors
+
+if TYPE_CHECKING:
+    from opo_megatron.rollout.conversations import Conversations
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,19 @@ class RolloutEngine(Protocol):
     """Version of the weights held; None before the first complete update."""
 
     def generate(
-        self, requests: Sequence[GenerationRequest], sampling: Sampling, progress: Progress | None = None
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        progress: Progress | None = None,
+        *,
+        conversations: Conversations | None = None,
     ) -> Rollouts:
-        """Generate one response per request, in the order of `requests`."""
+        """Generate one response per request, in the order of `requests`.
+
+        Args:
+            conversations: what answers the turns of each response, and rewards it in the end; None where a
+                response is one turn.
+        """
         ...
 
     def update_weights(self, buckets: NamedTensors, version: int) -> None:
@@ -123,6 +136,8 @@ class StreamingEngine(RolloutEngine, Protocol):
         sampling: Sampling,
         progress: Progress | None = None,
         deliver: Deliver | None = None,
+        *,
+        conversations: Conversations | None = None,
     ) -> Rollouts:
         """Generate one response per request, in the order of `requests`; each is delivered as it ends."""
         ...

@@ -52,8 +52,9 @@ def reference(overrides: str) -> dict[str, Any]:
     per_sample: list[dict[str, Tensor]] = []
     for i in range(len(rollouts)):
         one = rollouts.select([i])
-        prompt, response = one.prompt_tokens.tolist(), one.response_tokens.tolist()
-        log_prob = dense_reference.log_probs(model, weights, prompt, response, TEMPERATURE).sum()
+        sequence, prompt = one.sequences()[0].tolist(), int(one.prompt_lengths)
+        of_all = dense_reference.log_probs(model, weights, sequence[:prompt], sequence[prompt:], TEMPERATURE)
+        log_prob = of_all[one.response_positions() - prompt].sum()
         gradients = dict(zip(names, torch.autograd.grad(log_prob, list(weights.values())), strict=True))
         per_sample.append(gradients)
         for name in names:

@@ -30,6 +30,7 @@ from opo_megatron.config.choices import Transport
 from opo_megatron.config.schema import Config
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
+from opo_megatron.rollout.conversations import Conversations
 from opo_megatron.rollout.engine import (
     WITHOUT_GRAPHS,
     Deliver,
@@ -44,6 +45,7 @@ from opo_megatron.rollout.sglang.balance import Balance
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.compilation import CompileWatch
 from opo_megatron.rollout.sglang.continuation import Continuation
+from opo_megatron.rollout.sglang.conversing import converse
 from opo_megatron.rollout.sglang.exact_batchings import (
     BATCHINGS,
     CACHED,
@@ -370,11 +372,14 @@ class SglangEngine:
         sampling: Sampling,
         progress: Progress | None = None,
         deliver: Deliver | None = None,
+        *,
+        conversations: Conversations | None = None,
     ) -> Rollouts:
         """Generate one response per request.
 
         Args:
-            deliver: called with responses as they end.
+            deliver: called with responses as they end; not with conversations.
+            conversations: what answers the turns of each response; after a failure, all are generated again.
 
         Raises:
             EngineFailure: a server died, hung or closed the connection.
@@ -385,6 +390,14 @@ class SglangEngine:
             raise EngineFailure("the servers hold no complete weights")
         self._check_lengths(requests, sampling)
         balance = Balance(self._clients, self.config)
+        if conversations is not None:
+            assert deliver is None, "rollout.overlap is refused with conversations"
+            self._continuation.forget()
+            with self.abort_on_error():
+                replies_of_all, given = converse(balance, requests, sampling, conversations, progress)
+            rollouts = self._rollouts_of(requests, replies_of_all, sampling)
+            given.enter(rollouts, conversations)
+            return rollouts
         with self._continuation.call(requests, sampling, self.version, self._clients) as call:
             received = call.received
             streams = deliver is not None and received.has_channels
