@@ -137,7 +137,9 @@ class ConversationLedger:
             )
         elif self._turns[index] >= self._limits.max_turns:
             self._reasons[index] = FINISH_TURNS
-        elif self.left(index) - len(given) < 1 or self._sampled[index] >= self._limits.max_tokens:
+        elif self._sampled[index] >= self._limits.max_tokens:
+            self._reasons[index] = FINISH_LENGTH
+        elif self._lengths[index] + len(given) >= self._limits.max_sequence_length:
             self._reasons[index] = FINISH_LENGTH
         else:
             self._lengths[index] += len(given)

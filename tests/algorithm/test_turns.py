@@ -1,4 +1,4 @@
-"""OPO on a bandit of two turns: lengths are those of sampled tokens, whatever an environment gives between."""
+"""OPO on a bandit of two turns: lengths are those of sampled tokens, whatever an environment gives."""
 
 from __future__ import annotations
 
@@ -57,9 +57,7 @@ def advantages_of(baseline: Baseline, stats: BatchStats) -> Tensor:
 def scores() -> tuple[Tensor, Tensor]:
     """Probabilities of the trajectories, and the gradients of their log-probabilities [6, 9]."""
     first, second = FIRST.clone().requires_grad_(), SECOND.clone().requires_grad_()
-    log_probs = torch.stack(
-        [first.log_softmax(0)[a] + second.log_softmax(1)[a, b] for a, b in TRAJECTORIES]
-    )
+    log_probs = torch.stack([first.log_softmax(0)[a] + second.log_softmax(1)[a, b] for a, b in TRAJECTORIES])
     rows = []
     for log_prob in log_probs:
         gradients = torch.autograd.grad(log_prob, (first, second), retain_graph=True)
