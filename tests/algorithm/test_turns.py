@@ -13,8 +13,8 @@ from opo_megatron.algorithm.config import AlgorithmConfig, Baseline
 from opo_megatron.algorithm.presets import PRESETS
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.batch.stats import BatchStats, gather_stats
-from tests.batch.test_conversations import conversations
-from tests.batch.test_rollouts import alone
+from tests.support.conversations import conversations
+from tests.support.rollout_batches import alone
 
 FIRST = torch.tensor([0.4, -0.3, 0.9], dtype=torch.float64)
 SECOND = torch.tensor([[0.2, -0.1], [1.0, 0.0], [-0.7, 0.3]], dtype=torch.float64)
