@@ -137,12 +137,16 @@ class ConversationLedger:
             )
         elif self._turns[index] >= self._limits.max_turns:
             self._reasons[index] = FINISH_TURNS
-        elif self.left(index) - len(given) < 1 or self._sampled[index] >= self._limits.max_tokens:
+        elif self.left(index) < 1 or self._fills(index, given):
             self._reasons[index] = FINISH_LENGTH
         else:
             self._lengths[index] += len(given)
             return True
         return False
+
+    def _fills(self, index: int, given: Sequence[int]) -> bool:
+        """Whether nothing could be sampled behind these tokens."""
+        return self._lengths[index] + len(given) >= self._limits.max_sequence_length
 
     def end(self, index: int, reward: float) -> None:
         """The conversation has ended with this reward."""
@@ -176,10 +180,11 @@ class GivenTokens:
         """Tokens given to a request."""
         return len(self._tokens[index])
 
-    def enter(self, rollouts: Rollouts, conversations: Conversations) -> None:
-        """Complete finished rollouts, in the order of the requests."""
+    def entered(self, rollouts: Rollouts, conversations: Conversations) -> Rollouts:
+        """Finished rollouts, in the order of the requests, with what only their conversations know."""
         rollouts.given_lengths = torch.tensor(list(map(len, self._tokens)), dtype=torch.int64)
         rollouts.given_tokens = torch.tensor([t for one in self._tokens for t in one], dtype=torch.int64)
         rollouts.given_after = torch.tensor([t for one in self._after for t in one], dtype=torch.int64)
         rollouts.rewards = conversations.rewards()
         rollouts.finish_reasons = conversations.finish_reasons()
+        return rollouts

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.config.schema import ModelConfig
+from opo_megatron.errors import UserError
 from opo_megatron.utils.hashing import hash_of
 from opo_megatron.weights.stream import NamedTensors
 
@@ -51,6 +53,22 @@ class Sampling:
 def sampling_key(sampling: Sampling, request: GenerationRequest) -> int:
     """Signed 64-bit key of one response's random numbers."""
     return hash_of((*sampling.seed, request.prompt_id, request.sample_index))
+
+
+def check_lengths(requests: Sequence[GenerationRequest], sampling: Sampling, model: ModelConfig) -> int:
+    """The tokens of the longest prompt.
+
+    Raises:
+        UserError: where a prompt and its response do not fit.
+    """
+    longest = max((len(request.tokens) for request in requests), default=0)
+    limit = model.max_sequence_length
+    if longest + sampling.max_tokens > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and rollout.max_response_tokens={sampling.max_tokens} exceed "
+            f"policy.model.max_sequence_length={limit}; shorten one or raise the other"
+        )
+    return longest
 
 
 WITHOUT_GRAPHS = "without CUDA graphs"

@@ -1,4 +1,4 @@
-"""OPO on a bandit of two turns: lengths are those of sampled tokens, whatever an environment gives between."""
+"""OPO on a bandit of two turns: lengths are those of sampled tokens, whatever an environment gives."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from opo_megatron.algorithm.config import AlgorithmConfig, Baseline
 from opo_megatron.algorithm.presets import PRESETS
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.batch.stats import BatchStats, gather_stats
-from tests.batch.test_conversations import conversations
-from tests.batch.test_rollouts import alone
+from tests.support.conversations import conversations
+from tests.support.rollout_batches import alone
 
 FIRST = torch.tensor([0.4, -0.3, 0.9], dtype=torch.float64)
 SECOND = torch.tensor([[0.2, -0.1], [1.0, 0.0], [-0.7, 0.3]], dtype=torch.float64)
@@ -57,9 +57,7 @@ def advantages_of(baseline: Baseline, stats: BatchStats) -> Tensor:
 def scores() -> tuple[Tensor, Tensor]:
     """Probabilities of the trajectories, and the gradients of their log-probabilities [6, 9]."""
     first, second = FIRST.clone().requires_grad_(), SECOND.clone().requires_grad_()
-    log_probs = torch.stack(
-        [first.log_softmax(0)[a] + second.log_softmax(1)[a, b] for a, b in TRAJECTORIES]
-    )
+    log_probs = torch.stack([first.log_softmax(0)[a] + second.log_softmax(1)[a, b] for a, b in TRAJECTORIES])
     rows = []
     for log_prob in log_probs:
         gradients = torch.autograd.grad(log_prob, (first, second), retain_graph=True)

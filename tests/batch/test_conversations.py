@@ -24,24 +24,11 @@ from opo_megatron.batch.rollouts import (
 )
 from opo_megatron.batch.stats import gather_stats
 from opo_megatron.observe.utilization import training_tflop
-from tests.batch.test_rollouts import alone, assert_same, random_rollouts
-from tests.support.conversations import merged, ragged_conversations, with_given_tokens
+from tests.support.conversations import conversations, merged, ragged_conversations, with_given_tokens
 from tests.support.fixtures import ragged_rollouts, small_config
+from tests.support.rollout_batches import alone, assert_same, random_rollouts
 
 CPU = torch.device("cpu")
-
-
-def conversations(
-    prompts: list[list[int]], responses: list[list[int]], given: list[list[tuple[int, int]]]
-) -> Rollouts:
-    """Args:
-    given: by sample, (token, response tokens before it).
-    """
-    rollouts = Rollouts.from_demonstrations(prompts, responses)
-    rollouts.given_lengths = torch.tensor([len(one) for one in given], dtype=torch.int64)
-    rollouts.given_tokens = torch.tensor([token for one in given for token, _ in one], dtype=torch.int64)
-    rollouts.given_after = torch.tensor([after for one in given for _, after in one], dtype=torch.int64)
-    return rollouts
 
 
 @pytest.mark.parametrize(

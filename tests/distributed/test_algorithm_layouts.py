@@ -157,6 +157,16 @@ def test_every_layout_has_the_gradients_of_one_process(
     check(tmp_path, ranks, model, *layouts)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [f"{CP2},{PLAIN}", PP2, f"{PACKED},{PP2},{VPP2}", TP2])
+def test_every_layout_has_the_gradients_of_conversations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """Also energies and inner products; the float64 reference leaves given tokens out of the loss."""
+    monkeypatch.setenv(algorithm_worker.CONVERSATIONS, "1")
+    check(tmp_path, 2, "", layout)
+
+
 # ---------------------------------------------------------------------- whole runs
 
 EASY = """

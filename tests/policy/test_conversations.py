@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from opo_megatron.algorithm.advantages import compute_advantages
 from opo_megatron.algorithm.objective import PolicyGradient
 from opo_megatron.distributed.process_groups import Parallel
-from tests.distributed import test_algorithm_layouts as layouts
-from tests.policy.test_policy import weights_of
 from tests.support import dense_reference
 from tests.support.conversations import merged, ragged_conversations
-from tests.support.policies import gradients_of, make_policy
+from tests.support.policies import gradients_of, make_policy, weights_of
 from tests.support.policies import parallel as parallel
-from tests.support.workers import algorithm_worker
 
 TEMPERATURE = 0.7
 
@@ -52,16 +47,3 @@ def test_gradient_of_conversations_equals_the_masked_float64_gradient(parallel: 
     for name, gradient in gradients_of(policy).items():
         error = (gradient.double() - reference[name].grad).norm() / reference[name].grad.norm()
         assert error <= 1e-5, f"{name}: relative error {error:.1e}"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout", [layouts.CP2, layouts.PP2, f"{layouts.PACKED},{layouts.PP2},{layouts.VPP2}", layouts.TP2]
-)
-def test_every_layout_has_the_gradients_of_conversations(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
-) -> None:
-    """Also energies and inner products; the float64 reference masks given tokens."""
-    monkeypatch.setenv(algorithm_worker.CONVERSATIONS, "1")
-    forms = (f"{layout},{layouts.PLAIN}",) if layout == layouts.CP2 else (layout,)
-    layouts.check(tmp_path, 2, "", *forms)

@@ -6,14 +6,44 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
+import pytest
 import torch
 
+from opo_megatron.algorithm.objective import PolicyGradient
 from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.policy.policy import Policy
 from opo_megatron.rollout.conversations import Answer, ConversationLedger, Limits
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.tasks.base import Prompt
 from tests.support.fixtures import VOCAB_SIZE, ragged_rollouts
+
+LONGEST = 64
+STOPS = (0, 1, 2, 3)
+"""Many, so that turns are short and of all lengths."""
+Delay = Callable[[int, int], int]
+
+
+def at_once(index: int, turn: int) -> int:
+    return 0
+
+
+def some_time(index: int, turn: int) -> int:
+    return (7 * index + 5 * turn) % 6
+
+
+def conversations(
+    prompts: list[list[int]], responses: list[list[int]], given: list[list[tuple[int, int]]]
+) -> Rollouts:
+    """Args:
+    given: by sample, (token, response tokens before it).
+    """
+    rollouts = Rollouts.from_demonstrations(prompts, responses)
+    rollouts.given_lengths = torch.tensor([len(one) for one in given], dtype=torch.int64)
+    rollouts.given_tokens = torch.tensor([token for one in given for token, _ in one], dtype=torch.int64)
+    rollouts.given_after = torch.tensor([after for one in given for _, after in one], dtype=torch.int64)
+    return rollouts
 
 
 def with_given_tokens(rollouts: Rollouts, seed: int = 0, longest: int = 4) -> Rollouts:
@@ -152,3 +182,45 @@ class InProcessEnvironments:
 
     def close(self) -> None:
         pass
+
+
+def requests_of(count: int = 12, seed: int = 0) -> list[GenerationRequest]:
+    rng = random.Random(seed)
+    return [
+        GenerationRequest(i, i, 0, tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 9))))
+        for i in range(count)
+    ]
+
+
+def environments_of(count: int = 12, turns: int = 4, seed: int = 1) -> list[Scripted]:
+    """Answers of 1 to 5 tokens to all turns but the last; every third sample has fewer turns."""
+    rng = random.Random(seed)
+    return [
+        Scripted(
+            [
+                [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 5))]
+                for _ in range(turns - 1 if i % 3 else i % turns)
+            ]
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def differences(policy: Policy, rollouts: Rollouts) -> list[list[float]]:
+    """By turn, max |Δ log π| of the training pass and the engine in each conversation."""
+    rollouts.advantages = torch.ones(len(rollouts), dtype=torch.float64)
+    schedule = policy.schedule(rollouts.sequence_lengths)
+    batch = rollouts.select(schedule.samples_of(0))
+    metrics = policy.checked_gradients(batch, schedule, PolicyGradient(100.0, 0.8))
+    assert metrics.mismatch is not None and batch.engine_log_prob is not None
+    per_token = (policy.log_probs(batch, schedule, 0.8) - batch.engine_log_prob).abs()
+    by_turn: list[list[float]] = []
+    values = iter(per_token.tolist())
+    for sequence in merged(batch):
+        prompt = next(i for i, (_, sampled) in enumerate(sequence) if sampled)
+        turns = [[*part] for sampled, part in groupby(sequence[prompt:], lambda one: one[1]) if sampled]
+        for turn, tokens in enumerate(turns):
+            by_turn += [[]] * (turn >= len(by_turn))
+            by_turn[turn] = [*by_turn[turn], max(next(values) for _ in tokens)]
+    assert metrics.mismatch.max == pytest.approx(float(per_token.max()), abs=2e-6)
+    return by_turn

@@ -36,10 +36,9 @@ class ConversationBatch(Batch):
         engine: LocalEngine,
         requests: Sequence[GenerationRequest],
         sampling: Sampling,
-        length: int,
         conversations: Conversations,
     ) -> None:
-        super().__init__(engine, requests, sampling, length)
+        super().__init__(engine, requests, sampling, engine.decoder.model.max_sequence_length)
         self.conversations, self.given = conversations, GivenTokens(len(requests))
         self._forced: dict[int, deque[int]] = {}
         """By request, the given tokens that are still to enter its row."""
@@ -126,6 +125,4 @@ class ConversationBatch(Batch):
         return torch.tensor([self.given.count(i) for i in range(len(self.requests))], dtype=torch.int64)
 
     def rollouts(self, version: int) -> Rollouts:
-        rollouts = super().rollouts(version)
-        self.given.enter(rollouts, self.conversations)
-        return rollouts
+        return self.given.entered(super().rollouts(version), self.conversations)

@@ -22,7 +22,14 @@ from opo_megatron.errors import UserError
 from opo_megatron.kernels.exact import padded_keys
 from opo_megatron.kernels.exact_digest import row_digests
 from opo_megatron.kernels.exact_sampling import uniforms
-from opo_megatron.rollout.engine import Digests, GenerationRequest, Progress, Sampling, sampling_key
+from opo_megatron.rollout.engine import (
+    Digests,
+    GenerationRequest,
+    Progress,
+    Sampling,
+    check_lengths,
+    sampling_key,
+)
 from opo_megatron.rollout.local.decoder import Decoder, KeyValueCache
 from opo_megatron.rollout.local.sampler import sample
 from opo_megatron.utils.hashing import MASK, signed
@@ -159,19 +166,13 @@ class LocalEngine:
         """
         if self.version is None:
             raise RuntimeError("the engine holds no complete weights yet")
-        longest = max((len(request.tokens) for request in requests), default=0)
-        limit = self.decoder.model.max_sequence_length
-        if longest + sampling.max_tokens > limit:
-            raise UserError(
-                f"a prompt of {longest} tokens and rollout.max_response_tokens={sampling.max_tokens} exceed "
-                f"policy.model.max_sequence_length={limit}; shorten one or raise the other"
-            )
+        longest = check_lengths(requests, sampling, self.decoder.model)
         if conversations is None:
             batch = Batch(self, requests, sampling, longest + sampling.max_tokens)
         else:
             from opo_megatron.rollout.local.conversation_batch import ConversationBatch
 
-            batch = ConversationBatch(self, requests, sampling, limit, conversations)
+            batch = ConversationBatch(self, requests, sampling, conversations)
         while batch.advance():
             if progress is not None:
                 progress(batch.finished, len(requests), batch.sampled)
