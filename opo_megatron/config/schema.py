@@ -138,8 +138,8 @@ class TaskConfig:
     verifier_api_key_env: str | None = None
     """Services: environment variable that holds the key, which is sent as `Authorization: Bearer KEY`."""
     environment: str = "single_turn"
-    """What answers the policy: `single_turn`, nothing; `tools`, the tools of a chat; `package.module:Class`, a
-    class of your own."""
+    """What answers the policy: `single_turn`, nothing; `tools`, tools that a chat model calls;
+    `package.module:Class`, a class of your own."""
     environment_options: dict[str, Any] = field(default_factory=dict)
     """Options of the environment; `environment_options.NAME=VALUE` sets one."""
     environment_seconds: float = 10.0

@@ -126,8 +126,8 @@ class WorkerConversations:
             self._to_grade[index] = self._turns[index]
         elif not abs(value) < float("inf"):
             raise UserError(
-                f"task.environment={config.environment}: reward returned {value}; it must be a finite number, "
-                "or None for the task's reward of the last turn"
+                f"task.environment={config.environment}: reward returned {value}; it must be a finite "
+                "number, or None for the task's reward of the last turn"
             )
         return self._end(index, 0.0 if value is None else value)
 

@@ -11,8 +11,8 @@ sampled.  That needs a template that writes earlier messages as they were when t
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from opo_megatron.errors import UserError
@@ -68,13 +68,13 @@ class ChatTurns:
                     self._compare(before, self._render(messages))
 
     def _compare(self, before: str, after: str) -> None:
-        same = len(os.path.commonprefix([before, after]))
+        same = next((i for i, pair in enumerate(zip_longest(before, after)) if pair[0] != pair[1]), 0)
         if same < len(before):
             begin = max(0, same - 20)
             raise UserError(
                 "the chat template of task.tokenizer changes what stands before the next turn: "
-                f"{before[begin : same + 40]!r} becomes {after[begin : same + 40]!r}, so that the policy would "
-                "be trained on tokens that it did not sample; use a template that only appends"
+                f"{before[begin : same + 40]!r} becomes {after[begin : same + 40]!r}, so that the policy "
+                "would be trained on tokens that it did not sample; use a template that only appends"
             )
         rest = self.tokenizer.encode_rendered(after[same:])
         if not rest or rest[0] not in self.tokenizer.stop_tokens:

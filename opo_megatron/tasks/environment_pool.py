@@ -86,7 +86,7 @@ class EnvironmentPool:
         self._control = ours
         self._parent = subprocess.Popen(
             [*command, json.dumps(asdict(self.config))],
-            stdin=theirs,
+            stdin=theirs.fileno(),
             stdout=subprocess.PIPE,
             env=without_secrets(os.environ) | variables,
             cwd=start_folder(),
@@ -254,5 +254,3 @@ class EnvironmentPool:
         with suppress(KeyError, ValueError):
             self._selector.unregister(process.connection)
         process.connection.close()
-
-

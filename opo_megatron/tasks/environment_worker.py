@@ -26,7 +26,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any, cast
 
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
@@ -110,7 +110,7 @@ def _guard(
         _limit(config)
         try:
             with socket.socket(fileno=descriptor).makefile("rwb") as stream:
-                _serve(config, kind, stream)
+                _serve(config, kind, cast(IO[bytes], stream))
         finally:
             os._exit(0)
     signal.signal(signal.SIGTERM, _clean_up)
@@ -135,7 +135,7 @@ def _limit(config: TaskConfig) -> None:
 # ------------------------------------------------------------------ the environment's process
 
 
-def _serve(config: TaskConfig, kind: Callable[[TaskConfig], Environment], stream: BinaryIO) -> None:
+def _serve(config: TaskConfig, kind: Callable[[TaskConfig], Environment], stream: IO[bytes]) -> None:
     environment: Environment | None = None
     own_pid = os.getpid()
     for line in stream:

@@ -119,8 +119,8 @@ def _tool(name: str, options: Mapping[str, Any]) -> Tool:
     if name == "lookup":
         if not options["lookup_file"]:
             raise UserError(
-                "task.environment_options.tools has lookup, which needs task.environment_options.lookup_file; "
-                "name a JSONL file"
+                "task.environment_options.tools has lookup, which needs "
+                "task.environment_options.lookup_file; name a JSONL file"
             )
         return lookup_in(read_table(str(to_open(options["lookup_file"]))))
     if not all(name.partition(":")):

@@ -189,9 +189,10 @@ def read_table(path: str) -> dict[str, str]:
         UserError: for a line that is something else.
     """
     table: dict[str, str] = {}
+    number = 0
     try:
         with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(file, 1):  # noqa: B007  named in the error
                 if line.strip():
                     row = json.loads(line)
                     table[row["key"].strip().lower()] = str(row["value"])
