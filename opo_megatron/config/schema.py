@@ -79,7 +79,7 @@ class TaskConfig:
     `reasoning_gym`: problems from one of that package's generators; `package.module:Class`: a class of your
     own."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options of the lift (`floors`, `moves`, `largest_move`) or of a class of your own; `options.NAME=VALUE`
+    """Options of the lift (`floors`, `moves`, `largest_move`, …) or of your own class; `options.NAME=VALUE`
     sets one."""
     data: str | None = None
     """text: file with one problem per row (JSONL, a JSON list or Parquet), or
@@ -138,8 +138,8 @@ class TaskConfig:
     verifier_api_key_env: str | None = None
     """Services: environment variable that holds the key, which is sent as `Authorization: Bearer KEY`."""
     environment: str = "single_turn"
-    """What answers the policy: `single_turn`, nothing; `tools`, tools that a chat model calls;
-    `package.module:Class`, a class of your own."""
+    """What answers the policy: `single_turn`, nothing; `tools`, tools that a chat model calls; `lift_tool`, a
+    tool that knows the lift; `package.module:Class`, a class of your own."""
     environment_options: dict[str, Any] = field(default_factory=dict)
     """Options of the environment; `environment_options.NAME=VALUE` sets one."""
     environment_seconds: float = 10.0

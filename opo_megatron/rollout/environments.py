@@ -9,6 +9,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config import Config
 from opo_megatron.config.rules.environment import has_environment
 from opo_megatron.config.schema import TaskConfig
@@ -160,6 +161,32 @@ class WorkerConversations:
 def open_environments(config: Config, task: Task, log: Callable[[str], None]) -> WorkerEnvironments | None:
     """What answers the policy; None for a task of single turns, which needs nothing."""
     return WorkerEnvironments(config, task, log) if has_environment(config) else None
+
+
+def with_answers(
+    config: Config, stop_tokens: Sequence[int], prompts: Sequence[Prompt], demonstrations: Rollouts
+) -> Rollouts:
+    """Demonstrations, which are all turns of the policy, with what the environment gives between them.
+
+    It answers in this process; a turn ends at a stop token, and what follows the end stays without answers.
+    """
+    lengths, given, after = [], list[int](), list[int]()
+    for prompt, response in zip(prompts, demonstrations.responses(), strict=True):
+        environment = make_environment(config.task)
+        environment.start(prompt)
+        begin, before = 0, len(given)
+        for end in [i + 1 for i, token in enumerate(response[:-1]) if token in stop_tokens]:
+            answer = environment.respond(response[begin:end])
+            if answer is None:
+                break
+            given += answer
+            after += [end] * len(answer)
+            begin = end
+        lengths.append(len(given) - before)
+    demonstrations.given_lengths = torch.tensor(lengths, dtype=torch.int64)
+    demonstrations.given_tokens = torch.tensor(given, dtype=torch.int64)
+    demonstrations.given_after = torch.tensor(after, dtype=torch.int64)
+    return demonstrations
 
 
 def check_environment_on(config: TaskConfig, task: Task) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from opo_megatron.config.rules.environment import SINGLE_TURN
+from opo_megatron.config.rules.environment import LIFT_TOOL, SINGLE_TURN
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
 from opo_megatron.tasks.base import Prompt
@@ -67,6 +67,10 @@ def load_environment(config: TaskConfig) -> Callable[[TaskConfig], Environment]:
         from opo_megatron.tasks.tool_environment import ToolEnvironment
 
         return ToolEnvironment
+    if config.environment == LIFT_TOOL:
+        from opo_megatron.tasks.lift_tool import LiftTool
+
+        return LiftTool
     return load_named(
         "task.environment",
         config.environment,

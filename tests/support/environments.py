@@ -23,8 +23,15 @@ class Obedient(Environment):
         super().__init__(config)
         self.turns: list[list[int]] = []
 
+    def start(self, prompt: Prompt) -> Sequence[int]:
+        self.prompt = prompt
+        return (*prompt.tokens, 1) if prompt.text == "other start" else prompt.tokens
+
     def respond(self, tokens: list[int]) -> Sequence[int] | None:
         self.turns.append(tokens)
+        if self.prompt.text.startswith("slow"):
+            time.sleep(seconds(self.prompt.id, len(self.turns), float(self.prompt.text.split()[1])))
+            return [1] if len(self.turns) < 3 else None
         if len(self.turns) < 2:
             return [len(self.turns)]
         return self.act(self.prompt.text)
@@ -76,24 +83,9 @@ class Obedient(Environment):
         return float(sum(map(len, self.turns)))
 
 
-class Slow(Obedient):
-    """Every answer takes up to `longest` seconds, by the prompt's id and the turn."""
-
-    def respond(self, tokens: list[int]) -> Sequence[int] | None:
-        self.turns.append(tokens)
-        time.sleep(self.seconds(self.prompt.id, len(self.turns), self.config.environment_options["longest"]))
-        return [1] if len(self.turns) < 3 else None
-
-    @staticmethod
-    def seconds(number: int, turn: int, longest: float) -> float:
-        return random.Random(f"{number}/{turn}").uniform(0, longest)
-
-
-class OtherStart(Environment):
-    """Begins with other tokens than the prompt's."""
-
-    def start(self, prompt: Prompt) -> Sequence[int]:
-        return (*prompt.tokens, 1)
+def seconds(number: int, turn: int, longest: float) -> float:
+    """How long a slow environment takes to answer a turn."""
+    return random.Random(f"{number}/{turn}").uniform(0, longest)
 
 
 class NoReward:

@@ -149,6 +149,7 @@ def test_a_conversation_ends_by_its_limits_and_still_has_a_reward(
         ("wrong tokens", "respond returned [99]; it must return token ids from 0 to 16"),
         ("no tokens", "respond returned []; it must return token ids from 0 to 16, at least one"),
         ("nan", "reward returned nan; it must be a finite number"),
+        ("other start", "start returned other tokens than those of the prompt"),
     ],
 )
 def test_a_mistake_of_the_environment_is_named(obedient: WorkerEnvironments, what: str, words: str) -> None:
@@ -166,22 +167,19 @@ def test_conversations_that_were_closed_leave_no_reply_and_no_process(obedient: 
     assert obedient.pool._processes == {} and converse(obedient, "good") == [GOOD]
 
 
-def test_more_conversations_than_processes_all_end() -> None:
-    source = made("Obedient", count=2)
-    assert converse(source, *["good", "raise", "endless"] * 4) == [GOOD, FAILED, (8.0, FINISH_TURNS, 4)] * 4
-    assert len(source.pool._idle) <= 2
-    source.close()
-    assert processes_of(source) == []
+def test_more_conversations_than_processes_all_end(
+    obedient: WorkerEnvironments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(obedient.pool, "count", 2)
+    results = converse(obedient, *["good", "raise", "endless"] * 4)
+    assert results == [GOOD, FAILED, (8.0, FINISH_TURNS, 4)] * 4
 
 
-def test_the_process_that_forks_is_started_again_where_it_was_killed() -> None:
-    source = made("Obedient")
-    assert source.pool._parent is not None
-    source.pool._parent.kill()
-    source.pool._parent.wait()
-    assert converse(source, "good", "raise") == [GOOD, FAILED]
-    source.close()
-    assert processes_of(source) == []
+def test_the_process_that_forks_is_started_again_where_it_was_killed(obedient: WorkerEnvironments) -> None:
+    assert obedient.pool._parent is not None
+    obedient.pool._parent.kill()
+    obedient.pool._parent.wait()
+    assert converse(obedient, *["raise"] * 9, "good") == [FAILED] * 9 + [GOOD]
 
 
 @pytest.mark.parametrize(
@@ -200,27 +198,19 @@ def test_a_class_that_cannot_be_used_is_named(name: str, words: str) -> None:
     assert words in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_start_with_other_tokens_than_the_prompt_is_named() -> None:
-    source = made("OtherStart")
-    with pytest.raises(UserError, match="start returned other tokens than those of the prompt"):
-        converse(source, "good")
-    source.close()
-
-
 def slowest(count: int, longest: float) -> float:
-    return max(sum(environments.Slow.seconds(i, turn, longest) for turn in (1, 2, 3)) for i in range(count))
+    return max(sum(environments.seconds(i, turn, longest) for turn in (1, 2, 3)) for i in range(count))
 
 
-@pytest.mark.parametrize(
-    ("count", "longest"), [(8, 0.1), pytest.param(32, 2.0, marks=pytest.mark.slow)]
-)  # fmt: skip
-def test_slow_environments_take_no_longer_than_the_slowest_alone(count: int, longest: float) -> None:
-    source = made("Slow", count=64, environment_options={"longest": longest})
-    converse(source, *["warm up"] * count)
+@pytest.mark.slow
+def test_slow_environments_take_no_longer_than_the_slowest_alone(
+    obedient: WorkerEnvironments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(obedient.pool, "count", 64)
+    converse(obedient, *["good"] * 32)
     started = time.monotonic()
-    converse(source, *["x"] * count)
-    assert time.monotonic() - started < 1.3 * slowest(count, longest) + 0.2
-    source.close()
+    converse(obedient, *["slow 2.0"] * 32)
+    assert time.monotonic() - started < 1.3 * slowest(32, 2.0)
 
 
 def answers(conversations: Conversations) -> list[Answer]:

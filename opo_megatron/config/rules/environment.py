@@ -8,7 +8,8 @@ from opo_megatron.config.rules.require import require
 from opo_megatron.config.schema import Config
 
 SINGLE_TURN = "single_turn"
-ENVIRONMENTS = (SINGLE_TURN, "tools")
+LIFT_TOOL = "lift_tool"
+ENVIRONMENTS = (SINGLE_TURN, "tools", LIFT_TOOL)
 """Names besides `package.module:Class`."""
 
 
@@ -52,6 +53,10 @@ def check_environment(config: Config) -> None:
         not config.rollout.routing_replay,
         f"rollout.routing_replay=true with {name}, but the experts of given tokens are not recorded; set "
         "rollout.routing_replay=false",
+    )
+    require(
+        task.environment != LIFT_TOOL or task.name == TaskName.lift,
+        f"{name} with task.name={task.name}, but it knows only the lift; set task.name=lift",
     )
     if task.environment == "tools":
         require(
