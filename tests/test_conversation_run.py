@@ -132,3 +132,16 @@ def test_the_report_shows_what_was_sampled_and_what_was_given(finished: Path, tm
             assert sample["tokens"] + sample["given_tokens"] == len(continuation)
             assert sample["turns"] in (1, 2) and sample["ended_by"] in FINISH_NAMES.values()
             assert sample["truncated"] == (sample["ended_by"] in ("length", "turns"))
+
+
+@pytest.mark.slow
+def test_an_evaluation_writes_the_turns_of_its_samples(finished: Path) -> None:
+    assert main(["eval", str(finished)]) == 0
+    (path,) = (finished / "eval").rglob("samples_held_out.jsonl")
+    samples = [one for line in path.read_text().splitlines() for one in json.loads(line)["samples"]]
+    assert {len(one["turns"]) for one in samples} == {1, 3}
+    for one in samples:
+        assert [name for turn in one["turns"] for name in turn] == ["sampled", "given", "sampled"][
+            : len(one["turns"])
+        ]
+        assert "".join(turn.get("sampled", "") for turn in one["turns"]) == one["text"]

@@ -13,6 +13,8 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,19 @@ class Rollouts:
         assert self.given_lengths is not None and self.given_after is not None
         prompts = torch.repeat_interleave(self.prompt_lengths, self.given_lengths)
         return prompts + self.given_after + _within(self.given_lengths)
+
+    def segments(self) -> list[list[tuple[bool, list[int]]]]:
+        """What follows each prompt, in its order: (whether it was sampled, tokens), in turns."""
+        prompts = self.prompt_lengths.tolist()
+        positions = self.response_positions().split(self.response_lengths.tolist())
+        segments = []
+        for sequence, prompt, own in zip(self.sequences(), prompts, positions, strict=True):
+            sampled = torch.zeros(sequence.numel(), dtype=torch.bool)
+            sampled[own] = True
+            marked = zip(sampled[prompt:].tolist(), sequence[prompt:].tolist(), strict=True)
+            parts = groupby(marked, key=itemgetter(0))
+            segments.append([(is_sampled, [token for _, token in part]) for is_sampled, part in parts])
+        return segments
 
     @property
     def turns(self) -> Tensor | None:

@@ -61,12 +61,16 @@ def write_samples(path: Path, task: Task, problems: Sequence[Prompt], rollouts: 
     assert rollouts.rewards is not None
     samples: list[list[dict[str, Any]]] = [[] for _ in problems]
     columns = (rollouts.groups, rollouts.rewards, rollouts.response_lengths, rollouts.finish_reasons)
-    for response, group, reward, length, reason in zip(
-        rollouts.responses(), *(column.tolist() for column in columns), strict=True
+    for response, segments, group, reward, length, reason in zip(
+        rollouts.responses(), rollouts.segments(), *(column.tolist() for column in columns), strict=True
     ):
         finish = FINISH_NAMES[reason]
-        text = task.decode(response)
-        samples[group].append({"text": text, "reward": reward, "length": length, "finish_reason": finish})
+        sample = {"text": task.decode(response), "reward": reward, "length": length, "finish_reason": finish}
+        if rollouts.given_lengths is not None:
+            sample["turns"] = [
+                {"sampled" if is_sampled else "given": task.decode(tokens)} for is_sampled, tokens in segments
+            ]
+        samples[group].append(sample)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         for problem, own in zip(problems, samples, strict=True):

@@ -139,16 +139,17 @@ def _samples(part: Rollouts, decode: Decode, vocabulary: Vocabulary) -> list[dic
     if part.engine_log_prob is not None:
         log_probs = [row.tolist() for row in part.engine_log_prob.split(lengths)]
     truncated = is_truncated(part.finish_reasons).tolist()
-    continuations, is_sampled = _continuations(part)
     samples = []
-    for index, continuation in enumerate(continuations):
+    for index, segments in enumerate(part.segments()):
+        continuation = [token for _, tokens in segments for token in tokens]
+        is_sampled = [sampled for sampled, tokens in segments for _ in tokens]
         sample: dict[str, Any] = {
             "response": _shown(continuation, decode, vocabulary),
             "tokens": lengths[index],
             "truncated": truncated[index],
         }
         if part.given_lengths is not None and part.turns is not None:
-            sample["given"] = [int(not sampled) for sampled in _ends(is_sampled[index])]
+            sample["given"] = [int(not sampled) for sampled in _ends(is_sampled)]
             sample["given_tokens"] = int(part.given_lengths[index])
             sample["turns"] = int(part.turns[index])
             sample["ended_by"] = FINISH_NAMES[int(part.finish_reasons[index])]
@@ -157,27 +158,11 @@ def _samples(part: Rollouts, decode: Decode, vocabulary: Vocabulary) -> list[dic
                 sample[name] = float(column[index])
         if log_probs is not None:
             of_sampled = iter(log_probs[index])
-            of_all = [next(of_sampled) if sampled else None for sampled in is_sampled[index]]
+            of_all = [next(of_sampled) if sampled else None for sampled in is_sampled]
             sample["log_probs"] = [None if v is None else round(100 * v) for v in _ends(of_all)]
             sample["log_prob"] = sum(log_probs[index])
         samples.append(sample)
     return samples
-
-
-def _continuations(part: Rollouts) -> tuple[list[list[int]], list[list[bool]]]:
-    """By sample, the tokens after its prompt, and whether each was sampled."""
-    import torch
-
-    lengths = (part.sequence_lengths - part.prompt_lengths).tolist()
-    sequences = zip(part.sequences(), part.prompt_lengths.tolist(), strict=True)
-    tokens = [sequence[prompt:].tolist() for sequence, prompt in sequences]
-    positions = part.response_positions().split(part.response_lengths.tolist())
-    is_sampled = []
-    for length, prompt, own in zip(lengths, part.prompt_lengths.tolist(), positions, strict=True):
-        flags = torch.zeros(length, dtype=torch.bool)
-        flags[own - prompt] = True
-        is_sampled.append(flags.tolist())
-    return tokens, is_sampled
 
 
 def _shown(tokens: list[int], decode: Decode, vocabulary: Vocabulary) -> list[int]:

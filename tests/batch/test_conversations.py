@@ -115,7 +115,7 @@ def test_exchanges_between_ranks_keep_conversations_whole() -> None:
 
 
 @pytest.mark.parametrize(("packed", "context_size"), [(False, 1), (True, 1), (True, 2)])
-def test_every_sampled_token_and_no_given_one_is_a_target_behind_all_tokens_before_it(
+def test_sampled_tokens_alone_are_targets_behind_all_tokens_before_them(
     packed: bool, context_size: int
 ) -> None:
     rollouts = ragged_conversations()
@@ -154,7 +154,7 @@ def test_every_sampled_token_and_no_given_one_is_a_target_behind_all_tokens_befo
             assert tokens == [flat[by_index[i]] for i in part.token_indices.tolist()]
 
 
-def test_micro_batches_of_samples_without_given_tokens_equal_those_of_single_turns() -> None:
+def test_micro_batches_without_given_tokens_equal_those_of_single_turns() -> None:
     single = ragged_rollouts()
     empty = replace(
         single,

@@ -92,7 +92,7 @@ def test_environments_see_the_sampled_turns_and_samples_what_they_gave(parallel:
     assert torch.equal(compute_rewards(task, [], rollouts), rollouts.rewards), "of the conversations"
 
 
-def test_an_environment_that_ends_at_once_samples_what_a_single_turn_samples(parallel: Parallel) -> None:
+def test_an_environment_that_ends_at_once_samples_what_single_turns_do(parallel: Parallel) -> None:
     _, policy = make_exact(parallel)
     engine = engine_of(policy, 5)
     sampling = Sampling(max_tokens=20, stop_tokens=STOPS, seed=(3,), temperature=0.8, energies=True)

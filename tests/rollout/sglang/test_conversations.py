@@ -91,9 +91,8 @@ def test_every_turn_agrees_with_the_policy_over_cached_prefixes(
     assert rollouts.weight_versions.unique().tolist() == [run.policy.version]
 
 
+@pytest.mark.parametrize("run", ["exact"], indirect=True)
 def test_in_exact_mode_the_local_engine_samples_the_same_conversations(run: Run) -> None:
-    if not is_exact(run):
-        pytest.skip("rounding differs outside exact mode")
     engine, requests = run.generation.engine, requests_of(COUNT)
     local = LocalEngine(run.config.policy.model, VOCAB_SIZE, torch.float32, torch.device("cpu"), 7, True)
     local.update_weights(run.policy.stream_weights(), run.policy.version)
