@@ -31,10 +31,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"rollout.fill=groups_with_signal with {OWN}, whose",
         ),
         ((OWN, "algorithm.baseline=remax"), f"algorithm.baseline=remax with {OWN}, but its greedy"),
-        (
-            (OWN, "policy.model.num_moe_experts=4", "rollout.routing_replay=true"),
-            f"rollout.routing_replay=true with {OWN}, but the experts of given tokens",
-        ),
         (("task.environment=tools",), "task.environment=tools needs task.name=text and task.chat=true"),
         (
             ("task.environment=lift_tool", "task.name=text", "task.data=x"),

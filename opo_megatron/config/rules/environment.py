@@ -50,11 +50,6 @@ def check_environment(config: Config) -> None:
         "an environment; choose another baseline, such as opo or rloo",
     )
     require(
-        not config.rollout.routing_replay,
-        f"rollout.routing_replay=true with {name}, but the experts of given tokens are not recorded; set "
-        "rollout.routing_replay=false",
-    )
-    require(
         task.environment != LIFT_TOOL or task.name == TaskName.lift,
         f"{name} with task.name={task.name}, but it knows only the lift; set task.name=lift",
     )
