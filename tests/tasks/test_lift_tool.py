@@ -51,7 +51,7 @@ def test_wrong_options_of_the_tool_are_named(options: dict[str, object]) -> None
         LiftTool(TaskConfig(environment_options=options))
 
 
-def test_half_of_the_rides_are_short_and_no_problem_without_the_option_changes() -> None:
+def test_half_of_the_rides_are_short_where_the_option_says_so() -> None:
     plain, mixed = LiftTask({"moves": 10}), LiftTask({"moves": 10, "easy_moves": 2, "asks": 40})
     texts = [mixed.prompt("train", i).text for i in range(400)]
     short = [len(text) == 6 for text in texts]
