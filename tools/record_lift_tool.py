@@ -4,8 +4,8 @@
     python tools/record_lift_tool.py --seeds 1 --no-record train.steps=5
 
 Accuracy is the share of right answers, whatever they cost, which reward tells: `eval/accuracy` is the mean
-reward, the price of questions included.  A problem is hard where its ride is long.  Both, and how often the tool
-is asked, are counted in the rollouts of the first step and of the last ones.
+reward, the price of questions included.  A problem is hard where its ride is long.  Both, and how often the
+tool is asked, are counted in the rollouts of the first step and of the last ones.
 Exit code 1 where a claim does not hold.
 """
 
@@ -78,7 +78,7 @@ def run(seed: int, overrides: list[str]) -> dict[str, Any]:
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         files = sorted((run_dir / "rollouts").glob("*.safetensors"))
         asks = [questions(file) for file in files]
-        right = [float((Rollouts.load(file).rewards > 0).double().mean()) for file in files]
+        right = [share_right(file) for file in files]
     curve = {str(row["step"]): row["eval/accuracy"] for row in rows if "eval/accuracy" in row}
     return {
         "accuracy at the start": right[0],
@@ -93,6 +93,13 @@ def run(seed: int, overrides: list[str]) -> dict[str, Any]:
         "curve of eval/accuracy": curve,
         "curve of asks (hard, easy)": asks[::10],
     }
+
+
+def share_right(path: Path) -> float:
+    """The share of a step's answers that are right."""
+    rewards = Rollouts.load(path).rewards
+    assert rewards is not None
+    return float((rewards > 0).double().mean())
 
 
 def questions(path: Path) -> tuple[float, float]:
