@@ -50,11 +50,11 @@ def main() -> None:
         if not byte:
             break
         guardians = _reap(guardians)
-        parent, pid = os.getpid(), os.fork()
+        pid = os.fork()
         if pid == 0:
             control.close()
             os.close(output)
-            _guard(config, kind, descriptors[0], parent)
+            _guard(config, kind, descriptors[0])
         guardians.add(pid)
         os.close(descriptors[0])
     kill_descendants()
@@ -98,11 +98,11 @@ def _reap(guardians: set[int]) -> set[int]:
 # ------------------------------------------------------------------ the guardian
 
 
-def _guard(
-    config: TaskConfig, kind: Callable[[TaskConfig], Environment], descriptor: int, parent: int
-) -> None:
-    """Fork the environment's process, and clean up when it or the other end of its socket has ended."""
-    die_with_parent(parent, signal.SIGTERM)
+def _guard(config: TaskConfig, kind: Callable[[TaskConfig], Environment], descriptor: int) -> None:
+    """Fork the environment's process, and clean up when it or the other end of its socket has ended.
+
+    It does not depend on the process that it was forked from, which may be replaced while this one is used.
+    """
     os.setsid()
     guardian, child = os.getpid(), os.fork()
     if child == 0:
