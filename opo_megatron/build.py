@@ -47,6 +47,7 @@ from opo_megatron.policy.device import check_device
 from opo_megatron.policy.policy import Policy
 from opo_megatron.resilience.stop import StopRequest
 from opo_megatron.resilience.watchdog import Watchdog
+from opo_megatron.rollout.environments import open_environments
 from opo_megatron.rollout.exact_check import check_exact, check_exact_device
 from opo_megatron.rollout.generation import Generation
 from opo_megatron.rollout.local.engine import LocalEngine
@@ -133,10 +134,14 @@ def _build(
     _check_environment(config, parallel)
     watchdog.enter("loading the task")
     task = _open_task(config, display, resources)
+    environments = open_environments(config, task, display.log)
+    if environments is not None:
+        resources.callback(environments.close)
     watchdog.enter("checking checkpoints")
     checkpoint = find_checkpoint(config, parallel, display.log)
     estimator = load_estimator(config.algorithm.baseline)
     inputs = task.fingerprint | (estimator.fingerprint if estimator is not None else {})
+    inputs |= environments.fingerprint if environments is not None else {}
     progress, state = _read_checkpoint(config, inputs, checkpoint, allowed)
     watchdog.enter("loading weights")
     in_warm_start = progress.phase == "warm_start"
@@ -155,7 +160,7 @@ def _build(
     if reference is not None and checkpoint is not None and not in_warm_start:
         reference.adopt(run_of(checkpoint))
     generation = open_generation(config, parallel, policy, display, watchdog, resources)
-    generation.stop = stop
+    generation.stop, generation.environments = stop, environments
     generation.memory.before_training()
     saver = CheckpointSaver(
         config=config,

@@ -129,6 +129,9 @@ class Run:
         row["run/tokens_continued"] = self.generation.tokens_continued
         self.generation.tokens_continued = 0
         row["run/verifier_failures"] = int(all_reduce(self.parallel, torch.tensor(self.task.failures)))
+        if (environments := self.generation.environments) is not None:
+            failures = all_reduce(self.parallel, torch.tensor(environments.failures))
+            row["run/environment_failures"] = int(failures)
         throughput = throughput_metrics(row, peak_tflops(self.parallel))
         memory = memory_metrics() | self.generation.memory.metrics
         self.files.write_step(row | throughput | memory)

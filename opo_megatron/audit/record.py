@@ -1,9 +1,9 @@
 """The audit record of a step, a row of `audit.jsonl` that another machine can verify.
 
 Each OPO step records a digest per column of its rollouts (among them the experts that the engine took, where
-they are replayed), digest and norm per tensor of its new weights,
-and a chain: a hash of these digests and the previous chain, so that one number tells whether two runs are
-equal up to this step.  Digests do not depend on the parallel layout (`audit/digest.py`).  Engine
+they are replayed, and what environments gave, where samples are conversations), digest and norm per tensor of
+its new weights, and a chain: a hash of these digests and the previous chain, so that one number tells whether
+two runs are equal up to this step.  Digests do not depend on the parallel layout (`audit/digest.py`).  Engine
 log-probabilities are left out: their rounding depends on the layout.  A step that overlapped with generation
 records the order of its sums: `arrival` is not repeatable bit for bit.  Warm-start steps are not recorded;
 step 0 has the weights after the warm start.
@@ -31,6 +31,9 @@ ORDER = "overlap_order"
 """Key of the order in which groups were trained on, of steps that overlapped with generation."""
 PER_SAMPLE = ("prompt_ids", "response_lengths", "finish_reasons", "rewards")
 PER_TOKEN = {"prompt_tokens": "prompt_lengths", "response_tokens": "response_lengths"}
+GIVEN_LENGTHS = "given_lengths"
+PER_GIVEN_TOKEN = {"given_tokens": GIVEN_LENGTHS, "given_after": GIVEN_LENGTHS}
+"""Only of conversations."""
 EXPERTS = "routed_experts"
 
 
@@ -93,7 +96,11 @@ def _columns(rollouts: Rollouts) -> list[tuple[str, Tensor, Tensor]]:
     """(name, keys, values); the key of an element does not depend on its rank."""
     samples = mix_tensor(rollouts.groups * (1 << 32) + rollouts.sample_indices)
     columns = [(name, samples, getattr(rollouts, name)) for name in PER_SAMPLE]
-    for name, lengths_name in PER_TOKEN.items():
+    per_token = PER_TOKEN
+    if rollouts.given_lengths is not None:
+        columns.append((GIVEN_LENGTHS, samples, rollouts.given_lengths))
+        per_token = PER_TOKEN | PER_GIVEN_TOKEN
+    for name, lengths_name in per_token.items():
         keys = _token_keys(samples, getattr(rollouts, lengths_name))
         columns.append((name, keys, getattr(rollouts, name)))
     if rollouts.routed_experts is not None:

@@ -33,6 +33,7 @@ class Ended(NamedTuple):
     @staticmethod
     def of(samples: Sequence[int], rollouts: Rollouts) -> Ended:
         assert rollouts.rewards is not None
+        assert rollouts.given_lengths is None, "rollout.overlap is refused with conversations"
         return Ended(
             torch.tensor(samples, dtype=torch.int64), rollouts.prompt_ids, rollouts.prompt_lengths,
             rollouts.response_lengths, rollouts.finish_reasons, rollouts.rewards,

@@ -220,7 +220,7 @@ def build_micro_batches(
     responses = batch.response_tokens.split(lengths)
     token_indices = torch.arange(batch.response_tokens.numel()).split(lengths)
     ragged = {name: values.split(lengths) for name, values in columns.items()}
-    prompts = batch.prompt_lengths.tolist()
+    response_positions = batch.response_positions().split(lengths)
     experts: Sequence[Tensor] = ()
     if batch.routed_experts is not None:
         experts = batch.routed_experts.split(batch.input_lengths.tolist())
@@ -236,8 +236,7 @@ def build_micro_batches(
         loss_positions = []
         for i, start, one in zip(part, starts, inputs, strict=True):
             tokens[start : start + one.numel()] = one
-            first = start + prompts[i] - 1
-            loss_positions.append(torch.arange(first, first + lengths[i]))
+            loss_positions.append(start + response_positions[i] - 1)
         segments = segments_of(needed, width) if schedule.packed else [width] * height
         positions = torch.cat([torch.arange(length) for length in segments])
         micro = MicroBatch(

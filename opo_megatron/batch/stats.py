@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.energy import EnergySums
-from opo_megatron.batch.rollouts import FINISH_LENGTH, Rollouts
+from opo_megatron.batch.rollouts import Rollouts, is_truncated
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import NonFiniteError
 
@@ -33,6 +33,11 @@ class BatchStats:
     greedy_rewards: Tensor | None = None
     """[N] reward of the greedy response to each sample's prompt; None where none was sampled."""
 
+    given_lengths: Tensor | None = None
+    """[N] tokens that environments gave; None where no sample is a conversation."""
+    turns: Tensor | None = None
+    """[N] turns of each conversation."""
+
     sampled_groups: int | None = None
     """Groups sampled to fill the batch with groups that have a signal; None where it is not filled."""
     sampled_reward: float = 0.0
@@ -42,13 +47,14 @@ class BatchStats:
 
     @property
     def sequence_lengths(self) -> Tensor:
-        """[N]: prompt and response."""
-        return self.prompt_lengths + self.response_lengths
+        """[N]: prompt, response and given tokens."""
+        own = self.prompt_lengths + self.response_lengths
+        return own if self.given_lengths is None else own + self.given_lengths
 
     @property
     def truncated(self) -> float:
-        """Share of truncated responses."""
-        return float((self.finish_reasons == FINISH_LENGTH).double().mean())
+        """Share of responses that a limit cut, of tokens or of turns."""
+        return float(is_truncated(self.finish_reasons).double().mean())
 
 
 def gather_stats(parallel: Parallel, rollouts: Rollouts) -> BatchStats:
@@ -67,14 +73,18 @@ def gather_stats(parallel: Parallel, rollouts: Rollouts) -> BatchStats:
         rollouts.rewards,
     )
     energies = None if rollouts.energy is None else (rollouts.energy, rollouts.energy_hidden)
-    gathered = all_gather_objects(parallel, (columns, energies, rollouts.token_energy))
-    ids, groups, prompts, responses, reasons, rewards = _concat(columns for columns, _, _ in gathered)
+    given = None if rollouts.given_lengths is None else (rollouts.given_lengths, rollouts.turns)
+    gathered = all_gather_objects(parallel, (columns, energies, rollouts.token_energy, given))
+    ids, groups, prompts, responses, reasons, rewards = _concat(columns for columns, _, _, _ in gathered)
     check_rewards(ids, rewards)
     stats = BatchStats(groups, prompts, responses, reasons, rewards)
     if energies is not None:
-        stats = replace(stats, energies=EnergySums(*_concat(energies for _, energies, _ in gathered)))
+        stats = replace(stats, energies=EnergySums(*_concat(energies for _, energies, _, _ in gathered)))
     if rollouts.token_energy is not None:
-        stats = replace(stats, token_energies=torch.cat([energies for _, _, energies in gathered]))
+        stats = replace(stats, token_energies=torch.cat([energies for _, _, energies, _ in gathered]))
+    if given is not None:
+        given_lengths, turns = _concat(given for _, _, _, given in gathered)
+        stats = replace(stats, given_lengths=given_lengths, turns=turns)
     return stats
 
 

@@ -37,6 +37,7 @@ FIXED = (
 FREE = (
     "rollout.local",
     "rollout.sglang",
+    "rollout.environments",
     "policy.model.max_sequence_length",
 )
 """Their parts that may change, except `FIXED_IN_FREE`."""

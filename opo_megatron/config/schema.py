@@ -79,7 +79,7 @@ class TaskConfig:
     `reasoning_gym`: problems from one of that package's generators; `package.module:Class`: a class of your
     own."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options of the lift (`floors`, `moves`, `largest_move`) or of a class of your own; `options.NAME=VALUE`
+    """Options of the lift (`floors`, `moves`, `largest_move`, …) or of your own class; `options.NAME=VALUE`
     sets one."""
     data: str | None = None
     """text: file with one problem per row (JSONL, a JSON list or Parquet), or
@@ -137,6 +137,15 @@ class TaskConfig:
     """Services: how often a request without an answer is repeated."""
     verifier_api_key_env: str | None = None
     """Services: environment variable that holds the key, which is sent as `Authorization: Bearer KEY`."""
+    environment: str = "single_turn"
+    """What answers the policy: `single_turn`, nothing; `tools`, tools that a chat model calls; `lift_tool`, a
+    tool that knows the lift; `package.module:Class`, a class of your own."""
+    environment_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the environment; `environment_options.NAME=VALUE` sets one."""
+    environment_seconds: float = 10.0
+    """Time limit of an answer. One that exceeds it ends the conversation with `verifier_default`."""
+    environment_memory_mib: int = 4096
+    """Memory limit (address space) of an environment's process; 0 is none."""
 
 
 @dataclass
@@ -275,6 +284,10 @@ class RolloutConfig:
     """0 is off. Any other value samples from another distribution than the policy's."""
     max_response_tokens: int = 64
     """Maximum response length. A response that reaches it is truncated and has no stop token."""
+    max_turns: int = 8
+    """Environments: maximum number of the policy's turns in a conversation."""
+    environments: int = 64
+    """Environments per rank that run at once, each in a process of its own."""
     routing_replay: bool | None = None
     """Train with the experts that the engine took: rollouts carry them, for every token and layer. Default:
     true for a model with experts."""

@@ -17,6 +17,7 @@ from opo_megatron.config.choices import EngineName, Kl, Packing, RopeType, TaskN
 from opo_megatron.config.megatron_fields import MANAGED_FIELDS, check_megatron_fields
 from opo_megatron.config.rules.algorithm import check_algorithm
 from opo_megatron.config.rules.api_key import check_api_key
+from opo_megatron.config.rules.environment import check_environment
 from opo_megatron.config.rules.exact import check_exact
 from opo_megatron.config.rules.gpu import check_gpu_options
 from opo_megatron.config.rules.overlap import check_overlap
@@ -46,6 +47,7 @@ def validate(config: Config, world_size: int | None) -> None:
     check_overlap(config)
     check_algorithm(config)
     check_task(config)
+    check_environment(config)
     check_model(config.policy)
     check_layout(config.policy)
     check_experts(config.policy)
@@ -61,6 +63,7 @@ _FIELD_RULES: tuple[Rule, ...] = (
     (
         "run.ranks run.threads_per_rank rollout.prompts_per_step rollout.samples_per_prompt "
         "rollout.max_response_tokens rollout.local.slots rollout.fill_rounds rollout.overlap_micro_batches "
+        "rollout.max_turns rollout.environments "
         "warm_start.batch_size "
         "algorithm.updates_per_batch "
         "eval.problems eval.samples_per_problem policy.model.num_layers policy.model.hidden_size "
@@ -83,7 +86,8 @@ _FIELD_RULES: tuple[Rule, ...] = (
         "optimizer.lr warm_start.lr optimizer.weight_decay warm_start.weight_decay optimizer.clip "
         "warm_start.clip rollout.top_k eval.top_k eval.every_steps checkpoint.every_steps "
         "on_policy.tolerance algorithm.length_exponent rollout.sglang.restarts algorithm.kl_coefficient "
-        "algorithm.variance_every task.verifier_memory_mib task.verifier_retries",
+        "algorithm.variance_every task.verifier_memory_mib task.verifier_retries "
+        "task.environment_memory_mib",
         lambda value: value >= 0,
         "0 or more",
     ),
@@ -91,7 +95,7 @@ _FIELD_RULES: tuple[Rule, ...] = (
         "rollout.temperature eval.temperature optimizer.eps warm_start.eps run.distributed_timeout_minutes "
         "algorithm.loss_constant algorithm.tau rollout.sglang.start_timeout_seconds "
         "rollout.sglang.timeout_seconds on_policy.max_importance_weight algorithm.clip_high "
-        "policy.weight_bucket_mib task.verifier_seconds "
+        "policy.weight_bucket_mib task.verifier_seconds task.environment_seconds "
         "policy.model.rotary_base policy.model.layernorm_epsilon policy.model.rope_scaling.factor "
         "policy.model.rope_scaling.low_freq_factor policy.model.rope_scaling.high_freq_factor",
         lambda value: value > 0,

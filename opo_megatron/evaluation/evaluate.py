@@ -118,7 +118,7 @@ def generate_eval(
         This rank's block of them, and the statistics of all.
     """
     requests = requests_for(problems, samples, generation.parallel)
-    rollouts = generation.generate(requests, sampling, what)
+    rollouts = generation.generate(requests, sampling, what, prompts=problems)
     with generation.watchdog.within("eval reward"):
         rollouts.rewards = compute_rewards(task, problems, rollouts)
     try:

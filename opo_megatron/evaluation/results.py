@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opo_megatron.algorithm.pass_at_k import bootstrap_interval
-from opo_megatron.batch.rollouts import FINISH_LENGTH, Rollouts
+from opo_megatron.batch.rollouts import FINISH_NAMES, Rollouts
 from opo_megatron.config import Config
 from opo_megatron.evaluation.metrics import ResponseMetrics
 from opo_megatron.tasks import Prompt, Task
@@ -61,12 +61,16 @@ def write_samples(path: Path, task: Task, problems: Sequence[Prompt], rollouts: 
     assert rollouts.rewards is not None
     samples: list[list[dict[str, Any]]] = [[] for _ in problems]
     columns = (rollouts.groups, rollouts.rewards, rollouts.response_lengths, rollouts.finish_reasons)
-    for response, group, reward, length, reason in zip(
-        rollouts.responses(), *(column.tolist() for column in columns), strict=True
+    for response, segments, group, reward, length, reason in zip(
+        rollouts.responses(), rollouts.segments(), *(column.tolist() for column in columns), strict=True
     ):
-        finish = "length" if reason == FINISH_LENGTH else "stop"
-        text = task.decode(response)
-        samples[group].append({"text": text, "reward": reward, "length": length, "finish_reason": finish})
+        finish = FINISH_NAMES[reason]
+        sample = {"text": task.decode(response), "reward": reward, "length": length, "finish_reason": finish}
+        if rollouts.given_lengths is not None:
+            sample["turns"] = [
+                {"sampled" if is_sampled else "given": task.decode(tokens)} for is_sampled, tokens in segments
+            ]
+        samples[group].append(sample)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         for problem, own in zip(problems, samples, strict=True):
@@ -95,7 +99,7 @@ def results_table(
         line("problems", "{}", "problems", f"with {next(iter(measured.values())).samples} responses each"),
         *map(pass_at, ks),
         line("length", "{:.1f}", "length_mean", "tokens per response, stop token included"),
-        line("truncated", "{:.1%}", "truncation_rate", "responses that reached rollout.max_response_tokens"),
+        line("truncated", "{:.1%}", "truncation_rate", "responses that a limit cut, of tokens or of turns"),
         line(
             "Self-BLEU", "{:.3f}", "self_bleu", "similarity of the responses to a problem; 1 is all the same"
         ),

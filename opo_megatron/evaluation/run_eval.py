@@ -32,6 +32,7 @@ from opo_megatron.evaluation.results import (
 from opo_megatron.evaluation.source import Source
 from opo_megatron.observe.console import Display
 from opo_megatron.resilience.watchdog import Watchdog
+from opo_megatron.rollout.environments import open_environments
 from opo_megatron.rollout.generation import Generation
 from opo_megatron.tasks import Task, make_task
 from opo_megatron.tasks.benchmarks import HELD_OUT, Benchmark, check_vocabulary
@@ -96,7 +97,13 @@ def _evaluate_task(
     if name != HELD_OUT:  # ids of problems begin at 0 in every task
         sampling = replace(sampling, seed=(*sampling.seed, zlib.crc32(name.encode())))
     watchdog.enter(f"generating for {name}")
-    rollouts, stats = generate_eval(generation, task, problems, samples, sampling, name)
+    environments = open_environments(config, task, generation.display.log)
+    generation.environments = environments
+    try:
+        rollouts, stats = generate_eval(generation, task, problems, samples, sampling, name)
+    finally:
+        if environments is not None:
+            environments.close()
     watchdog.enter(f"measuring {name}")
     generation.display.status(f"{name}  measuring")
     metrics = measure_responses(parallel, rollouts, stats, samples, sampling)

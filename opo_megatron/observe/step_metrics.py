@@ -8,6 +8,7 @@ from torch import Tensor
 
 from opo_megatron.algorithm.advantages import zero_variance
 from opo_megatron.algorithm.on_policy import HISTOGRAM
+from opo_megatron.batch.rollouts import FINISH_NAMES
 from opo_megatron.batch.stats import BatchStats
 from opo_megatron.config import Config
 from opo_megatron.observe.metrics_file import MetricsRow
@@ -48,6 +49,12 @@ def step_row(
         row["fill/rounds"] = stats.rounds
         row["fill/groups_sampled"] = stats.sampled_groups
         row["fill/reward_mean"] = stats.sampled_reward
+    if stats.given_lengths is not None and stats.turns is not None:
+        row["conversation/turns_mean"] = float(stats.turns.double().mean())
+        row["conversation/turns_max"] = int(stats.turns.max())
+        row["conversation/given_tokens"] = int(stats.given_lengths.sum())
+        for reason, name in FINISH_NAMES.items():
+            row[f"conversation/ended_by_{name}"] = float((stats.finish_reasons == reason).double().mean())
     if metrics.entropy is not None:
         row["entropy"] = metrics.entropy
     if metrics.mismatch is not None:

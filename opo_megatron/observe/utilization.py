@@ -30,14 +30,18 @@ DEVICE_NAMES = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200"}
 
 
 def forward_flops(
-    model: ModelConfig, vocab_size: int, prompt_lengths: Tensor, response_lengths: Tensor
+    model: ModelConfig, vocab_size: int, context_lengths: Tensor, response_lengths: Tensor
 ) -> Tensor:
-    """[n] float64: operations of one forward pass of each sample."""
+    """[n] float64: operations of one forward pass of each sample.
+
+    Args:
+        context_lengths: tokens that were not sampled: of the prompt, and what an environment gave.
+    """
     assert model.kv_channels is not None
     head = vocab_size * model.hidden_size
     layers = active_parameters(model, vocab_size) - head
     attention = model.num_layers * model.num_attention_heads * model.kv_channels
-    tokens = (prompt_lengths + response_lengths - 1).double()
+    tokens = (context_lengths + response_lengths - 1).double()
     return 2 * (layers * tokens + head * response_lengths.double() + attention * tokens.square())
 
 
@@ -55,7 +59,8 @@ def training_tflop(
     model: ModelConfig, vocab_size: int, algorithm: AlgorithmConfig, stats: BatchStats, advantages: Tensor
 ) -> float:
     """10¹² model operations of a step's training phase, over all samples."""
-    flops = forward_flops(model, vocab_size, stats.prompt_lengths, stats.response_lengths)
+    context_lengths = stats.sequence_lengths - stats.response_lengths
+    flops = forward_flops(model, vocab_size, context_lengths, stats.response_lengths)
     return float((flops * training_passes(algorithm, advantages)).sum()) / 1e12
 
 

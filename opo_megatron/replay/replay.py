@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.config import MismatchAction
-from opo_megatron.audit.record import ORDER, PER_SAMPLE, PER_TOKEN, column_digests, in_hex, layout_of
+from opo_megatron.audit.record import (
+    ORDER,
+    PER_GIVEN_TOKEN,
+    PER_SAMPLE,
+    PER_TOKEN,
+    column_digests,
+    in_hex,
+    layout_of,
+)
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.build import open_run
 from opo_megatron.checkpoint.progress import PHASES, RunProgress, checkpoints
@@ -34,6 +42,7 @@ from opo_megatron.config.schema import CheckpointConfig, ObserveConfig, RolloutC
 from opo_megatron.distributed.process_groups import all_gather_objects
 from opo_megatron.errors import NonFiniteError, ReplayDiffers, UserError
 from opo_megatron.observe.metrics_file import MetricsFile, MetricsRow
+from opo_megatron.rollout.conversations import Conversations
 from opo_megatron.rollout.engine import Deliver, GenerationRequest, Progress, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
 from opo_megatron.run import Run
@@ -293,9 +302,11 @@ class _ReplayEngine:
         sampling: Sampling,
         progress: Progress | None = None,
         deliver: Deliver | None = None,
+        *,
+        conversations: Conversations | None = None,
     ) -> Rollouts:
         if sampling.seed[1:2] != (STREAM_TRAIN,) or self._rollouts is None:
-            rollouts = self._engine.generate(requests, sampling, progress)
+            rollouts = self._engine.generate(requests, sampling, progress, conversations=conversations)
         else:
             rollouts = _recorded(self._rollouts, requests)
         if deliver is not None and requests:
@@ -337,24 +348,30 @@ def _recorded(rollouts: Rollouts, requests: Sequence[GenerationRequest]) -> Roll
             f"the recorded batch lacks {len(missing)} of {len(wanted)} samples, still sampled when another "
             "was not finite (rollout.overlap=true); such a step is not replayed, choose another"
         )
-    unjudged = replace(rollouts, rewards=None, advantages=None, token_advantages=None)
+    # What environments answered is not asked again, and rewards come from their conversations.
+    rewards = None if rollouts.given_lengths is None else rollouts.rewards
+    unjudged = replace(rollouts, rewards=rewards, advantages=None, token_advantages=None)
     return unjudged.select([index[pair] for pair in wanted])
 
 
 def first_difference(was: Rollouts, now: Rollouts) -> str | None:
     """Description of the first difference between two batches of the same requests."""
-    for name in (*PER_TOKEN, *PER_SAMPLE):  # tokens first, since rewards depend on them
+    per_token = PER_TOKEN | PER_GIVEN_TOKEN
+    for name in (*per_token, *PER_SAMPLE):  # tokens first, since rewards depend on them
         before, after = getattr(was, name), getattr(now, name)
-        if before.shape != after.shape:
+        if before is None or after is None or before.shape != after.shape:
             continue  # the lengths differ too and are reported
         differing = (before != after).nonzero()[:, 0].tolist()
         if not differing:
             continue
-        index, lengths_name = differing[0], PER_TOKEN.get(name)
+        index, lengths_name = differing[0], per_token.get(name)
         values = f"was {before[index].item()} and is {after[index].item()} in the replay"
         if lengths_name is None:
             return f"the {name.removesuffix('s')} of {_sample(was, index)} {values}"
         sample, token = _place(getattr(was, lengths_name), index)
+        if name in PER_GIVEN_TOKEN:
+            what = "given token {}" if name == "given_tokens" else "the place of given token {}"
+            return f"{what.format(token)} of {_sample(was, sample)} {values}"
         return f"token {token} of the {name.split('_')[0]} of {_sample(was, sample)} {values}"
     return _first_other_experts(was, now)
 

@@ -97,7 +97,7 @@
     return `rgba(213, 94, 0, ${(0.72 * nll).toFixed(3)})`;
   }
 
-  function tokens(kind, indices, total, logProbs, isTruncated) {
+  function tokens(kind, indices, total, logProbs, isTruncated, given = []) {
     const box = make("div", { className: `text ${kind}` });
     const missing = total - indices.length, half = data.kept / 2;
     indices.forEach((textIndex, index) => {
@@ -106,11 +106,13 @@
       }
       let text = data.texts[textIndex];
       const isLast = index === indices.length - 1;
-      if (text === "" && isLast && isTruncated === false) text = "■";
-      const span = make("span", { className: "token", textContent: text });
+      const endsTurn = !given[index] && given[index + 1];
+      if (text === "" && (endsTurn || (isLast && isTruncated === false))) text = "■";
+      const span = make("span", { className: given[index] ? "token given" : "token", textContent: text });
       const position = missing > 0 && index >= half ? index + missing + 1 : index + 1;
       span.title = `token ${position}`;
-      if (logProbs) {
+      if (given[index]) span.title += ": given by the environment";
+      else if (logProbs) {
         const logProb = logProbs[index] / 100;
         span.style.backgroundColor = shade(logProb);
         span.title += `: log π = ${number(logProb)} nats, π = ${Math.exp(logProb).toPrecision(2)}`;
@@ -121,13 +123,14 @@
     return box;
   }
 
-  function legend() {
+  function legend(sample) {
     const steps = [0, 1, 2, 3, 5].map((nats) => {
       const span = make("span", { textContent: nats === MAX_NLL ? "≤ 0.007" : Math.exp(-nats).toPrecision(2) });
       span.style.backgroundColor = shade(-nats);
       return span;
     });
-    return make("div", { className: "legend" }, "probability π with which the token was sampled:", ...steps);
+    const given = sample.given ? ["underlined: given by the environment, not sampled"] : [];
+    return make("div", { className: "legend" }, "probability π with which the token was sampled:", ...steps, ...given);
   }
 
   function facts(pairs) {
@@ -164,14 +167,19 @@
         ["reward", number(sample.reward)],
         ["advantage", number(sample.advantage)],
         ["length", `${sample.tokens} tokens${sample.truncated ? ", truncated" : ""}`],
+        ...(sample.turns === undefined ? [] : [
+          ["turns", `${sample.turns}, ended by ${sample.ended_by}`],
+          ["given", `${sample.given_tokens} tokens`],
+        ]),
         ["log π of the response", hasLogProbs ? `${number(sample.log_prob)} nats` : "not recorded"],
         ["per token", hasLogProbs && sample.tokens ? `${number(sample.log_prob / sample.tokens)} nats` : "not recorded"],
       ]),
       make("h4", { textContent: "prompt" }),
       tokens("prompt", group.prompt, group.prompt_tokens),
       make("h4", { textContent: "response" }),
-      tokens("response", sample.response, sample.tokens, sample.log_probs, sample.truncated),
-      hasLogProbs ? legend() : null,
+      tokens("response", sample.response, sample.tokens + (sample.given_tokens || 0), sample.log_probs,
+        sample.truncated, sample.given),
+      hasLogProbs ? legend(sample) : null,
       make("h4", { textContent: "all samples of this prompt" }),
       siblings(group),
     ].filter((part) => part !== null));

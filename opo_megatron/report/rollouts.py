@@ -1,7 +1,8 @@
 """The rollouts in a page: a given number of groups, as text, with the engine's log-probabilities.
 
 The groups come from the last, the first and the middle saved step of each run, evenly spaced in the batch,
-never chosen by reward.  Each distinct token text is stored once, and tokens are indices into these texts;
+never chosen by reward.  In a conversation what the environment gave stands between the sampled tokens,
+without a log-probability.  Each distinct token text is stored once, and tokens are indices into these texts;
 log-probabilities are in hundredths of a nat.  A long response keeps its first and last tokens, and the page
 shows how many are missing.
 """
@@ -131,22 +132,34 @@ def _groups(rollouts: Rollouts, count: int, decode: Decode, vocabulary: Vocabula
 
 
 def _samples(part: Rollouts, decode: Decode, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    from opo_megatron.batch.rollouts import FINISH_NAMES, is_truncated
+
     lengths = part.response_lengths.tolist()
     log_probs = None
     if part.engine_log_prob is not None:
         log_probs = [row.tolist() for row in part.engine_log_prob.split(lengths)]
+    truncated = is_truncated(part.finish_reasons).tolist()
     samples = []
-    for index, response in enumerate(part.responses()):
+    for index, segments in enumerate(part.segments()):
+        continuation = [token for _, tokens in segments for token in tokens]
+        is_sampled = [sampled for sampled, tokens in segments for _ in tokens]
         sample: dict[str, Any] = {
-            "response": _shown(response, decode, vocabulary),
+            "response": _shown(continuation, decode, vocabulary),
             "tokens": lengths[index],
-            "truncated": bool(part.finish_reasons[index]),
+            "truncated": truncated[index],
         }
+        if part.given_lengths is not None and part.turns is not None:
+            sample["given"] = [int(not sampled) for sampled in _ends(is_sampled)]
+            sample["given_tokens"] = int(part.given_lengths[index])
+            sample["turns"] = int(part.turns[index])
+            sample["ended_by"] = FINISH_NAMES[int(part.finish_reasons[index])]
         for name, column in (("reward", part.rewards), ("advantage", part.advantages)):
             if column is not None and math.isfinite(column[index]):
                 sample[name] = float(column[index])
         if log_probs is not None:
-            sample["log_probs"] = [round(100 * value) for value in _ends(log_probs[index])]
+            of_sampled = iter(log_probs[index])
+            of_all = [next(of_sampled) if sampled else None for sampled in is_sampled]
+            sample["log_probs"] = [None if v is None else round(100 * v) for v in _ends(of_all)]
             sample["log_prob"] = sum(log_probs[index])
         samples.append(sample)
     return samples

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.config.schema import ModelConfig
+from opo_megatron.errors import UserError
 from opo_megatron.utils.hashing import hash_of
 from opo_megatron.weights.stream import NamedTensors
+
+if TYPE_CHECKING:
+    from opo_megatron.rollout.conversations import Conversations
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,22 @@ def sampling_key(sampling: Sampling, request: GenerationRequest) -> int:
     return hash_of((*sampling.seed, request.prompt_id, request.sample_index))
 
 
+def check_lengths(requests: Sequence[GenerationRequest], sampling: Sampling, model: ModelConfig) -> int:
+    """The tokens of the longest prompt.
+
+    Raises:
+        UserError: where a prompt and its response do not fit.
+    """
+    longest = max((len(request.tokens) for request in requests), default=0)
+    limit = model.max_sequence_length
+    if longest + sampling.max_tokens > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and rollout.max_response_tokens={sampling.max_tokens} exceed "
+            f"policy.model.max_sequence_length={limit}; shorten one or raise the other"
+        )
+    return longest
+
+
 WITHOUT_GRAPHS = "without CUDA graphs"
 """The batching, in the check of exact mode, of an engine that otherwise decodes in CUDA graphs."""
 Digests = Mapping[str, int]
@@ -70,9 +91,19 @@ class RolloutEngine(Protocol):
     """Version of the weights held; None before the first complete update."""
 
     def generate(
-        self, requests: Sequence[GenerationRequest], sampling: Sampling, progress: Progress | None = None
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        progress: Progress | None = None,
+        *,
+        conversations: Conversations | None = None,
     ) -> Rollouts:
-        """Generate one response per request, in the order of `requests`."""
+        """Generate one response per request, in the order of `requests`.
+
+        Args:
+            conversations: what answers the turns of each response, and rewards it in the end; None where a
+                response is one turn.
+        """
         ...
 
     def update_weights(self, buckets: NamedTensors, version: int) -> None:
@@ -123,6 +154,8 @@ class StreamingEngine(RolloutEngine, Protocol):
         sampling: Sampling,
         progress: Progress | None = None,
         deliver: Deliver | None = None,
+        *,
+        conversations: Conversations | None = None,
     ) -> Rollouts:
         """Generate one response per request, in the order of `requests`; each is delivered as it ends."""
         ...

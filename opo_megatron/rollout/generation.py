@@ -26,9 +26,11 @@ from opo_megatron.policy.policy import Policy
 from opo_megatron.policy.token_measures import measure_energies, measure_token_energies
 from opo_megatron.resilience.stop import StopRequest
 from opo_megatron.resilience.watchdog import Watchdog
+from opo_megatron.rollout.conversations import Environments
 from opo_megatron.rollout.engine import GenerationRequest, Progress, RolloutEngine, Sampling
 from opo_megatron.rollout.memory_sharing import MemorySharing
 from opo_megatron.rollout.probe import check_sync, largest_difference, probe_requests, probe_sampling
+from opo_megatron.tasks.base import Prompt
 
 T = TypeVar("T")
 
@@ -46,6 +48,8 @@ class Generation:
     watchdog: Watchdog
     stop: StopRequest | None = None
     """Interrupts generation for training where the run has to end."""
+    environments: Environments | None = None
+    """What answers the policy between its turns; None for a task of single turns."""
     sync_difference: float = field(default=0.0, init=False)
     """Largest |Δ log-probability| of the probe after the last sync."""
     failures: int = field(default=0, init=False)
@@ -83,10 +87,14 @@ class Generation:
         sampling: Sampling,
         what: str,
         interruptible: bool = False,
+        prompts: Sequence[Prompt] = (),
     ) -> Rollouts:
         """One response per request of this rank, from the engine's current weights.
 
+        Where the run has environments, every response is a conversation and comes with its reward.
+
         Args:
+            prompts: of all requests, by their group; only environments need them.
             what: names the work in the progress line.
             interruptible: whether a stop request ends it early; the next attempt generates the same again.
 
@@ -100,7 +108,16 @@ class Generation:
             if interruptible and self.stop is not None:
                 self.stop.raise_if_stopping()
 
-        return self.retry(lambda _: self.engine.generate(requests, sampling, show_or_stop), sampling)
+        def attempt(_: bool) -> Rollouts:
+            if self.environments is None:
+                return self.engine.generate(requests, sampling, show_or_stop)
+            conversations = self.environments.open(requests, [prompts[r.group] for r in requests], sampling)
+            try:
+                return self.engine.generate(requests, sampling, show_or_stop, conversations=conversations)
+            finally:
+                conversations.close()
+
+        return self.retry(attempt, sampling)
 
     def retry(self, attempt: Callable[[bool], T], sampling: Sampling) -> T:
         """`attempt` of all ranks, which generates; where an engine of one fails, all do it once more.

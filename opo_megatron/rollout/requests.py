@@ -79,6 +79,10 @@ def greedy_sampling(config: Config, task: Task, step: int) -> Sampling:
 
 
 def compute_rewards(task: Task, prompts: Sequence[Prompt], rollouts: Rollouts) -> Tensor:
-    """[n] float64: the task's reward of each response; `gather_stats` checks them on all ranks."""
+    """[n] float64: the reward of each response by the task, or by its conversation; `gather_stats` checks
+    them on all ranks."""
+    if rollouts.given_lengths is not None:
+        assert rollouts.rewards is not None
+        return rollouts.rewards
     prompt_of = [prompts[group] for group in rollouts.groups.tolist()]
     return torch.tensor(task.rewards(prompt_of, rollouts.responses()), dtype=torch.float64)

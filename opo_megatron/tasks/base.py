@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -28,6 +28,8 @@ class Prompt:
     answer: str
     solution: str = ""
     """The reference solution that the answer was taken from."""
+    messages: tuple[dict[str, Any], ...] = field(default=(), compare=False)
+    """What the chat template rendered, where it did."""
 
     @property
     def context(self) -> str:

@@ -13,7 +13,6 @@ the guardian is killed, the child is, too; the caller replaces both (`worker_poo
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -23,38 +22,27 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from opo_megatron.tasks.guardian import become_subreaper, die_with_parent, kill_descendants
 from opo_megatron.tasks.user_verifier import call, call_mode, described, load_function, source_hash
 
 OWN = ("math", "math_strict")
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def main() -> None:
     grader, seconds, memory_mib = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
-    _die_with_parent(os.getppid(), signal.SIGTERM)
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    die_with_parent(os.getppid(), signal.SIGTERM)
+    become_subreaper()
     guardian = os.getpid()
     child = os.fork()
     if child:
         _guard(child)
-    _die_with_parent(guardian, signal.SIGKILL)
+    die_with_parent(guardian, signal.SIGKILL)
     if memory_mib:
         resource.setrlimit(resource.RLIMIT_AS, (memory_mib * 2**20,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # what the grader prints, also from C and from its children, is no reply
     _serve(grader, seconds, replies)
-
-
-def _prctl(option: int, value: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, value)
-
-
-def _die_with_parent(parent: int, number: int) -> None:
-    _prctl(PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:  # it ended before prctl
-        os._exit(1)
 
 
 # ------------------------------------------------------------------ the guardian
@@ -67,21 +55,8 @@ def _guard(child: int) -> None:
     os.close(0)
     os.close(1)
     _, status = os.waitpid(child, 0)
-    try:
-        while True:
-            for pid in _children():
-                os.kill(pid, signal.SIGKILL)
-            os.waitpid(-1, 0)
-    except ChildProcessError:
-        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
-
-
-def _children() -> list[int]:
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            return [int(pid) for pid in file.read().split()]
-    except OSError:
-        return []
+    kill_descendants()
+    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
 # ------------------------------------------------------------------ the child

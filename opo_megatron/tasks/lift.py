@@ -9,7 +9,9 @@ Demonstrations are imperfect on purpose: 55 % answer directly, 15 % write every 
 have 3 to 22 tokens, and the policy has to discover that writing floors increases the reward.  One problem in
 ten is held out, by a hash of its text.
 
-`task.options` makes it harder: `floors`, `moves`, `largest_move`.  With more than ten floors a floor has up
+`task.options` makes it harder: `floors`, `moves`, `largest_move`.  With `easy_moves` every other problem, by
+a hash, has only so many moves.  With `asks` that percentage of the demonstrations ask `lift_tool.py` for the
+ride, whether they need it or not, and all others answer directly.  With more than ten floors a floor has up
 to three digits.  A lift with too many problems to enumerate has `SAMPLED` of them per split, chosen by a hash
 of their index.
 """
@@ -30,14 +32,22 @@ SYMBOLS = (*"$#=+-,?", *"0123456789")
 STOP = 0
 UNKNOWN = "\ufffd"
 """Text of a token id beyond the symbols: a policy's vocabulary may be larger than the task's."""
-DEFAULTS = {"floors": 10, "moves": 5, "largest_move": 4}
-LIMITS = {"floors": (2, 1000), "moves": (1, 32), "largest_move": (1, 9)}
+DEFAULTS = {"floors": 10, "moves": 5, "largest_move": 4, "easy_moves": 0, "asks": 0}
+LIMITS = {
+    "floors": (2, 1000),
+    "moves": (1, 32),
+    "largest_move": (1, 9),
+    "easy_moves": (0, 32),
+    "asks": (0, 100),
+}
 ENUMERATED = 2**19
 """A lift with at most this many problems has all of them."""
 SAMPLED = 2**18
 """Problems per split of a lift with more."""
 STYLES = {"direct": 0.55, "every_other": 0.15, "all": 0.25, "twice": 0.05}
 CORRUPTED = 0.1
+ASK = "?$"
+"""The turn that asks the tool for the ride."""
 HELD_OUT_IN = 10
 
 _TOKEN = {symbol: token for token, symbol in enumerate(SYMBOLS)}
@@ -58,7 +68,9 @@ class LiftTask(PerResponseTask):
             UserError: for an option that the lift does not have, or a value out of its range.
         """
         values = DEFAULTS | _checked(options or {})
-        self.floors, self.moves, self.largest_move = (values[name] for name in DEFAULTS)
+        self.floors, self.moves, self.largest_move, self.easy_moves, self.asks = (
+            values[name] for name in DEFAULTS
+        )
         self.problems = self.floors * (2 * self.largest_move) ** self.moves
         self._indices: dict[Split, list[int]] = {"train": [], "held_out": []}
         if self.problems <= ENUMERATED:
@@ -84,11 +96,13 @@ class LiftTask(PerResponseTask):
 
     def _text(self, number: int) -> str:
         """The problem with this number; its last move varies fastest."""
-        moves = []
+        moves, count = [], self.moves
+        if self.easy_moves and hash_of((number,)) & 1:
+            count = min(count, self.easy_moves)
         for _ in range(self.moves):
             number, move = divmod(number, 2 * self.largest_move)
             moves.append(f"{'-' if move >= self.largest_move else '+'}{move % self.largest_move + 1}")
-        return f"{number}{''.join(reversed(moves))}="
+        return f"{number}{''.join(moves[count - 1 :: -1])}="
 
     @staticmethod
     def _split(text: str) -> Split:
@@ -110,6 +124,10 @@ class LiftTask(PerResponseTask):
         return float(len(parts) == 2 and parts[1] == prompt.answer)
 
     def demonstration(self, prompt: Prompt, rng: random.Random) -> list[int]:
+        if self.asks:
+            asks = rng.randrange(100) < self.asks
+            answer = prompt.answer if rng.random() >= CORRUPTED else str(rng.randrange(self.floors))
+            return self.encode(f"{ASK}#{answer}$" if asks else f"#{answer}$")
         style = rng.choices(list(STYLES), list(STYLES.values()))[0]
         floor, *moves = _numbers(prompt.text)
         written = []
@@ -118,12 +136,12 @@ class LiftTask(PerResponseTask):
             floor = rng.randrange(self.floors) if rng.random() < CORRUPTED else self._next(floor, move)
             written.append(str(floor))
         if style == "direct":
-            return self._encode(f"#{prompt.answer}$")
+            return self.encode(f"#{prompt.answer}$")
         answer = str(floor)
         if style == "every_other":
             written = written[::2]
         text = ",".join(written)
-        return self._encode((f"{text}?{text}" if style == "twice" else text) + f"#{answer}$")
+        return self.encode((f"{text}?{text}" if style == "twice" else text) + f"#{answer}$")
 
     @staticmethod
     def decode(tokens: list[int]) -> str:
@@ -132,8 +150,13 @@ class LiftTask(PerResponseTask):
     def raw_text(self, tokens: list[int]) -> str:
         return self.decode(tokens)
 
-    def _encode(self, text: str) -> list[int]:
+    @staticmethod
+    def encode(text: str) -> list[int]:
         return [_TOKEN[c] for c in text]
+
+    def after(self, prompt: Prompt, moves: int) -> int:
+        """The floor after the first moves of a problem."""
+        return self._visited(prompt.text)[: max(1, moves)][-1]
 
     def _next(self, floor: int, move: int) -> int:
         return min(self.floors - 1, max(0, floor + move))

@@ -23,6 +23,7 @@ from opo_megatron.tasks.math_answers import reference
 from opo_megatron.tasks.messages import Messages, find_messages, message, text_of_messages
 from opo_megatron.tasks.rows import read_rows
 from opo_megatron.tasks.tokenizers import Tokenizer, open_tokenizer
+from opo_megatron.tasks.tool_environment import tool_schemas
 from opo_megatron.tasks.verifiers import compile_pattern, last_match
 
 HELD_OUT_IN = 10
@@ -75,7 +76,7 @@ class TextTask(PerResponseTask):
             rows_hash = hashlib.sha256()
             for row_number, row in read_rows(path) if path is not None else ():
                 try:
-                    text, tokens, answer, solution = reader.read(f"{path}, row {row_number}", row)
+                    text, tokens, answer, solution, messages = reader.read(f"{path}, row {row_number}", row)
                 except RowError as error:
                     reading.refused(error)
                 else:
@@ -85,7 +86,7 @@ class TextTask(PerResponseTask):
                     if len(tokens) > config.max_prompt_tokens:
                         self._dropped[split].append(len(tokens))
                     else:
-                        prompt = Prompt(number, text, tuple(tokens), answer, solution)
+                        prompt = Prompt(number, text, tuple(tokens), answer, solution, tuple(messages))
                         self._prompts[split].append(prompt)
                         number += 1
                 reading.progress(str(path), row_number)
@@ -144,13 +145,18 @@ def prompt_tokens(tokenizer: Tokenizer, config: TaskConfig, prompt: str | Messag
     Args:
         prompt: a text, or messages; the template surrounds the last of them.
     """
-    *before, last = [message("user", prompt)] if isinstance(prompt, str) else prompt
-    filled = config.template.replace(SLOT, last["content"])
     if not config.chat:
-        return tokenizer.encode(filled)
+        last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        return tokenizer.encode(config.template.replace(SLOT, last))
+    return tokenizer.chat(prompt_messages(config, prompt), tool_schemas(config))
+
+
+def prompt_messages(config: TaskConfig, prompt: str | Messages) -> Messages:
+    """What the chat template renders of a problem."""
+    *before, last = [message("user", prompt)] if isinstance(prompt, str) else prompt
     if config.system_prompt:
         before = [message("system", config.system_prompt), *before]
-    return tokenizer.chat([*before, {**last, "content": filled}])
+    return [*before, {**last, "content": config.template.replace(SLOT, last["content"])}]
 
 
 class ProblemReader:
@@ -162,8 +168,8 @@ class ProblemReader:
         if config.answer_pattern is not None:
             self._pattern = compile_pattern("task.answer_pattern", config.answer_pattern)
 
-    def read(self, place: str, row: Any) -> tuple[str, list[int], str, str]:
-        """(text, tokens, gold answer, reference solution) of a row.
+    def read(self, place: str, row: Any) -> tuple[str, list[int], str, str, Messages]:
+        """(text, tokens, gold answer, reference solution, messages if an environment needs them) of a row.
 
         Args:
             place: file and row, for errors.
@@ -177,7 +183,8 @@ class ProblemReader:
         text = prompt if isinstance(prompt, str) else text_of_messages(prompt)
         if not tokens:
             raise RowError(f"{place}: the problem {text!r} has no tokens; remove the row")
-        return text, tokens, answer, solution
+        messages = prompt_messages(self.config, prompt) if self.config.environment == "tools" else []
+        return text, tokens, answer, solution, messages
 
     def _prompt(self, place: str, row: Any) -> str | Messages:
         field, key = self.config.prompt_field, "task.prompt_field"

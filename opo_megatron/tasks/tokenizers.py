@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,8 +30,12 @@ class Tokenizer(Protocol):
         """Text of tokens, special tokens included."""
         ...
 
-    def chat(self, messages: Messages) -> list[int]:
-        """Messages in the model's chat template, up to where the response begins."""
+    def chat(self, messages: Messages, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """Messages in the model's chat template, up to where the response begins.
+
+        Args:
+            tools: schemas of what the model may call.
+        """
         ...
 
 
@@ -49,7 +54,7 @@ class ByteTokenizer:
     def raw_text(self, tokens: list[int]) -> str:
         return b"".join(bytes([t]) if t < 256 else b"<stop>" for t in tokens).decode(errors="replace")
 
-    def chat(self, messages: Messages) -> list[int]:
+    def chat(self, messages: Messages, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         raise UserError(
             "task.chat=true needs a chat template, and bytes have none; name a tokenizer's folder"
         )
@@ -92,22 +97,31 @@ class FolderTokenizer:
     def raw_text(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
 
-    def chat(self, messages: Messages) -> list[int]:
+    def chat(self, messages: Messages, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        return self.encode_rendered(self.render(messages, tools))
+
+    def render(self, messages: Messages, tools: Sequence[dict[str, Any]] = ()) -> str:
+        """The text of `chat`."""
         if not self._tokenizer.chat_template:
             raise UserError(
                 "task.chat=true, but the tokenizer in task.tokenizer has no chat template; set false"
             )
+        own = {"tools": list(tools)} if tools else {}
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **own
+                )
             )
         except Exception as error:  # templates are programs, and reject by raising
             raise UserError(
                 f"the chat template of task.tokenizer rejects the message ({error}); change "
                 "task.system_prompt, or set task.chat=false"
             ) from error
-        # The template writes the special tokens, the first one included.
-        return list(self._tokenizer.encode(rendered, add_special_tokens=False))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Tokens of a part of what a template wrote, with the special tokens in it and no others."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
 
 
 def opening_tokens(tokenizer: Any) -> list[int]:

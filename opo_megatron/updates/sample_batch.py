@@ -68,7 +68,9 @@ def _sample_round(
     with timer.phase("rollout"):
         requests = requests_for(prompts, config.rollout.samples_per_prompt, parallel, groups)
         sampling = training_sampling(config, run.task, step)
-        rollouts = run.generation.generate(requests, sampling, f"step {step}  generating", interruptible=True)
+        rollouts = run.generation.generate(
+            requests, sampling, f"step {step}  generating", interruptible=True, prompts=prompts
+        )
         run.last_rollouts = rollouts
         check_versions(rollouts.weight_versions, run.policy.version)
     with timer.phase("reward"):
@@ -141,7 +143,11 @@ def _greedy_rewards(
     with timer.phase("rollout"):
         requests = requests_for(prompts, 1, run.parallel)
         greedy = run.generation.generate(
-            requests, greedy_sampling(run.config, run.task, step), f"step {step}  greedy", interruptible=True
+            requests,
+            greedy_sampling(run.config, run.task, step),
+            f"step {step}  greedy",
+            interruptible=True,
+            prompts=prompts,
         )
         check_versions(greedy.weight_versions, run.policy.version)
     with timer.phase("reward"):

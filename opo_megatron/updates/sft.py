@@ -11,7 +11,9 @@ import random
 
 from opo_megatron.algorithm.objective import Supervised
 from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.config.rules.environment import has_environment
 from opo_megatron.policy.lr_schedule import learning_rate
+from opo_megatron.rollout.environments import with_answers
 from opo_megatron.run import Run
 from opo_megatron.tasks.base import STREAM_WARM_START
 
@@ -60,4 +62,7 @@ def _demonstrations(run: Run, step: int) -> Rollouts:
         run.task.demonstration(prompt, random.Random(f"{seed}/{step}/{index}"))
         for index, prompt in enumerate(prompts)
     ]
-    return Rollouts.from_demonstrations([prompt.tokens for prompt in prompts], responses)
+    rollouts = Rollouts.from_demonstrations([prompt.tokens for prompt in prompts], responses)
+    if has_environment(run.config):
+        return with_answers(run.config, run.task.stop_tokens, prompts, rollouts)
+    return rollouts

@@ -13,42 +13,14 @@ from opo_megatron.batch.micro_batch import schedule_micro_batches
 from opo_megatron.batch.redistribute import gather_to_rank0, local_slice, redistribute_to_dp
 from opo_megatron.batch.rollouts import FINISH_LENGTH, FINISH_STOP, Rollouts
 from opo_megatron.batch.stats import gather_stats
-from opo_megatron.distributed.process_groups import Parallel, rank_range
+from opo_megatron.distributed.process_groups import rank_range
 from opo_megatron.errors import NonFiniteError
 from opo_megatron.rollout.requests import compute_rewards, requests_for
 from opo_megatron.tasks import Prompt
 from opo_megatron.tasks.base import PerResponseTask
+from tests.support.rollout_batches import alone, assert_same, random_rollouts
 
 Sample = dict[str, object]
-
-
-def random_rollouts(count: int, seed: int = 0, optional: bool = True) -> Rollouts:
-    generator = torch.Generator().manual_seed(seed)
-
-    def integers(low: int, high: int, n: int) -> torch.Tensor:
-        return torch.randint(low, high, (n,), generator=generator)
-
-    prompt_lengths, response_lengths = integers(1, 7, count), integers(0, 9, count)
-    tokens = int(response_lengths.sum())
-    inputs = int((prompt_lengths + response_lengths - 1).sum())
-    optional_columns = {
-        "weight_versions": integers(0, 5, tokens),
-        "engine_log_prob": -torch.rand(tokens, generator=generator),
-        "rewards": torch.rand(count, generator=generator, dtype=torch.float64),
-        "advantages": torch.randn(count, generator=generator, dtype=torch.float64),
-        "routed_experts": integers(0, 256, inputs * 3 * 2).to(torch.uint8).view(inputs, 3, 2),
-    }
-    return Rollouts(
-        prompt_ids=integers(0, 10**12, count),
-        groups=torch.arange(count) // 4,
-        sample_indices=torch.arange(count) % 4,
-        prompt_lengths=prompt_lengths,
-        prompt_tokens=integers(0, 100, int(prompt_lengths.sum())),
-        response_lengths=response_lengths,
-        response_tokens=integers(0, 100, tokens),
-        finish_reasons=integers(0, 2, count),
-        **(optional_columns if optional else {}),
-    )
 
 
 def samples_of(rollouts: Rollouts) -> list[Sample]:
@@ -73,22 +45,6 @@ def samples_of(rollouts: Rollouts) -> list[Sample]:
         samples.append(sample)
     assert prompt == rollouts.prompt_tokens.numel() and response == rollouts.response_tokens.numel()
     return samples
-
-
-def assert_same(got: Rollouts, expected: Rollouts) -> None:
-    for field in fields(expected):
-        left, right = getattr(got, field.name), getattr(expected, field.name)
-        if isinstance(right, torch.Tensor):
-            assert left.dtype == right.dtype and torch.equal(left, right), field.name
-        else:
-            assert left == right, field.name
-
-
-def alone() -> Parallel:
-    """One rank without process groups."""
-    ones = {f.name: 1 if f.name.endswith("size") else 0 for f in fields(Parallel) if f.type == "int"}
-    groups = {f.name: None for f in fields(Parallel) if f.name.endswith("group")}
-    return Parallel(device=torch.device("cpu"), **ones, **groups)
 
 
 @pytest.mark.parametrize("optional", [True, False])

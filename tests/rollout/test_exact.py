@@ -26,9 +26,9 @@ from opo_megatron.rollout.exact_trace import policy_digests
 from opo_megatron.rollout.local import sampler
 from opo_megatron.rollout.local.decoder import Decoder
 from opo_megatron.rollout.local.engine import LocalEngine
-from opo_megatron.weights.random_init import random_weights
 from tests.support.altered_operations import IN_DECODER, NAMED
 from tests.support.fixtures import VOCAB_SIZE, small_config
+from tests.support.policies import make_exact
 
 EXACT = "rollout.local.exact=true"
 MODELS = {
@@ -49,24 +49,6 @@ MODELS = {
 def parallel() -> Iterator[Parallel]:
     yield initialize(small_config())
     shutdown()
-
-
-def make_exact(
-    parallel: Parallel, *overrides: str, exact: bool = True, precision: tuple[str, ...] = ()
-) -> tuple[Config, Policy]:
-    """A policy whose next-token distributions are far from uniform."""
-    model = (f"policy.model.{override}" for override in overrides)
-    config = small_config(f"rollout.local.exact={exact}", *model, *precision)
-    source = random_weights(config.policy.model, VOCAB_SIZE, config.run.seed)
-    generator = torch.Generator().manual_seed(4)
-
-    def weights(name: str) -> Tensor:
-        tensor = source(name)
-        if tensor.dim() == 1:
-            return tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
-        return tensor * 4
-
-    return config, Policy(config, VOCAB_SIZE, parallel, config.optimizer, weights)
 
 
 def generate(

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.rollout.conversations import Limits
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.local.engine import LocalEngine
+from tests.support.conversations import InProcess, environments_of, some_time
 from tests.support.hf_models import FAMILIES, QWEN3_MOE, transformers_model_with
 from tests.support.local_engines import STOP, engine_of, some_requests, weights_of
 
@@ -49,6 +51,24 @@ def test_recorded_experts_are_the_best_of_transformers_routers(
     best = scores.topk(model.moe_router_topk, -1).values.sort(-1).values
     torch.testing.assert_close(chosen, best, rtol=0, atol=1e-5)
     assert len(experts.flatten(0, 1).unique(dim=0)) > 3  # tokens do not all take the same
+
+
+@pytest.mark.parametrize("slots", [2, 24])
+@torch.no_grad()
+def test_experts_of_conversations_are_recorded_for_given_tokens_as_well(slots: int, tmp_path: Path) -> None:
+    engine, requests = engine_of(QWEN3_MOE, slots, sharpness=3.0), some_requests(8, samples=3)
+    environments = environments_of(len(requests))
+    conversations = InProcess(requests, environments, Limits(4, 14, 64), some_time)
+    sampling = replace(SAMPLING, stop_tokens=(STOP, 1, 2, 3))
+    rollouts = engine.generate(requests, sampling, conversations=conversations)
+    experts = rollouts.routed_experts
+    assert experts is not None and rollouts.turns is not None and int(rollouts.turns.max()) > 2
+    assert len(experts) == int(rollouts.input_lengths.sum())
+    reference = transformers_model_with("qwen3_moe", weights_of(QWEN3_MOE, 3.0), tmp_path)
+    scores = transformers_scores(reference, rollouts)
+    chosen = scores.gather(-1, experts.long()).sort(-1).values
+    best = scores.topk(QWEN3_MOE.moe_router_topk, -1).values.sort(-1).values
+    torch.testing.assert_close(chosen, best, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("slots", [1, 3, 64])

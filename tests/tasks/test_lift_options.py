@@ -63,7 +63,8 @@ def test_prompts_that_are_not_enumerated_have_ids_of_their_own() -> None:
     [
         (
             {"floor": 3},
-            "task.options.floor is 3, but the lift has only floors, moves, largest_move; remove it",
+            "task.options.floor is 3, but the lift has only floors, moves, largest_move, easy_moves, asks; "
+            "remove it",
         ),
         (
             {"floors": 2, "moves": 1, "largest_move": 1},

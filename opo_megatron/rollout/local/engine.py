@@ -2,7 +2,7 @@
 
 Running responses always fill the first rows of the cache.  When some finish, running rows from the
 end move into the free rows, and waiting requests are admitted after them; nothing else is copied.
-Samples of one prompt share its prefill.
+Samples of one prompt share its prefill.  Conversations are in `conversation_batch.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,11 +22,21 @@ from opo_megatron.errors import UserError
 from opo_megatron.kernels.exact import padded_keys
 from opo_megatron.kernels.exact_digest import row_digests
 from opo_megatron.kernels.exact_sampling import uniforms
-from opo_megatron.rollout.engine import Digests, GenerationRequest, Progress, Sampling, sampling_key
+from opo_megatron.rollout.engine import (
+    Digests,
+    GenerationRequest,
+    Progress,
+    Sampling,
+    check_lengths,
+    sampling_key,
+)
 from opo_megatron.rollout.local.decoder import Decoder, KeyValueCache
 from opo_megatron.rollout.local.sampler import sample
 from opo_megatron.utils.hashing import MASK, signed
 from opo_megatron.weights.stream import NamedTensors
+
+if TYPE_CHECKING:
+    from opo_megatron.rollout.conversations import Conversations
 
 PREFILL_TOKENS = 16384
 """Prompt tokens, padding included, per prefill pass."""
@@ -141,7 +152,12 @@ class LocalEngine:
 
     @torch.no_grad()
     def generate(
-        self, requests: Sequence[GenerationRequest], sampling: Sampling, progress: Progress | None = None
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        progress: Progress | None = None,
+        *,
+        conversations: Conversations | None = None,
     ) -> Rollouts:
         """Generate one response per request.
 
@@ -150,14 +166,13 @@ class LocalEngine:
         """
         if self.version is None:
             raise RuntimeError("the engine holds no complete weights yet")
-        longest = max((len(request.tokens) for request in requests), default=0)
-        limit = self.decoder.model.max_sequence_length
-        if longest + sampling.max_tokens > limit:
-            raise UserError(
-                f"a prompt of {longest} tokens and rollout.max_response_tokens={sampling.max_tokens} exceed "
-                f"policy.model.max_sequence_length={limit}; shorten one or raise the other"
-            )
-        batch = _Batch(self, requests, sampling, longest + sampling.max_tokens)
+        longest = check_lengths(requests, sampling, self.decoder.model)
+        if conversations is None:
+            batch = Batch(self, requests, sampling, longest + sampling.max_tokens)
+        else:
+            from opo_megatron.rollout.local.conversation_batch import ConversationBatch
+
+            batch = ConversationBatch(self, requests, sampling, conversations)
         while batch.advance():
             if progress is not None:
                 progress(batch.finished, len(requests), batch.sampled)
@@ -172,7 +187,7 @@ class LocalEngine:
 
 
 @dataclass
-class _Rows:
+class Rows:
     """State of the running responses, one entry per occupied cache row."""
 
     request: Tensor
@@ -194,7 +209,7 @@ def _slots_of(batching: str) -> int:
     return int(batching.split()[1])
 
 
-class _Batch:
+class Batch:
     """One call of `generate`."""
 
     def __init__(
@@ -220,7 +235,7 @@ class _Batch:
         self.routed_experts = self._experts_of(n, length - 1) if sampling.routed_experts else None
         self.stopped = torch.zeros(n, dtype=torch.bool, device=self.device)
         none = torch.empty(0, dtype=torch.int64, device=self.device)
-        self.rows = _Rows(none, none, none, none, none)
+        self.rows = Rows(none, none, none, none, none)
         self.admitted = self.finished = self.sampled = 0
 
     def _experts_of(self, n: int, length: int) -> Tensor | None:
@@ -248,15 +263,20 @@ class _Batch:
             self._retire()
         if self.rows.request.numel():
             rows = self.rows
-            with self._recording() as layers:
-                hidden = self.decoder.decode(rows.token, rows.position, self.cache)
-            if self.routed_experts is not None:
-                experts = torch.stack(layers, 2)[:, 0].to(self.routed_experts.dtype)
-                self.routed_experts[rows.request, rows.position] = experts
+            hidden = self._decode(rows)
             rows.position = rows.position + 1
             self._sample(rows, hidden)
             self._retire()
         return self.finished < len(self.requests)
+
+    def _decode(self, rows: Rows) -> Tensor:
+        """Hidden states [n, hidden] behind the last token of each row, which enters the cache."""
+        with self._recording() as layers:
+            hidden = self.decoder.decode(rows.token, rows.position, self.cache)
+        if self.routed_experts is not None:
+            experts = torch.stack(layers, 2)[:, 0].to(self.routed_experts.dtype)
+            self.routed_experts[rows.request, rows.position] = experts
+        return hidden
 
     def _admit(self) -> None:
         """Prefill the next requests into free rows and sample their first token."""
@@ -288,7 +308,7 @@ class _Batch:
                 self.routed_experts[admitted, : padded.shape[1]] = experts[sources]
             last_hidden[begin : begin + len(part)] = hidden[torch.arange(len(part)), lengths - 1]
         request = torch.tensor(batch, device=self.device)
-        new = _Rows(
+        new = Rows(
             request=request,
             key=self.keys[request],
             position=self.prompt_lengths.to(self.device)[request],
@@ -297,9 +317,9 @@ class _Batch:
         )
         self._sample(new, last_hidden[torch.tensor(prompt_of, device=self.device)])
         joined = zip(self.rows.columns(), new.columns(), strict=True)
-        self.rows = _Rows(*(torch.cat(pair) for pair in joined))
+        self.rows = Rows(*(torch.cat(pair) for pair in joined))
 
-    def _sample(self, rows: _Rows, hidden: Tensor) -> None:
+    def _sample(self, rows: Rows, hidden: Tensor) -> None:
         """Sample the token that follows `hidden` in each row and record it."""
         uniform = uniforms(rows.key, rows.count)
         logits = self.decoder.logits(hidden)
@@ -317,13 +337,18 @@ class _Batch:
         self.sampled += rows.count.numel()
 
     def _retire(self) -> None:
-        """Remove finished responses; running rows from the end move into their rows."""
+        """Remove finished responses."""
         rows = self.rows
         stopped = torch.isin(rows.token, self.stop)
         done = stopped | (rows.count >= self.sampling.max_tokens)
         if not bool(done.any()):
             return
         self.stopped[rows.request[stopped]] = True
+        self._free(done)
+
+    def _free(self, done: Tensor) -> None:
+        """Remove the rows `done`, at least one; running rows from the end move into their rows."""
+        rows = self.rows
         self.lengths[rows.request[done]] = rows.count[done]
         running = int((~done).sum())
         self.finished += done.numel() - running
@@ -333,7 +358,11 @@ class _Batch:
             self.cache.move(movers, holes, int(rows.position[movers].max()))
             for column in rows.columns():
                 column[holes] = column[movers]
-        self.rows = _Rows(*(column[:running] for column in rows.columns()))
+        self.rows = Rows(*(column[:running] for column in rows.columns()))
+
+    def _given_lengths(self) -> Tensor:
+        """[n] int64: tokens of each request that an environment gave."""
+        return torch.zeros_like(self.prompt_lengths)
 
     def rollouts(self, version: int) -> Rollouts:
         """The finished responses, on the CPU, in the order of the requests."""
@@ -342,7 +371,7 @@ class _Batch:
         routed_experts = None
         if self.routed_experts is not None:
             computed = torch.arange(self.routed_experts.shape[1])
-            inputs = (self.prompt_lengths + lengths - 1).unsqueeze(1)
+            inputs = (self.prompt_lengths + lengths + self._given_lengths() - 1).unsqueeze(1)
             routed_experts = self.routed_experts.cpu()[computed < inputs]
         requests = self.requests
         return Rollouts(

@@ -41,6 +41,7 @@ class Balance:
         sampling: Sampling,
         trace: bool = False,
         no_graph: bool = False,
+        sampled: Sequence[int] | None = None,
     ) -> list[Any]:
         """One reply per request, in that order; see `generate_body`.
 
@@ -49,7 +50,7 @@ class Balance:
             UserError: it refuses the requests, or does not return what they ask for.
         """
         exact = self._config.rollout.sglang.exact
-        body = generate_body(requests, sampling, exact, trace, no_graph=no_graph)
+        body = generate_body(requests, sampling, exact, trace, no_graph=no_graph, sampled=sampled)
         return self._post(requests, sampling, body)[1]
 
     def _post(

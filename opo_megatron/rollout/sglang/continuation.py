@@ -62,6 +62,10 @@ class Continuation:
         """An engine has failed: the next call continues the last one."""
         self._is_kept = True
 
+    def forget(self) -> None:
+        """A call begins that no other continues."""
+        self._last, self._is_kept = None, False
+
     def kept(self, sampling: Sampling, version: int | None) -> Received | None:
         """What the next call begins with, where it has this sampling and weight version."""
         last = self._last

@@ -17,7 +17,6 @@ that had finished would favour short ones.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -30,6 +29,7 @@ from opo_megatron.config.choices import Transport
 from opo_megatron.config.schema import Config
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import EngineFailure, Preempted, UserError
+from opo_megatron.rollout.conversations import Conversations
 from opo_megatron.rollout.engine import (
     WITHOUT_GRAPHS,
     Deliver,
@@ -37,6 +37,7 @@ from opo_megatron.rollout.engine import (
     GenerationRequest,
     Progress,
     Sampling,
+    check_lengths,
 )
 from opo_megatron.rollout.sglang import exact_mode
 from opo_megatron.rollout.sglang.api_key import shared_key
@@ -44,6 +45,7 @@ from opo_megatron.rollout.sglang.balance import Balance
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.compilation import CompileWatch
 from opo_megatron.rollout.sglang.continuation import Continuation
+from opo_megatron.rollout.sglang.conversing import converse
 from opo_megatron.rollout.sglang.exact_batchings import (
     BATCHINGS,
     CACHED,
@@ -51,9 +53,10 @@ from opo_megatron.rollout.sglang.exact_batchings import (
     check_size,
     replies_batched,
 )
+from opo_megatron.rollout.sglang.placement import server_group, servers_per_node, visible_gpus
 from opo_megatron.rollout.sglang.replies import digests_of, rollouts_of
 from opo_megatron.rollout.sglang.routed_experts import experts_of
-from opo_megatron.rollout.sglang.server import Server, free_port, server_group
+from opo_megatron.rollout.sglang.server import Server, free_port
 from opo_megatron.rollout.sglang.server_checks import answering, check_external, check_servers_device
 from opo_megatron.rollout.sglang.slices import SliceFeed, slice_feed
 from opo_megatron.rollout.sglang.transfer import (
@@ -124,13 +127,17 @@ class SglangEngine:
         check_servers_device(self.settings, parallel.device)
         if not self.settings.urls:
             group = server_group(
-                all_gather_objects(parallel, socket.gethostname()), parallel.rank, self._servers_per_node()
+                all_gather_objects(parallel, socket.gethostname()),
+                parallel.rank,
+                servers_per_node(self.settings, parallel.device),
             )
             self._owner = group[0]
             if self.is_sender:
                 name = f"server_{parallel.rank}"
                 file = self._folder / f"{name}.log"
-                self._server = Server(config, model_dir, file, name, self._gpus(len(group)))
+                self._server = Server(
+                    config, model_dir, file, name, visible_gpus(parallel.device, len(group))
+                )
         self._slices = slice_feed(config, parallel, self._owner, fp8, log)
         self._clients: list[Client] = []
         self.recover()
@@ -139,21 +146,6 @@ class SglangEngine:
     def is_sender(self) -> bool:
         """Whether this rank sends weights to its servers."""
         return self.parallel.rank == self._owner
-
-    def _servers_per_node(self) -> int:
-        if self.parallel.device.type == "cpu":
-            return self.settings.servers or 1
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return self.settings.servers or max(1, local // self.settings.tensor_parallel_size)
-
-    def _gpus(self, ranks: int) -> list[str] | None:
-        """The devices of this rank's group, as CUDA_VISIBLE_DEVICES names them."""
-        if self.parallel.device.type == "cpu":
-            return None
-        first = self.parallel.device.index or 0
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(number) for number in range(first + ranks)]
-        return names[first : first + ranks]
 
     # ------------------------------------------------------------------ lifecycle
 
@@ -370,11 +362,14 @@ class SglangEngine:
         sampling: Sampling,
         progress: Progress | None = None,
         deliver: Deliver | None = None,
+        *,
+        conversations: Conversations | None = None,
     ) -> Rollouts:
         """Generate one response per request.
 
         Args:
-            deliver: called with responses as they end.
+            deliver: called with responses as they end; not with conversations.
+            conversations: what answers the turns of each response; after a failure, all are generated again.
 
         Raises:
             EngineFailure: a server died, hung or closed the connection.
@@ -383,8 +378,14 @@ class SglangEngine:
         """
         if self.version is None:
             raise EngineFailure("the servers hold no complete weights")
-        self._check_lengths(requests, sampling)
+        check_lengths(requests, sampling, self.config.policy.model)
         balance = Balance(self._clients, self.config)
+        if conversations is not None:
+            assert deliver is None, "rollout.overlap is refused with conversations"
+            self._continuation.forget()
+            with self.abort_on_error():
+                merged, given = converse(balance, requests, sampling, conversations, progress)
+            return given.entered(self._rollouts_of(requests, merged, sampling), conversations)
         with self._continuation.call(requests, sampling, self.version, self._clients) as call:
             received = call.received
             streams = deliver is not None and received.has_channels
@@ -495,12 +496,3 @@ class SglangEngine:
         client.post(f"/flush_cache?timeout={FLUSH_SECONDS}")  # cached tokens would not be computed
         replies = Balance([client], self.config).post(requests, sampling, trace=True)
         return rollouts_of(requests, replies, sampling), [digests_of(reply) for reply in replies]
-
-    def _check_lengths(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> None:
-        longest = max((len(request.tokens) for request in requests), default=0)
-        limit = self.config.policy.model.max_sequence_length
-        if longest + sampling.max_tokens > limit:
-            raise UserError(
-                f"a prompt of {longest} tokens and rollout.max_response_tokens={sampling.max_tokens} exceed "
-                f"policy.model.max_sequence_length={limit}; shorten one or raise the other"
-            )

@@ -19,13 +19,12 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 from typing import Any, NamedTuple
 
 from opo_megatron.errors import EngineFailure
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.sglang.client import Client, Stream
-from opo_megatron.rollout.sglang.replies import versions_of
+from opo_megatron.rollout.sglang.replies import spans_of, versions_of
 from opo_megatron.rollout.sglang.token_channel import HEADER, PATH, RECORD
 
 ABORT = "abort"
@@ -177,12 +176,7 @@ class Received:
     def _reply(self, index: int, meta_info: dict[str, Any], versions: Sequence[int]) -> dict[str, Any]:
         tokens = self._tokens[index]
         log_probs = [[value, token, None] for value, token in zip(tokens.log_probs, tokens.ids, strict=True)]
-        spans, start = [], 0
-        for version, same in groupby(versions):  # a step has one version: one span
-            end = start + len([*same])
-            spans.append({"start": start, "end": end, "version": version})
-            start = end
-        sampled = {"output_token_logprobs": log_probs, "weight_versions": spans}
+        sampled = {"output_token_logprobs": log_probs, "weight_versions": spans_of(versions)}
         return {"output_ids": tokens.ids.tolist(), "meta_info": meta_info | sampled}
 
 

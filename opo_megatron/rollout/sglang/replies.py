@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ def generate_body(
     trace: bool = False,
     prefixes: Sequence[Sequence[int]] | None = None,
     no_graph: bool = False,
+    sampled: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The body of a request to /generate.
 
@@ -41,11 +43,12 @@ def generate_body(
         prefixes: tokens of each response that are sampled already.  Random numbers belong to positions, in
             the deterministic and in the exact mode: they continue as if there had been no interruption.
         no_graph: a server in exact mode decodes these without CUDA graphs.
+        sampled: how many of each request's tokens were sampled, in turns before this one.
     """
     if prefixes is None:
         prefixes = [()] * len(requests)
     if exact:
-        parameters = carried(requests, sampling, trace, no_graph)
+        parameters = carried(requests, sampling, trace, no_graph, sampled)
         seeds: list[dict[str, Any]] = [{"custom_params": one} for one in parameters]
     else:
         seeds = [{"sampling_seed": sampling_key(sampling, request)} for request in requests]
@@ -66,13 +69,22 @@ def generate_body(
 
 
 def carried(
-    requests: Sequence[GenerationRequest], sampling: Sampling, trace: bool, no_graph: bool
+    requests: Sequence[GenerationRequest],
+    sampling: Sampling,
+    trace: bool,
+    no_graph: bool,
+    sampled: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """What each request carries to the sampler.
 
-    A server counts positions from the start of the prompt, the local engine from the first sampled token.
+    A server counts positions from the start of the prompt, the local engine sampled tokens.
     """
-    keys = [key_at(sampling_key(sampling, request), len(request.tokens)) for request in requests]
+    if sampled is None:
+        sampled = [0] * len(requests)
+    keys = [
+        key_at(sampling_key(sampling, request), len(request.tokens) - before)
+        for request, before in zip(requests, sampled, strict=True)
+    ]
     wanted = {name: True for name, is_wanted in ((TRACE, trace), (NO_GRAPH, no_graph)) if is_wanted}
     return [{KEY: key} | wanted for key in keys]
 
@@ -117,7 +129,7 @@ def rollouts_of(
         log_probs += [value for value, *_ in sampled]
         versions += versions_of(meta_info, len(ids))
         lengths.append(len(ids))
-        reasons.append(_finish_reason(request, ids, meta_info["finish_reason"], sampling))
+        reasons.append(finish_reason_of(request, ids, meta_info["finish_reason"], sampling))
     return Rollouts(
         prompt_ids=torch.tensor([r.prompt_id for r in requests], dtype=torch.int64),
         groups=torch.tensor([r.group for r in requests], dtype=torch.int64),
@@ -144,9 +156,25 @@ def versions_of(meta_info: dict[str, Any], length: int) -> list[int]:
     return versions
 
 
-def _finish_reason(
+def spans_of(versions: Sequence[int]) -> list[dict[str, int]]:
+    """`weight_versions` of a reply, from that of each token; a step has one version: one span."""
+    spans, start = [], 0
+    for version, same in groupby(versions):
+        end = start + len([*same])
+        spans.append({"start": start, "end": end, "version": version})
+        start = end
+    return spans
+
+
+def finish_reason_of(
     request: GenerationRequest, ids: list[int], reason: dict[str, Any], sampling: Sampling
 ) -> int:
+    """How a response or a turn with these tokens has ended.
+
+    Raises:
+        EngineFailure: by neither a stop token nor its length.
+        UserError: at a token that is not one of the task's stop tokens.
+    """
     kind = reason["type"]
     if kind == "length":
         return FINISH_LENGTH

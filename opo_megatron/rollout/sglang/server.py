@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -269,26 +269,6 @@ def _cores_of_ranks(ranks: int) -> str:
 def _signal_group(group: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
-
-
-def server_group(hosts: Sequence[str], rank: int, servers_per_node: int) -> list[int]:
-    """The ranks that share `rank`'s server: equal contiguous parts of its node's ranks.
-
-    Args:
-        hosts: name of each rank's node.
-
-    Raises:
-        UserError: where the node's ranks do not divide evenly.
-    """
-    local = [r for r, host in enumerate(hosts) if host == hosts[rank]]
-    if len(local) % servers_per_node:
-        raise UserError(
-            f"rollout.sglang.servers={servers_per_node} does not divide the {len(local)} ranks of a node; "
-            "choose a divisor"
-        )
-    size = len(local) // servers_per_node
-    first = local.index(rank) // size * size
-    return local[first : first + size]
 
 
 def free_port() -> int:

@@ -19,8 +19,9 @@ from opo_megatron.cli.main import main
 from opo_megatron.errors import EngineFailure, UserError
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.sglang.client import Client
+from opo_megatron.rollout.sglang.placement import server_group
 from opo_megatron.rollout.sglang.replies import UNKNOWN_VERSION, generate_body, rollouts_of, sampling_params
-from opo_megatron.rollout.sglang.server import Server, server_group
+from opo_megatron.rollout.sglang.server import Server
 from opo_megatron.rollout.sglang.transfer import _handle, check_allocator, pickled
 from tests.support.fixtures import small_config
 from tests.support.paths import RECIPES

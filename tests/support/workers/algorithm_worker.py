@@ -24,16 +24,19 @@ from opo_megatron.policy import per_sample
 from opo_megatron.policy.policy import Policy
 from opo_megatron.policy.token_measures import measure_energies
 from opo_megatron.weights.stream import ModelShards, stream_weights
+from tests.support.conversations import ragged_conversations
 from tests.support.fixtures import ragged_rollouts, small_config, small_policy
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 TEMPERATURE = 0.7
+CONVERSATIONS = "OPO_TEST_CONVERSATIONS"
+"""Set in the environment: the samples are conversations."""
 HEAD_SHAPES = ((1, 4, 7), (37, 16, 43), (130, 24, 599))
 """(tokens, hidden, vocabulary); the vocabulary is sharded over ranks, the last rank may hold fewer rows."""
 
 
 def batch_of() -> Rollouts:
-    rollouts = ragged_rollouts()
+    rollouts = ragged_conversations() if CONVERSATIONS in os.environ else ragged_rollouts()
     generator = torch.Generator().manual_seed(1)
     rollouts.advantages = torch.randn(len(rollouts), generator=generator, dtype=torch.float64)
     rollouts.advantages[::5] = 0
