@@ -306,7 +306,8 @@ class _ReplayEngine:
         conversations: Conversations | None = None,
     ) -> Rollouts:
         if sampling.seed[1:2] != (STREAM_TRAIN,) or self._rollouts is None:
-            rollouts = self._engine.generate(requests, sampling, progress, conversations=conversations)
+            of_turns = {} if conversations is None else {"conversations": conversations}
+            rollouts = self._engine.generate(requests, sampling, progress, **of_turns)
         else:
             rollouts = _recorded(self._rollouts, requests)
         if deliver is not None and requests:
