@@ -389,9 +389,8 @@ class PolicyConfig:
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per pipeline stage (interleaved schedule). Default: no virtual stages."""
     exact_sum_parts: int = 1
-    """Parts, added in order, of the sums that tensor parallelism splits in exact mode. A multiple of
-    `tensor_model_parallel_size` and `rollout.sglang.tensor_parallel_size`; a run computes the same bits with
-    any numbers of ranks that divide it."""
+    """Parts, added in order, of the sums that tensor parallelism splits in exact mode: a multiple of the
+    ranks of policy and server; any numbers of ranks that divide it give the same bits."""
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions along the sequence."""
     context_parallel_size: int = 1
