@@ -14,7 +14,8 @@ import pytest
 from opo_megatron import build
 from opo_megatron.batch.rollouts import FINISH_NAMES, Rollouts
 from opo_megatron.cli.main import main
-from opo_megatron.rollout.generation import Generation
+from opo_megatron.config import Config
+from opo_megatron.evaluation import run_eval
 from opo_megatron.tasks import Prompt
 from tests.support.conversations import InProcessEnvironments, Scripted, merged
 from tests.support.tiny_run import lasting, rows, train
@@ -35,12 +36,12 @@ def environment_of(prompt: Prompt) -> Scripted:
 
 @pytest.fixture(autouse=True, scope="module")
 def use_environments() -> Iterator[None]:
-    def with_environments(**parts: Any) -> Generation:
-        longest = parts["config"].policy.model.max_sequence_length
-        return Generation(**parts | {"environments": InProcessEnvironments(environment_of, TURNS, longest)})
+    def in_process(config: Config, *_: Any) -> InProcessEnvironments:
+        return InProcessEnvironments(environment_of, TURNS, config.policy.model.max_sequence_length)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "Generation", with_environments)
+        for module in (build, run_eval):
+            patch.setattr(module, "open_environments", in_process)
         yield
 
 

@@ -174,6 +174,10 @@ class InProcessEnvironments:
     failures: int = 0
     delay: Callable[[int, int], int] = lambda index, turn: 0
 
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        return {}
+
     def open(
         self, requests: Sequence[GenerationRequest], prompts: Sequence[Prompt], sampling: Sampling
     ) -> InProcess:
