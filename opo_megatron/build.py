@@ -47,7 +47,7 @@ from opo_megatron.policy.device import check_device
 from opo_megatron.policy.policy import Policy
 from opo_megatron.resilience.stop import StopRequest
 from opo_megatron.resilience.watchdog import Watchdog
-from opo_megatron.rollout.environments import open_environments
+from opo_megatron.rollout.environments import WorkerEnvironments, open_environments
 from opo_megatron.rollout.exact_check import check_exact, check_exact_device
 from opo_megatron.rollout.generation import Generation
 from opo_megatron.rollout.local.engine import LocalEngine
@@ -134,9 +134,7 @@ def _build(
     _check_environment(config, parallel)
     watchdog.enter("loading the task")
     task = _open_task(config, display, resources)
-    environments = open_environments(config, task, display.log)
-    if environments is not None:
-        resources.callback(environments.close)
+    environments = _open_environments(config, task, display, resources)
     watchdog.enter("checking checkpoints")
     checkpoint = find_checkpoint(config, parallel, display.log)
     estimator = load_estimator(config.algorithm.baseline)
@@ -190,6 +188,16 @@ def _build(
         step=-1 if in_warm_start else progress.step,
         warm_step=progress.step if in_warm_start else config.warm_start.steps,
     )
+
+
+def _open_environments(
+    config: Config, task: Task, display: Display, resources: ExitStack
+) -> WorkerEnvironments | None:
+    """What answers the policy between its turns, closed with `resources`; None for single turns."""
+    environments = open_environments(config, task, display.log)
+    if environments is not None:
+        resources.callback(environments.close)
+    return environments
 
 
 def _check_environment(config: Config, parallel: Parallel) -> None:

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from opo_megatron.config.choices import Dtype, Fp8
-from opo_megatron.config.schema import PolicyConfig
+from opo_megatron.config.schema import ModelConfig, PolicyConfig
 from opo_megatron.errors import UserError
 from opo_megatron.kernels.rotary import inverse_frequencies
 from opo_megatron.policy.layer_specs import (
@@ -107,18 +107,10 @@ def transformer_config(
         # Interleaved, batched p2p over 2 stages is silently wrong: both neighbours are one peer.
         fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if model.num_moe_experts is not None:
-        fields |= {
-            "num_moe_experts": model.num_moe_experts,
-            "moe_router_topk": model.moe_router_topk,
-            "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
-            "moe_router_pre_softmax": model.moe_router_pre_softmax,
-            "moe_router_load_balancing_type": "none",  # the objective has no auxiliary loss
-            "moe_aux_loss_coeff": 0.0,
-            "moe_enable_routing_replay": True,  # where the rollouts carry experts, see `routing_replay.py`
-        }
-    # Transformer Engine's layers get it when they are built, see `fuse_weight_gradients`.
+        fields |= _expert_fields(model)
     if is_exact:
         refuse_fused_gradients(policy)
+    # Transformer Engine's layers get it when they are built, see `fuse_weight_gradients`.
     is_local = spec_name(device, is_exact) == "local" and not is_exact
     fused = is_local and fuses_weight_gradients(policy, device)
     fields |= policy.megatron | {"gradient_accumulation_fusion": fused}
@@ -130,6 +122,18 @@ def transformer_config(
         raise UserError(
             f"Megatron-Core rejects policy.megatron={policy.megatron} ({error}); fix or remove it"
         ) from error
+
+
+def _expert_fields(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "num_moe_experts": model.num_moe_experts,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_router_pre_softmax": model.moe_router_pre_softmax,
+        "moe_router_load_balancing_type": "none",  # the objective has no auxiliary loss
+        "moe_aux_loss_coeff": 0.0,
+        "moe_enable_routing_replay": True,  # where the rollouts carry experts, see `routing_replay.py`
+    }
 
 
 def build_chunks(

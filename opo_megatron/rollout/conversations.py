@@ -1,9 +1,9 @@
 """Conversations: turns of the policy, and between them tokens that an environment gives.
 
-An engine samples a turn, up to a stop token or the limit, hands it to `Conversations`, and goes on with other
-samples.  What the environment answers comes back without blocking: tokens, behind which the same sample
-continues, or the end.  Every sampled token thus follows exactly the tokens that the policy was shown, ids
-both ways; given tokens are never sampled, never trained on, and have no log-probability.
+An engine samples a turn, up to a stop token or the limit, hands it to `Conversations`, and continues with
+other samples.  What the environment answers comes back without blocking: tokens, behind which the same
+sample continues, or the end.  Every sampled token thus follows exactly the tokens that the policy was shown,
+ids both ways; given tokens are never sampled, never trained on, and have no log-probability.
 
 Every request has one conversation that ends for one of four reasons (`FINISH_NAMES`), and a reward.  Nothing
 here selects: an environment that fails gives its declared outcome, and no conversation is dropped or sampled
@@ -122,7 +122,7 @@ class ConversationLedger:
         self._last[index] = finish
 
     def continues(self, index: int, given: Sequence[int] | None) -> bool:
-        """Whether the conversation goes on behind what its environment gave; else why not is noted.
+        """Whether the conversation continues behind what its environment gave; else why not is noted.
 
         Raises:
             UserError: for no tokens, after which a turn could not be told from the one before.

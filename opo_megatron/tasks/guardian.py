@@ -33,7 +33,7 @@ def kill_descendants() -> None:
             for pid in children():
                 os.kill(pid, signal.SIGKILL)
             os.waitpid(-1, 0)
-    except ChildProcessError:
+    except ChildProcessError:  # there are none left
         pass
 
 

@@ -1,4 +1,4 @@
-"""Decoding of conversations: a row of the cache goes on behind the tokens that its environment gives.
+"""Decoding of conversations: a row of the cache continues behind the tokens that its environment gives.
 
 A row samples a turn, waits for its environment, is given tokens, and samples again.  Given tokens go through
 the same decoding passes as sampled ones, one for each pass, so that their keys and values are those that the
