@@ -3,9 +3,9 @@
     python tools/record_lift_tool.py                      # three seeds, about ten minutes on two idle cores
     python tools/record_lift_tool.py --seeds 1 --no-record train.steps=5
 
-Accuracy is the share of right answers, whatever they cost, which reward tells: `eval/accuracy` is the mean
-reward, the price of questions included.  A problem is hard where its ride is long.  Both, and how often the
-tool is asked, are counted in the rollouts of the first step and of the last ones.
+Accuracy is the share of right answers to held-out problems, whatever they cost: `eval/accuracy` is the mean
+reward, the price of questions included.  A problem is hard where its ride is long.  Both accuracy and how
+often the tool is asked are counted in the responses of `opo eval`, before OPO and at the end.
 Exit code 1 where a claim does not hold.
 """
 
@@ -28,15 +28,13 @@ from typing import Any
 
 from bench.record import write_record
 
-from opo_megatron.batch.rollouts import Rollouts
-from opo_megatron.tasks.lift import LiftTask
 from opo_megatron.utils.terminal import prepare_terminal
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "lift_tool.yaml"
 LONG_RIDE = 12
 """Characters of a prompt from which on its ride is long."""
-LAST_STEPS = 5
+EVAL = "eval/accuracy"
 CLAIMS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "accuracy is at most 0.65 before OPO": lambda run: run["accuracy at the start"] <= 0.65,
     "accuracy is at least 0.90 at the end": lambda run: run["accuracy at the end"] >= 0.90,
@@ -67,50 +65,47 @@ def main() -> int:
 
 
 def run(seed: int, overrides: list[str]) -> dict[str, Any]:
-    """One whole `opo train` in its own process, start-up included."""
+    """One whole `opo train` in its own process, start-up included, and `opo eval` before and after OPO."""
     print(f"seed {seed} …", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        command = [sys.executable, "-m", "opo_megatron", "train", str(RECIPE), f"run.dir={run_dir}"]
         started = time.monotonic()
-        subprocess.run([*command, f"run.seed={seed}", *overrides], check=True)
+        opo("train", RECIPE, f"run.dir={run_dir}", f"run.seed={seed}", *overrides)
         seconds = time.monotonic() - started
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        files = sorted((run_dir / "rollouts").glob("*.safetensors"))
-        asks = [questions(file) for file in files]
-        right = [share_right(file) for file in files]
-    curve = {str(row["step"]): row["eval/accuracy"] for row in rows if "eval/accuracy" in row}
+        checkpoints = run_dir / "checkpoints"
+        before = held_out(max(checkpoints.glob("warm_start_*")), Path(folder) / "before")
+        after = held_out(max(checkpoints.glob("step_*")), Path(folder) / "after")
     return {
-        "accuracy at the start": right[0],
-        "accuracy at the end": fmean(right[-LAST_STEPS:]),
+        "accuracy at the start": before["accuracy"],
+        "accuracy at the end": after["accuracy"],
+        "asks in hard problems": after["asks in hard problems"],
+        "asks in easy problems": after["asks in easy problems"],
+        "held-out problems before OPO": before,
+        "held-out problems at the end": after,
         "seconds": seconds,
-        "eval/accuracy at the start": next(iter(curve.values())),
-        "eval/accuracy at the end": list(curve.values())[-1],
-        "asks in hard problems": fmean(hard for hard, _ in asks[-LAST_STEPS:]),
-        "asks in easy problems": fmean(easy for _, easy in asks[-LAST_STEPS:]),
         "failures of environments": rows[-1]["run/environment_failures"],
         "largest |Δ log π| of any token": max(row["on_policy/logprob_diff_max"] for row in rows[1:]),
-        "curve of eval/accuracy": curve,
-        "curve of asks (hard, easy)": asks[::10],
+        "curve of eval/accuracy": {str(row["step"]): row["eval/accuracy"] for row in rows if EVAL in row},
+        "curve of turns": [row["conversation/turns_mean"] for row in rows[1::10]],
     }
 
 
-def share_right(path: Path) -> float:
-    """The share of a step's answers that are right."""
-    rewards = Rollouts.load(path).rewards
-    assert rewards is not None
-    return float((rewards > 0).double().mean())
+def opo(*arguments: str | Path) -> None:
+    subprocess.run([sys.executable, "-m", "opo_megatron", *map(str, arguments)], check=True)
 
 
-def questions(path: Path) -> tuple[float, float]:
-    """The shares of hard and of easy problems of a step, by sample, that ask the tool."""
-    rollouts = Rollouts.load(path)
-    assert rollouts.given_lengths is not None
-    asked: dict[bool, list[bool]] = {True: [], False: []}
-    prompts = rollouts.prompt_tokens.split(rollouts.prompt_lengths.tolist())
-    for prompt, given in zip(prompts, rollouts.given_lengths.tolist(), strict=True):
-        asked[len(LiftTask.decode(prompt.tolist())) >= LONG_RIDE].append(given > 0)
-    return fmean(asked[True]), fmean(asked[False])
+def held_out(checkpoint: Path, results: Path) -> dict[str, float]:
+    """Right answers and questions, in the responses of one checkpoint to the held-out problems."""
+    opo("eval", checkpoint, "--out", results)
+    lines = (results / "samples_held_out.jsonl").read_text().splitlines()
+    found: dict[str, list[tuple[bool, bool]]] = {"hard": [], "easy": []}
+    for problem in map(json.loads, lines):
+        kind = "hard" if len(problem["problem"]) >= LONG_RIDE else "easy"
+        found[kind] += [(one["reward"] > 0, len(one["turns"]) > 1) for one in problem["samples"]]
+    shares = {f"accuracy in {kind} problems": fmean(right for right, _ in found[kind]) for kind in found}
+    asks = {f"asks in {kind} problems": fmean(asked for _, asked in found[kind]) for kind in found}
+    return {"accuracy": fmean(right for kind in found.values() for right, _ in kind)} | shares | asks
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from opo_megatron.rollout.environments import open_environments
 from opo_megatron.rollout.generation import Generation
 from opo_megatron.tasks import Task, make_task
 from opo_megatron.tasks.benchmarks import HELD_OUT, Benchmark, check_vocabulary
+from opo_megatron.tasks.environment import with_openings
 from opo_megatron.tasks.stop_tokens import how_responses_end
 from opo_megatron.utils.disk import report_disk_errors
 from opo_megatron.utils.start_folder import absolute, shown
@@ -146,7 +147,8 @@ def _open_tasks(
     tasks = {}
     for benchmark in benchmarks:
         is_own = benchmark.source is None
-        task = make_task(config.task) if is_own else benchmark.task(config.task)
+        settings = config.task
+        task = make_task(settings) if is_own else with_openings(benchmark.task(settings), settings)
         resources.callback(task.close)
         task.start()
         for note in task.notes:

@@ -173,7 +173,7 @@ def with_answers(
     lengths, given, after = [], list[int](), list[int]()
     for prompt, response in zip(prompts, demonstrations.responses(), strict=True):
         environment = make_environment(config.task)
-        environment.start(prompt)
+        environment.start(prompt.unopened)
         begin, before = 0, len(given)
         for end in [i + 1 for i, token in enumerate(response[:-1]) if token in stop_tokens]:
             answer = environment.respond(response[begin:end])
@@ -199,9 +199,8 @@ def check_environment_on(config: TaskConfig, task: Task) -> None:
     if not hasattr(environment, "check"):
         return
     splits: tuple[Split, ...] = ("train", "held_out")
-    environment.check(
-        [task.prompt(split, i) for split in splits for i in range(min(CHECKED_PROMPTS, task.size(split)))]
-    )
+    indices = [(split, i) for split in splits for i in range(min(CHECKED_PROMPTS, task.size(split)))]
+    environment.check([task.prompt(*index).unopened for index in indices])
 
 
 def check_given(config: TaskConfig, tokens: list[int] | None, vocab_size: int) -> None:

@@ -6,6 +6,7 @@ from opo_megatron.config.choices import TaskName
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
 from opo_megatron.tasks.base import Prompt, Task
+from opo_megatron.tasks.environment import with_openings
 from opo_megatron.tasks.lift import LiftTask
 from opo_megatron.tasks.reasoning_gym import ReasoningGymTask
 from opo_megatron.tasks.text import TextTask
@@ -21,7 +22,7 @@ TASKS: dict[str, Callable[[TaskConfig], Task]] = {
 
 def make_task(config: TaskConfig) -> Task:
     """The task of a recipe: a built-in one, or a class of the user's own."""
-    return TASKS.get(config.name, UserTask)(config)
+    return with_openings(TASKS.get(config.name, UserTask)(config), config)
 
 
 def decoder(name: str, tokenizer: str) -> Callable[[list[int]], str]:

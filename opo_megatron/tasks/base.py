@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -30,6 +30,13 @@ class Prompt:
     """The reference solution that the answer was taken from."""
     messages: tuple[dict[str, Any], ...] = field(default=(), compare=False)
     """What the chat template rendered, where it did."""
+    task_tokens: tuple[int, ...] | None = field(default=None, compare=False)
+    """The task's own tokens, where an environment's `start` put others in their place."""
+
+    @property
+    def unopened(self) -> Prompt:
+        """As the task made it."""
+        return self if self.task_tokens is None else replace(self, tokens=self.task_tokens, task_tokens=None)
 
     @property
     def context(self) -> str:

@@ -114,7 +114,7 @@ class EnvironmentPool:
 
     def begin(self, key: Hashable, prompt: Prompt, tokens: list[int]) -> None:
         """Start an environment and give it the policy's first turn; the reply is `given`."""
-        self._waiting.append((key, ["begin", asdict(prompt), tokens]))
+        self._waiting.append((key, ["begin", asdict(prompt.unopened), prompt.tokens, tokens]))
         self._send_waiting()
 
     def respond(self, key: Hashable, tokens: list[int]) -> None:

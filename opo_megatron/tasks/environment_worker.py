@@ -6,9 +6,9 @@ The first line of output is {"ready": hash of the source} or {"failed": words}. 
 arrives on stdin gets a process of its own, which holds one environment at a time and replies to lines of
 JSON:
 
-    ["begin", prompt, tokens]   a new environment is started, and given the policy's first turn
-    ["respond", tokens]         → ["given", tokens or null]
-    ["reward"]                  → ["reward", number or null]
+    ["begin", prompt, opening, tokens]   a new environment is started, and given the policy's first turn
+    ["respond", tokens]                  → ["given", tokens or null]
+    ["reward"]                           → ["reward", number or null]
 
 or ["failed", words] where the environment raised, after which the process ends.  It also ends, with all that
 it started, when its socket is closed: between this process and the environment's is a guardian that waits
@@ -28,6 +28,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import IO, Any, cast
 
+from opo_megatron.config.rules.environment import is_own_environment
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.errors import UserError
 from opo_megatron.tasks.base import Prompt
@@ -74,7 +75,9 @@ def _load(config: TaskConfig, output: int) -> Callable[[TaskConfig], Environment
     try:
         kind = load_environment(config)
         make_environment(config)
-        message = {"ready": source_hash(config.environment, kind) if ":" in config.environment else None}
+        message = {
+            "ready": source_hash(config.environment, kind) if is_own_environment(config.environment) else None
+        }
     except UserError as error:
         message = {"failed": str(error)}
     os.write(output, json.dumps(message).encode() + b"\n")
@@ -160,11 +163,13 @@ def _serve(config: TaskConfig, kind: Callable[[TaskConfig], Environment], stream
         stream.flush()
 
 
-def _begun(environment: Environment, prompt: dict[str, Any], tokens: list[int]) -> list[Any]:
+def _begun(
+    environment: Environment, prompt: dict[str, Any], opening: list[int], tokens: list[int]
+) -> list[Any]:
     fields = prompt | {"tokens": tuple(prompt["tokens"]), "messages": tuple(prompt["messages"])}
     start = _ints(environment.start(Prompt(**fields)))
-    if start != prompt["tokens"]:
-        return ["wrong", "start returned other tokens than those of the prompt"]
+    if start != opening:
+        return ["wrong", "start returned other tokens than before for the same prompt"]
     return ["given", _ints(environment.respond(tokens))]
 
 

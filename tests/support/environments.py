@@ -10,10 +10,35 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
+
+import numpy as np
 
 from opo_megatron.config.schema import TaskConfig
 from opo_megatron.tasks.base import Prompt
 from opo_megatron.tasks.environment import Environment
+from opo_megatron.tasks.lift import LiftTask
+from opo_megatron.tasks.lift_tool import LiftTool
+
+
+class Opens(Environment):
+    """Begins the conversation as the prompt says."""
+
+    def start(self, prompt: Prompt) -> Any:
+        one, other = prompt.tokens
+        openings = {
+            "prompt": prompt.tokens, "list": [one, other], "longer": [1, one, other, 2], "shorter": [other],
+            "array": np.arange(one, one + 3), "none": None, "empty": [], "unknown": [17], "negative": [-1],
+            "text": "ab",
+        }  # fmt: skip
+        return openings[prompt.text]
+
+
+class AsksBehindASign(LiftTool):
+    """The lift's tool, whose conversations begin with a sign of their own."""
+
+    def start(self, prompt: Prompt) -> Sequence[int]:
+        return [*LiftTask.encode("?"), *super().start(prompt)]
 
 
 class Obedient(Environment):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,8 +15,8 @@ from opo_megatron.errors import UserError
 from opo_megatron.rollout.conversations import Answer, Conversations
 from opo_megatron.rollout.engine import GenerationRequest, Sampling
 from opo_megatron.rollout.environments import WorkerEnvironments
-from opo_megatron.tasks.base import Prompt
-from opo_megatron.tasks.environment import make_environment
+from opo_megatron.tasks.base import Prompt, Task
+from opo_megatron.tasks.environment import make_environment, with_openings
 from opo_megatron.tasks.lift import LiftTask
 from opo_megatron.tasks.stray_processes import MARK
 from tests.support import environments
@@ -149,7 +150,7 @@ def test_a_conversation_ends_by_its_limits_and_still_has_a_reward(
         ("wrong tokens", "respond returned [99]; it must return token ids from 0 to 16"),
         ("no tokens", "respond returned []; it must return token ids from 0 to 16, at least one"),
         ("nan", "reward returned nan; it must be a finite number"),
-        ("other start", "start returned other tokens than those of the prompt"),
+        ("other start", "start returned other tokens than before for the same prompt"),
     ],
 )
 def test_a_mistake_of_the_environment_is_named(obedient: WorkerEnvironments, what: str, words: str) -> None:
@@ -196,6 +197,42 @@ def test_a_class_that_cannot_be_used_is_named(name: str, words: str) -> None:
     with pytest.raises(UserError) as error:
         make_environment(TaskConfig(environment=name))
     assert words in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("start", "tokens"),
+    [
+        ("prompt", (3, 4)), ("list", (3, 4)), ("longer", (1, 3, 4, 2)), ("shorter", (4,)),
+        ("array", (3, 4, 5)),
+    ],
+)  # fmt: skip
+def test_a_conversation_begins_with_what_start_returns(start: str, tokens: tuple[int, ...]) -> None:
+    prompt = task_of(start).prompt("train", 0)
+    assert prompt.tokens == tokens and prompt.unopened.tokens == (3, 4) and prompt.text == start
+    assert task_of(start).vocab_size == 17
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        ("none", "start returned None for prompt 7; it must return token ids from 0 to 16, at least one"),
+        ("empty", "start returned [] for prompt 7"),
+        ("unknown", "start returned [17] for prompt 7"),
+        ("negative", "start returned [-1] for prompt 7"),
+        ("text", "start returned 'ab' for prompt 7"),
+        ("raises", "raised KeyError"),
+    ],
+)
+def test_what_no_conversation_can_begin_with_is_named(start: str, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        task_of(start).prompt("train", 0)
+    assert words in str(error.value) and environments.__name__ in str(error.value)
+
+
+def task_of(start: str) -> Task:
+    task = Mock(vocab_size=17)
+    task.prompt.return_value = Prompt(7, start, (3, 4), "")
+    return with_openings(task, TaskConfig(environment="tests.support.environments:Opens"))
 
 
 def slowest(count: int, longest: float) -> float:

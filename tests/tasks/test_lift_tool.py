@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from opo_megatron.tasks.base import Prompt
 from opo_megatron.tasks.lift import STOP, LiftTask
 from opo_megatron.tasks.lift_tool import LiftTool
 from tests.support.fixtures import small_config
+from tests.support.tiny_run import lasting, rows, train
 
 RIDE = Prompt(0, "5+3+3-4+1=", (), "6")  # 8, 9, 5, 6
 encode = LiftTask.encode
@@ -82,3 +85,27 @@ def test_demonstrations_have_the_answers_between_their_turns(response: str, expe
     sequences = [LiftTask.decode(one.tolist()) for one in played.sequences()]
     assert sequences == [RIDE.text + "#1$", RIDE.text + expected]
     assert played.response_lengths.tolist() == [3, len(response)]
+
+
+def test_a_run_of_own_environments_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """Their processes answer in any order, in which `exact` computes the same; `start` adds a token."""
+    overrides = (
+        "task.environment=tests.support.environments:AsksBehindASign", "task.options.asks=50",
+        "task.options.easy_moves=1",
+        "policy.model.num_layers=2", "warm_start.steps=30", "warm_start.lr=2e-3", "train.steps=2",
+        "eval.every_steps=0", "eval.problems=4", "observe.tensorboard=false", "rollout.local.exact=true",
+        "on_policy.tolerance=0", "checkpoint.every_steps=1", "rollout.environments=2",
+    )  # fmt: skip
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert train(whole, *overrides) == 0
+    last = rows(whole)[-1]
+    assert last["conversation/turns_mean"] > 1.1 and last["grad_norm"] > 0
+    prompts = Rollouts.load(whole / "rollouts" / "step_00000002.safetensors")
+    for prompt in prompts.prompt_tokens.split(prompts.prompt_lengths.tolist()):
+        sign, floor, *_ = LiftTask.decode(prompt.tolist())
+        assert sign == "?" and floor.isdigit()
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step_00000002")
+    assert train(resumed, *overrides, "resume=auto") == 0
+    for name in ("metrics.jsonl", "audit.jsonl"):
+        assert lasting(resumed, name) == lasting(whole, name)

@@ -18,12 +18,17 @@ def has_environment(config: Config) -> bool:
     return config.task.environment != SINGLE_TURN
 
 
+def is_own_environment(name: str) -> bool:
+    """Whether `task.environment` names a user's class, `package.module:Class`."""
+    return all(name.partition(":"))
+
+
 def check_environment(config: Config) -> None:
     """Raise UserError at the first setting that does not go with the environment."""
     task, rollout, algorithm = config.task, config.rollout, config.algorithm
     name = f"task.environment={task.environment}"
     require(
-        task.environment in ENVIRONMENTS or all(task.environment.partition(":")),
+        task.environment in ENVIRONMENTS or is_own_environment(task.environment),
         f"task.environment is {task.environment!r}; it must be one of {', '.join(ENVIRONMENTS)}, or "
         "package.module:Class",
     )
