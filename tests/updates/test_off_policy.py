@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opo_megatron.algorithm.objective import Clipped, PolicyGradient
-from opo_megatron.updates.ppo import split_prompts
+from opo_megatron.algorithm.objective import PolicyGradient
+from opo_megatron.algorithm.objectives.clipped import Clipped
+from opo_megatron.updates.off_policy import split_prompts
 
 N = 400
 
