@@ -49,14 +49,13 @@ def dppo_tv(now: Tensor, batch: ObjectiveBatch, o: Options) -> Tensor:
 
 
 def dppo_kl(now: Tensor, batch: ObjectiveBatch, o: Options) -> Tensor:
-    total = now.new_zeros(())
-    for log_p, log_q, a in zip(now, batch.engine.tolist(), batch.advantages.tolist(), strict=True):
-        p, q = math.exp(float(log_p.detach())), math.exp(log_q)
-        kl = q * (log_q - float(log_p.detach())) + (1 - q) * math.log((1 - q + 1e-8) / (1 - p + 1e-8))
+    weights = []
+    for log_p, log_q, a in zip(now.tolist(), batch.engine.tolist(), batch.advantages.tolist(), strict=True):
+        p, q = math.exp(log_p), math.exp(log_q)
+        kl = q * (log_q - log_p) + (1 - q) * math.log((1 - q + 1e-8) / (1 - p + 1e-8))
         dropped = (kl > o["delta_high"] and p > q) if a > 0 else (kl > o["delta_low"] and p < q)
-        if not dropped:
-            total = total - a * min(math.exp(float(log_p.detach()) - log_q), o["cap"]) * log_p
-    return total
+        weights.append(0.0 if dropped else min(math.exp(log_p - log_q), o["cap"]))
+    return -(batch.advantages * torch.tensor(weights, dtype=torch.float64) * now).sum()
 
 
 def minirl(now: Tensor, batch: ObjectiveBatch, o: Options) -> Tensor:
@@ -96,13 +95,12 @@ def sapo(now: Tensor, batch: ObjectiveBatch, o: Options) -> Tensor:
 
 
 def rec_ring(now: Tensor, batch: ObjectiveBatch, o: Options) -> Tensor:
-    total = now.new_zeros(())
-    ratios = torch.exp(now - batch.old).tolist()
-    for log_p, ratio, a in zip(now, ratios, batch.advantages.tolist(), strict=True):
+    kept = []
+    for ratio, a in zip(torch.exp(now - batch.old).tolist(), batch.advantages.tolist(), strict=True):
         inside = 1 - o["epsilon_low"] <= ratio <= 1 + o["epsilon_high"]
         pulled = (a >= 0 and ratio <= 1 - o["outer_low"]) or (a <= 0 and ratio >= 1 + o["outer_high"])
-        total = total - a * log_p * float(inside or pulled)
-    return total
+        kept.append(float(inside or pulled))
+    return -(batch.advantages * now * torch.tensor(kept, dtype=torch.float64)).sum()
 
 
 def penalized(now: Tensor, batch: ObjectiveBatch, coefficient: float) -> Tensor:
@@ -142,9 +140,9 @@ def gspo(now: Tensor, batch: ObjectiveBatch, o: Options) -> Tensor:
 
 def bapo(now: Tensor, batch: ObjectiveBatch, o: Options) -> Tensor:
     ratio, a = torch.exp(now - batch.old), batch.advantages
+    pairs = list(zip(ratio.tolist(), a.tolist(), strict=True))
 
     def balance(low: float, high: float) -> float:
-        pairs = list(zip(ratio.tolist(), a.tolist(), strict=True))
         gains = sum(min(r, high) * x for r, x in pairs if x > 0)
         losses = sum(max(r, low) * -x for r, x in pairs if x < 0)
         return gains / (losses + 1e-8) if losses > 0 else math.inf
