@@ -53,6 +53,7 @@ lint: setup-dev  ## style, formatting and types
 
 docs: setup $(DOCS_VENV)/.setup  ## the documentation as a web site in site/; a broken link is an error
 	$(VENV)/bin/python tools/make_reference.py
+	$(VENV)/bin/python tools/make_objectives.py
 	$(DOCS_VENV)/bin/mkdocs build --strict
 
 # Stamps are written last, so that an interrupted installation is repeated.

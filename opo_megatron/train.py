@@ -34,8 +34,8 @@ from opo_megatron.policy.metric_sums import StepMetrics
 from opo_megatron.run import Run
 from opo_megatron.updates.advantages import set_advantages
 from opo_megatron.updates.nonfinite import handle_nonfinite
+from opo_megatron.updates.off_policy import off_policy_updates
 from opo_megatron.updates.overlap import overlapped_update
-from opo_megatron.updates.ppo import ppo_updates
 from opo_megatron.updates.sample_batch import sample_batch
 from opo_megatron.updates.sft import run_sft
 from opo_megatron.updates.variance_report import report_is_due, variance_report
@@ -106,4 +106,4 @@ def opo_update(
     return policy.train_step(samples, schedule, objective, lr, run.check_on_policy)
 
 
-UPDATES = {ObjectiveName.policy_gradient: opo_update, ObjectiveName.clipped: ppo_updates}
+UPDATES = dict.fromkeys(ObjectiveName, off_policy_updates) | {ObjectiveName.policy_gradient: opo_update}

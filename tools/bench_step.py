@@ -37,7 +37,7 @@ from bench.against import NEW, OLD, compare, serve
 from bench.record import write_record
 from compare_commits import checkout
 
-from opo_megatron.algorithm.objective import Clipped, PolicyGradient
+from opo_megatron.algorithm.objective import PolicyGradient
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.config import Config, load_config
 from opo_megatron.distributed.process_groups import initialize, shutdown
@@ -200,6 +200,8 @@ def grpo_arms(policy: Policy, reference: Any) -> dict[str, Callable[[], object]]
     schedule = policy.schedule(rollouts.sequence_lengths)
     rollouts = rollouts.select(schedule.samples_of(0))
     rollouts.old_log_prob = policy.log_probs(rollouts, schedule, 1.0)
+
+    from opo_megatron.algorithm.objectives.clipped import Clipped  # a commit of `--against` may have none
 
     def update(kl_coefficient: float) -> None:
         policy.train_step(rollouts, schedule, Clipped(1000.0, 1.0, 0.2, 0.2, kl_coefficient), 1e-5)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 
 class Baseline(str, Enum):
@@ -75,6 +76,22 @@ class LossNormalizer(str, Enum):
 class ObjectiveName(str, Enum):
     policy_gradient = "policy_gradient"
     clipped = "clipped"
+    pg_is = "pg_is"
+    dppo_tv = "dppo_tv"
+    dppo_kl = "dppo_kl"
+    minirl = "minirl"
+    prime_rl = "prime_rl"
+    cispo = "cispo"
+    topr = "topr"
+    sapo = "sapo"
+    rec_ring = "rec_ring"
+    dro = "dro"
+    kimi = "kimi"
+    oapl = "oapl"
+    brrl = "brrl"
+    gspo = "gspo"
+    bapo = "bapo"
+    m2po = "m2po"
 
 
 class VarianceOf(str, Enum):
@@ -132,8 +149,11 @@ class AlgorithmConfig:
     loss_constant: float | None = None
     """N with `loss_normalizer=constant`. Default: prompts × samples × `max_response_tokens`."""
     objective: ObjectiveName = ObjectiveName.policy_gradient
-    """`policy_gradient` is OPO's. `clipped` is that of PPO and GRPO, for comparisons; it needs one more
-    forward pass, for the old log-probabilities."""
+    """`policy_gradient` is OPO's. The others are for comparisons: `clipped` is that of PPO and GRPO,
+    docs/objectives.md has all of them with their formulas and forward passes."""
+    objective_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the objective, such as `{delta_high: 0.2}` of `dppo_tv`; docs/objectives.md lists them with
+    their defaults."""
     updates_per_batch: int = 1
     """Optimizer steps per batch of rollouts, each on its own subset of the prompts. OPO takes exactly one."""
     clip_low: float = 0.2

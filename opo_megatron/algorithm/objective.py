@@ -2,7 +2,8 @@
 
 The LM head (`kernels/lm_head.py`) computes the logits of one chunk of tokens at a time, gets the
 coefficient c = ∂L/∂log π from the objective, and writes the gradient with respect to the logits,
-c·(onehot − π)/T.  In exact on-policy OPO the coefficient is −A/N, without a ratio or a clip.
+c·(onehot − π)/T.  In exact on-policy OPO the coefficient is −A/N, without a ratio or a clip.  The objectives
+that it is compared with are in `objectives/`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.config import AlgorithmConfig, LossNormalizer, MismatchAction, OnPolicyConfig
@@ -70,40 +70,6 @@ def opo_objective(
     corrects = on_policy.action is MismatchAction.correct
     cap = on_policy.max_importance_weight if corrects else None
     return PolicyGradient(loss_normalizer(algorithm, lengths), temperature, cap)
-
-
-@dataclass(frozen=True)
-class Clipped:
-    """The objective of PPO and GRPO: with ρ = π(y)/π_old(y) and δ = log π_reference(y) − log π(y),
-
-        (1/N) Σᵢ Σₜ [ −min(ρ A, clip(ρ, 1 − low, 1 + high) A) + β (exp(δ) − 1 − δ) ]
-
-    With β = 0 and π = π_old its gradient is that of `PolicyGradient`.
-    """
-
-    normalizer: float
-    temperature: float
-    low: float
-    high: float
-    kl_coefficient: float = 0.0
-    """β."""
-    learns_from_demonstrations: bool = False
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return ("advantages", "old_log_prob", *(("reference_log_prob",) if self.kl_coefficient else ()))
-
-    def __call__(self, log_prob: Tensor, columns: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        advantages = columns["advantages"]
-        ratio = (log_prob - columns["old_log_prob"]).exp()
-        unclipped, clipped = ratio * advantages, ratio.clamp(1 - self.low, 1 + self.high) * advantages
-        loss = -torch.minimum(unclipped, clipped)
-        coefficient = torch.where(unclipped <= clipped, -unclipped, 0.0)
-        if self.kl_coefficient:
-            delta = columns["reference_log_prob"] - log_prob
-            loss = loss + self.kl_coefficient * (torch.expm1(delta) - delta)
-            coefficient = coefficient - self.kl_coefficient * torch.expm1(delta)
-        return loss / self.normalizer, coefficient / self.normalizer
 
 
 @dataclass(frozen=True)

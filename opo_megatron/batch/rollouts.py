@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -39,8 +39,8 @@ _PER_PROMPT_TOKEN = ("prompt_tokens",)
 _PER_INPUT_TOKEN = ("routed_experts",)
 _PER_GIVEN_TOKEN = ("given_tokens", "given_after")
 _PER_RESPONSE_TOKEN = (
-    "response_tokens", "weight_versions", "engine_log_prob", "old_log_prob", "reference_log_prob",
-    "token_energy", "token_advantages",
+    "response_tokens", "weight_versions", "engine_log_prob", "old_log_prob", "current_log_prob",
+    "reference_log_prob", "token_energy", "token_advantages",
 )  # fmt: skip
 
 
@@ -101,11 +101,15 @@ class Rollouts:
     """[Σl] float32: each token's energy."""
     old_log_prob: Tensor | None = None
     """[Σl] float32: log π_T of each token, by a forward pass before the step's first update."""
+    current_log_prob: Tensor | None = None
+    """[Σl] float32: log π_T of each token, by a forward pass right before the update that trains on it."""
     reference_log_prob: Tensor | None = None
     """[Σl] float32: log π_T of each token under the reference weights."""
     routed_experts: Tensor | None = None
     """[Σ(p + l + g − 1), layers, k] uint8, or int16 for more than 256 experts: the experts that the engine
     took for every token that the policy computes, which is all of a sample but the last."""
+    derived: dict[str, Tensor] = field(default_factory=dict)
+    """[Σl] each: columns that the objective computed for the next update; they are not saved."""
     is_demonstration: bool = False
     """Written by the task, not sampled: only the supervised objective accepts them."""
 
@@ -207,7 +211,10 @@ class Rollouts:
                 changes[name] = _select_ragged(value, self.input_lengths, index)
             else:
                 changes[name] = value[index]
-        return replace(self, **changes)
+        derived = {
+            name: _select_ragged(value, self.response_lengths, index) for name, value in self.derived.items()
+        }
+        return replace(self, **changes, derived=derived)
 
     def _columns(self) -> list[tuple[str, Tensor]]:
         values = ((f.name, getattr(self, f.name)) for f in fields(self))

@@ -17,6 +17,8 @@ EPILOG = """\
 examples:
   opo config recipes/quickstart.yaml run.dir=runs/first optimizer.lr=1e-4
       every setting of the run, and its batch arithmetic
+  opo config recipes/quickstart.yaml run.dir=runs/bapo algorithm.objective=bapo
+      the formula of an off-policy objective, its forward passes, and its options with their defaults
 """
 
 

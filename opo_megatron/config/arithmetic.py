@@ -22,6 +22,7 @@ from opo_megatron.algorithm.config import (
     needs_energies,
     needs_token_energies,
 )
+from opo_megatron.algorithm.objectives.table import SPECS, passes_of
 from opo_megatron.config.choices import EngineName, Fill, Packing
 from opo_megatron.config.schema import Config, PolicyConfig
 
@@ -140,6 +141,8 @@ def _objective_lines(algorithm: AlgorithmConfig) -> list[str]:
     if algorithm.objective is ObjectiveName.policy_gradient:
         terms = "Σᵢ Σₜ Aᵢₜ log π(yᵢₜ)" if by_token else "Σᵢ Aᵢ Σₜ log π(yᵢₜ)"
         return [f"−(1/N) {terms} over responses i and their tokens t"]
+    if algorithm.objective is not ObjectiveName.clipped:
+        return _table_lines(algorithm)
     low, high, name = 1 - algorithm.clip_low, 1 + algorithm.clip_high, "Aᵢₜ" if by_token else "Aᵢ"
     lines = [
         f"−(1/N) Σᵢ Σₜ min(ρᵢₜ {name}, clip(ρᵢₜ, {low:g}, {high:g}) {name}) over responses i and their "
@@ -149,6 +152,16 @@ def _objective_lines(algorithm: AlgorithmConfig) -> list[str]:
     if algorithm.kl_coefficient:
         lines.append(f"plus {algorithm.kl_coefficient:g} times the KL to the reference weights per token")
     return lines
+
+
+def _table_lines(algorithm: AlgorithmConfig) -> list[str]:
+    """An objective of the table, as its row has it."""
+    options = ", ".join(f"{name} = {value:g}" for name, value in algorithm.objective_options.items())
+    return [
+        "(1/N) Σᵢ Σₜ L over responses i and their tokens t, c = ∂L/∂ℓ, ℓ = log π(yᵢₜ), o = log π_old(yᵢₜ), "
+        "μ = log π_engine(yᵢₜ), ρ = exp(ℓ − o), ρ_μ = exp(ℓ − μ)",
+        f"{SPECS[algorithm.objective].formula}" + (f" ({options})" if options else ""),
+    ]
 
 
 def _pass_lines(config: Config) -> list[str]:
@@ -162,12 +175,17 @@ def _pass_lines(config: Config) -> list[str]:
             and not corrects_token_energies(algorithm, config.on_policy)
             else "energies take one more forward pass per step, because the engine returns none"
         )
-    if algorithm.objective is ObjectiveName.clipped:
-        lines.append(
-            "log-probabilities of π_old and of the reference weights take two more forward passes per step"
-            if algorithm.kl_coefficient
-            else "log-probabilities of π_old take one more forward pass per step"
+    passes = passes_of(algorithm)
+    of = [
+        text
+        for text, takes in zip(
+            ("π_old", "the policy before each update", "the reference weights"), passes, strict=True
         )
+        if takes
+    ]
+    if of:
+        count = ("one more forward pass", "two more forward passes", "three more forward passes")[len(of) - 1]
+        lines.append(f"log-probabilities of {' and of '.join(of)} take {count} per step")
     if algorithm.variance_every:
         lines.append(
             f"every {_count(algorithm.variance_every, 'step')} the gradient's variance with every baseline "

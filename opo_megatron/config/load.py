@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException, ValidationError
 
 from opo_megatron.algorithm.config import LossNormalizer, Weight
+from opo_megatron.algorithm.objectives.table import with_defaults
 from opo_megatron.algorithm.presets import preset_of
 from opo_megatron.config.architecture import adopt_architecture
 from opo_megatron.config.choices import EngineName, Fp8
@@ -99,6 +100,7 @@ def resolve(config: Config) -> None:
     for switch, value in preset_of(algorithm.baseline)._asdict().items():
         if getattr(algorithm, switch) is None:
             setattr(algorithm, switch, value)
+    algorithm.objective_options = with_defaults(algorithm)
     if rollout.overlap_micro_batches is None:
         rollout.overlap_micro_batches = 2 * config.policy.pipeline_model_parallel_size
     if rollout.routing_replay is None:

@@ -7,8 +7,8 @@ A forward pass of a sequence of T + 1 tokens, the last of which is only a target
 operations: N counts the parameters of the layers that multiply a token (of experts, the active ones), the
 head computes the R response tokens alone, and causal attention's two products fill half a square.  A
 backward pass takes twice as many.  The embedding's lookup, norms and recomputation count nothing.  Samples
-whose group has no signal run forward only, and the clipped objective runs further forward passes; both count
-as what they are.
+whose group has no signal run forward only, and objectives other than OPO's run further forward passes; both
+count as what they are.
 
 The peak is the dense one in bf16, also for policies in FP8, whose MFU may therefore exceed 1.
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from opo_megatron.algorithm.config import AlgorithmConfig, ObjectiveName, keeps_zero_variance
+from opo_megatron.algorithm.objectives.table import passes_of
 from opo_megatron.batch.stats import BatchStats
 from opo_megatron.config.schema import ModelConfig
 from opo_megatron.distributed.process_groups import Parallel
@@ -47,11 +48,9 @@ def forward_flops(
 
 def training_passes(algorithm: AlgorithmConfig, advantages: Tensor) -> Tensor:
     """[n] float64: passes of each sample, in units of a forward pass; a backward pass is two."""
-    if algorithm.objective is ObjectiveName.clipped:
-        # Old log-probabilities, reference ones where there is a KL, and the update.
-        return torch.full_like(advantages, 4.0 + bool(algorithm.kl_coefficient), dtype=torch.float64)
-    if keeps_zero_variance(algorithm):
-        return torch.full_like(advantages, 3.0, dtype=torch.float64)
+    if algorithm.objective is not ObjectiveName.policy_gradient or keeps_zero_variance(algorithm):
+        # The update of every sample, and the objective's forward passes before it.
+        return torch.full_like(advantages, 3.0 + sum(passes_of(algorithm)), dtype=torch.float64)
     return torch.where(advantages == 0, 1.0, 3.0).double()
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from opo_megatron.algorithm.config import ObjectiveName, Weight
+from opo_megatron.algorithm.config import Weight
+from opo_megatron.algorithm.objectives.table import passes_of
 from opo_megatron.batch.micro_batch import padded_length, schedule_micro_batches, sequence_alignment
 from opo_megatron.config import Config, load_config
 from opo_megatron.config.arithmetic import model_parallel_size, shares_memory, smallest_world
@@ -352,9 +353,7 @@ def _passes(config: Config) -> float:
     energies = algorithm.weight in (Weight.energy, Weight.energy_hidden, Weight.fitted)
     if energies and config.rollout.engine is EngineName.sglang:
         passes += 1
-    if algorithm.objective is ObjectiveName.clipped:
-        passes += 2 if algorithm.kl_coefficient else 1
-    return passes
+    return passes + sum(passes_of(algorithm))
 
 
 def _running(job: Job, engine: EnginePlan) -> int:

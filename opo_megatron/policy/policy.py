@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import (
@@ -383,7 +383,7 @@ class Policy:
             rollouts,
             schedule,
             self.parallel.dp_rank,
-            {name: _per_token(rollouts, name) for name in columns},
+            {name: token_column(rollouts, name).float() for name in columns},
             multiple=row_multiple(self.config),
             device=self.parallel.device,
             token_multiple=token_multiple(self.config),
@@ -474,16 +474,16 @@ def _no_loss(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.new_zeros(()), torch.tensor(0, dtype=torch.int), hidden.new_zeros(())
 
 
-def _per_token(rollouts: Rollouts, name: str) -> Tensor:
-    """A column of the rollouts per response token [Σl] float32."""
-    values = getattr(rollouts, name)
+def token_column(rollouts: Rollouts, name: str) -> Tensor:
+    """A column of the rollouts per response token [Σl]."""
     if name == "advantages" and rollouts.token_advantages is not None:
-        return rollouts.token_advantages.float()
+        return rollouts.token_advantages
+    values = rollouts.derived[name] if name in rollouts.derived else getattr(rollouts, name, None)
     if values is None:
         raise ValueError(f"the objective needs the column {name!r}, which these rollouts do not have")
-    if name == "advantages":
+    if name in ("advantages", "rewards"):
         values = torch.repeat_interleave(values, rollouts.response_lengths)
-    return values.float()
+    return cast(Tensor, values)
 
 
 def _no_reduction(*_: Any, **__: Any) -> None:

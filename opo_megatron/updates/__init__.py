@@ -1,1 +1,1 @@
-"""Steps around a run other than OPO's own: SFT, PPO/GRPO, the variance report, non-finite numbers."""
+"""Steps around a run other than OPO's own: SFT, other objectives, the variance report, NaN."""

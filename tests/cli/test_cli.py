@@ -230,7 +230,7 @@ def test_every_example_in_the_help_is_a_valid_command(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     texts = "".join([EPILOG, *(module.EPILOG for module in COMMANDS.values())]).replace("\\\n", "")
     commands = re.findall(r"^  opo (?:train|config) (.+)$", texts, re.MULTILINE)
-    assert len(commands) == 9
+    assert len(commands) == 10
     for command in commands:
         command = command.split(" --allow ")[0]  # `opo config` has no --allow
         assert main(["config", *command.split()]) == 0, capsys.readouterr().err

@@ -236,3 +236,34 @@ def test_estimators_take_the_same_steps_under_every_layout(tmp_path: Path, setti
             for estimator in ("otb", "otb_loo", "james_stein", "opo", "this_run"):
                 key = f"variance/{estimator}"
                 assert row[key] == pytest.approx(other[key], rel=1e-3), (name, key)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "objective, options",
+    [
+        ("gspo", ("algorithm.objective_options={epsilon_low: 0.01, epsilon_high: 0.01}",)),
+        ("bapo", ("algorithm.objective_options={target: 3}",)),
+        ("m2po", ("algorithm.objective_options={threshold: 1.0e-4}",)),
+    ],
+)
+def test_objectives_take_the_same_steps_under_every_layout(
+    tmp_path: Path, objective: str, options: tuple[str, ...]
+) -> None:
+    """Three updates per batch, the last two off-policy: ratios, bounds and masks are the same."""
+    settings = (
+        f"algorithm.objective={objective}",
+        "algorithm.updates_per_batch=3",
+        "optimizer.lr=3e-3",
+        *options,
+    )
+    expected, samples = run_of(tmp_path, "one", 1, *settings)
+    without, _ = run_of(tmp_path, "clipped", 1, *settings[1:3], "algorithm.objective=clipped")
+    assert expected[1]["grad_norm"] != pytest.approx(without[1]["grad_norm"], rel=1e-4)
+    for name, layout in LAYOUTS.items():
+        rows, rollouts = run_of(tmp_path, name, 2, *settings, *layout)
+        assert torch.equal(rollouts.response_tokens, samples.response_tokens), name
+        for row, other in zip(rows[1:], expected[1:], strict=True):
+            assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4), name
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-3, abs=1e-5), name

@@ -6,8 +6,6 @@ from opo_megatron.algorithm.config import (
     AlgorithmConfig,
     Center,
     LossNormalizer,
-    MismatchAction,
-    ObjectiveName,
     Scale,
     Scope,
     Weight,
@@ -16,14 +14,15 @@ from opo_megatron.algorithm.config import (
 )
 from opo_megatron.algorithm.presets import OWN
 from opo_megatron.config.choices import Fill
-from opo_megatron.config.rules.require import divides, require
+from opo_megatron.config.rules.objective import check_objective
+from opo_megatron.config.rules.require import require
 from opo_megatron.config.schema import Config
 
 
 def check_algorithm(config: Config) -> None:
     """Raise UserError at the first rule that the algorithm's settings break."""
     algorithm = config.algorithm
-    _check_objective(config)
+    check_objective(config)
     _check_switches(algorithm)
     _check_group_size(config)
     _check_fill(config)
@@ -135,26 +134,4 @@ def _check_fill(config: Config) -> None:
         f"rollout.fill=groups_with_signal leaves out groups whose rewards are all equal, but "
         f"algorithm.baseline={algorithm.baseline} has a gradient there; choose another baseline, or set "
         "rollout.fill=off",
-    )
-
-
-def _check_objective(config: Config) -> None:
-    algorithm, prompts = config.algorithm, config.rollout.prompts_per_step
-    if algorithm.objective is ObjectiveName.policy_gradient:
-        require(
-            algorithm.updates_per_batch == 1,
-            f"algorithm.updates_per_batch is {algorithm.updates_per_batch}, but OPO takes exactly one "
-            "optimizer step per batch; set it to 1, or algorithm.objective=clipped",
-        )
-        require(
-            algorithm.kl_coefficient == 0,
-            f"algorithm.kl_coefficient is {algorithm.kl_coefficient:g}, but OPO has no KL term; set it to 0, "
-            "or algorithm.objective=clipped",
-        )
-        return
-    divides("algorithm.updates_per_batch", algorithm.updates_per_batch, "rollout.prompts_per_step", prompts)
-    require(
-        config.on_policy.action is not MismatchAction.correct,
-        "on_policy.action=correct weights OPO's gradient, but algorithm.objective=clipped has its own ratio; "
-        "set on_policy.action to refuse or warn",
     )
