@@ -37,8 +37,9 @@ from opo_megatron.build import open_run
 from opo_megatron.checkpoint.progress import PHASES, RunProgress, checkpoints
 from opo_megatron.config import Config
 from opo_megatron.config.choices import EngineName, Fill, Kl, OverlapOrder
+from opo_megatron.config.rollout import RolloutConfig
 from opo_megatron.config.rules.exact import exact_switch
-from opo_megatron.config.schema import CheckpointConfig, ObserveConfig, RolloutConfig
+from opo_megatron.config.schema import CheckpointConfig, ObserveConfig
 from opo_megatron.distributed.process_groups import all_gather_objects
 from opo_megatron.errors import NonFiniteError, ReplayDiffers, UserError
 from opo_megatron.observe.metrics_file import MetricsFile, MetricsRow
