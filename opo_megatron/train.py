@@ -38,6 +38,7 @@ from opo_megatron.updates.overlap import overlapped_update
 from opo_megatron.updates.ppo import ppo_updates
 from opo_megatron.updates.sample_batch import sample_batch
 from opo_megatron.updates.sft import run_sft
+from opo_megatron.updates.staleness import stale_update
 from opo_megatron.updates.variance_report import report_is_due, variance_report
 
 
@@ -68,6 +69,9 @@ def opo_step(run: Run, step: int) -> None:
 
     if config.rollout.overlap:  # the same, trained on group by group while others are sampled
         rollouts, stats, advantages, metrics, report = overlapped_update(run, step, lr, timer.timeline)
+    elif config.rollout.staleness:  # off-policy on purpose, for comparison
+        update = UPDATES[config.algorithm.objective]
+        rollouts, stats, advantages, metrics, report = stale_update(run, step, lr, timer, update)
     else:
         rollouts, stats = sample_batch(run, step, timer)
         with timer.phase("reward"):

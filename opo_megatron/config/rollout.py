@@ -109,6 +109,10 @@ class RolloutConfig:
     overlap_micro_batches: int | None = None
     """Least micro-batches, per data-parallel rank, of a part of the batch that is trained on while others are
     sampled. Default: twice the pipeline stages, which then wait for a third of the time at most."""
+    staleness: int = 0
+    """Train every step on the rollouts that the weights of this many steps before sampled; the first ones on
+    rollouts of the initial weights. Above 0 the run is off-policy, and needs
+    `algorithm.off_policy_sampling=true`."""
     temperature: float = 1.0
     """T of the policy softmax(z/T). The objective differentiates the same distribution."""
     top_p: float = 1.0

@@ -24,6 +24,7 @@ from opo_megatron.config.rules.overlap import check_overlap
 from opo_megatron.config.rules.require import divides, require
 from opo_megatron.config.rules.resilience import check_faults
 from opo_megatron.config.rules.sglang import check_sglang
+from opo_megatron.config.rules.staleness import check_staleness
 from opo_megatron.config.rules.weight_layout import check_weight_layout
 from opo_megatron.config.schema import Config, PolicyConfig, RopeScalingConfig
 
@@ -44,6 +45,7 @@ def validate(config: Config, world_size: int | None) -> None:
     check_run(config)
     check_faults(config)
     check_sampling(config)
+    check_staleness(config)
     check_overlap(config)
     check_algorithm(config)
     check_task(config)
@@ -84,7 +86,7 @@ _FIELD_RULES: tuple[Rule, ...] = (
     (
         "run.seed train.steps warm_start.steps optimizer.warmup_steps warm_start.warmup_steps "
         "optimizer.lr warm_start.lr optimizer.weight_decay warm_start.weight_decay optimizer.clip "
-        "warm_start.clip rollout.top_k eval.top_k eval.every_steps checkpoint.every_steps "
+        "warm_start.clip rollout.staleness rollout.top_k eval.top_k eval.every_steps checkpoint.every_steps "
         "on_policy.tolerance algorithm.length_exponent rollout.sglang.restarts algorithm.kl_coefficient "
         "algorithm.variance_every task.verifier_memory_mib task.verifier_retries "
         "task.environment_memory_mib",

@@ -215,6 +215,12 @@ class _Replay:
                     "recorded rollouts, which have only the groups that were taken; replay with the run's "
                     f"layout ({self.recorded[step]['layout']}) and rollout.engine=local"
                 )
+            if self.run.config.rollout.staleness:
+                raise UserError(
+                    f"step {step} of rollout.staleness={self.run.config.rollout.staleness} is not replayed "
+                    "from recorded rollouts, which an earlier step has sampled; replay with the run's layout "
+                    f"({self.recorded[step]['layout']}) and rollout.engine=local"
+                )
             if not path.exists():
                 raise UserError(
                     f"{path} is missing, and only the run's layout ({self.recorded[step]['layout']}) "

@@ -77,7 +77,16 @@ def group_runs(runs: Sequence[Run]) -> list[Arm]:
     for run in runs:
         by_settings.setdefault(repr(sorted(_fixed(run).items())), []).append(run)
     groups = list(by_settings.values())
-    return [Arm(name, group) for name, group in zip(_names(groups), groups, strict=True)]
+    return [
+        Arm(off_policy_mark(group[0].settings) + name, group)
+        for name, group in zip(_names(groups), groups, strict=True)
+    ]
+
+
+def off_policy_mark(settings: dict[str, Any]) -> str:
+    """Prefix of the name of an arm that trains on rollouts of earlier weights."""
+    staleness = settings.get("rollout.staleness", 0)
+    return f"OFF-POLICY ({staleness} steps) " if staleness else ""
 
 
 def _fixed(run: Run) -> dict[str, Any]:

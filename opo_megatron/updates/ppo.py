@@ -25,6 +25,7 @@ from opo_megatron.batch.stats import BatchStats
 from opo_megatron.distributed.process_groups import Parallel, all_reduce
 from opo_megatron.policy.metric_sums import StepMetrics
 from opo_megatron.run import Run
+from opo_megatron.updates.staleness import set_proximal
 
 
 def ppo_updates(
@@ -39,8 +40,11 @@ def ppo_updates(
     schedules = [policy.schedule(stats.sequence_lengths, only=part) for part in mini_batches]
     parts = [redistribute_to_dp(run.parallel, rollouts, schedule, len(advantages)) for schedule in schedules]
     temperature = config.rollout.temperature
-    for part, schedule in zip(parts, schedules, strict=True):
-        part.old_log_prob = policy.log_probs(part, schedule, temperature)
+    if config.rollout.staleness:
+        set_proximal(run, parts, schedules)
+    else:
+        for part, schedule in zip(parts, schedules, strict=True):
+            part.old_log_prob = policy.log_probs(part, schedule, temperature)
     mismatch = _mismatch(run.parallel, parts)
     before_update = StepMetrics(0.0, int(stats.response_lengths.sum()), None, mismatch)
     run.check_on_policy(before_update)
@@ -61,6 +65,7 @@ def ppo_updates(
         loss=fmean(one.loss for one in found),
         entropy=fmean(entropies) if entropies else None,
         grad_norm=fmean(one.grad_norm for one in found),
+        mismatch=found[0].mismatch if config.rollout.staleness else mismatch,
     )
 
 
