@@ -43,6 +43,7 @@ from opo_megatron.distributed.process_groups import (
 from opo_megatron.errors import Preempted, UserError
 from opo_megatron.observe.console import Display
 from opo_megatron.observe.loggers import load_wandb
+from opo_megatron.observe.off_policy import off_policy_words
 from opo_megatron.observe.run_files import RunFiles
 from opo_megatron.policy.device import check_device
 from opo_megatron.policy.policy import Policy
@@ -277,11 +278,8 @@ def _log_start(config: Config, checkpoint: Path | None, display: Display) -> Non
             display.log(f"changed settings: {', '.join(map(str, changed))}")
     elif config.policy.init_from is not None:
         display.log(f"starts from the weights of {config.policy.init_from}")
-    if config.rollout.staleness:
-        display.log(
-            f"OFF-POLICY ({config.rollout.staleness} steps): rollout.staleness trains on rollouts of earlier "
-            "weights"
-        )
+    if words := off_policy_words(config.rollout.staleness, config.rollout.replay.method.value):
+        display.log(f"{words}: steps train on responses of earlier weights")
     if keeps_zero_variance(config.algorithm):
         display.log(
             f"algorithm.baseline={config.algorithm.baseline} may have a gradient where all rewards of a "

@@ -160,8 +160,8 @@ class AlgorithmConfig:
     """`output_layer`: gradients of the output layer, at the cost of one forward pass. `all_parameters`: one
     backward pass per sample, with all gradients in memory; for small models only."""
     off_policy_sampling: bool = False
-    """Allow `top_p`, `top_k` and `rollout.staleness` in training. The rollouts are then not samples of the
-    policy."""
+    """Allow `top_p`, `top_k`, `rollout.staleness` and `rollout.replay` in training. The rollouts are then not
+    samples of the policy."""
     proximal: Proximal = Proximal.behavior
     """rollout.staleness: the policy that ratios compare with. `behavior`: the one that sampled the batch, as
     measured then; `current`: the one that begins it, by one more forward pass; `loglinear`: between the two

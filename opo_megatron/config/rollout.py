@@ -10,6 +10,8 @@ from opo_megatron.config.choices import (
     Fill,
     GroupBackend,
     OverlapOrder,
+    ReplayChoice,
+    ReplayMethod,
     Transport,
     WeightLayout,
 )
@@ -86,6 +88,36 @@ class SglangConfig:
 
 
 @dataclass
+class ReplayConfig:
+    """Responses of earlier steps that are trained on once more, beside those of the step. Needs
+    `algorithm.off_policy_sampling=true`."""
+
+    method: ReplayMethod = ReplayMethod.off
+    """`repo`: responses to the same prompt, when it comes again; `spear`: the responses better than their
+    group's baseline, once enough are kept."""
+    size: int | None = None
+    """repo: newest responses kept per prompt; spear: most samples of a replay, which comes when one and a
+    half times as many are kept. Default: 16; 2048."""
+    max_age: int | None = None
+    """Steps after which a response is dropped. Default: never; 10 with spear."""
+    coefficient: float = 1.0
+    """Factor of the replayed part of the loss."""
+    ramp_steps: int | None = None
+    """Steps in which the factor rises from 0, along a cosine; 0 is at once. Default: 0; 200 with spear."""
+    per_prompt: int = 8
+    """repo: responses replayed per prompt."""
+    min_size: int | None = None
+    """repo: a prompt with fewer kept responses is not replayed. Default: `size`."""
+    choose: ReplayChoice = ReplayChoice.highest
+    """repo: which of them: those of highest reward, the most recent, random ones, or those whose rewards vary
+    most."""
+    history: int = 10240
+    """spear: number of groups whose mean rewards, and their deviations, the baseline is the median of."""
+    divide_by_std: bool = False
+    """spear: divide advantages by the median deviation."""
+
+
+@dataclass
 class RolloutConfig:
     """How responses are sampled in training."""
 
@@ -128,5 +160,6 @@ class RolloutConfig:
     routing_replay: bool | None = None
     """Train with the experts that the engine took: rollouts carry them, for every token and layer. Default:
     true for a model with experts."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     local: LocalEngineConfig = field(default_factory=LocalEngineConfig)
     sglang: SglangConfig = field(default_factory=SglangConfig)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from opo_megatron.observe.metrics_file import MetricsRow
 
-AGE = "on_policy/age"
+AGE, REPLAYED = "on_policy/age", "replay/samples"
 COLUMNS = {
     "step": ("step", "{:d}"),
     "reward/mean": ("reward", "{:.3f}"),
@@ -25,9 +25,10 @@ COLUMNS = {
     "grad_norm": ("grad norm", "{:.3f}"),
     "on_policy/logprob_diff_max": ("|Δ log π|", "{:.1e}"),
     AGE: ("OFF-POLICY by", "{:d}"),
+    REPLAYED: ("OFF-POLICY samples", "{:d}"),
     "time/step": ("seconds", "{:.2f}"),
 }
-"""Metrics of the live table, with their headings; the age is shown for off-policy runs alone."""
+"""Metrics of the live table, with their headings; those of off-policy runs are shown for these alone."""
 
 VISIBLE_ROWS = 12
 REFRESH_SECONDS = 0.1
@@ -81,9 +82,8 @@ class Display:
     def _refresh(self) -> None:
         assert self._live is not None
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        shown = {
-            n: column for n, column in COLUMNS.items() if n != AGE or any(n in row for row in self._rows)
-        }
+        present = {name for row in self._rows for name in row}
+        shown = {n: column for n, column in COLUMNS.items() if n not in (AGE, REPLAYED) or n in present}
         for heading, _ in shown.values():
             table.add_column(heading, justify="right")
         for row in self._rows[-VISIBLE_ROWS:]:

@@ -118,6 +118,20 @@ SECTIONS: dict[str, tuple[Measure, ...]] = {
             "(Σw)² / Σw² with w = exp(Δ log π): 1 where the policy has not moved.",
         ),
     ),
+    "Replayed responses": (
+        Measure(
+            "replay/samples", "replayed samples", "per step",
+            "Responses of earlier steps that are trained on once more.", "{:.1f}",
+        ),
+        Measure(
+            "replay/reward_mean", "reward of replayed samples", "mean over those of a step",
+            "Rewards that they got when they were sampled.",
+        ),
+        Measure(
+            "replay/age_mean", "age of replayed samples", "steps since they were sampled",
+            "On average over those of a step.", "{:.1f}",
+        ),
+    ),
     "Load of the experts": (
         Measure(
             "experts/fullest_share", "fullest expert", "share of a layer's assignments",
