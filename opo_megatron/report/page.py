@@ -19,6 +19,7 @@ from typing import Any
 
 from opo_megatron.report.arms import SAME_ARM, Arm
 from opo_megatron.report.figures import Figure
+from opo_megatron.report.paired import paired_table
 from opo_megatron.report.rollouts import TOKENS_KEPT, embedded_rollouts
 from opo_megatron.report.tables import config_table, results_table, runs_table
 
@@ -63,6 +64,7 @@ def make_page(
         runs=runs_table(arms, steps),
         results_note=escape(RESULTS_NOTE),
         results=results_table(arms),
+        paired=paired_table(arms),
         figures=_figures(figures),
         settings_note=escape(_settings_note(arms)),
         settings=config_table(arms),
