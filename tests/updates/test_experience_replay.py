@@ -49,7 +49,7 @@ SEEDS = range(6)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_repo_normalizes_the_replayed_responses_of_a_prompt_among_themselves(seed: int) -> None:
+def test_repo_normalizes_replayed_responses_of_a_prompt_among_themselves(seed: int) -> None:
     rng = random.Random(seed)
     groups = [[rng.choice([0.0, 1.0, rng.random()]) for _ in range(2 + seed)] for _ in range(5)]
     found = repo_advantages(torch.tensor(groups, dtype=torch.float64)).tolist()

@@ -19,14 +19,13 @@ SAMPLER_KL = "KL sampler to policy"
 PANELS = {
     "eval/accuracy": "held-out accuracy",
     "eval/pass@16": "held-out pass@16",
-    "entropy": "entropy of training samples, nats per token",
-    SAMPLER_KL: "KL of the sampler to the policy (k3), nats per token",
-    "eval/kl": "KL to the initial weights, nats per held-out token",
-    "variance/this_run": "gradient variance of the row's estimator (trace)",
+    "entropy": "entropy, nats per training token",
+    SAMPLER_KL: "KL sampler to policy (k3), nats per token",
+    "eval/kl": "KL to the initial weights, nats per token",
+    "variance/this_run": "gradient variance (trace)",
 }
 """Metrics of the curves; those that a size does not measure have an empty panel."""
 COMPARED = ("pass@1", "pass@16", "training_entropy", "entropy", "kl", "length", "sampler_kl", "noise")
-LOGARITHMIC = (SAMPLER_KL, "variance/this_run")
 PER_FIGURE = 7
 """Rows in a figure, which has as many colours."""
 
@@ -108,6 +107,8 @@ def plot_all(seeds: Sequence[SeedRuns], rows: Sequence[str], task: str, target: 
 
 def _plot_curves(seeds: Sequence[SeedRuns], rows: Sequence[str], title: str, path: Path) -> Path:
     plt = load_pyplot()
+    from matplotlib.ticker import LogFormatter
+
     rollout = seeds[0].config(arm_of(rows[0])).rollout
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
     with plt.rc_context(STYLE):
@@ -117,8 +118,9 @@ def _plot_curves(seeds: Sequence[SeedRuns], rows: Sequence[str], title: str, pat
                 curve = _curve(seeds, row, metric)
                 if curve is not None and len(curve.steps):
                     draw_band(axes, index, curve._replace(steps=curve.steps * samples, tails=[]))
-            if metric in LOGARITHMIC:
+            if metric == SAMPLER_KL:
                 axes.set_yscale("log")
+                axes.yaxis.set_major_formatter(LogFormatter())  # the default writes TeX
             axes.set(title=label, xlabel="training samples")
         figure.legend(
             [draw_band(panels[0, 0], index, _empty()) for index in range(len(rows))],
@@ -156,7 +158,7 @@ def _plot_differences(values: Values, rows: Sequence[str], task: str, path: Path
     plt = load_pyplot()
     shown = [name for name in ("pass@1", "pass@16", "training_entropy", "kl") if name in values]
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, len(shown), figsize=(3.4 * len(shown) + 1.6, 0.8 + 0.3 * len(rows)))
+        figure, _ = plt.subplots(1, len(shown), figsize=(3.4 * len(shown) + 1.6, 0.8 + 0.3 * len(rows)))
         for position, (axes, measure) in enumerate(zip(figure.axes, shown, strict=True)):
             found = compared(values[measure], rows[0])
             for height, (_, one) in enumerate(found.items()):
@@ -170,7 +172,6 @@ def _plot_differences(values: Values, rows: Sequence[str], task: str, path: Path
             axes.set_yticks(range(len(found)), list(found) if position == 0 else [""] * len(found))
             axes.invert_yaxis()
             axes.set_title(measure)
-        del panels
         figure.suptitle(f"{task}: differences to {rows[0]}; thick: 95 %, thin: corrected for all rows")
         figure.savefig(path, dpi=100)
         plt.close(figure)
