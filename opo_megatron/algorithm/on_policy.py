@@ -87,13 +87,34 @@ def check_versions(weight_versions: Tensor | None, expected: int) -> None:
     """
     if weight_versions is None:
         raise OnPolicyError("the engine reported no weight versions, so the rollouts cannot be trained on")
-    wrong = weight_versions[weight_versions != expected]
-    if wrong.numel() > 0:
-        counts = ", ".join(f"{n} of version {v}" for v, n in sorted(Counter(wrong.tolist()).items()))
+    if wrong := _other_versions(weight_versions, expected):
         raise OnPolicyError(
-            f"the policy is at weight version {expected} but {wrong.numel()} of {weight_versions.numel()} "
-            f"sampled tokens are not ({counts}); send the weights before generating"
+            f"the policy is at weight version {expected} but {wrong}; send the weights before generating"
         )
+
+
+def check_age(weight_versions: Tensor | None, version: int, age: int) -> None:
+    """Check that every token was sampled with the weights of exactly `age` optimizer steps before `version`.
+
+    Raises:
+        OnPolicyError: with the number of tokens per wrong version.
+    """
+    if weight_versions is None:
+        raise OnPolicyError("the rollouts have no weight versions, so their age is not known")
+    if wrong := _other_versions(weight_versions, version - age):
+        raise OnPolicyError(
+            f"the policy is at weight version {version} and trains on rollouts of version {version - age}, "
+            f"but {wrong}; resume from a checkpoint (resume=auto), which has rollouts of the right age"
+        )
+
+
+def _other_versions(weight_versions: Tensor, expected: int) -> str | None:
+    """How many tokens are of other versions than `expected`, with their number per version; None if none."""
+    wrong = weight_versions[weight_versions != expected]
+    if wrong.numel() == 0:
+        return None
+    counts = ", ".join(f"{n} of version {v}" for v, n in sorted(Counter(wrong.tolist()).items()))
+    return f"{wrong.numel()} of {weight_versions.numel()} sampled tokens are not ({counts})"
 
 
 def check_mismatch(config: OnPolicyConfig, mismatch: Mismatch) -> str | None:

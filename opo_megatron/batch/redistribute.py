@@ -78,3 +78,16 @@ def gather_to_rank0(parallel: Parallel, rollouts: Rollouts) -> Rollouts | None:
     """All samples on rank 0, None elsewhere."""
     parts = all_to_all_objects(parallel, [rollouts if r == 0 else None for r in range(parallel.world_size)])
     return Rollouts.concatenate(parts) if parallel.rank == 0 else None
+
+
+def scatter_from_rank0(parallel: Parallel, rollouts: Rollouts | None) -> Rollouts:
+    """This rank's contiguous block of the samples that rank 0 has."""
+    blocks: list[Rollouts | None] = [None] * parallel.world_size
+    if parallel.rank == 0:
+        assert rollouts is not None
+        blocks = [
+            rollouts.select(rank_range(len(rollouts), rank, parallel.world_size))
+            for rank in range(parallel.world_size)
+        ]
+    own: Rollouts = all_to_all_objects(parallel, blocks)[0]
+    return own

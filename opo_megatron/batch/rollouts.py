@@ -105,6 +105,8 @@ class Rollouts:
     """[Σl] float32: log π_T of each token, by a forward pass right before the update that trains on it."""
     reference_log_prob: Tensor | None = None
     """[Σl] float32: log π_T of each token under the reference weights."""
+    sampled_in: Tensor | None = None
+    """[n] int64: the step that sampled it, of samples that are kept to be replayed."""
     routed_experts: Tensor | None = None
     """[Σ(p + l + g − 1), layers, k] uint8, or int16 for more than 256 experts: the experts that the engine
     took for every token that the policy computes, which is all of a sample but the last."""

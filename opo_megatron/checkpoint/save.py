@@ -22,6 +22,7 @@ from megatron.core import dist_checkpointing
 
 from opo_megatron import __version__
 from opo_megatron.checkpoint.contents import model_of, optimizer_of, sharded_state, wrapped_errors
+from opo_megatron.checkpoint.kept_rollouts import KeptRollouts
 from opo_megatron.checkpoint.manifest import Entries, entries_of, write_manifest, written_by
 from opo_megatron.checkpoint.progress import CONFIG_FILE, STATE_FILE, RunProgress
 from opo_megatron.checkpoint.writer import (
@@ -53,12 +54,14 @@ class PendingCheckpoint:
         progress: RunProgress,
         extra: dict[str, Any] | None = None,
         in_background: bool = False,
+        kept: KeptRollouts | None = None,
     ) -> None:
         """Snapshot the state and start writing; a collective of all ranks.
 
         Args:
             extra: the estimators' state, name → JSON value.
             in_background: write in a separate process while training continues.
+            kept: rollouts that later steps train on, this rank's part; written before anything else.
 
         Raises:
             SaveError: on all ranks if one cannot write; earlier checkpoints are unchanged.
@@ -74,6 +77,7 @@ class PendingCheckpoint:
                 return {}
             return {STATE_FILE: state_text, CONFIG_FILE: to_yaml(config)}  # to_yaml takes half a second
 
+        self._kept = kept.gathered(self.parallel) if kept is not None else {}
         self._writer: Writer | None = None
         with self._removed_on_failure():
             _run_collectively(self.parallel, self.final, self._prepare_folder)
@@ -117,6 +121,10 @@ class PendingCheckpoint:
             for partial in self.final.parent.glob("*.partial"):  # left by killed attempts
                 shutil.rmtree(partial)
             self._partial.mkdir(parents=True)
+            for name, rollouts in self._kept.items():
+                assert rollouts is not None
+                rollouts.save(self._partial / name)
+            self._kept = {}
 
     def _finish(self, entries: Entries) -> Entries:
         """The entries of all files that this rank wrote, including Megatron's metadata."""

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from opo_megatron.checkpoint.kept_rollouts import KeptRollouts
 from opo_megatron.checkpoint.progress import RunProgress
 from opo_megatron.checkpoint.retention import Retention
 from opo_megatron.checkpoint.save import PendingCheckpoint
@@ -29,6 +30,8 @@ class CheckpointSaver:
     policy: Policy
     state: dict[str, Any]
     """What estimators remember beyond the weights, name → JSON value: part of every checkpoint."""
+    kept: KeptRollouts = field(default_factory=KeptRollouts)
+    """Rollouts that later steps train on: part of every checkpoint."""
     retention: Retention
     stop: StopRequest
     memory_for_saving: Callable[[], AbstractContextManager[None]]
@@ -88,7 +91,7 @@ class CheckpointSaver:
         with self._tolerated_failure(progress, must_succeed):
             with self.memory_for_saving():
                 self.pending = PendingCheckpoint(
-                    self.policy, self.config, progress, self.state, in_background
+                    self.policy, self.config, progress, self.state, in_background, self.kept
                 )
             if not in_background:
                 self._complete_pending(must_succeed)

@@ -21,6 +21,21 @@ class Fill(str, Enum):
     groups_with_signal = "groups_with_signal"
 
 
+class ReplayMethod(str, Enum):
+    off = "off"
+    repo = "repo"
+    spear = "spear"
+
+
+class ReplayChoice(str, Enum):
+    """Which of a prompt's kept responses are replayed."""
+
+    highest = "highest"
+    recent = "recent"
+    random = "random"
+    max_variance = "max_variance"
+
+
 class OverlapOrder(str, Enum):
     arrival = "arrival"
     prompt = "prompt"

@@ -20,7 +20,7 @@ from opo_megatron.algorithm.config import LossNormalizer, Weight
 from opo_megatron.algorithm.objectives.table import with_defaults
 from opo_megatron.algorithm.presets import preset_of
 from opo_megatron.config.architecture import adopt_architecture
-from opo_megatron.config.choices import EngineName, Fp8
+from opo_megatron.config.choices import EngineName, Fp8, ReplayMethod
 from opo_megatron.config.entries import Entry, location, override_entries, recipe_entries
 from opo_megatron.config.keys import describe_type, inner_type, key_types
 from opo_megatron.config.rules.api_key import API_KEY
@@ -105,6 +105,15 @@ def resolve(config: Config) -> None:
         rollout.overlap_micro_batches = 2 * config.policy.pipeline_model_parallel_size
     if rollout.routing_replay is None:
         rollout.routing_replay = model.num_moe_experts is not None
+    replay, is_spear = rollout.replay, rollout.replay.method is ReplayMethod.spear
+    if replay.size is None:
+        replay.size = 2048 if is_spear else 16
+    if replay.max_age is None and is_spear:
+        replay.max_age = 10
+    if replay.ramp_steps is None:
+        replay.ramp_steps = 200 if is_spear else 0
+    if replay.min_size is None:
+        replay.min_size = replay.size
     if rollout.sglang.fp8 is None:
         is_blockwise = config.policy.fp8 is Fp8.blockwise
         rollout.sglang.fp8 = is_blockwise and rollout.engine is EngineName.sglang

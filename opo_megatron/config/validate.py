@@ -21,9 +21,11 @@ from opo_megatron.config.rules.environment import check_environment
 from opo_megatron.config.rules.exact import check_exact
 from opo_megatron.config.rules.gpu import check_gpu_options
 from opo_megatron.config.rules.overlap import check_overlap
+from opo_megatron.config.rules.replay import check_replay
 from opo_megatron.config.rules.require import divides, require
 from opo_megatron.config.rules.resilience import check_faults
 from opo_megatron.config.rules.sglang import check_sglang
+from opo_megatron.config.rules.staleness import check_staleness
 from opo_megatron.config.rules.weight_layout import check_weight_layout
 from opo_megatron.config.schema import Config, PolicyConfig, RopeScalingConfig
 
@@ -44,6 +46,8 @@ def validate(config: Config, world_size: int | None) -> None:
     check_run(config)
     check_faults(config)
     check_sampling(config)
+    check_staleness(config)
+    check_replay(config)
     check_overlap(config)
     check_algorithm(config)
     check_task(config)
@@ -63,7 +67,8 @@ _FIELD_RULES: tuple[Rule, ...] = (
     (
         "run.ranks run.threads_per_rank rollout.prompts_per_step rollout.samples_per_prompt "
         "rollout.max_response_tokens rollout.local.slots rollout.fill_rounds rollout.overlap_micro_batches "
-        "rollout.max_turns rollout.environments "
+        "rollout.max_turns rollout.environments rollout.replay.size rollout.replay.max_age "
+        "rollout.replay.min_size rollout.replay.history "
         "warm_start.batch_size "
         "algorithm.updates_per_batch "
         "eval.problems eval.samples_per_problem policy.model.num_layers policy.model.hidden_size "
@@ -84,7 +89,8 @@ _FIELD_RULES: tuple[Rule, ...] = (
     (
         "run.seed train.steps warm_start.steps optimizer.warmup_steps warm_start.warmup_steps "
         "optimizer.lr warm_start.lr optimizer.weight_decay warm_start.weight_decay optimizer.clip "
-        "warm_start.clip rollout.top_k eval.top_k eval.every_steps checkpoint.every_steps "
+        "warm_start.clip rollout.staleness rollout.replay.ramp_steps rollout.top_k eval.top_k "
+        "eval.every_steps checkpoint.every_steps "
         "on_policy.tolerance algorithm.length_exponent rollout.sglang.restarts algorithm.kl_coefficient "
         "algorithm.variance_every task.verifier_memory_mib task.verifier_retries "
         "task.environment_memory_mib",
@@ -92,6 +98,7 @@ _FIELD_RULES: tuple[Rule, ...] = (
         "0 or more",
     ),
     (
+        "rollout.replay.coefficient "
         "rollout.temperature eval.temperature optimizer.eps warm_start.eps run.distributed_timeout_minutes "
         "algorithm.loss_constant algorithm.tau rollout.sglang.start_timeout_seconds "
         "rollout.sglang.timeout_seconds on_policy.max_importance_weight algorithm.clip_high "
@@ -103,6 +110,7 @@ _FIELD_RULES: tuple[Rule, ...] = (
     ),
     ("rollout.top_p eval.top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
     ("algorithm.clip_low", lambda value: 0 < value < 1, "above 0 and below 1"),
+    ("rollout.replay.per_prompt", lambda value: value >= 2, "at least 2, between which rewards can differ"),
     ("algorithm.variance_prompts", lambda value: value >= 2, "at least 2, between which there is a variance"),
     (
         "optimizer.min_lr_ratio warm_start.min_lr_ratio policy.optimizer_offload",

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from opo_megatron.observe.metrics_file import MetricsRow
 
+AGE, REPLAYED = "on_policy/age", "replay/samples"
 COLUMNS = {
     "step": ("step", "{:d}"),
     "reward/mean": ("reward", "{:.3f}"),
@@ -23,9 +24,11 @@ COLUMNS = {
     "entropy": ("entropy", "{:.3f}"),
     "grad_norm": ("grad norm", "{:.3f}"),
     "on_policy/logprob_diff_max": ("|Δ log π|", "{:.1e}"),
+    AGE: ("OFF-POLICY by", "{:d}"),
+    REPLAYED: ("OFF-POLICY samples", "{:d}"),
     "time/step": ("seconds", "{:.2f}"),
 }
-"""Metrics of the live table, with their headings."""
+"""Metrics of the live table, with their headings; those of off-policy runs are shown for these alone."""
 
 VISIBLE_ROWS = 12
 REFRESH_SECONDS = 0.1
@@ -79,10 +82,12 @@ class Display:
     def _refresh(self) -> None:
         assert self._live is not None
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        for heading, _ in COLUMNS.values():
+        present = {name for row in self._rows for name in row}
+        shown = {n: column for n, column in COLUMNS.items() if n not in (AGE, REPLAYED) or n in present}
+        for heading, _ in shown.values():
             table.add_column(heading, justify="right")
         for row in self._rows[-VISIBLE_ROWS:]:
-            table.add_row(*(spec.format(row[n]) if n in row else "" for n, (_, spec) in COLUMNS.items()))
+            table.add_row(*(spec.format(row[n]) if n in row else "" for n, (_, spec) in shown.items()))
         progress = Table.grid(padding=(0, 1))
         if self._status:
             progress.add_row(ProgressBar(1.0, self._done, width=BAR_WIDTH), self._status)

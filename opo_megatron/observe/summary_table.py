@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from opo_megatron.config import Config
 from opo_megatron.observe.metrics_file import MetricsRow
+from opo_megatron.observe.off_policy import off_policy_words
 
 Line = tuple[str, str, str, str]
 
@@ -14,7 +15,8 @@ def summary_table(config: Config, rows: Sequence[MetricsRow], seconds: float) ->
     """(title, lines of (name, value at the start, at the end, meaning)), from all rows of metrics.jsonl."""
     evaluated = [row for row in rows if "eval/accuracy" in row]
     first, last = evaluated[0], evaluated[-1]
-    updates = [row for row in rows if "reward/mean" in row]
+    updates, stale = [row for row in rows if "reward/mean" in row], config.rollout.staleness
+    off_policy = off_policy_words(stale, config.rollout.replay.method.value)
     samples = config.eval.samples_per_problem
     responses = "one sampled response" if samples == 1 else f"{samples} sampled responses"
     lines: list[Line] = [
@@ -39,19 +41,21 @@ def summary_table(config: Config, rows: Sequence[MetricsRow], seconds: float) ->
         reward = _pair(begin, end, "reward/mean", "{:.3f}")
         lines.append(("reward", *reward, "mean over the first and the last training batch"))
         worst = max(row["on_policy/logprob_diff_max"] for row in updates)
-        lines.append(
-            (
-                "largest |Δ log π|",
-                "",
-                f"{worst:.1e}",
-                "largest difference, over all steps and tokens, between a token's log-probability in the "
-                f"engine and in the policy: exactly on-policy{' up to rounding' if worst else ''}",
-            )
+        rounding = " up to rounding" if worst else ""
+        agreement = "the same when sampled" if off_policy else "exactly on-policy"
+        meaning = (
+            "largest difference, over all steps and tokens, between a token's log-probability in the engine "
+            f"and in the policy: {agreement}{rounding}"
         )
+        lines.append(("largest |Δ log π|", "", f"{worst:.1e}", meaning))
+        if stale and "off_policy/k3" in end:
+            pair = _pair(begin, end, "off_policy/k3", "{:.1e}")
+            lines.append(("KL sampler to policy", *pair, "nats per token (k3) when trained on: OFF-POLICY"))
     steps = rows[-1]["step"]
     of_attempt = sum(row.get("run/attempt") == rows[-1].get("run/attempt") for row in updates)
     done = f"{steps} OPO steps" if of_attempt == steps else f"{of_attempt} more OPO steps, {steps} in total"
-    title = f"{done}, one optimizer step each; {seconds:.0f} s since the start; files in {config.run.dir}"
+    each = f", {off_policy}" if off_policy else ", one optimizer step each"
+    title = f"{done}{each}; {seconds:.0f} s since the start; files in {config.run.dir}"
     return title, lines
 
 

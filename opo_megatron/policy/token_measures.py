@@ -71,7 +71,18 @@ def measure_token_energies(
         assert rollouts.engine_log_prob is not None
         ratio = (measured.log_prob - rollouts.engine_log_prob).exp()
         values = values * ratio.clamp(max=max_importance_weight).square()
-    lengths = stats.response_lengths
+    return of_all_tokens(policy, values, rollouts, schedule, stats.response_lengths)
+
+
+def of_all_tokens(
+    policy: Policy, values: Tensor, rollouts: Rollouts, schedule: MicroBatchPlan, lengths: Tensor
+) -> Tensor:
+    """[Σl] values of all tokens of a step, on every rank, in the order of the step's samples.
+
+    Args:
+        values: of the tokens of this replica's samples `rollouts`, ordered as in `schedule`.
+        lengths: of the responses of all samples.
+    """
     total = torch.zeros(int(lengths.sum()))
     if policy.parallel.is_dp_leader:
         starts = (lengths.cumsum(0) - lengths).tolist()

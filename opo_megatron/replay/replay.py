@@ -37,8 +37,9 @@ from opo_megatron.build import open_run
 from opo_megatron.checkpoint.progress import PHASES, RunProgress, checkpoints
 from opo_megatron.config import Config
 from opo_megatron.config.choices import EngineName, Fill, Kl, OverlapOrder
+from opo_megatron.config.rollout import RolloutConfig
 from opo_megatron.config.rules.exact import exact_switch
-from opo_megatron.config.schema import CheckpointConfig, ObserveConfig, RolloutConfig
+from opo_megatron.config.schema import CheckpointConfig, ObserveConfig
 from opo_megatron.distributed.process_groups import all_gather_objects
 from opo_megatron.errors import NonFiniteError, ReplayDiffers, UserError
 from opo_megatron.observe.metrics_file import MetricsFile, MetricsRow
@@ -213,6 +214,12 @@ class _Replay:
                     f"step {step} of rollout.fill={self.run.config.rollout.fill.value} is not replayed from "
                     "recorded rollouts, which have only the groups that were taken; replay with the run's "
                     f"layout ({self.recorded[step]['layout']}) and rollout.engine=local"
+                )
+            if self.run.config.rollout.staleness:
+                raise UserError(
+                    f"step {step} of rollout.staleness={self.run.config.rollout.staleness} is not replayed "
+                    "from recorded rollouts, which an earlier step has sampled; replay with the run's layout "
+                    f"({self.recorded[step]['layout']}) and rollout.engine=local"
                 )
             if not path.exists():
                 raise UserError(

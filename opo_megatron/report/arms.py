@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from opo_megatron.observe.off_policy import off_policy_words
 from opo_megatron.report.runs import Run
 
 SAME_ARM = ("run.seed", "run.dir", "resume")
@@ -77,7 +78,17 @@ def group_runs(runs: Sequence[Run]) -> list[Arm]:
     for run in runs:
         by_settings.setdefault(repr(sorted(_fixed(run).items())), []).append(run)
     groups = list(by_settings.values())
-    return [Arm(name, group) for name, group in zip(_names(groups), groups, strict=True)]
+    return [
+        Arm(off_policy_mark(group[0].settings) + name, group)
+        for name, group in zip(_names(groups), groups, strict=True)
+    ]
+
+
+def off_policy_mark(settings: dict[str, Any]) -> str:
+    """Prefix of the name of an arm that trains on responses of earlier weights."""
+    replay = settings.get("rollout.replay.method", "off")
+    words = off_policy_words(settings.get("rollout.staleness", 0), replay)
+    return f"{words} " if words else ""
 
 
 def _fixed(run: Run) -> dict[str, Any]:

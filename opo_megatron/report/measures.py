@@ -98,6 +98,40 @@ SECTIONS: dict[str, tuple[Measure, ...]] = {
             "{:.1e}", logarithmic=True,
         ),
     ),
+    "Off-policyness": (
+        Measure(
+            "on_policy/age", "age of the rollouts", "optimizer steps since they were sampled",
+            "Of the rollouts that the step trains on.", "{:.0f}",
+        ),
+        Measure(
+            "off_policy/logprob_diff_mean", "mean |Δ log π| to the sampler", "nats per token",
+            "Between the policy that trains on a token and the weights that sampled it.",
+            "{:.1e}", logarithmic=True,
+        ),
+        Measure(
+            "off_policy/k3", "KL sampler to policy", "nats per token (k3)",
+            "The same, as a divergence, estimated on the sampled tokens.",
+            "{:.1e}", logarithmic=True,
+        ),
+        Measure(
+            "off_policy/ess", "effective sample size", "fraction of the tokens",
+            "(Σw)² / Σw² with w = exp(Δ log π): 1 where the policy has not moved.",
+        ),
+    ),
+    "Replayed responses": (
+        Measure(
+            "replay/samples", "replayed samples", "per step",
+            "Responses of earlier steps that are trained on once more.", "{:.1f}",
+        ),
+        Measure(
+            "replay/reward_mean", "reward of replayed samples", "mean over those of a step",
+            "Rewards that they got when they were sampled.",
+        ),
+        Measure(
+            "replay/age_mean", "age of replayed samples", "steps since they were sampled",
+            "On average over those of a step.", "{:.1f}",
+        ),
+    ),
     "Load of the experts": (
         Measure(
             "experts/fullest_share", "fullest expert", "share of a layer's assignments",

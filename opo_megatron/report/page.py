@@ -19,6 +19,7 @@ from typing import Any
 
 from opo_megatron.report.arms import SAME_ARM, Arm
 from opo_megatron.report.figures import Figure
+from opo_megatron.report.paired import paired_table
 from opo_megatron.report.rollouts import TOKENS_KEPT, embedded_rollouts
 from opo_megatron.report.tables import config_table, results_table, runs_table
 
@@ -51,18 +52,19 @@ def make_page(
     for group in rollouts["groups"]:
         of_run = steps.setdefault(runs[group["run"]].name, [])
         of_run += [group["step"]] * (group["step"] not in of_run)
-    script = _part("page.js")
+    script, paired = _part("page.js"), paired_table(arms)
     return Template(_part("page.html")).substitute(
         title=escape(_title(arms)),
         lead="Made by opo report from the files of the runs.",
         style=_part("page.css"),
         script=script,
         script_hash=_hash(script),
-        navigation=_navigation(figures),
+        navigation=_navigation(figures, has_differences=bool(paired)),
         arms_note=escape(ARMS_NOTE + _same_seed(arms)),
         runs=runs_table(arms, steps),
         results_note=escape(RESULTS_NOTE),
         results=results_table(arms),
+        paired=paired,
         figures=_figures(figures),
         settings_note=escape(_settings_note(arms)),
         settings=config_table(arms),
@@ -124,9 +126,11 @@ def _slug(section: str) -> str:
     return section.lower().replace(" ", "-")
 
 
-def _navigation(figures: Sequence[Figure]) -> str:
+def _navigation(figures: Sequence[Figure], has_differences: bool) -> str:
     sections = dict.fromkeys(figure.section for figure in figures)
-    links = [("runs", "Runs"), ("results", "Results"), *((_slug(name), name) for name in sections)]
+    links = [("runs", "Runs"), ("results", "Results")]
+    links += [("paired", "Differences")] if has_differences else []
+    links += [(_slug(name), name) for name in sections]
     links += [("settings", "Settings"), ("rollouts", "Rollouts")]
     return "".join(f'<a href="#{escape(target)}">{escape(name)}</a>' for target, name in links)
 

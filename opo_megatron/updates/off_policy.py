@@ -29,6 +29,7 @@ from opo_megatron.distributed.process_groups import Parallel, all_reduce
 from opo_megatron.policy.metric_sums import StepMetrics
 from opo_megatron.run import Run
 from opo_megatron.updates.derived_columns import derived_columns
+from opo_megatron.updates.staleness import set_proximal
 
 
 def off_policy_updates(
@@ -37,7 +38,8 @@ def off_policy_updates(
     """`algorithm.updates_per_batch` optimizer steps; returns the means of their metrics.
 
     Before the first one it is proven that engine and policy agree: by the old log-probabilities, over all
-    tokens, or without them by the forward pass of the first update, over its tokens.
+    tokens, or without them by the forward pass of the first update, over its tokens.  Stale rollouts were
+    checked when they were sampled: for them the mismatch is the policy's distance before the first update.
     """
     config, policy, algorithm = run.config, run.policy, run.config.algorithm
     passes = passes_of(algorithm)
@@ -47,8 +49,8 @@ def off_policy_updates(
     before_update = None
     if passes.old:
         set_old_log_probs(run, parts, schedules)
-        mismatch = _mismatch(run.parallel, parts)
-        before_update = StepMetrics(0.0, int(stats.response_lengths.sum()), None, mismatch)
+        tokens = int(stats.response_lengths.sum())
+        before_update = StepMetrics(0.0, tokens, None, _mismatch(run.parallel, parts))
         run.check_on_policy(before_update)
     if passes.reference:
         _measure_reference(run, parts, schedules)
@@ -62,7 +64,7 @@ def off_policy_updates(
         )
     entropies = [one.entropy for one in found if one.entropy is not None]
     return replace(
-        before_update or found[0],
+        found[0] if before_update is None or config.rollout.staleness else before_update,
         tokens=int(stats.response_lengths.sum()),
         loss=fmean(one.loss for one in found),
         entropy=fmean(entropies) if entropies else None,
@@ -81,7 +83,13 @@ def split_prompts(groups: Tensor, parts: int, seed: str) -> list[list[int]]:
 
 
 def set_old_log_probs(run: Run, parts: list[Rollouts], schedules: list[MicroBatchPlan]) -> None:
-    """Set o, log π of the policy before the first update, of all tokens of this rank's replica."""
+    """Set o, log π of the policy before the first update, of all tokens of this rank's replica.
+
+    Stale rollouts have that of the policy that sampled them, or what `algorithm.proximal` says.
+    """
+    if run.config.rollout.staleness:
+        set_proximal(run, parts, schedules)
+        return
     for part, schedule in zip(parts, schedules, strict=True):
         part.old_log_prob = run.policy.log_probs(part, schedule, run.config.rollout.temperature)
 

@@ -172,8 +172,8 @@ def test_a_page_has_all_its_sections_and_one_picture_per_figure(
     assert len(ids) == len(set(ids))
     sections = [attributes.get("id") for tag, attributes in page.tags if tag == "section"]
     assert sections == [
-        "runs", "results", "held-out-problems", "training-batches", "on-policyness", "time", "settings",
-        "rollouts",
+        "runs", "results", "paired", "held-out-problems", "training-batches", "on-policyness", "time",
+        "settings", "rollouts",
     ]  # fmt: skip
     figures = sum(tag == "svg" for tag, _ in page.tags)
     pictures = sorted(path.name for path in (tmp_path / "png").iterdir())

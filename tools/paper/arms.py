@@ -36,17 +36,18 @@ TAIL = 0.2
 
 @dataclass(frozen=True)
 class Arm:
-    """A recipe of `recipes/paper_small`, optionally with another learning rate."""
+    """A recipe of a folder of recipes, optionally with another learning rate."""
 
     name: str
     recipe: str
     lr: float | None = None
     cost: float = 1.0
     """Time of a run relative to OPO's; used only to estimate the remaining time."""
+    folder: Path = RECIPES
 
     @property
     def path(self) -> Path:
-        return RECIPES / f"{self.recipe}.yaml"
+        return self.folder / f"{self.recipe}.yaml"
 
 
 ON_POLICY = ("opo", "opo_leave_one_out", "energy", "group_mean", "rloo", "grpo_on_policy")
@@ -94,6 +95,8 @@ class SeedRuns:
     folder: Path
     scale: Scale
     number: int
+    base: Path = RECIPES / "opo.yaml"
+    """The recipe of the warm start."""
 
     @property
     def seed_folder(self) -> Path:
@@ -122,11 +125,11 @@ class SeedRuns:
         """Commands still to run for the weights that all arms of the seed start from."""
         if (self.start / "config.json").exists():
             return []
-        steps = load_config(RECIPES / "opo.yaml", self.scale.overrides).warm_start.steps
+        steps = load_config(self.base, self.scale.overrides).warm_start.steps
         export = [sys.executable, str(ROOT / "tools" / "export_megatron_to_hf.py")]
         export += [str(self.warm / "checkpoints" / f"warm_start_{steps:08d}"), str(self.start)]
         settings = [*self.scale.overrides, f"run.seed={self.number}", "train.steps=0", "observe.kl=off"]
-        train = [*OPO, "train", str(RECIPES / "opo.yaml"), f"run.dir={self.warm}", *settings, "resume=auto"]
+        train = [*OPO, "train", str(self.base), f"run.dir={self.warm}", *settings, "resume=auto"]
         return [export] if (self.warm / "summary.json").exists() else [train, export]
 
     def overrides(self, arm: Arm) -> list[str]:

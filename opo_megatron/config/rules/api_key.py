@@ -6,8 +6,9 @@ import os
 import re
 
 from opo_megatron.config.choices import EngineName
+from opo_megatron.config.rollout import SglangConfig
 from opo_megatron.config.rules.require import require
-from opo_megatron.config.schema import Config, SglangConfig
+from opo_megatron.config.schema import Config
 from opo_megatron.errors import UserError
 from opo_megatron.utils.secrets import is_secret_name
 

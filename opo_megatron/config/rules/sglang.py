@@ -5,8 +5,9 @@ from __future__ import annotations
 from opo_megatron.config.architecture import FAMILIES
 from opo_megatron.config.choices import Device, EngineName, GroupBackend, Transport
 from opo_megatron.config.entries import SERVER_OPTIONS
+from opo_megatron.config.rollout import SglangConfig
 from opo_megatron.config.rules.require import require
-from opo_megatron.config.schema import Config, SglangConfig
+from opo_megatron.config.schema import Config
 
 DETERMINISTIC_BACKENDS = ("triton", "fa3", "fa4", "flashinfer")
 """Attention backends of SGLang's deterministic inference."""

@@ -16,8 +16,8 @@ import secrets
 import tempfile
 from pathlib import Path
 
+from opo_megatron.config.rollout import SglangConfig
 from opo_megatron.config.rules.api_key import is_key, named_key, variable_of
-from opo_megatron.config.schema import SglangConfig
 from opo_megatron.errors import UserError
 from opo_megatron.utils.start_folder import absolute
 

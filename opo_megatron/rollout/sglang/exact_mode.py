@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from opo_megatron.config.schema import Config, PolicyConfig, SglangConfig
+from opo_megatron.config.rollout import SglangConfig
+from opo_megatron.config.schema import Config, PolicyConfig
 from opo_megatron.errors import UserError
 from opo_megatron.rollout.sglang.client import Client
 from opo_megatron.rollout.sglang.installation import by_their_own_names

@@ -16,7 +16,7 @@ from textwrap import shorten
 from typing import Any
 
 from opo_megatron.config.entries import SERVER_OPTIONS
-from opo_megatron.config.schema import SglangConfig
+from opo_megatron.config.rollout import SglangConfig
 from opo_megatron.errors import UserError
 from opo_megatron.utils.start_folder import absolute
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from opo_megatron.config.schema import SglangConfig
+from opo_megatron.config.rollout import SglangConfig
 from opo_megatron.errors import UserError
 
 

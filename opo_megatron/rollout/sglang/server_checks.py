@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from opo_megatron.config.choices import Transport
+from opo_megatron.config.rollout import SglangConfig
 from opo_megatron.config.rules.sglang import (
     NO_DETERMINISTIC_CPU,
     NO_EXPERT_PARALLEL_CPU,
     expert_parallel_option,
 )
 from opo_megatron.config.rules.weight_layout import expert_ranks
-from opo_megatron.config.schema import Config, SglangConfig
+from opo_megatron.config.schema import Config
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import UserError
 from opo_megatron.rollout.sglang import exact_mode, expert_recording

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from opo_megatron.config.schema import SglangConfig
+from opo_megatron.config.rollout import SglangConfig
 from opo_megatron.errors import EngineFailure
 from opo_megatron.rollout.sglang import compilation
 from opo_megatron.rollout.sglang.client import Client

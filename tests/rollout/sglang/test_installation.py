@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from opo_megatron.cli.main import main
-from opo_megatron.config.schema import SglangConfig
+from opo_megatron.config.rollout import SglangConfig
 from opo_megatron.errors import UserError
 from opo_megatron.rollout.sglang.installation import as_words, by_their_own_names, check_options
 from tests.support.servers import sglang_python
