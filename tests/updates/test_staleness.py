@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,7 +29,8 @@ from opo_megatron.run import Run
 from opo_megatron.tasks.lift import LiftTask
 from opo_megatron.train import UPDATES, opo_update
 from opo_megatron.updates.staleness import set_proximal, stale_update
-from tests.support.tiny_run import easy_reward, lasting, rows, train
+from tests.support.fixtures import RECIPE
+from tests.support.tiny_run import TINY, easy_reward, lasting, rows, train
 
 WARM = 2
 SMALL = (
@@ -296,3 +299,17 @@ def test_the_closing_table_and_the_report_say_off_policy(stale: Path) -> None:
     assert group_runs([run])[0].name == "OFF-POLICY (2 steps) baseline=opo"
     plain = ReportRun(stale, "plain", {"rollout.staleness": 0, "algorithm.baseline": "opo"}, [], {})
     assert group_runs([plain])[0].name == "baseline=opo"
+
+
+@pytest.mark.slow
+def test_what_waits_goes_to_any_number_of_ranks(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    for ranks, steps in ((2, 3), (1, 4), (3, 5)):
+        command = [sys.executable, "-m", "opo_megatron", "train", str(RECIPE), "--nproc", str(ranks)]
+        options = (*TINY, *SMALL, *STALE, f"train.steps={steps}", "resume=auto", f"run.dir={run_dir}")
+        subprocess.run([*command, *options], check=True, capture_output=True, timeout=500)
+    for step in range(1, 6):
+        rollouts = rollouts_of(run_dir, step)
+        assert rollouts.weight_versions is not None and len(rollouts) == 6 * 4
+        assert set(rollouts.weight_versions.tolist()) == {WARM + step - 1 - min(2, step - 1)}
+        assert rollouts.groups.tolist() == sorted(rollouts.groups.tolist())
