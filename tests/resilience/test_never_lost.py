@@ -33,6 +33,7 @@ def test_a_run_killed_in_every_phase_equals_an_uninterrupted_one(uninterrupted: 
     assert rows(tmp_path / "run")[-1]["run/attempt"] == len(schedules) + 1
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_every_phase_equals_an_uninterrupted_one(
     uninterrupted: Path, tmp_path: Path
 ) -> None:

@@ -200,7 +200,7 @@ def on_a_cpu(*only: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "only",
     [
-        pytest.param(("library", "kernel", "training"), id="without ranks and servers"),
+        pytest.param(("library", "kernel"), id="without models, ranks and servers"),
         pytest.param((), id="all", marks=[pytest.mark.slow, pytest.mark.timeout(1500)]),
     ],
 )
@@ -209,5 +209,6 @@ def test_every_section_runs_on_a_cpu_as_far_as_it_goes(only: tuple[str, ...]) ->
     assert done.returncode == 0, done.stdout + done.stderr
     for section in check_gpu.chosen(only):
         assert f" {section.name}: " in done.stdout
-    assert "ok       training: 1.35 G parameters, bf16: seconds per step" in done.stdout
+    if not only:
+        assert "ok       training: 1.35 G parameters, bf16: seconds per step" in done.stdout
     assert "written" not in done.stdout

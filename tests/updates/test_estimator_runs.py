@@ -87,7 +87,7 @@ def test_energies_of_the_engine_equal_those_of_a_forward_pass(temperature: float
     assert float(measured.energy.std()) > 0.1
 
 
-@pytest.mark.parametrize("weight", ["energy", "energy_hidden"])
+@pytest.mark.parametrize("weight", [pytest.param("energy", marks=pytest.mark.slow), "energy_hidden"])
 def test_advantages_of_a_run_are_weighted_by_its_energies(tmp_path: Path, weight: str) -> None:
     train(tmp_path / "run", "algorithm.baseline=energy_loo", f"algorithm.weight={weight}")
     config = load_config(tmp_path / "run" / "config.yaml").algorithm
@@ -103,7 +103,7 @@ def test_advantages_of_a_run_are_weighted_by_its_energies(tmp_path: Path, weight
     )
 
 
-@pytest.mark.parametrize("baseline", ["otb", "otb_loo"])
+@pytest.mark.parametrize("baseline", [pytest.param("otb", marks=pytest.mark.slow), "otb_loo"])
 def test_a_run_has_an_advantage_for_each_token(
     tmp_path: Path, baseline: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -158,7 +158,9 @@ def test_every_objective_takes_several_updates_and_saves_its_options(tmp_path: P
     assert len(norms) > len(OBJECTIVES) // 2  # off-policy, they differ
 
 
-@pytest.mark.parametrize("objective", ["dppo_tv", "oapl", "bapo"])
+@pytest.mark.parametrize(
+    "objective", ["dppo_tv", *(pytest.param(name, marks=pytest.mark.slow) for name in ("oapl", "bapo"))]
+)
 def test_every_objective_is_checked_before_its_first_update(
     tmp_path: Path, easy: None, monkeypatch: pytest.MonkeyPatch, objective: str
 ) -> None:

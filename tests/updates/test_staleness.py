@@ -72,8 +72,13 @@ def take_the_path_of_stale_rollouts(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(UPDATES, ObjectiveName.policy_gradient, lambda *_: found[3])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("through_queue", [False, True], ids=["as a key", "through the queue"])
+@pytest.mark.parametrize(
+    "through_queue",
+    [
+        pytest.param(False, id="as a key", marks=pytest.mark.slow),
+        pytest.param(True, id="through the queue"),
+    ],
+)
 def test_staleness_zero_is_plain_opo_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, through_queue: bool
 ) -> None:
