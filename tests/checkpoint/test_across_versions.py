@@ -65,7 +65,7 @@ def work(python: str, ranks: int, mode: str, run_dir: Path, output: Path, overri
     [(1, "", ""), (2, "", TP2), (2, TP2, PP2), (2, PP2, ""), (2, EP2, EP2)],
     ids=["one rank", "dp2 → tp2", "tp2 → pp2", "pp2 → dp2", "ep2"],
 )
-def test_the_newer_version_loads_every_tensor_of_the_older_bit_for_bit(
+def test_the_newer_loads_every_tensor_of_the_older_bit_for_bit(
     pythons: tuple[str, str], tmp_path: Path, ranks: int, saved_under: str, loaded_under: str
 ) -> None:
     older, newer = pythons
@@ -97,7 +97,7 @@ def train(python: str, run_dir: Path, *overrides: str) -> tuple[int, str]:
     return run([python, "-m", "opo_megatron", "train", str(RECIPE), *settings, *overrides])
 
 
-def test_a_run_begun_under_the_older_version_resumes_under_the_newer_with_the_same_curve(
+def test_a_run_of_the_older_resumes_under_the_newer_with_the_same_curve(
     pythons: tuple[str, str], run_of_the_older: Path, tmp_path: Path
 ) -> None:
     resumed = tmp_path / "run"
@@ -118,7 +118,7 @@ def test_a_run_begun_under_the_older_version_resumes_under_the_newer_with_the_sa
                 assert after[key] == pytest.approx(value, rel=1e-3, abs=1e-5), (before["step"], key)
 
 
-def test_the_older_version_refuses_a_run_of_the_newer_in_one_sentence(
+def test_the_older_refuses_a_run_of_the_newer_in_one_sentence(
     pythons: tuple[str, str], run_of_the_older: Path, tmp_path: Path
 ) -> None:
     older, newer = pythons

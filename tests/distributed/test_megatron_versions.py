@@ -78,7 +78,7 @@ def without(name: str, group: dict[str, Any]) -> dict[str, Any]:
         ([group(None), group(1e-3)], [group(2e-3), group(None)], [None, 2e-3]),
     ],
 )
-def test_a_checkpoints_groups_take_this_runs_rates_and_distinct_rates_stay_apart(
+def test_saved_groups_take_this_runs_rates_and_stay_apart(
     saved: list[dict[str, Any]], current: list[dict[str, Any]], rates: list[float | None]
 ) -> None:
     for number, one in enumerate(saved):
@@ -137,7 +137,7 @@ def test_adam_refuses_what_it_does_not_compute(option: dict[str, bool]) -> None:
         GroupStepAdam([torch.nn.Parameter(torch.zeros(1))], **option)
 
 
-def test_the_strategy_of_checkpoints_is_one_that_megatron_does_not_replace() -> None:
+def test_the_strategy_is_one_that_megatron_does_not_replace() -> None:
     assert issubclass(torch_dist._Strategy, TorchDistSaveShardedStrategy)
 
 
@@ -153,7 +153,7 @@ def test_the_strategy_of_checkpoints_is_one_that_megatron_does_not_replace() -> 
         ("1.0.0rc1", False, True),
     ],
 )
-def test_an_older_megatron_refuses_the_checkpoint_of_a_newer_by_name(
+def test_an_older_megatron_refuses_a_newer_ones_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: str, has_common_file: bool, is_read: bool
 ) -> None:
     monkeypatch.setattr(megatron_versions, "VERSION", installed)
