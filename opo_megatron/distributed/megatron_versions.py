@@ -5,6 +5,7 @@ All other code is the same on both.  Every function has a test in
 
     spec of an MLP      a `ModuleSpec`; a `functools.partial` since 0.18
     parameter groups    a checkpoint's were found by four keys; since 0.19 by their rates as well
+    gradients of a norm `get_main_grads_for_grad_norm`; since 0.19 without `main`
     a checkpoint        has its untensored part in `common.pt`; since 0.19 in the `.distcp` files
 
 Left out, because the project avoids it: Megatron's asynchronous writer, deprecated since 0.17 for one of
@@ -22,6 +23,7 @@ from typing import Any
 
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
 
 from opo_megatron.environment.versions import numbers
 
@@ -43,6 +45,13 @@ def mlp_of_class(kind: type[MLP], submodules: Any) -> Any:
     if hasattr(MLP, "as_mlp_submodule"):
         return functools.partial(kind.as_mlp_submodule, submodules=submodules)
     return ModuleSpec(module=kind, submodules=submodules)
+
+
+def gradients_of_norm(optimizer: Any) -> list[Tensor]:
+    """The gradients of this rank's shards that the gradient norm is of."""
+    if hasattr(optimizer, "get_grads_for_grad_norm"):
+        return list(optimizer.get_grads_for_grad_norm())
+    return list(optimizer.get_main_grads_for_grad_norm())
 
 
 def groups_in(state: Any) -> Iterator[dict[str, Any]]:

@@ -131,6 +131,14 @@ def test_adam_takes_every_argument_that_megatron_passes() -> None:
     assert passed <= set(inspect.signature(GroupStepAdam).parameters)
 
 
+@pytest.mark.parametrize(
+    "kind", ["FP32Optimizer", "Float16OptimizerWithFloat16Params", "MixedPrecisionOptimizer"]
+)
+def test_one_method_of_an_optimizer_has_the_gradients_of_the_norm(kind: str) -> None:
+    names = {"get_grads_for_grad_norm", "get_main_grads_for_grad_norm"}
+    assert len(names & set(dir(getattr(megatron_optimizer, kind)))) == 1
+
+
 @pytest.mark.parametrize("option", [{"capturable": True}, {"adam_w_mode": False}])
 def test_adam_refuses_what_it_does_not_compute(option: dict[str, bool]) -> None:
     with pytest.raises(ValueError, match=r"captured|decoupled"):
