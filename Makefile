@@ -1,11 +1,20 @@
 # `make` lists the targets.  pip takes its index from the usual settings (PIP_INDEX_URL, pip.conf).
 
-PYTHON ?= $(shell for python in python3.11 python3; do $$python -c '' 2>/dev/null && echo $$python && break; done)
+# An environment keeps its Python: where .venv has another than PYTHON=python3.11 names, that is .venv-3.11.
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(shell for python in python3.12 python3.11 python3; do $$python -c '' 2>/dev/null && echo $$python && break; done)
 VENV ?= .venv
+else
+ASKED := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+FOUND := $(shell sed -n 's/^version = \([0-9]*\.[0-9]*\).*/\1/p' .venv/pyvenv.cfg 2>/dev/null)
+VENV ?= $(if $(filter $(ASKED),$(or $(FOUND),$(ASKED))),.venv,.venv-$(ASKED))
+endif
 # TORCH_INDEX=URL installs torch from another index, for example PyTorch's index of small CPU builds.
 VERSIONS := opo_megatron/environment/versions.toml
 TORCH := torch==$(shell sed -n '/^\[packages.torch\]/,/^version/s/^version = "\(.*\)"/\1/p' $(VERSIONS))
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
+SAY_VERSIONS = $(VENV)/bin/python -c 'import sys; from importlib.metadata import version; \
+  print("Python", sys.version.split()[0] + ", megatron-core", version("megatron-core"))'
 
 SGLANG_VENV ?= .venv-sglang
 # SGLANG=cuda creates SGLang's environment for GPUs.
@@ -41,9 +50,11 @@ quickstart: setup  ## train the small recipe in a new folder under runs/
 
 # In order of their folders: files with few tests have the longest, and would come last.
 test: setup-dev setup-sglang  ## fast tests (seconds each)
+	@$(SAY_VERSIONS)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=12
 
 test-slow: setup-dev setup-sglang  ## slow tests (minutes each)
+	@$(SAY_VERSIONS)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m slow
 
 lint: setup-dev  ## style, formatting and types
@@ -59,7 +70,7 @@ docs: setup $(DOCS_VENV)/.setup  ## the documentation as a web site in site/; a 
 # Stamps are written last, so that an interrupted installation is repeated.
 $(VENV)/.setup: setup.py $(VERSIONS)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
-	  { echo "Python 3.11 or 3.12 is needed; name one with: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
+	  { echo "Python 3.11 or 3.12 is needed; name one with: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(PIP) install --index-url $(TORCH_INDEX) $(TORCH))
 	$(PIP) install -e .

@@ -19,8 +19,26 @@ def pin(name: str) -> str:
     return f"{name}=={PACKAGES[name]['version']}"
 
 
+def for_every_python(name: str, extras: str = "") -> list[str]:
+    """Its requirement, at the version or in the range; two where an older Python has one of its own."""
+    default = PACKAGES[name]
+    differing = default.get("python_below", {})
+    if not differing:
+        return [name + extras + accepted(default)]
+    ((bound, entry),) = differing.items()
+    return [
+        f"{name}{extras}{accepted(default)}; python_version >= '{bound}'",
+        f"{name}{extras}{accepted(default | entry)}; python_version < '{bound}'",
+    ]
+
+
+def accepted(part: dict[str, str]) -> str:
+    """The versions that a part accepts."""
+    return f">={part['at_least']},<{part['below']}" if "at_least" in part else f"=={part['version']}"
+
+
 MATH_VERIFY = pin("math-verify").replace("==", "[antlr4-13-2]==")  # with the parser's runtime
-PYTHON, TRITON, TE = VERSIONS["python"], PACKAGES["triton"], PACKAGES["transformer-engine"]
+PYTHON, TRITON = VERSIONS["python"], PACKAGES["triton"]
 
 setup(
     name="opo-megatron",
@@ -33,9 +51,14 @@ setup(
         "opo_megatron.environment": ["versions.toml"],
         "opo_megatron.report": ["page.html", "page.css", "page.js"],
     },
-    install_requires=[pin(name) for name, part in PACKAGES.items() if part["needed"] == "always"],
+    install_requires=[
+        requirement
+        for name, part in PACKAGES.items()
+        if part["needed"] == "always"
+        for requirement in for_every_python(name)
+    ],
     extras_require={
-        "te": [f"transformer-engine[pytorch]>={TE['at_least']},<{TE['below']}"],
+        "te": for_every_python("transformer-engine", "[pytorch]"),
         "modelopt": [pin("nvidia-modelopt"), pin("transformers")],
         "reasoning-gym": [pin("reasoning-gym")],
         "wandb": [pin("wandb")],

@@ -90,6 +90,7 @@ def main() -> int:
     print(f"{time.monotonic() - started:.0f} s in all")
     if options.device == "cuda":
         found = versions(setting_of(options, folder))
+        print(", ".join(f"{name} {found[name]}" for name in ("torch", "megatron-core", "transformer-engine")))
         print(f"written to {write_record('gpu', {'versions': found, 'sections': results})}")
     return conclude(results, options.device == "cuda")
 

@@ -3,12 +3,13 @@
     python tools/compare_commits.py OLD               # OLD against the working tree
     python tools/compare_commits.py OLD NEW           # two commits
     python tools/compare_commits.py OLD NEW tp2 moe-ep2   # some of the cases
+    python tools/compare_commits.py HEAD --python OTHER   # this interpreter against another
 
-Both trees train short runs of the quickstart recipe, one per case below, on this machine with this
-interpreter, each tree on `PYTHONPATH`.  Compared bit for bit: every line of `audit.jsonl` (digests of
-rollouts and weights) and every metric of `metrics.jsonl` and `warm_start.jsonl` outside time/, memory/,
-throughput/ and run/.  Exit code 1 where anything differs, or where no step of a case had a gradient, so that
-the case proves nothing.
+Both trees train short runs of the quickstart recipe, one per case below, on this machine, each tree on
+`PYTHONPATH`: OLD with this interpreter, NEW with it or with that of --python.  Compared bit for bit: every
+line of `audit.jsonl` (digests of rollouts and weights) and every metric of `metrics.jsonl` and
+`warm_start.jsonl` outside time/, memory/, throughput/ and run/.  Exit code 1 where anything differs, or where
+no step of a case had a gradient, so that the case proves nothing.
 """
 
 from __future__ import annotations
@@ -60,6 +61,14 @@ class Case:
     """Overrides of a first command, whose run the second one resumes."""
 
 
+@dataclass(frozen=True)
+class Tree:
+    """The files of a commit, and the interpreter that runs them."""
+
+    folder: Path
+    python: str
+
+
 CASES = {
     "quickstart": Case(),
     "tp2": Case(2, (TP2,)),
@@ -84,6 +93,7 @@ def main() -> int:
     )
     parser.add_argument("cases", nargs="*", help=f"any of: {', '.join(CASES)} (default: all)")
     parser.add_argument("--out", type=Path, help="keep the runs of both trees in this folder")
+    parser.add_argument("--python", default=sys.executable, help="interpreter of NEW (default: this one)")
     arguments = parser.parse_args()
     new, cases = arguments.new, arguments.cases
     if new in CASES:
@@ -96,7 +106,7 @@ def main() -> int:
         checkout(arguments.old) as old_tree,
         checkout(new) as new_tree,
     ):
-        trees = {"old": old_tree, "new": new_tree}
+        trees = {"old": Tree(old_tree, sys.executable), "new": Tree(new_tree, arguments.python)}
         return compare(trees, cases or list(CASES), arguments.out or Path(temporary))
 
 
@@ -119,7 +129,7 @@ def checkout(commit: str | None) -> Iterator[Path]:
             subprocess.run([*git, "worktree", "remove", "--force", str(tree)], check=True)
 
 
-def compare(trees: dict[str, Path], names: list[str], out: Path) -> int:
+def compare(trees: dict[str, Tree], names: list[str], out: Path) -> int:
     """Run the cases under both trees and print the table."""
     table = Table(title="bit for bit")
     for heading in ("case", "lines", "values", "largest gradient norm", ""):
@@ -139,11 +149,12 @@ def compare(trees: dict[str, Path], names: list[str], out: Path) -> int:
     return 1 if failures else 0
 
 
-def run(case: Case, tree: Path, folder: Path) -> None:
+def run(case: Case, tree: Tree, folder: Path) -> None:
     """Train one case in `folder` with the package of `tree`."""
     folder.mkdir(parents=True)
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "opo_megatron", "train", str(tree / "recipes" / "quickstart.yaml")]
+    environment = os.environ | {"PYTHONPATH": str(tree.folder), "OMP_NUM_THREADS": "1"}
+    recipe = tree.folder / "recipes" / "quickstart.yaml"
+    command = [tree.python, "-m", "opo_megatron", "train", str(recipe)]
     command += ["run.dir=run", *SHORT, *(["--nproc", str(case.ranks)] if case.ranks > 1 else [])]
     attempts = [case.overrides] if case.first is None else [case.first, case.overrides]
     for overrides in attempts:
@@ -152,9 +163,8 @@ def run(case: Case, tree: Path, folder: Path) -> None:
                 [*command, *overrides], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
         if done.returncode:
-            sys.exit(
-                f"error: {tree} failed with {' '.join(overrides)}:\n{Path(log.name).read_text()[-3000:]}"
-            )
+            text = Path(log.name).read_text()[-3000:]
+            sys.exit(f"error: {tree.folder} with {tree.python} failed with {' '.join(overrides)}:\n{text}")
     for name in FILES:
         if (folder / "run" / name).exists():
             (folder / "run" / name).rename(folder / name)

@@ -10,6 +10,7 @@ from megatron.core import dist_checkpointing
 from opo_megatron.checkpoint.contents import model_of, optimizer_of, sharded_state, wrapped_errors
 from opo_megatron.checkpoint.progress import read_run_state
 from opo_megatron.config import Config
+from opo_megatron.distributed.megatron_versions import adopt_rates, groups_in, unreadable_reason
 from opo_megatron.errors import UserError
 from opo_megatron.policy.policy import Policy
 
@@ -34,6 +35,8 @@ def load(policy: Policy, config: Config, path: Path) -> None:
                 f"the checkpoint {path} holds an optimizer with {name}={state['optimizer'][name]}, but this "
                 f"run has {value}; set policy.distributed_optimizer and expert parallelism as they were"
             )
+    if (reason := unreadable_reason(path)) is not None:
+        raise UserError(f"the checkpoint {path} {reason}")
     policy.allocate_optimizer_state()
     with wrapped_errors(
         f"the checkpoint {path} is damaged",
@@ -42,6 +45,7 @@ def load(policy: Policy, config: Config, path: Path) -> None:
         loaded = dist_checkpointing.load(sharded_state(policy, is_loading=True), str(path))
         for i, chunk in enumerate(policy.chunks):
             chunk.load_state_dict(loaded[f"model{i}"])
+        adopt_rates(list(groups_in(loaded["optimizer"])), policy.optimizer.param_groups)
         policy.optimizer.load_state_dict(loaded["optimizer"])
     policy.version = state["version"]
 

@@ -18,21 +18,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from megatron.core import dist_checkpointing
 
 from opo_megatron import __version__
 from opo_megatron.checkpoint.contents import model_of, optimizer_of, sharded_state, wrapped_errors
 from opo_megatron.checkpoint.kept_rollouts import KeptRollouts
 from opo_megatron.checkpoint.manifest import Entries, entries_of, write_manifest, written_by
 from opo_megatron.checkpoint.progress import CONFIG_FILE, STATE_FILE, RunProgress
-from opo_megatron.checkpoint.writer import (
-    AsyncWriter,
-    SyncWriter,
-    Writer,
-    WriteResult,
-    give_results_to_megatron,
-    keep_results_in_memory,
-)
+from opo_megatron.checkpoint.torch_dist import save_with
+from opo_megatron.checkpoint.writer import AsyncWriter, PlannedFiles, SyncWriter, Writer, WriteResult
 from opo_megatron.config import Config, to_yaml
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import SaveError
@@ -40,8 +33,6 @@ from opo_megatron.policy.policy import Policy
 from opo_megatron.utils.start_folder import absolute
 
 T = TypeVar("T")
-
-keep_results_in_memory()
 
 
 class PendingCheckpoint:
@@ -82,12 +73,8 @@ class PendingCheckpoint:
         with self._removed_on_failure():
             _run_collectively(self.parallel, self.final, self._prepare_folder)
             with self._wrapped_errors(), _without_torch_checksums():
-                self._request = dist_checkpointing.save(
-                    sharded_state(policy, is_loading=False), str(self._partial), async_sharded_save=True
-                )
-                writer = AsyncWriter if in_background else SyncWriter
-                location = (self._partial, self.parallel.rank, self.parallel.world_size)
-                self._writer = writer(self._request, texts, *location)
+                save_with(self._plan, sharded_state(policy, is_loading=False), self._partial)
+                self._writer = (AsyncWriter if in_background else SyncWriter)(self._files, texts)
 
     def is_written(self) -> bool:
         """Whether this rank's part is written, so that `complete` does not wait for it."""
@@ -105,9 +92,7 @@ class PendingCheckpoint:
                 written = self._writer.wait()
             _run_collectively(self.parallel, self.final, lambda: _raise_if_failed(written))
             with self._wrapped_errors():
-                give_results_to_megatron(written)
-                for finalize in self._request.finalize_fns:
-                    finalize()
+                self._files.finish(written.places)
             parts = _run_collectively(self.parallel, self.final, lambda: self._finish(written.entries))
             _run_collectively(self.parallel, self.final, lambda: self._publish(parts))
 
@@ -115,6 +100,9 @@ class PendingCheckpoint:
         """Stop writing."""
         if self._writer is not None:
             self._writer.cancel()
+
+    def _plan(self, state: dict[str, Any], folder: Path) -> None:
+        self._files = PlannedFiles(state, folder, self.parallel)
 
     def _prepare_folder(self) -> None:
         if self.parallel.rank == 0:
@@ -156,9 +144,8 @@ def save(policy: Policy, config: Config, progress: RunProgress, extra: dict[str,
 
 
 def _raise_if_failed(written: WriteResult) -> None:
-    """Raise an OSError of the writer, which Megatron does not see on a rank without tensors to write."""
-    if isinstance(written.results, OSError):
-        raise written.results
+    if written.error is not None:
+        raise written.error
 
 
 def _run_collectively(parallel: Parallel, final: Path, work: Callable[[], T]) -> list[T]:

@@ -18,14 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
@@ -36,6 +30,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.futures import Future
 
 from opo_megatron import __version__
+from opo_megatron.checkpoint.torch_dist import save_with
 from opo_megatron.config.schema import PolicyConfig
 from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.errors import UserError
@@ -100,7 +95,7 @@ def save_weights(
     try:
         # Checksums take as long as writing, and torch.load does not verify them.
         torch.serialization.set_crc32_options(False)
-        dist_checkpointing.save(state, str(folder), _LazyStrategy(parameters, read))
+        save_with(_LazySave(parameters, read).write, state, folder)
     except torch_checkpoint.api.CheckpointException as error:
         # Not a subclass of Exception; the failure of one rank is raised on all.
         first = next(iter(error.failures.values()))[0]
@@ -117,20 +112,16 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class _LazyStrategy(SaveShardedStrategy):  # type: ignore[misc]
+class _LazySave:
     """Megatron's `torch_dist` format, reading each tensor when it is written."""
 
     def __init__(self, parameters: dict[int, Parameter], read: Read) -> None:
-        super().__init__("torch_dist", 1)
         self._parameters, self._read = parameters, read
         self._latest: tuple[int, Tensor] | None = None
 
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        planner = _LazyPlanner(self._data_of, dedup_replicated_tensors=False, flatten_state_dict=False)
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(state), storage_writer=_StreamingWriter(checkpoint_dir), planner=planner
-        )
+    def write(self, state: dict[str, Any], folder: Path) -> None:
+        planner = _LazyPlanner(self._data_of, flatten_state_dict=False)
+        torch_checkpoint.save(state, storage_writer=_StreamingWriter(folder), planner=planner)
 
     def _data_of(self, view: Tensor) -> Tensor:
         """The data of a view of a parameter on the meta device."""
@@ -140,13 +131,6 @@ class _LazyStrategy(SaveShardedStrategy):  # type: ignore[misc]
             parameter = self._parameters[key]
             self._latest = key, self._read(parameter).to(view.dtype).contiguous()
         return self._latest[1].as_strided(view.shape, view.stride(), view.storage_offset())
-
-    def can_handle_sharded_objects(self) -> bool:
-        return True
-
-    def check_backend_compatibility(self, loaded_version: Any) -> None: ...
-
-    def check_version_compatibility(self, loaded_version: Any) -> None: ...
 
 
 class _LazyPlanner(MCoreSavePlanner):  # type: ignore[misc]

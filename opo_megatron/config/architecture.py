@@ -1,7 +1,7 @@
 """Model families: from a Hugging Face `config.json` to `policy.model`, and back.
 
-Options that Megatron-Core 0.16.1 cannot compute exactly as the family's own code are refused by name, because
-a nearly right model trains without an error.  The file is read as JSON: importing transformers takes seconds.
+Options that Megatron-Core cannot compute exactly as the family's own code are refused by name, because a
+nearly right model trains without an error.  The file is read as JSON: importing transformers takes seconds.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def megatron_field_names() -> frozenset[str]:
                 name for cls, source in _SOURCES.items() for name in _fields_of(cls, root / source)
             )
     raise UserError(
-        "policy.megatron cannot be checked without Megatron-Core; run pip install megatron-core==0.16.1"
+        "policy.megatron cannot be checked without Megatron-Core; run opo doctor, which names its version"
     )
 
 
@@ -179,5 +179,5 @@ def _fields_of(class_name: str, source: Path) -> list[str]:
             names = [target.id for target in targets if isinstance(target, ast.Name)]
             return [name for name in names if not name.startswith("_")]
     raise UserError(
-        f"Megatron-Core's {source.name} has no class {class_name}; run pip install megatron-core==0.16.1"
+        f"Megatron-Core's {source.name} has no class {class_name}; run opo doctor, which names its version"
     )

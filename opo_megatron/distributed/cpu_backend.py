@@ -1,4 +1,4 @@
-"""Megatron-Core 0.16 without CUDA: call `install("cpu")` once, before creating any Megatron object.
+"""Megatron-Core without CUDA: call `install("cpu")` once, before creating any Megatron object.
 
 `megatron.core` is device-neutral except for four things that fail without a CUDA device: the current
 device and its streams, the device's random state, string literals such as `device="cuda"`, and two
@@ -30,8 +30,11 @@ LITERAL_MODULES = (
     "megatron.core.optimizer.grad_scaler",
     "megatron.core.optimizer.optimizer",
     "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.pipeline_parallel.utils",
     "megatron.core.tensor_parallel.data",
+    "megatron.core.transformer.moe.moe_layer",
     "megatron.core.transformer.moe.moe_utils",
+    "megatron.core.transformer.moe.token_dispatcher",
     "megatron.core.transformer.utils",
     "megatron.core.utils",
 )

@@ -162,7 +162,7 @@ def _python(machine: Machine, versions: Versions) -> Finding:
     at_least, below = versions.python
     fits = numbers(at_least) <= numbers(machine.python) < numbers(below)
     wanted = f"{at_least} or newer, below {below}"
-    fix = f"make setup PYTHON=/path/to/python{at_least}"
+    fix = f"make setup PYTHON=/path/to/python{versions.default_python}"
     state = "ok" if fits else "wrong"
     return Finding("python", state, True, machine.python, wanted, "nothing runs", fix)
 

@@ -70,10 +70,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Versions:
-    """The content of `versions.toml`."""
+    """The content of `versions.toml` for one Python."""
 
     python: tuple[str, str]
     """(at least, below)."""
+    default_python: str
+    """The documented one."""
     cuda: dict[str, str]
     packages: tuple[Part, ...]
     sglang: tuple[Part, ...]
@@ -83,15 +85,31 @@ class Versions:
         return next(part for part in self.packages if part.name == name)
 
 
-def read_versions(file: Path = FILE) -> Versions:
-    """Read the set."""
+def read_versions(file: Path = FILE, python: str | None = None) -> Versions:
+    """Read the set.
+
+    Args:
+        python: the version it is for; default this interpreter's.
+    """
     raw = tomllib.loads(file.read_text(encoding="utf-8"))
+    running = python or ".".join(map(str, sys.version_info[:2]))
     return Versions(
         python=(raw["python"]["at_least"], raw["python"]["below"]),
+        default_python=raw["python"]["default"],
         cuda=raw["cuda"],
-        packages=tuple(Part(name, **entry) for name, entry in raw["packages"].items()),
+        packages=tuple(Part(name, **_entry_for(running, **entry)) for name, entry in raw["packages"].items()),
         sglang=tuple(Part(name, needed="choice", **entry) for name, entry in raw["sglang"].items()),
     )
+
+
+def _entry_for(
+    python: str, python_below: dict[str, dict[str, str]] | None = None, **entry: str
+) -> dict[str, str]:
+    """An entry with what differs on this Python."""
+    for bound, differing in (python_below or {}).items():
+        if numbers(python) < numbers(bound):
+            entry |= differing
+    return entry
 
 
 def numbers(version: str) -> tuple[int, ...]:

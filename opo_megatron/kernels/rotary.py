@@ -2,8 +2,8 @@
 
     θᵢ = base^(−2i/d),  i = 0 … d/2 − 1,  scaled for models whose context was extended.
 
-Megatron-Core 0.16.1 supports Llama 3's scaling with fixed constants only, so the policy model uses these
-frequencies too.  The arithmetic is float32, operation by operation as in transformers.
+Megatron-Core supports Llama 3's scaling with fixed constants only, so the policy model uses these frequencies
+too.  The arithmetic is float32, operation by operation as in transformers.
 
 SGLang's process loads this file in exact mode, so it needs nothing but torch.
 """

@@ -25,6 +25,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from opo_megatron.distributed.megatron_versions import mlp_of_class, mlp_submodules
 from opo_megatron.kernels import exact
 from opo_megatron.policy.exact_rows import AttendedRows, packed_rows, padded_rows
 from opo_megatron.policy.packed_attention import PackedAttention
@@ -225,9 +226,10 @@ def use_exact_layers(spec: Any, parts: int) -> None:
     Args:
         parts: `policy.exact_sum_parts`.
     """
-    spec.submodules.self_attention.module, spec.submodules.mlp.module = ExactSelfAttention, ExactMLP
-    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp
+    spec.submodules.self_attention.module = ExactSelfAttention
+    attention, mlp = spec.submodules.self_attention.submodules, mlp_submodules(spec.submodules.mlp)
     row_linear = ModuleSpec(module=ExactRowLinear, params={"parts": parts})
     attention.linear_qkv, attention.linear_proj = ExactColumnLinear, row_linear
     attention.core_attention = ExactAttention
-    mlp.submodules.linear_fc1, mlp.submodules.linear_fc2 = ExactColumnLinear, row_linear
+    mlp.linear_fc1, mlp.linear_fc2 = ExactColumnLinear, row_linear
+    spec.submodules.mlp = mlp_of_class(ExactMLP, mlp)

@@ -18,6 +18,7 @@ from opo_megatron.algorithm.energy import EnergySums
 from opo_megatron.algorithm.objective import PolicyGradient
 from opo_megatron.batch.micro_batch import MicroBatch, MicroBatchPlan
 from opo_megatron.batch.rollouts import Rollouts
+from opo_megatron.distributed.megatron_versions import gradients_of_norm
 from opo_megatron.distributed.process_groups import all_reduce, gather_tokens
 from opo_megatron.kernels.output_gram import output_gram
 from opo_megatron.policy.model import head_weight
@@ -156,7 +157,7 @@ class _Backward:
         policy.optimizer.prepare_grads()
         for gradients, optimizer in zip(self.gradients, self.optimizers, strict=True):
             # As in Megatron's gradient norm, each gradient counts once over the optimizer's ranks.
-            parts = [gradient.flatten().float() for gradient in optimizer.get_main_grads_for_grad_norm()]
+            parts = [gradient.flatten().float() for gradient in gradients_of_norm(optimizer)]
             gradients.append(torch.cat(parts).cpu() if parts else torch.empty(0))
 
     def products(self) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from opo_megatron.checkpoint import writer as checkpoint_writer
 from opo_megatron.checkpoint.load import load
@@ -57,13 +56,11 @@ def tensors_of(run_dir: Path) -> dict[str, Any]:
     return {name: entry for name, entry in manifest.items() if name.endswith(".distcp")}
 
 
-def test_cancelling_a_save_ends_its_writer_processes(
+def test_cancelling_a_save_ends_its_writer_process(
     policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise they would wait forever on a queue whose other end was killed."""
-
-    def hang(*arguments: Any, local_proc_idx: int, **more: Any) -> None:
-        (tmp_path / f"{local_proc_idx}.pid").write_text(str(os.getpid()))
+    def hang(*arguments: Any) -> None:
+        (tmp_path / "writer.pid").write_text(str(os.getpid()))
         time.sleep(60)
 
     def is_gone(process: int) -> bool:
@@ -72,7 +69,7 @@ def test_cancelling_a_save_ends_its_writer_processes(
         except FileNotFoundError:
             return True
 
-    monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(hang))
+    monkeypatch.setattr(checkpoint_writer.PlannedFiles, "write", hang)
     pending = PendingCheckpoint(
         policy, small_config(f"run.dir={tmp_path / 'run'}"), PROGRESS, in_background=True
     )

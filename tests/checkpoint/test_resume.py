@@ -52,7 +52,7 @@ def flip_one_bit(checkpoint: Path) -> None:
 
 
 def remove_a_file(checkpoint: Path) -> None:
-    (checkpoint / "common.pt").unlink()
+    (checkpoint / "metadata.json").unlink()
 
 
 def remove_the_manifest(checkpoint: Path) -> None:
@@ -62,7 +62,7 @@ def remove_the_manifest(checkpoint: Path) -> None:
 DAMAGES = {
     truncate: "bytes instead of",
     flip_one_bit: "has other bytes than were written",
-    remove_a_file: "common.pt is missing",
+    remove_a_file: "metadata.json is missing",
     remove_the_manifest: f"{MANIFEST} cannot be read",
 }
 

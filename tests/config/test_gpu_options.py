@@ -26,6 +26,7 @@ from opo_megatron.build import joined_ranks
 from opo_megatron.config import to_yaml
 from opo_megatron.config.choices import Fp8
 from opo_megatron.config.compare import check_resume
+from opo_megatron.distributed.megatron_versions import mlp_submodules
 from opo_megatron.distributed.process_groups import initialize, shutdown
 from opo_megatron.errors import UserError
 from opo_megatron.policy import layer_specs, model, optimizer
@@ -187,7 +188,7 @@ def test_the_transformer_engine_spec_is_megatrons(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(extension, "TENorm", norm, raising=False)
     config = transformer_config(config_of(*BLOCKWISE), CPU)
     spec, last = layer_spec(config, "transformer_engine", exact_parts=None)
-    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    attention, mlp = spec.submodules.self_attention.submodules, mlp_submodules(spec.submodules.mlp)
     assert last is norm
     assert attention.linear_qkv.__name__ == mlp.linear_fc1.__name__ == "TELayerNormColumnParallelLinear"
     assert attention.linear_proj.__name__ == mlp.linear_fc2.__name__ == "TERowParallelLinear"

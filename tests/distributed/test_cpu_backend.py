@@ -21,10 +21,8 @@ from opo_megatron.distributed.cpu_backend import (
 )
 
 EXEMPT_LITERALS = {
-    "pipeline_parallel/utils.py": (1, "names a CUDA stream's device; streams are replaced"),
     "tensor_parallel/layers.py": (2, "decorators of autocast, without effect outside autocast"),
     "tensor_parallel/random.py": (4, "the random-state functions, which are replaced"),
-    "transformer/moe/token_dispatcher.py": (1, "device of permute fusion, which needs Transformer Engine"),
 }
 """Used modules that name CUDA in a string: how often, and why that is harmless."""
 
@@ -48,6 +46,8 @@ EXEMPT_NAMES = {
     "empty_cache": "does nothing before CUDA is initialised",
     "amp": "decorators of autocast, without effect outside autocast",
     "random": "inside the random-state functions that are replaced",
+    "is_current_stream_capturing": "only with CUDA graphs",
+    "get_device_capability": "a check of the dispatcher of NCCL, of which alltoall makes no use",
 }
 """Attributes of torch.cuda that used Megatron modules may access, and why."""
 
@@ -67,7 +67,7 @@ def _is_unused(path: Path) -> bool:
     parts = ("fsdp", "fully_sharded", "offload", "cuda_graph", "fused_indices", "batch_invariant",
              "hybrid_cp", "combined_1f1b", "multi_latent", "experimental", "fine_grained", "layer_wise",
              "muon", "fused_a2a", "qk_clip", "bridge_communicator", "multi_token_prediction",
-             "heterogeneous", "inference")  # fmt: skip
+             "heterogeneous", "inference", "paged_stash")  # fmt: skip
     return any(part in str(path) for part in parts)
 
 

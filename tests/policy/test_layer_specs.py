@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ def names_of_class(kind: type, path: str, model: ModelConfig) -> list[str]:
     has_bias = model.add_qkv_bias and path.endswith("linear_qkv")
     names = {
         "TENorm": ["weight"],
+        "_TENormWithResidual": ["weight"],
         "TELayerNormColumnParallelLinear": ["layer_norm_weight", "weight"],
         "TEColumnParallelLinear": ["weight"],
         "TERowParallelLinear": ["weight"],
@@ -39,13 +41,22 @@ def names_of_class(kind: type, path: str, model: ModelConfig) -> list[str]:
     return names + ["bias"] * has_bias
 
 
-def walk(spec: Any, path: str, model: ModelConfig) -> Iterator[str]:
+def built_by(spec: ModuleSpec | partial[Any]) -> tuple[str, Any]:
+    """The name of the class that a spec builds, and its submodules."""
     if isinstance(spec, ModuleSpec):
-        if spec.module.__name__ == "MoELayer":
+        return spec.module.__name__, spec.submodules
+    kind = getattr(spec.func, "__self__", spec.func)  # a class, or one of its class methods
+    return kind.__name__, spec.keywords["submodules"]
+
+
+def walk(spec: Any, path: str, model: ModelConfig) -> Iterator[str]:
+    if isinstance(spec, (ModuleSpec, partial)):
+        kind, submodules = built_by(spec)
+        if kind == "MoELayer":
             yield f"{path}.router.weight"
-        if spec.module.__name__ == "SharedExpertMLP":  # built only for models with shared experts
+        if "shared_expert" in path:  # built only for models with shared experts
             return
-        yield from walk(spec.submodules, path, model)
+        yield from walk(submodules, path, model)
     elif is_dataclass(spec):
         for field in fields(spec):
             yield from walk(getattr(spec, field.name), f"{path}.{field.name}".lstrip("."), model)

@@ -20,6 +20,7 @@ from opo_megatron.algorithm.token_baselines import token_advantages
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.cli.main import main
 from opo_megatron.config import load_config
+from opo_megatron.distributed.megatron_versions import gradients_of_norm
 from opo_megatron.distributed.process_groups import initialize, shutdown
 from opo_megatron.policy.per_sample import TokenFactors, all_parameters, output_layer
 from opo_megatron.policy.token_measures import measure_energies
@@ -160,7 +161,7 @@ def test_products_of_token_baselines_are_those_of_backward_passes(tmp_path: Path
     one = policy.schedule_replicated(first.sequence_lengths, range(len(first)))
     policy.checked_gradients(first.select(one.samples_of(0)), one, PolicyGradient(-1.0, 0.7))
     policy.optimizer.prepare_grads()
-    norm = sum(float(g.double().square().sum()) for g in policy.optimizer.get_main_grads_for_grad_norm())
+    norm = sum(float(g.double().square().sum()) for g in gradients_of_norm(policy.optimizer))
     shutdown()
     assert float(results[1].token_products["of tokens"][0, 0]) == pytest.approx(norm, rel=1e-5)
 
