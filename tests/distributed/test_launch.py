@@ -96,7 +96,10 @@ def test_the_first_failing_rank_sets_the_exit_code_and_stops_the_rest():
 def test_the_earlier_of_two_failures_is_reported():
     # Rank 0 fails as a consequence of rank 1, shortly after it.
     code = (
-        "import os, sys, time\nif os.environ['RANK'] == '1':\n    sys.exit(2)\ntime.sleep(0.3)\nsys.exit(1)\n"
+        "import os, sys, time\n"
+        "if os.environ['RANK'] == '1': open('failed', 'w').close(); sys.exit(2)\n"
+        "while not os.path.exists('failed'): time.sleep(0.01)\n"
+        "time.sleep(0.5); sys.exit(1)\n"
     )
     assert run_ranks([*PYTHON, code], 2) == 2
 
