@@ -12,7 +12,6 @@ from dataclasses import replace
 from statistics import fmean
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from opo_megatron.algorithm.config import LossNormalizer
@@ -20,15 +19,14 @@ from opo_megatron.algorithm.objective import Objective, loss_normalizer
 from opo_megatron.algorithm.objectives.build import build_objective
 from opo_megatron.algorithm.objectives.table import SPECS, passes_of
 from opo_megatron.algorithm.objectives.tokens import Derives
-from opo_megatron.algorithm.on_policy import Mismatch, MismatchSums
 from opo_megatron.batch.micro_batch import MicroBatchPlan
 from opo_megatron.batch.redistribute import redistribute_to_dp
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.batch.stats import BatchStats
-from opo_megatron.distributed.process_groups import Parallel, all_reduce
 from opo_megatron.policy.metric_sums import StepMetrics
 from opo_megatron.run import Run
 from opo_megatron.updates.derived_columns import derived_columns
+from opo_megatron.updates.engine_mismatch import engine_mismatch
 from opo_megatron.updates.staleness import set_proximal
 
 
@@ -49,8 +47,8 @@ def off_policy_updates(
     before_update = None
     if passes.old:
         set_old_log_probs(run, parts, schedules)
-        tokens = int(stats.response_lengths.sum())
-        before_update = StepMetrics(0.0, tokens, None, _mismatch(run.parallel, parts))
+        mismatch = engine_mismatch(run.parallel, parts, run.parallel.is_dp_leader)
+        before_update = StepMetrics(0.0, int(stats.response_lengths.sum()), None, mismatch)
         run.check_on_policy(before_update)
     if passes.reference:
         _measure_reference(run, parts, schedules)
@@ -118,21 +116,6 @@ def _derive(
     if spec.derived_over is not None:
         assert isinstance(objective, Derives)
         part.derived = derived_columns(run.parallel, spec, objective, part, schedule, stats, samples)
-
-
-def _mismatch(parallel: Parallel, parts: list[Rollouts]) -> Mismatch | None:
-    """Old log-probabilities against the engine's, over all tokens of all ranks."""
-    sums, tokens = MismatchSums(torch.device("cpu")), 0
-    for part in parts:
-        if part.engine_log_prob is None or part.old_log_prob is None:
-            return None
-        if part.old_log_prob.numel():
-            sums.add(part.old_log_prob - part.engine_log_prob)
-        tokens += part.old_log_prob.numel()
-    mine = torch.cat((sums.values, torch.tensor([float(tokens)], dtype=torch.float64)))
-    *values, count = all_reduce(parallel, mine * float(parallel.is_dp_leader)).tolist()
-    highest = all_reduce(parallel, sums.highest, dist.ReduceOp.MAX)
-    return MismatchSums.result(values, float(highest), count) if count else None
 
 
 def _measure_reference(run: Run, parts: list[Rollouts], schedules: list[MicroBatchPlan]) -> None:

@@ -17,23 +17,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from opo_megatron.algorithm.config import Proximal
-from opo_megatron.algorithm.on_policy import Mismatch, MismatchSums, check_age
+from opo_megatron.algorithm.on_policy import Mismatch, check_age
 from opo_megatron.algorithm.proximal import loglinear_proximal
 from opo_megatron.batch.micro_batch import MicroBatchPlan
 from opo_megatron.batch.redistribute import local_slice, redistribute_to_dp
 from opo_megatron.batch.rollouts import Rollouts
 from opo_megatron.batch.stats import BatchStats, gather_stats
-from opo_megatron.distributed.process_groups import Parallel, all_gather_objects, all_reduce
+from opo_megatron.distributed.process_groups import Parallel, all_gather_objects
 from opo_megatron.observe.metrics_file import MetricsRow
 from opo_megatron.observe.timing import PhaseTimer
 from opo_megatron.policy.metric_sums import StepMetrics
 from opo_megatron.policy.token_measures import of_all_tokens
 from opo_megatron.run import Run
 from opo_megatron.updates.advantages import set_advantages
+from opo_megatron.updates.engine_mismatch import engine_mismatch
 from opo_megatron.updates.sample_batch import sample_batch
 from opo_megatron.updates.variance_report import report_is_due, variance_report
 
@@ -68,7 +68,7 @@ def stale_update(
         run.generation.memory.before_training()
         metrics = update(run, step, rollouts, stats, advantages, lr)
     row |= {"on_policy/age": age} | _distance(metrics.mismatch)
-    mismatch = _sampling_mismatch(run.parallel, rollouts)
+    mismatch = engine_mismatch(run.parallel, [rollouts])
     return rollouts, stats, advantages, replace(metrics, mismatch=mismatch), row
 
 
@@ -104,21 +104,8 @@ def _measured(run: Run, rollouts: Rollouts, stats: BatchStats, timer: PhaseTimer
         of_all = of_all_tokens(run.policy, log_probs, samples, schedule, lengths)
         first = int(lengths[: own.start].sum())
         rollouts.old_log_prob = of_all[first : first + int(lengths[own].sum())]
-        run.check_sampled(_sampling_mismatch(run.parallel, rollouts))
+        run.check_sampled(engine_mismatch(run.parallel, [rollouts]))
     return rollouts
-
-
-def _sampling_mismatch(parallel: Parallel, rollouts: Rollouts) -> Mismatch | None:
-    """Engine against policy when the batch was sampled, over all ranks; `rollouts` are this rank's part."""
-    sums, tokens = MismatchSums(torch.device("cpu")), rollouts.response_tokens.numel()
-    if rollouts.engine_log_prob is None or rollouts.old_log_prob is None:
-        return None
-    if tokens:
-        sums.add(rollouts.old_log_prob - rollouts.engine_log_prob)
-    mine = torch.cat((sums.values, torch.tensor([float(tokens)], dtype=torch.float64)))
-    *values, count = all_reduce(parallel, mine).tolist()
-    highest = all_reduce(parallel, sums.highest, dist.ReduceOp.MAX)
-    return MismatchSums.result(values, float(highest), count) if count else None
 
 
 def _distance(mismatch: Mismatch | None) -> MetricsRow:

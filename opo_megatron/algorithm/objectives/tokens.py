@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,9 +47,10 @@ class SampleTokens:
         return torch.repeat_interleave(values, self.lengths)
 
 
-class Derives:
+@runtime_checkable
+class Derives(Protocol):
     """An objective with columns that are computed before the gradient."""
 
     def derive(self, tokens: SampleTokens) -> dict[str, Tensor]:
         """The derived columns [Σl] float64, of all `tokens`."""
-        raise NotImplementedError
+        ...
