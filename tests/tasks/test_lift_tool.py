@@ -91,10 +91,10 @@ def test_a_run_of_own_environments_resumes_bit_for_bit(tmp_path: Path) -> None:
     """Their processes answer in any order, in which `exact` computes the same; `start` adds a token."""
     overrides = (
         "task.environment=tests.support.environments:AsksBehindASign", "task.options.asks=50",
-        "task.options.easy_moves=1", "policy.model.num_layers=2", "warm_start.steps=20", "warm_start.lr=4e-3",
+        "task.options.easy_moves=1", "policy.model.num_layers=2", "warm_start.steps=40", "warm_start.lr=4e-3",
         "rollout.prompts_per_step=4", "train.steps=2", "eval.every_steps=0", "eval.problems=4",
         "observe.tensorboard=false", "rollout.local.exact=true", "on_policy.tolerance=0",
-        "checkpoint.every_steps=1", "rollout.environments=2",
+        "checkpoint.every_steps=0", "rollout.environments=2", "task.options.floors=17",
     )  # fmt: skip
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert train(whole, *overrides) == 0
